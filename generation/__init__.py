@@ -1,0 +1,1 @@
+"""FastAPI service that turns prompts into 3D Gaussian splats."""

@@ -1,0 +1,1 @@
+"""Asyncio miner for Bittensor subnet 17. No torch in here."""
