@@ -1,0 +1,261 @@
+"""The one schema of ``configs/*.yaml`` and of the service's command line.
+
+Three layers: ``DreamGaussianOptions`` (an optimisation config with DreamGaussian's own flat keys), ``Models`` (which
+checkpoint each stage loads and how) and ``Settings`` (both of them and the service's arguments, all resolved).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from yaml import YAMLError
+
+log = logging.getLogger("generation.settings")
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+
+#: profile -> (models file, default optimisation config)
+PROFILES = {
+    "full": (CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml"),
+    "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
+}
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+LearningRate = Annotated[float, Field(ge=0, le=1)]
+Iteration = Annotated[int, Field(ge=0, le=1_000_000)]
+Interval = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class SettingsError(ValueError):
+    """A setting that can not be used. The message names the key, the value, the limit and where it came from."""
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+S = TypeVar("S", bound=_Schema)
+
+
+class DreamGaussianOptions(_Schema):
+    """Options of one optimisation (Tang et al., 2023, arXiv:2309.16653), under the names that upstream's YAMLs use.
+
+    The defaults are those of upstream's ``text_mv.yaml``.
+    """
+
+    # Reference view. Elevation in degrees with upstream's sign: negative looks down on the object.
+    elevation: float = Field(0, ge=-90, le=90)
+    ref_size: int = Field(256, ge=16, le=2048)  # pixels
+    # Loop and losses.
+    iters: int = Field(500, ge=1, le=10_000)
+    batch_size: int = Field(1, ge=1, le=16)  # camera draws an iteration; MVDream renders 4 views for each
+    lambda_sd: Weight = 1.0
+    lambda_views: Weight = 0.0  # colour and mask loss against the views that the guidance sampled
+    mvdream: bool = True
+    guidance_scale: float = Field(50.0, ge=0, le=1000)
+    negative_prompt: str = Field("", max_length=1024)
+    anneal_timestep: bool = True
+    warmup_rgb_loss: bool = True
+    # Training cameras and background.
+    radius: float = Field(2.5, ge=0.1, le=100)  # world units
+    fovy: float = Field(49.1, ge=1, le=170)  # degrees
+    render_size: int | None = Field(None, ge=16, le=2048)  # pixels; None: upstream's 128, 256, 512 as training goes on
+    invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
+    background: Literal["random"] | UnitInterval = "random"  # or one grey level for every iteration
+    # Gaussians and their start.
+    num_pts: int = Field(5000, ge=1, le=2_000_000)
+    max_gaussians: int = Field(500_000, ge=1, le=2_000_000)
+    sh_degree: int = Field(0, ge=0, le=3)
+    init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
+    init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
+    # Learning rates.
+    position_lr_init: LearningRate = 0.001
+    position_lr_final: LearningRate = 0.00002
+    position_lr_delay_mult: LearningRate = 0.02
+    position_lr_max_steps: Interval = 300
+    feature_lr: LearningRate = 0.01
+    opacity_lr: LearningRate = 0.05
+    scaling_lr: LearningRate = 0.005
+    rotation_lr: LearningRate = 0.005
+    # Adaptive density control.
+    percent_dense: UnitInterval = 0.01
+    density_start_iter: Iteration = 0
+    density_end_iter: Iteration = 3000
+    densification_interval: Interval = 50
+    opacity_reset_interval: Interval = 700
+    densify_grad_threshold: float = Field(0.01, ge=0, le=1000)
+
+    @classmethod
+    def load(cls, path: Path) -> DreamGaussianOptions:
+        """Read a YAML of flat keys. Keys without a meaning here (upstream has several) are named in one warning.
+
+        Raises SettingsError naming the file, the key, the value and the limit.
+        """
+        values = read_yaml(path)
+        ignored = [key for key in values if key not in cls.model_fields]
+        known = {key: value for key, value in values.items() if key not in ignored}
+        if ignored:
+            log.warning("%s: keys without effect here: %s", path, ", ".join(map(str, ignored)))
+        options = _validate(cls, known, str(path))
+        if not options.mvdream:
+            log.warning("%s: mvdream is off, but MVDream is the only guidance here; it will be used", path)
+        return options
+
+
+class ModelChoice(_Schema):
+    """A checkpoint: a name of ``generation.weights.registry``, or a folder (``./``, ``../`` or ``/`` in front)."""
+
+    model: str = Field(min_length=1)
+    revision: str | None = None  # None: the registry's
+    dtype: Dtype = "float32"
+
+
+class TextToImageModel(ModelChoice):
+    image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
+    steps: int = Field(4, ge=1, le=50)
+    max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
+    prompt_template: str = Field("{prompt}", max_length=1024)
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_prompt(cls, template: str) -> str:
+        if template.count("{prompt}") != 1:
+            raise ValueError("must contain {prompt} exactly once")
+        return template
+
+
+class BackgroundModel(ModelChoice):
+    image_size: int = Field(ge=32, le=2048, multiple_of=32)  # pixels, the net's input
+
+
+class Models(_Schema):
+    """The checkpoints of a profile, one for each stage, and how many requests are worth running together."""
+
+    max_batch: int = Field(1, ge=1, le=64)
+    text_to_image: TextToImageModel
+    background: BackgroundModel
+    mvdream: ModelChoice
+    clip: ModelChoice
+
+    @classmethod
+    def load(cls, path: Path) -> Models:
+        """Read a models file. Folders in it are relative to the file. Raises SettingsError."""
+        models = _validate(cls, read_yaml(path), str(path))
+        stages = {stage: choice for stage, choice in models if isinstance(choice, ModelChoice)}
+        absolute = {
+            stage: choice.model_copy(update={"model": str((path.parent / choice.model).resolve())})
+            for stage, choice in stages.items()
+            if choice.model.startswith((".", "/"))
+        }
+        return models.model_copy(update=absolute)
+
+
+class Arguments(_Schema):
+    """What the command line says, before it is resolved. None means: the profile's own."""
+
+    profile: Literal["auto", "full", "tiny"] = "auto"
+    config: Path | None = None  # optimisation config
+    models: Path | None = None  # a models file in place of the profile's
+    host: str = Field("127.0.0.1", min_length=1)
+    port: int = Field(10006, ge=1, le=65535)
+    flux_steps: int | None = Field(None, ge=1, le=50)
+    validation_threshold: UnitInterval = 0.6
+    log_file: Path = ROOT / "logs" / "generation_service.log"
+    max_queue: int = Field(16, ge=1, le=10_000)
+
+
+class Settings(_Schema):
+    """Everything that the service needs to know, resolved."""
+
+    profile: Literal["full", "tiny"]
+    profile_reason: str
+    device: str
+    config: Path
+    options: DreamGaussianOptions
+    models: Models
+    host: str
+    port: int
+    validation_threshold: UnitInterval
+    log_file: Path
+    max_queue: int
+
+    @classmethod
+    def resolve(cls, values: Mapping[str, Any] | None = None) -> Settings:
+        """Settings from command-line values (keys of ``Arguments``; None counts as not given).
+
+        Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
+        """
+        given = {key: value for key, value in (values or {}).items() if value is not None}
+        arguments = _validate(Arguments, given, "arguments")
+        profile, reason, device = _choose_profile(arguments)
+        models_file, config = PROFILES[profile]
+        config = arguments.config or config
+        models = Models.load(arguments.models or models_file)
+        if arguments.flux_steps is not None:
+            steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
+            models = models.model_copy(update={"text_to_image": steps})
+        shared = arguments.model_dump(include={"host", "port", "validation_threshold", "log_file", "max_queue"})
+        return cls(
+            profile=profile,
+            profile_reason=reason,
+            device=device,
+            config=config,
+            options=DreamGaussianOptions.load(config),
+            models=models,
+            **shared,
+        )
+
+
+def _choose_profile(arguments: Arguments) -> tuple[Literal["full", "tiny"], str, str]:
+    """(profile, why, device): full only where a CUDA GPU and all of its weights are already there."""
+    import torch  # seconds to import: only when a profile is really resolved
+
+    from generation.weights import missing
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.models is not None:
+        profile: Literal["full", "tiny"] = "full" if arguments.profile == "full" else "tiny"
+        return profile, f"models file {arguments.models} given", device
+    if arguments.profile == "tiny":
+        return "tiny", "profile tiny asked for", device
+    absent = missing(Models.load(PROFILES["full"][0]))
+    if arguments.profile == "full":
+        if absent:
+            raise SettingsError(f"profile: full needs weights that are not on this machine: {'; '.join(absent)}")
+        return "full", "profile full asked for", device
+    if device == "cpu":
+        return "tiny", "no CUDA GPU found, so the embedded tiny models run on the CPU", device
+    if absent:
+        return "tiny", f"a CUDA GPU is there, but not the full-size weights: {'; '.join(absent)}", device
+    return "full", "a CUDA GPU and all full-size weights are there", device
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, interpolations left as they are. Raises SettingsError naming the file."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: can not be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: must hold keys with values, not a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for each in error.errors():
+            key = ".".join(map(str, each["loc"])) or "file"
+            problems.append(f"{key}: {each['input']!r}: {each['msg']}")
+        raise SettingsError(f"{source}: {'; '.join(problems)}") from error
