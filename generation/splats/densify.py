@@ -1,0 +1,149 @@
+"""Adaptive density control of 3DGS (Kerbl et al. 2023, section 5), with the names that DreamGaussian's configs use.
+
+Gaussians whose projected centres keep being pulled are under-reconstructed: small ones are cloned, large ones split in two.
+Those that are nearly transparent or too large are removed. The optimiser's state follows its Gaussians.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from generation.splats.gaussians import Gaussians
+
+SPLIT_SHRINK = 1.6  # a split Gaussian's two children are this much smaller
+MAX_EXTENT_SHARE = 0.1  # of the scene's extent; larger Gaussians are removed
+RESET_OPACITY = 0.01
+
+
+class Changes(NamedTuple):
+    """How many Gaussians one call of `densify_and_prune` touched; a split one counts once."""
+
+    cloned: int
+    split: int
+    pruned: int
+
+
+class DensityControl:
+    """Edits `gaussians` and the state of the Adam that optimises them, both in place.
+
+    The optimiser has one group for each field of Gaussians, whose "name" is the field's and whose only parameter is the
+    field's tensor; ValueError otherwise. After an edit the fields are new leaf tensors.
+
+    densify_grad_threshold: mean length of the loss's gradient by a projected centre, in normalised device units (the
+        image is 2 wide and 2 high, whatever its pixels), from which a Gaussian is cloned or split.
+    percent_dense: standard deviation, as a share of scene_extent, above which it is split and not cloned.
+    scene_extent: world units.
+    min_opacity: Gaussians under it are removed.
+    max_screen_size: those whose radius in pixels was ever above it since the last call are removed; None to keep them.
+        (DreamGaussian passes 1, yet its radii are always cleared before they are compared: None is what it does.)
+    max_gaussians: never more than this; where there is room for some alone, the most pulled go first.
+    generator: draws the places of split Gaussians' children, so that equal seeds give equal results.
+    """
+
+    def __init__(
+        self,
+        gaussians: Gaussians,
+        optimizer: torch.optim.Adam,
+        generator: torch.Generator,
+        *,
+        densify_grad_threshold: float,
+        percent_dense: float,
+        scene_extent: float,
+        min_opacity: float,
+        max_gaussians: int,
+        max_screen_size: float | None = None,
+    ) -> None:
+        self.gaussians = gaussians
+        self.optimizer = optimizer
+        self.generator = generator
+        self.densify_grad_threshold = densify_grad_threshold
+        self.percent_dense = percent_dense
+        self.scene_extent = scene_extent
+        self.min_opacity = min_opacity
+        self.max_gaussians = max_gaussians
+        self.max_screen_size = max_screen_size
+        self._groups = {group.get("name"): group for group in optimizer.param_groups}
+        for name, tensor in gaussians.tensors().items():
+            if name not in self._groups:
+                raise ValueError(f"the optimiser has no group named {name!r}")
+            if len(self._groups[name]["params"]) != 1 or self._groups[name]["params"][0] is not tensor:
+                raise ValueError(f"the optimiser's group {name!r} does not hold the Gaussians' {name} alone")
+        self._clear()
+
+    def _clear(self) -> None:
+        means = self.gaussians.means
+        self._pull = means.new_zeros(len(means))
+        self._seen = means.new_zeros(len(means))
+        self._max_radii = means.new_zeros(len(means))
+
+    @torch.no_grad()
+    def accumulate(self, means2d_grad: Tensor, radii: Tensor, width: int, height: int) -> None:
+        """Note one step's gradients by `info["means2d"]` (C, N, 2), in pixels, and radii (C, N); 0 = not visible."""
+        to_device_units = means2d_grad.new_tensor([width / 2.0, height / 2.0])
+        visible = radii > 0
+        self._pull += ((means2d_grad * to_device_units).norm(dim=-1) * visible).sum(dim=0)
+        self._seen += visible.sum(dim=0)
+        self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
+
+    @torch.no_grad()
+    def densify_and_prune(self) -> Changes:
+        """Clone, split and remove by what was accumulated since the last call, and start accumulating anew."""
+        g = self.gaussians
+        n, device = len(g), g.means.device
+        pull = self._pull / self._seen.clamp_min(1.0)
+        chosen = pull >= self.densify_grad_threshold
+        room = max(self.max_gaussians - n, 0)
+        if int(chosen.sum()) > room:
+            most_pulled = torch.argsort(pull, descending=True, stable=True)[:room]
+            chosen = torch.zeros_like(chosen).index_fill_(0, most_pulled, True)
+        large = g.log_scales.amax(dim=1) > math.log(self.percent_dense * self.scene_extent)
+        stays = torch.nonzero(~(chosen & large))[:, 0]
+        clones = torch.nonzero(chosen & ~large)[:, 0]
+        parents = torch.nonzero(chosen & large)[:, 0]
+        children = parents.repeat(2)
+
+        source = torch.cat([stays, clones, children])
+        rows = {name: tensor.detach()[source] for name, tensor in g.tensors().items()}
+        first_child = len(stays) + len(clones)
+        noise = torch.randn(len(children), 3, generator=self.generator, device=self.generator.device).to(device)
+        offsets = g.rotations()[children] @ (noise * g.log_scales[children].exp())[:, :, None]
+        rows["means"][first_child:] += offsets[:, :, 0]
+        rows["log_scales"][first_child:] -= math.log(SPLIT_SHRINK)
+
+        remove = rows["logit_opacities"].sigmoid() < self.min_opacity
+        remove |= rows["log_scales"].amax(dim=1) > math.log(MAX_EXTENT_SHARE * self.scene_extent)
+        if self.max_screen_size is not None:
+            remove[: len(stays)] |= self._max_radii[stays] > self.max_screen_size
+        keep = torch.nonzero(~remove)[:, 0]
+        is_new = keep >= len(stays)
+        self._replace({name: value[keep] for name, value in rows.items()}, source[keep], is_new)
+        self._clear()
+        return Changes(len(clones), len(parents), int(remove.sum()))
+
+    @torch.no_grad()
+    def reset_opacity(self) -> None:
+        """Lower every opacity to at most 0.01 and forget its momentum; what the views need grows back."""
+        limit = math.log(RESET_OPACITY / (1.0 - RESET_OPACITY))
+        self.gaussians.logit_opacities.clamp_(max=limit)
+        for value in self.optimizer.state[self.gaussians.logit_opacities].values():
+            if isinstance(value, Tensor) and value.ndim:
+                value.zero_()
+
+    def _replace(self, values: dict[str, Tensor], source: Tensor, is_new: Tensor) -> None:
+        """Put new leaf tensors in place; the moments of row i come from row source[i], or are zero where new."""
+        for name, value in values.items():
+            old = getattr(self.gaussians, name)
+            parameter = value.contiguous().requires_grad_(old.requires_grad)
+            state = self.optimizer.state.pop(old, None)
+            if state is not None:
+                for key, moment in state.items():
+                    if isinstance(moment, Tensor) and moment.shape == old.shape:
+                        state[key] = moment[source]
+                        state[key][is_new] = 0.0
+                self.optimizer.state[parameter] = state
+            self._groups[name]["params"][0] = parameter
+            setattr(self.gaussians, name, parameter)

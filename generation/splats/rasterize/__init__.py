@@ -1,0 +1,50 @@
+"""Differentiable rasterising of 3D Gaussians: one function, on a GPU by gsplat, on a CPU by our own kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from generation.splats.cameras import Cameras
+from generation.splats.gaussians import Gaussians
+
+
+def rasterize(
+    gaussians: Gaussians, cameras: Cameras, width: int, height: int, background: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Render N Gaussians from C cameras, by the device that `gaussians.means` is on.
+
+    background: (3,) or (C, 3) colours behind everything.
+    Returns
+        rgb: (C, H, W, 3), at least 0 and not limited above,
+        alpha: (C, H, W, 1) in 0..1,
+        info: "means2d" (C, N, 2) projected centres in pixels, part of the autograd graph;
+              "radii" (C, N) int, half the longer side of the splat's bounding box in pixels, 0 = not drawn;
+              "depths" (C, N) along the camera's axis.
+    Gradients reach every field of `gaussians`, `background` and `info["means2d"]`, not the cameras.
+    Follows gsplat 1.5: 0.3 pixels^2 added to the projected covariance, near plane 0.01, alpha at most 0.999 and skipped
+    under 1/255, blending ends at a transmittance of 1e-4. Gaussians with values that are not finite are not drawn.
+    Raises ValueError naming the input whose shape or type is wrong.
+    """
+    gaussians.check()
+    views = len(cameras)
+    if tuple(cameras.viewmats.shape) != (views, 4, 4) or tuple(cameras.Ks.shape) != (views, 3, 3) or views < 1:
+        shapes = f"{tuple(cameras.viewmats.shape)} and {tuple(cameras.Ks.shape)}"
+        raise ValueError(f"cameras have viewmats and Ks of shape {shapes}, expected (C, 4, 4) and (C, 3, 3), C >= 1")
+    if width < 1 or height < 1:
+        raise ValueError(f"image size is {width} x {height}, expected at least 1 x 1")
+    if tuple(background.shape) not in ((3,), (views, 3)):
+        raise ValueError(f"background has shape {tuple(background.shape)}, expected (3,) or ({views}, 3)")
+
+    device = gaussians.means.device
+    cameras = cameras.to(device)
+    background = background.to(device, torch.float32).expand(views, 3)
+    if device.type == "cuda":
+        from generation.splats.rasterize import gsplat as backend
+    elif device.type == "cpu":
+        from generation.splats.rasterize import cpu as backend  # type: ignore[no-redef]
+    else:
+        raise ValueError(f"gaussians are on {device}, expected cpu or cuda")
+    return backend.rasterize(gaussians, cameras, width, height, background)
