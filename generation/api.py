@@ -1,0 +1,276 @@
+"""Routes and wire types of the generation service. No model code."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from generation import intake
+from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.intake import ApiError, BodyLimit
+from generation.logging_setup import escape
+from generation.settings import Settings
+
+MAX_REASON_CHARACTERS = 500
+ENGINE_STOP_S = 5.0
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody is left to answer."""
+
+
+def create_app(engine: Engine, settings: Settings) -> FastAPI:
+    """The service around an engine that is not started yet; the app starts and stops it."""
+    started = time.monotonic()
+    version = _version()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
+
+    app = FastAPI(title="Competitive miner: generation", version=version, lifespan=lifespan)
+    limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
+    app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
+    _add_error_handlers(app)
+    # Bodies are read before a request is admitted; not too many big ones at once.
+    scoring_bodies = asyncio.Semaphore(4)
+
+    @app.post("/generate", include_in_schema=False)
+    @app.post("/generate/", openapi_extra=_FORM, responses=_results("application/octet-stream", "A 3DGS PLY"))
+    async def generate(request: Request) -> Response:
+        """A prompt or an image to a Gaussian splat. 200 with an empty body: not worth submitting, see X-Rejected."""
+        asset, headers = await _generate(request)
+        return Response(asset.ply, media_type="application/octet-stream", headers=headers)
+
+    @app.post("/generate_video", include_in_schema=False)
+    @app.post("/generate_video/", openapi_extra=_FORM, responses=_results("video/mp4", "A turntable"))
+    async def generate_video(request: Request) -> Response:
+        """The same splat as from /generate/, filmed once around."""
+        asset, headers = await _generate(request)
+        if not asset.ply:
+            return Response(b"", media_type="video/mp4", headers=headers)
+        from generation import video  # brings torch; loaded long since by the engine
+
+        frames = await _while_connected(request, engine.call(lambda pipeline: video.render(asset.gaussians)))
+        return Response(await asyncio.to_thread(video.encode, frames), media_type="video/mp4", headers=headers)
+
+    async def _generate(request: Request) -> tuple[Any, dict[str, str]]:
+        engine.check_admission()
+        prompt, image, seed = await intake.read_form(request)
+        seed = secrets.randbits(32) if seed is None else seed
+        asset = await _while_connected(request, engine.generate(prompt, image, seed))
+        return asset, report_headers(asset.report)
+
+    @app.post("/validate_txt_to_3d_ply/", openapi_extra=_SCORE, responses=_ERRORS)
+    async def validate_text(request: Request) -> dict[str, Any]:
+        """Score a splat against a text prompt, as the validators' scoring service does."""
+        async with scoring_bodies:
+            body = await intake.read_score_request(request)
+            return await _score(request, body, intake.check_prompt(body.prompt))
+
+    @app.post("/validate_img_to_3d_ply/", openapi_extra=_SCORE, responses=_ERRORS)
+    async def validate_image(request: Request) -> dict[str, Any]:
+        """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
+        async with scoring_bodies:
+            body = await intake.read_score_request(request)
+            data = intake.decode_base64(body.prompt_image, "prompt_image")
+            return await _score(request, body, await asyncio.to_thread(intake.decode_image, data, "prompt_image"))
+
+    async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
+        data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
+
+        def score(pipeline: Any) -> Any:
+            from generation.splats import ply, spz
+
+            if body.compression == 2:
+                content = ply.write(spz.decode(data))
+            else:
+                content = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4) if body.compression == 1 else data
+            return pipeline.validate(content, prompt)
+
+        try:
+            scores = await _while_connected(request, engine.call(score))
+        except ValueError as error:
+            raise ApiError(422, "data", str(error)) from error
+        return {**asdict(scores), "preview": None, "grid_preview": None}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """What the service is, what it is doing, and how it went so far."""
+        return {
+            "status": engine.status,
+            "reason": engine.reason,
+            "profile": settings.profile,
+            "profile_reason": settings.profile_reason,
+            "device": settings.device,
+            "models": engine.models,
+            "queue_depth": engine.queue_depth,
+            "max_queue": settings.max_queue,
+            "active": engine.active,
+            "totals": engine.totals,
+            "uptime_seconds": round(time.monotonic() - started, 1),
+            "version": version,
+        }
+
+    @app.get("/version/")
+    async def get_version() -> str:
+        return version
+
+    return app
+
+
+def report_headers(report: Any) -> dict[str, str]:
+    """A ``generation.pipeline.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
+    headers = {
+        "X-Seed": str(report.seed),
+        "X-Num-Gaussians": str(report.num_gaussians),
+        "X-Seconds": json.dumps({stage: round(seconds, 3) for stage, seconds in report.seconds.items()}),
+    }
+    if report.score is not None:
+        headers["X-Score"] = f"{report.score:.4f}"
+    if report.rejected is not None:
+        reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
+        headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")
+    return headers
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientGone.
+
+    To be called once the request's body is read: after that, the only message left is the disconnect.
+    """
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def answer(status: int, message: str, field: str | None = None, limit: Any = None, **headers: str) -> JSONResponse:
+        return JSONResponse({"error": {"field": field, "message": message, "limit": limit}}, status, headers)
+
+    def retry(seconds: int | None) -> dict[str, str]:
+        return {} if seconds is None else {"Retry-After": str(seconds)}
+
+    @app.exception_handler(ApiError)
+    async def refused(_: Request, error: ApiError) -> Response:
+        return answer(error.status, error.message, error.field, error.limit)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(_: Request, error: Unavailable) -> Response:
+        return answer(503, str(error), **retry(error.retry_after))
+
+    @app.exception_handler(DeadlineExceeded)
+    async def late(_: Request, error: DeadlineExceeded) -> Response:
+        return answer(504, str(error))
+
+    @app.exception_handler(StageFailed)
+    async def failed(_: Request, error: StageFailed) -> Response:
+        return answer(500, f"generation failed: {error}")
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> Response:
+        return answer(error.status_code, str(error.detail), **dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return answer(500, "internal error")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("competitive-miner")
+    except importlib.metadata.PackageNotFoundError:  # run from a bare source tree
+        return "0+source"
+
+
+# ---- OpenAPI: bodies are read by hand, within limits, so they are described by hand ----
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {"field": {"type": "string", "nullable": True}, "message": {"type": "string"}, "limit": {}},
+        }
+    },
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
+    for status, text in {
+        413: "A body or a field is too big",
+        415: "Wrong content type",
+        422: "A field is wrong: which, and its limit",
+        500: "This request failed",
+        503: "Loading or queue full: Retry-After says when to come back",
+        504: "Took too long",
+    }.items()
+}
+_REPORT_HEADERS = {
+    "X-Score": "CLIP score as the validators compute it, 0..1",
+    "X-Seed": "the seed: the same prompt and seed give the same splat",
+    "X-Num-Gaussians": "number of Gaussians",
+    "X-Seconds": "JSON: seconds per stage",
+    "X-Rejected": "why the body is empty, when it is",
+}
+
+
+def _results(media_type: str, text: str) -> dict[int | str, dict[str, Any]]:
+    headers = {
+        name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in _REPORT_HEADERS.items()
+    }
+    binary = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {200: {"description": f"{text}, or an empty body", "content": binary, "headers": headers}, **_ERRORS}
+
+
+_FORM_FIELDS = {
+    "prompt": {"type": "string", "minLength": 1, "maxLength": intake.MAX_PROMPT_CHARACTERS},
+    "prompt_image_file": {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; instead of prompt"},
+    "seed": {"type": "integer", "minimum": 0, "maximum": intake.MAX_SEED, "description": "random when not given"},
+}
+_TEXT_FIELDS = {name: _FORM_FIELDS[name] for name in ("prompt", "seed")}
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": {"type": "object", "properties": _FORM_FIELDS}},
+            "application/x-www-form-urlencoded": {"schema": {"type": "object", "properties": _TEXT_FIELDS}},
+        },
+    }
+}
+_SCORE = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": intake.ScoreRequest.model_json_schema()}},
+    }
+}

@@ -1,0 +1,283 @@
+"""Admission, deadlines and cancellation. Owns the one thread that touches the models and their device."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
+    from generation.pipeline import Asset, Pipeline
+
+log = logging.getLogger("generation.engine")
+
+#: How long a request may take from its admission to its answer, in seconds. Longer than a full queue takes.
+TIMEOUT_S = 1800.0
+LATE = f"no result within {TIMEOUT_S:.0f} s"
+LOADING_RETRY_S = 5
+
+T = TypeVar("T")
+
+
+class Unavailable(Exception):
+    """Not now. ``retry_after`` is when to try again, in seconds; None when that would not help."""
+
+    def __init__(self, message: str, retry_after: int | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StageFailed(Exception):
+    """The pipeline failed on this request. Others are not affected."""
+
+
+class DeadlineExceeded(Exception):
+    """The request was not answered in time."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """Waits in a queue, then runs on the engine thread. Cancelling its future gives its place free."""
+
+    deadline: float
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Generation(_Job):
+    prompt: str | None = None
+    image: Image.Image | None = None
+    seed: int = 0
+    stage: str = "queued"
+    fraction: float = 0.0
+
+
+@dataclass(eq=False)
+class _Call(_Job):
+    """Something short, such as scoring: goes before waiting generations."""
+
+    function: Callable[[Pipeline], Any] = lambda pipeline: None
+
+
+class Engine:
+    """Runs requests one batch after another through a pipeline that it loads by itself.
+
+    Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
+    progress in words, and returns a ``generation.pipeline.Pipeline`` or what has its methods.
+    """
+
+    def __init__(
+        self, load: Callable[[Callable[[str], None]], Any], max_queue: int, max_batch: int, threshold: float
+    ) -> None:
+        self.status = "loading"
+        self.reason = "starting"
+        self.models: list[dict[str, Any]] = []
+        self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
+        self._load = load
+        self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
+        self._calls: deque[_Call] = deque()
+        self._generations: deque[_Generation] = deque()
+        self._active: list[_Generation] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._mean_seconds = 30.0  # of a generation; follows what is measured
+        # A daemon: a stage that does not come back must not keep the process from exiting.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Give up all requests and wait for the thread for at most ``timeout`` seconds."""
+        with self._changed:
+            self._stopping = True
+            self.status, self.reason = "failed", "shutting down"
+            jobs: list[_Job] = [*self._calls, *self._generations, *self._active]
+            self._changed.notify_all()
+        for job in jobs:
+            _settle(job, Unavailable("the service is shutting down", None))
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait."""
+        return len(self._generations) + len(self._calls)
+
+    @property
+    def active(self) -> list[dict[str, Any]]:
+        """What runs now: seed, stage and the share of the stage that is done."""
+        return [{"seed": job.seed, "stage": job.stage, "fraction": round(job.fraction, 3)} for job in self._active]
+
+    def check_admission(self) -> None:
+        """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full."""
+        self._check_room(self._generations)
+
+    def _check_room(self, queue: deque[Any]) -> None:
+        if self.status == "loading":
+            raise Unavailable(f"models are loading: {self.reason}", LOADING_RETRY_S)
+        if self.status != "ready":
+            raise Unavailable(f"the service can not work: {self.reason}", None)
+        if len(queue) >= self._max_queue:
+            self.totals["refused"] += 1
+            next_place = math.ceil(self._mean_seconds / self._max_batch)
+            raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
+
+    async def generate(self, prompt: str | None, image: Image.Image | None, seed: int) -> Asset:
+        """Make a splat from exactly one of prompt and image.
+
+        Cancelling the awaiting task frees the request's place and stops its work. Raises Unavailable,
+        DeadlineExceeded and StageFailed.
+        """
+        job = _Generation(time.monotonic() + TIMEOUT_S, prompt=prompt, image=image, seed=seed)
+        self._check_room(self._generations)
+        self.totals["requests"] += 1
+        started = time.monotonic()
+        try:
+            asset: Asset = await self._outcome(job, self._generations)
+        except asyncio.CancelledError:
+            self.totals["cancelled"] += 1
+            log.info("Generation cancelled: seed %d, in stage %s", seed, job.stage)
+            raise
+        except Exception as error:
+            self.totals["failed"] += 1
+            log.error("Generation failed: %s", error)
+            raise
+        report = asset.report
+        if report.score is not None:
+            log.info("CLIP Score: %.2f", report.score)
+        if report.rejected is None:
+            self.totals["delivered"] += 1
+            log.info(
+                "Generated %d Gaussians, %d bytes, seed %d, in %.1f s: %s",
+                report.num_gaussians, len(asset.ply), seed, time.monotonic() - started, prompt or "(image)",
+            )  # fmt: skip
+        else:
+            self.totals["rejected"] += 1
+            log.warning("Validation failed: %s (seed %d): %s", report.rejected, seed, prompt or "(image)")
+        return asset
+
+    async def call(self, function: Callable[[Pipeline], T]) -> T:
+        """Run ``function(pipeline)`` on the engine thread, before generations that wait.
+
+        Raises as ``generate`` does, and what ``function`` raises when that is a ValueError: its verdict on the input.
+        """
+        self._check_room(self._calls)
+        return await self._outcome(_Call(time.monotonic() + TIMEOUT_S, function=function), self._calls)
+
+    async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
+        def forget(_: Future[Any]) -> None:
+            with self._changed:
+                if job in queue:
+                    queue.remove(job)
+
+        job.future.add_done_callback(forget)
+        with self._changed:
+            queue.append(job)
+            self._changed.notify_all()
+        answer: Awaitable[Any] = asyncio.wrap_future(job.future)
+        try:
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.deadline - time.monotonic()):
+                return await answer
+        except TimeoutError as error:
+            raise DeadlineExceeded(LATE) from error
+
+    # ---- engine thread ----
+
+    def _run(self) -> None:
+        try:
+            pipeline = self._load(self._progress)
+        except Exception as error:
+            log.exception("Loading failed")
+            self.status, self.reason = "failed", f"loading failed: {describe(error)}"
+            return
+        self.models = pipeline.models
+        for model in self.models:
+            log.info("Model %s, revision %s, licence %s", *(model.get(key) for key in ("name", "revision", "licence")))
+        with self._changed:
+            if not self._stopping:
+                self.status, self.reason = "ready", "all models are loaded"
+                log.info("Ready")
+        while jobs := self._next():
+            if isinstance(jobs[0], _Call):
+                self._run_call(pipeline, jobs[0])
+            else:
+                self._run_generations(pipeline, jobs)
+            del jobs  # a finished image or splat must not live on while the thread waits
+
+    def _progress(self, text: str) -> None:
+        self.reason = text
+        log.info("Loading: %s", text)
+
+    def _next(self) -> list[Any]:
+        """Wait for work: one call, or a batch of generations. Empty when stopping."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._calls or self._generations)
+            if self._stopping:
+                return []
+            if self._calls:
+                return [self._calls.popleft()]
+            count = min(self._max_batch, len(self._generations))
+            self._active = [self._generations.popleft() for _ in range(count)]
+            return list(self._active)
+
+    def _run_call(self, pipeline: Any, job: _Call) -> None:
+        try:
+            outcome = job.function(pipeline)
+        except BaseException as error:  # even a stage that calls sys.exit() must not end the only thread
+            outcome = error
+        _settle(job, outcome)
+
+    def _run_generations(self, pipeline: Any, jobs: list[_Generation]) -> None:
+        from generation.pipeline import Request
+
+        def progress(index: int, stage: str, fraction: float) -> None:
+            jobs[index].stage, jobs[index].fraction = stage, fraction
+
+        started = time.monotonic()
+        try:
+            requests = [Request(job.prompt, job.image, job.seed, self._threshold, job.deadline) for job in jobs]
+            outcomes = pipeline.generate(requests, progress, lambda index: jobs[index].future.done())
+            if len(outcomes) != len(jobs):
+                raise RuntimeError(f"{len(outcomes)} outcomes for {len(jobs)} requests")
+        except BaseException as error:  # as above
+            outcomes = [error] * len(jobs)
+        self._mean_seconds += (time.monotonic() - started - self._mean_seconds) / 4
+        with self._changed:
+            self._active = []
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            _settle(job, outcome)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _settle(job: _Job, outcome: Any) -> None:
+    """Hand the outcome to whoever waits, if somebody still does."""
+    if job.future.done():
+        return
+    if isinstance(outcome, BaseException):
+        own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(job, _Call))
+        if not own_verdict:
+            log.error("A request failed", exc_info=outcome)
+            late = time.monotonic() >= job.deadline
+            failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
+            failure.__cause__ = outcome
+            outcome = failure
+    with contextlib.suppress(InvalidStateError):  # cancelled in this moment
+        if isinstance(outcome, BaseException):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

@@ -1,0 +1,108 @@
+"""Entry point of the generation service: ``python -m generation.serve_competitive``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import uvicorn
+from pydantic import ValidationError
+
+from generation.api import create_app
+from generation.engine import Engine
+from generation.logging_setup import escape, setup_logging
+from generation.settings import Arguments, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from generation.pipeline import Pipeline
+
+#: What the requests in flight get to finish in, after SIGTERM. In seconds.
+GRACE_S = 20
+
+log = logging.getLogger("generation.serve")
+
+
+def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
+    """The command line as text, None where nothing is given. ``Settings`` knows types, limits and defaults."""
+    default = {name: field.default for name, field in Arguments.model_fields.items()}
+    parser = argparse.ArgumentParser(prog="serve_competitive", description="The generation service.")
+    parser.add_argument("--profile", help=f"auto, full or tiny (default: {default['profile']})")
+    parser.add_argument(
+        "--config", help="optimisation config, a YAML with DreamGaussian's keys (default: the profile's)"
+    )
+    parser.add_argument("--models", help="models file in place of the profile's")
+    parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
+    parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")
+    parser.add_argument("--flux-steps", help="steps of text to image (default: the profile's)")
+    parser.add_argument(
+        "--validation-threshold",
+        help=f"lowest CLIP score that is delivered, 0..1 (default: {default['validation_threshold']})",
+    )
+    parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
+    parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
+    return vars(parser.parse_args(argv))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before the slow imports: clients wait instead of being refused. Raises OSError."""
+    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    values = parse(argv)
+    given = {key: value for key, value in values.items() if value is not None}
+    try:
+        arguments = Arguments.model_validate(given)
+    except ValidationError as error:
+        for each in error.errors():
+            flag = str(each["loc"][0]).replace("_", "-")
+            print(f"serve_competitive: --{flag} {escape(str(each['input']))}: {each['msg']}", file=sys.stderr)
+        return 2
+    try:
+        setup_logging(arguments.log_file)
+    except OSError as error:
+        print(f"serve_competitive: log file {arguments.log_file}: {error}", file=sys.stderr)
+        return 1
+    try:
+        listener = listen(arguments.host, arguments.port)
+    except OSError as error:
+        log.error("Can not listen on %s port %d: %s", arguments.host, arguments.port, error)
+        return 1
+    try:
+        settings = Settings.resolve(given)
+    except SettingsError as error:
+        log.error("%s", error)
+        return 2
+    log.info("Profile %s: %s", settings.profile, settings.profile_reason)
+    log.info("Listening on %s port %d", settings.host, settings.port)
+
+    def load(progress: Callable[[str], None]) -> Pipeline:
+        progress("importing torch and the model libraries")
+        from generation.pipeline import Pipeline
+
+        return Pipeline.load(settings, progress)
+
+    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold)
+    config = uvicorn.Config(
+        create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+    log.info("Stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

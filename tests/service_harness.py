@@ -1,0 +1,114 @@
+"""The real HTTP service around a stand-in pipeline that tests can hold, fail and watch."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import uvicorn
+
+from generation.api import create_app
+from generation.engine import Engine
+from generation.pipeline import Asset, Cancelled, Report, Request, Scores
+
+PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
+
+
+class StandInPipeline:
+    """Makes ``ply\\n<prompt> <seed>``. Special prompts: "hold" waits for ``go``, "crash", "exit" and "reject"."""
+
+    models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.started: list[Request] = []
+        self.cancelled: list[str | None] = []
+        self.validated: list[tuple[bytes, Any]] = []
+        self.on_validate: Callable[[], Any] = lambda: None
+
+    def generate(
+        self, requests: list[Request], progress: Callable[[int, str, float], None], cancelled: Callable[[int], bool]
+    ) -> list[Asset | Exception]:
+        self.started.extend(requests)
+        return [self._one(i, request, progress, cancelled) for i, request in enumerate(requests)]
+
+    def _one(self, index: int, request: Request, progress: Any, cancelled: Any) -> Asset | Exception:
+        progress(index, "text_to_image", 0.5)
+        if request.prompt == "crash":
+            return RuntimeError("the stage broke\nERROR forged")
+        if request.prompt == "exit":
+            raise SystemExit(3)
+        if request.prompt == "reject":
+            return Asset(
+                b"", Report(request.seed, score=0.21, rejected="CLIP score 0.21 is under 0.6 \u2014\nX-Evil: 1")
+            )
+        while request.prompt == "hold" and not self.go.wait(0.005):
+            if cancelled(index):
+                self.cancelled.append(request.prompt)
+                return Cancelled("given up")
+        what = request.prompt if request.image is None else f"{request.image.mode} {request.image.size}"
+        seconds = {"text_to_image": 0.25, "dreamgaussian": 1.5}
+        report = Report(request.seed, score=0.7654, num_gaussians=9000, seconds=seconds)
+        return Asset(f"ply\n{what} {request.seed}".encode(), report)
+
+    def validate(self, ply: bytes, prompt: Any) -> Scores:
+        self.validated.append((ply, prompt))
+        self.on_validate()
+        if not ply.startswith(b"ply"):
+            raise ValueError("not a PLY")
+        return Scores(score=0.8, alignment_score=0.75, iqa=None, ssim=0.9, lpips=0.1)
+
+
+class Service:
+    def __init__(self, engine: Engine, pipeline: StandInPipeline, url: str) -> None:
+        self.engine, self.pipeline, self.url = engine, pipeline, url
+        self.client = httpx.Client(base_url=url, timeout=PATIENCE_S)
+
+    def generate(self, prompt: str = "a red cube", **fields: Any) -> httpx.Response:
+        return self.client.post("/generate/", data={"prompt": prompt, **fields})
+
+
+def settings(**changes: Any) -> Any:
+    values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
+    return SimpleNamespace(**{**values, **changes})
+
+
+@contextlib.contextmanager
+def serving(
+    load: Callable[[StandInPipeline, Callable[[str], None]], Any] | None = None, max_queue: int = 3, max_batch: int = 1
+) -> Iterator[Service]:
+    """A service on a free port. ``load`` replaces the loading of the models."""
+    pipeline = StandInPipeline()
+    engine = Engine(
+        (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch, 0.6
+    )
+    app = create_app(engine, settings(max_queue=max_queue))
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    service = Service(engine, pipeline, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    try:
+        if load is None:
+            wait_until(lambda: engine.status == "ready")
+        yield service
+    finally:
+        pipeline.go.set()
+        service.client.close()
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        listener.close()
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.005)

@@ -1,0 +1,210 @@
+"""A request's life: admission, waiting, cancelling, failing, ending. Over real HTTP where a client is part of it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from generation import engine as engine_module
+from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from tests.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def hold(service: Service) -> tuple[threading.Thread, list[Any]]:
+    """Occupy the engine until ``service.pipeline.go`` is set."""
+    held = in_background(lambda: httpx.post(service.url + "/generate/", data={"prompt": "hold"}, timeout=PATIENCE_S))
+    wait_until(lambda: service.engine.active)
+    return held
+
+
+def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
+    """A client of whom the connection is in our hands."""
+    host, port = service.url.removeprefix("http://").split(":")
+    body = f"prompt={prompt}"
+    client = socket.create_connection((host, int(port)))
+    client.sendall(
+        f"POST /generate/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    return client
+
+
+def test_while_loading_health_answers_and_generation_says_when_to_return() -> None:
+    proceed = threading.Event()
+
+    def load(pipeline: StandInPipeline, progress: Callable[[str], None]) -> StandInPipeline:
+        progress("text_to_image")
+        assert proceed.wait(PATIENCE_S)
+        return pipeline
+
+    with serving(load) as service:
+        wait_until(lambda: service.engine.reason == "text_to_image")
+        health = service.client.get("/health")
+        assert health.status_code == 200
+        assert (health.json()["status"], health.json()["reason"]) == ("loading", "text_to_image")
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert "text_to_image" in refused.json()["error"]["message"]
+        proceed.set()
+        wait_until(lambda: service.client.get("/health").json()["status"] == "ready")
+        assert service.generate().status_code == 200
+
+
+def test_a_failed_load_is_told_and_does_not_end_the_service() -> None:
+    def load(pipeline: StandInPipeline, progress: Callable[[str], None]) -> StandInPipeline:
+        raise OSError("clip: open_clip_model.safetensors is missing")
+
+    with serving(load) as service:
+        wait_until(lambda: service.engine.status == "failed")
+        assert "open_clip_model.safetensors is missing" in service.client.get("/health").json()["reason"]
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert "Retry-After" not in refused.headers
+
+
+def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
+    with serving(max_queue=2) as service:
+        held = hold(service)
+        waiting = [in_background(lambda: httpx.post(service.url + "/generate/", data={"prompt": "a"})) for _ in "12"]
+        wait_until(lambda: service.engine.queue_depth == 2)
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert service.client.get("/health").json()["totals"]["refused"] == 1
+        service.pipeline.go.set()
+        for thread, results in [held, *waiting]:
+            thread.join(PATIENCE_S)
+            assert results[0].status_code == 200
+        assert service.generate().status_code == 200
+
+
+def test_a_client_that_hangs_up_while_waiting_frees_its_place() -> None:
+    with serving(max_queue=1) as service:
+        hold(service)
+        client = send_and_keep_open(service, "gone")
+        wait_until(lambda: service.engine.queue_depth == 1)
+        assert service.generate().status_code == 503
+        client.close()
+        wait_until(lambda: service.engine.queue_depth == 0)
+        thread, results = in_background(service.generate)
+        wait_until(lambda: service.engine.queue_depth == 1)
+        service.pipeline.go.set()
+        thread.join(PATIENCE_S)
+        assert results[0].status_code == 200
+        assert "gone" not in [request.prompt for request in service.pipeline.started]
+        assert service.engine.totals["cancelled"] == 1
+
+
+def test_a_client_that_hangs_up_while_it_runs_stops_the_work() -> None:
+    with serving() as service:
+        client = send_and_keep_open(service, "hold")
+        wait_until(lambda: service.engine.active)
+        active = service.client.get("/health").json()["active"]
+        assert (active[0]["stage"], active[0]["fraction"]) == ("text_to_image", 0.5)
+        client.close()
+        wait_until(lambda: service.pipeline.cancelled == ["hold"])
+        assert service.generate().status_code == 200
+        assert service.engine.totals["cancelled"] == 1
+
+
+@pytest.mark.parametrize("prompt", ["crash", "exit"])
+def test_a_stage_that_fails_fails_its_request_alone(prompt: str, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as service:
+        failed = service.generate(prompt)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["field"] is None
+        assert "Retry-After" not in failed.headers
+        assert service.generate().status_code == 200
+        assert service.engine.totals["failed"] == 1
+    assert any(message.startswith("Generation failed: ") for message in caplog.messages)
+
+
+def test_requests_that_wait_together_run_together_up_to_the_batch() -> None:
+    with serving(max_queue=8, max_batch=2) as service:
+        batches: list[list[str | None]] = []
+        generate = service.pipeline.generate
+
+        def watched(requests: Any, progress: Any, cancelled: Any) -> Any:
+            batches.append([request.prompt for request in requests])
+            return generate(requests, progress, cancelled)
+
+        service.pipeline.generate = watched  # type: ignore[method-assign]
+        hold(service)
+        prompts = ["a", "crash", "b"]
+        waiting = []
+        for i, prompt in enumerate(prompts):
+            data = {"prompt": prompt}
+            waiting.append(in_background(lambda data=data: httpx.post(service.url + "/generate/", data=data)))
+            wait_until(lambda i=i: service.engine.queue_depth == i + 1)
+        service.pipeline.go.set()
+        for thread, _ in waiting:
+            thread.join(PATIENCE_S)
+        assert batches == [["hold"], ["a", "crash"], ["b"]]
+        assert [results[0].status_code for _, results in waiting] == [200, 500, 200]
+
+
+@pytest.fixture
+def ready_engine() -> Any:
+    pipeline = StandInPipeline()
+    engine = Engine(lambda progress: pipeline, max_queue=4, max_batch=1, threshold=0.6)
+    engine.start()
+    wait_until(lambda: engine.status == "ready")
+    yield engine, pipeline
+    pipeline.go.set()
+    engine.stop(PATIENCE_S)
+
+
+async def test_a_request_that_takes_too_long_ends_at_its_deadline(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pipeline = ready_engine
+    monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        await engine.generate("hold", None, 1)
+    await asyncio.to_thread(wait_until, lambda: pipeline.cancelled == ["hold"])
+    monkeypatch.undo()
+    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+
+
+async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    tasks = [asyncio.create_task(engine.generate(prompt, None, 1)) for prompt in ("hold", "a")]
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    await asyncio.to_thread(engine.stop, PATIENCE_S)
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, Unavailable)
+    assert pipeline.cancelled == ["hold"]
+    with pytest.raises(Unavailable):
+        await engine.generate("b", None, 1)
+
+
+async def test_calls_give_back_a_value_error_and_wrap_the_rest(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, _ = ready_engine
+    assert await engine.call(lambda pipeline: len(pipeline.models)) == 1
+    with pytest.raises(ValueError, match="invalid literal"):
+        await engine.call(lambda pipeline: int("x"))
+    with pytest.raises(StageFailed, match="ZeroDivisionError"):
+        await engine.call(lambda pipeline: 1 // 0)
+    assert await engine.call(lambda pipeline: 2) == 2
+
+
+async def test_a_pipeline_that_loses_an_outcome_fails_the_request(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    pipeline.generate = lambda requests, progress, cancelled: []  # type: ignore[method-assign]
+    with pytest.raises(StageFailed, match="0 outcomes for 1 requests"):
+        await engine.generate("a", None, 1)
