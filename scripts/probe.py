@@ -1,0 +1,129 @@
+"""What deploy_competitive.sh asks about ports and about the processes that it started. Standard library only.
+
+    probe.py port HOST PORT           exit 0 when the port is free, else one line that says who holds it
+    probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
+    probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
+    probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+LOADING_S = 1800  # full-size weights from a slow disk
+
+
+def alive(pid: int) -> bool:
+    """False for a zombie too: its parent, the deploy script, does not collect it."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def check_port(host: str, port: int) -> str | None:
+    """None when it can be listened on, else why not."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        return f"--host {host}: {error.strerror or error}"
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except OSError as error:
+            reason = f"can not listen on {host} port {port}: {error.strerror}"
+            holder = port_holder(port)
+            return f"{reason}, held by {holder}" if holder else reason
+    return None
+
+
+def port_holder(port: int) -> str | None:
+    """``PID (command line)`` of who listens on ``port``, where /proc shows it to us."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        listening = [row for row in rows if row[3] == "0A"]
+        inodes |= {f"socket:[{row[9]}]" for row in listening if int(row[1].rpartition(":")[2], 16) == port}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(fd) in inodes for fd in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f"PID {process.name} ({command[:120]})"
+        except OSError:  # not ours to look at, or gone meanwhile
+            continue
+    return None
+
+
+def wait_for_service(url: str, pid: int) -> str | None:
+    """Print the service's progress until it is ready (None), or return why it is not."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    started, told = time.monotonic(), ""
+    while time.monotonic() - started < LOADING_S:
+        if not alive(pid):
+            return "the generation service ended while it was starting"
+        try:
+            with opener.open(f"{url}/health", timeout=10) as answer:
+                health = json.load(answer)
+        except (OSError, ValueError):
+            time.sleep(0.2)
+            continue
+        if health["status"] == "ready":
+            print(f"  [{time.monotonic() - started:5.1f} s] ready: profile {health['profile']}", flush=True)
+            print(f"  {health['profile_reason']}", flush=True)
+            return None
+        if health["status"] == "failed":
+            return f"the generation service: {health['reason']}"
+        if health["reason"] != told:
+            told = health["reason"]
+            print(f"  [{time.monotonic() - started:5.1f} s] {told}", flush=True)
+        time.sleep(0.2)
+    return f"the generation service was not ready within {LOADING_S} s"
+
+
+def wait_for(condition: Callable[[], bool], what: str, pid: int, seconds: float) -> str | None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if not alive(pid):
+            return f"{what}: the process ended before"
+        if time.monotonic() > deadline:
+            return f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.1)
+    return None
+
+
+def says_ready(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text())["status"] == "ready")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def main(command: str, *arguments: str) -> int:
+    if command == "port":
+        problem = check_port(arguments[0], int(arguments[1]))
+    elif command == "service":
+        problem = wait_for_service(arguments[0], int(arguments[1]))
+    else:
+        path, pid, seconds = Path(arguments[0]), int(arguments[1]), float(arguments[2])
+        condition = path.exists if command == "file" else lambda: says_ready(path)
+        problem = wait_for(condition, f"waiting for {path}", pid, seconds)
+    if problem:
+        print(problem)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
