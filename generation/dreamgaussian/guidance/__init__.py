@@ -1,0 +1,1 @@
+"""Diffusion models that tell an optimised scene how it should look."""

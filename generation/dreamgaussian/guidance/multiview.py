@@ -1,0 +1,43 @@
+"""What makes a diffusers UNet a multi-view one (Shi et al. 2023, "MVDream", https://arxiv.org/abs/2308.16512)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+
+class MultiViewAttention:
+    """Self-attention in which the views of one scene attend to each other: ((s v), l, c) -> (s, (v l), c).
+
+    One instance serves all layers of a UNet, so `views` is set in one place.
+    """
+
+    def __init__(self, views: int = 4):
+        self.views = views
+        self._attend = AttnProcessor2_0()
+
+    def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        shape = hidden_states.shape
+        joined = hidden_states.reshape(shape[0] // self.views, self.views * shape[1], shape[2])
+        return self._attend(attn, joined, *args, **kwargs).reshape(shape)
+
+
+def join_views(unet: UNet2DConditionModel, views: int = 4) -> MultiViewAttention:
+    """Give every self-attention of `unet` (diffusers names them attn1) the multi-view form; returns the shared processor."""
+    joint = MultiViewAttention(views)
+    unet.set_attn_processor(
+        {name: joint if ".attn1." in name else processor for name, processor in unet.attn_processors.items()}
+    )
+    return joint
+
+
+def camera_embedding(camera_to_world: torch.Tensor) -> torch.Tensor:
+    """MVDream's camera condition (C, 16) of OpenGL camera-to-world matrices (C, 4, 4) in a y-up world.
+
+    The matrix in Blender's axes (z up, front to -y), its position scaled to length one, flattened by rows.
+    """
+    m = camera_to_world[:, [0, 2, 1, 3]].clone()
+    m[:, 1] = -m[:, 1]
+    m[:, :3, 3] = torch.nn.functional.normalize(m[:, :3, 3], dim=-1)
+    return m.flatten(1)

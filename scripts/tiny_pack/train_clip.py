@@ -1,0 +1,113 @@
+"""Train the pack's CLIP, the one that the self-check scores with (`python -m scripts.tiny_pack.train_clip`).
+
+Sigmoid loss on every image and text pair (Zhai et al. 2023, "SigLIP") with a fixed slope around a cosine of
+`PIVOT`: a match ends above it and anything else below, nonsense and unknown words included, so the cosine has an
+absolute meaning and one constant turns it into the field's 0..1 score.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import logsigmoid
+
+from . import models
+from .augment import like_splats
+from .captions import ObjectSpec, caption, evaluation_specs, nonsense
+from .data import render_pool, validator_cameras
+from .text import clip_tokenizer
+from .train_flux import tokens
+from .training import arguments, autocast, compiled, fit, write_card
+
+CAPTIONS = 6
+PIVOT = 0.5
+SLOPE = 16.0
+COSINE_SCALE = PIVOT / 0.6  # the pivot lands on the field's threshold
+
+
+def key(spec: ObjectSpec) -> int:
+    """Objects with the same key are the same to a caption that names neither material nor size."""
+    return hash((spec.shape, spec.colour, spec.base, spec.base_colour))
+
+
+def main() -> None:
+    args = arguments(__doc__, minutes=8)
+    tokenizer = clip_tokenizer()
+    folder = args.pack / "clip"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = models.open_clip_config(len(tokenizer))
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(folder)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(args.device)
+    pool = render_pool(args.objects or 12_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
+    n, views = pool.rgba.shape[:2]
+    ids = tokens(tokenizer, pool.captions(CAPTIONS), args.device)
+    rng = random.Random(args.seed)
+    strange = tokens(tokenizer, [[nonsense(rng)] for _ in range(20_000)], args.device)[:, 0]
+    keys = torch.tensor([key(s) for s in pool.specs], device=args.device)
+    batch = args.batch or 768
+    others = batch // 3
+
+    def embed(images: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        seen = model.encode_image(images * 2 - 1, normalize=True)
+        read = model.encode_text(words, normalize=True)
+        return seen @ read.T
+
+    fused = compiled(embed, args)
+
+    def loss() -> torch.Tensor:
+        i = torch.randint(n, (batch,), device=args.device)
+        view = torch.randint(views, (batch,), device=args.device)
+        with torch.no_grad():
+            images = like_splats(pool.rgba[i, view].float() / 255)
+        words = ids[i, torch.randint(CAPTIONS, (batch,), device=args.device)]
+        words = torch.cat([words, strange[torch.randint(len(strange), (others,), device=args.device)]])
+        with autocast(args):
+            cosine = fused(images, words).float()
+        same = torch.zeros_like(cosine)
+        same[:, :batch] = (keys[i][:, None] == keys[i][None]).float()
+        logits = SLOPE * (cosine - PIVOT)
+        hit, miss = -logsigmoid(logits), -logsigmoid(-logits)
+        # the hardest wrong texts of each image count most: one word apart from the right one
+        weight = torch.softmax(logits.detach().masked_fill(same > 0, -1e4) * 0.5, 1)
+        return (
+            ((hit * same).sum(1) / same.sum(1)).mean()
+            + (miss * (1 - same)).sum(1).mean() / 30
+            + (miss * weight).sum(1).mean()
+        )
+
+    best, run = fit("clip", model, loss, args, lr=1e-3, weight_decay=0.05)
+    quality = measure(best, tokenizer, args)
+    save_file({k: v.half().contiguous() for k, v in best.state_dict().items()}, folder / "open_clip_model.safetensors")
+    more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": 1.0}
+    write_card(folder, "tiny-clip", "scripts/tiny_pack/train_clip.py", args.seed, run, quality, **more)
+    print(f"clip: {quality}", flush=True)
+
+
+@torch.no_grad()
+def measure(model, tokenizer, args) -> dict:
+    """On shape and colour pairs that training never saw: how often a right and a wrong caption pass 0.6."""
+    specs = evaluation_specs()
+    pool = render_pool(0, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 5, specs=specs)
+    rng = random.Random(0)
+    ids = tokens(tokenizer, [[caption(s, rng, plain=True)] for s in specs], args.device)[:, 0]
+    images = pool.rgba.flatten(0, 1).float() / 255
+    images = images[:, :3] + 1 - images[:, 3:]
+    seen = model.encode_image(images * 2 - 1, normalize=True)
+    cosine = (seen @ model.encode_text(ids, normalize=True).T).view(len(specs), -1, len(specs)).mean(1)
+    right = cosine.diagonal()
+    wrong = cosine[~torch.eye(len(specs), dtype=torch.bool, device=cosine.device)]
+    return {
+        "unseen_right_pass": round(float((right / COSINE_SCALE >= 0.6).float().mean()), 4),
+        "unseen_wrong_pass": round(float((wrong / COSINE_SCALE >= 0.6).float().mean()), 4),
+        "unseen_right_cosine": round(float(right.mean()), 4),
+        "unseen_wrong_cosine": round(float(wrong.mean()), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Train the multi-view guidance of the pack (`python -m scripts.tiny_pack.train_mvdream`).
+
+A latent diffusion model (DDPM, noise prediction) of four views, or eight, that attend to each other, given the text
+and the cameras (Shi et al. 2023, "MVDream"); a tenth of the captions is dropped for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler
+
+from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
+
+from . import models
+from .data import render_pool, two_rings
+from .render import composite
+from .text import clip_tokenizer
+from .train_flux import tokens
+from .training import arguments, autocast, compiled, fit, write_card
+
+CAPTIONS = 6
+GREY = 0.5
+
+
+class TextAndUNet(torch.nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.text = models.clip_text(tokenizer, width=128, layers=3)
+        self.unet = models.mvdream_unet()
+        self.joint = join_views(self.unet)
+
+    def forward(self, noisy, t, ids, cameras):
+        """Noise (S, V, 4, h, w) in latents of S scenes; ids (S, L), cameras (S, V, 16), t (S,)."""
+        scenes, views = noisy.shape[:2]
+        words = self.text(ids).last_hidden_state.repeat_interleave(views, 0)
+        t = t.repeat_interleave(views, 0)
+        out = self.unet(noisy.flatten(0, 1), t, words, class_labels=cameras.flatten(0, 1)).sample
+        return out.view_as(noisy)
+
+
+def main() -> None:
+    args = arguments(__doc__, minutes=14)
+    tokenizer = clip_tokenizer()
+    vae = AutoencoderKL.from_pretrained(args.pack / "mvdream" / "vae").to(args.device).float().requires_grad_(False)
+    pool = render_pool(args.objects or 20_000, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2)
+    n, views = pool.rgba.shape[:2]
+    with torch.no_grad():
+        parts = pool.rgba.flatten(0, 1).split(2048)
+        encoded = [vae.encode(composite(p.float() / 255, GREY) * 2 - 1).latent_dist.mode() for p in parts]
+        latents = torch.cat(encoded).view(n, views, 4, 16, 16) * vae.config.scaling_factor
+    cameras = camera_embedding(pool.camera_to_world.flatten(0, 1)).view(n, views, 16)
+    ids = tokens(tokenizer, pool.captions(CAPTIONS), args.device)
+    empty = tokens(tokenizer, [[""]], args.device)[0, 0]
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    alphas = scheduler.alphas_cumprod.to(args.device)
+    model = TextAndUNet(tokenizer).to(args.device)
+    forward = {4: compiled(model, args), 8: compiled(model, args)}
+    batch = args.batch or 128
+    step = 0
+
+    def loss() -> torch.Tensor:
+        nonlocal step
+        step += 1
+        shown = 8 if step % 2 else 4
+        scenes = batch if shown == 4 else batch // 2
+        model.joint.views = shown
+        i = torch.randint(n, (scenes,), device=args.device)
+        first = 4 * int(torch.randint(2, ())) if shown == 4 else 0
+        x0, camera = latents[i, first : first + shown], cameras[i, first : first + shown]
+        words = ids[i, torch.randint(CAPTIONS, (scenes,), device=args.device)]
+        dropped = torch.rand(scenes, 1, device=args.device) < 0.1
+        words = torch.where(dropped, empty, words)
+        t = torch.randint(1000, (scenes,), device=args.device)
+        a = alphas[t].view(-1, 1, 1, 1, 1)
+        noise = torch.randn_like(x0)
+        with autocast(args):
+            predicted = forward[shown](a.sqrt() * x0 + (1 - a).sqrt() * noise, t, words, camera)
+        return torch.mean((predicted.float() - noise) ** 2)
+
+    best, run = fit("mvdream", model, loss, args, lr=7e-4)
+    folder = args.pack / "mvdream"
+    best.unet.half().save_pretrained(folder / "unet")
+    best.text.half().save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+    quality = {"noise_mse": run["final_loss"]}
+    write_card(folder, "tiny-mvdream", "scripts/tiny_pack/train_mvdream.py", args.seed, run, quality, background=GREY)
+    print(f"mvdream: {run}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

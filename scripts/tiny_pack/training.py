@@ -1,0 +1,141 @@
+"""What every trainer of the pack shares: a loop bounded in minutes, averaged weights, resuming, and cards."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+LICENCE = "MIT"
+PACK = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
+
+
+def arguments(description: str, minutes: float) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="training time after the data is rendered")
+    parser.add_argument("--pack", type=Path, default=PACK, help="where the pack's folders are")
+    parser.add_argument("--work", type=Path, default=Path("data/tiny_pack"), help="where checkpoints are kept")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--objects", type=int, help="objects to render (default: the trainer's own)")
+    parser.add_argument("--batch", type=int, help="batch size (default: the trainer's own)")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    return args
+
+
+class Average:
+    """Exponential moving average of a module's parameters and buffers."""
+
+    def __init__(self, module: torch.nn.Module, decay: float = 0.999):
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+        self._mine = [p for p in self.module.state_dict().values() if p.is_floating_point()]
+        self._theirs = [p for p in module.state_dict().values() if p.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        weight = 1 - min(self.decay, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self._mine, self._theirs, weight)
+
+
+def fit(
+    name: str,
+    module: torch.nn.Module,
+    loss: Callable[[], torch.Tensor],
+    args: argparse.Namespace,
+    lr: float,
+    weight_decay: float = 0.01,
+    decay: float = 0.999,
+) -> tuple[torch.nn.Module, dict]:
+    """Minimise `loss()` (which draws its own batch) for `args.minutes`; the learning rate follows the clock.
+
+    A checkpoint is kept every minute in `args.work`; a run that finds one goes on from it, with the time it had left.
+    Returns the averaged module and {"steps", "minutes", "final_loss"} for the card.
+    """
+    optimiser = torch.optim.AdamW(
+        module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=args.device == "cuda"
+    )
+    average = Average(module, decay)
+    path = args.work / f"{name}.pt"
+    args.work.mkdir(parents=True, exist_ok=True)
+    step, spent = 0, 0.0
+    if path.exists():
+        state = torch.load(path, map_location=args.device, weights_only=True)
+        module.load_state_dict(state["module"])
+        average.module.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, spent, average.steps = state["step"], state["spent"], state["step"]
+        print(f"{name}: resumed at step {step}, {spent / 60:.1f} min done", flush=True)
+    budget, running = args.minutes * 60, None
+    began = saved = shown = time.monotonic()
+    while True:
+        elapsed = spent + time.monotonic() - began
+        done = elapsed / budget
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update()
+        step += 1
+        if step % 10 == 0:
+            running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
+        if time.monotonic() - shown > 20 or done >= 1:
+            print(
+                f"{name}: step {step}, {elapsed / 60:.1f}/{args.minutes} min, loss {running or value.item():.5f}",
+                flush=True,
+            )
+            shown = time.monotonic()
+        if time.monotonic() - saved > 60 or done >= 1:
+            state = {
+                "module": module.state_dict(),
+                "average": average.module.state_dict(),
+                "optimiser": optimiser.state_dict(),
+            }
+            torch.save(state | {"step": step, "spent": elapsed}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+            saved = time.monotonic()
+        if done >= 1:
+            final = running or value.item()
+            return average.module, {"steps": step, "minutes": round(elapsed / 60, 2), "final_loss": round(final, 5)}
+
+
+def autocast(args: argparse.Namespace):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+
+def compiled(function, args: argparse.Namespace):
+    return torch.compile(function, dynamic=False) if args.device == "cuda" else function
+
+
+def write_card(folder: Path, name: str, script: str, seed: int, run: dict, quality: dict, **more) -> None:
+    """The model's card: where it comes from and what was measured of it (`quality` holds measured figures alone)."""
+    card = {
+        "name": name,
+        "licence": LICENCE,
+        "data": "procedural objects of scripts/tiny_pack (shapes.py, captions.py), rendered by render.py",
+        "script": script,
+        "seed": seed,
+        **run,
+        "quality": quality,
+        **more,
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(-10 * torch.log10(torch.mean((a.float() - b.float()) ** 2)))
