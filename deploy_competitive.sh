@@ -234,6 +234,7 @@ trap abort EXIT
 trap 'exit 130' INT TERM
 
 printf '%s\n' "$flags" >run/flags
+printf '%s\n' "$url" >run/url
 
 echo "Starting the generation service on $url ..."
 service=(--profile "$profile" --host "$host" --port "$port" --validation-threshold "$threshold")

@@ -39,5 +39,5 @@ found=(run/*.pid)
 stop miner 20
 stop rehearsal 23
 stop generation_service 30
-rm -f run/flags run/miner.status
+rm -f run/flags run/url run/miner.status
 ((${#found[@]} > 0)) || echo "nothing was running"

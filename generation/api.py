@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -107,7 +108,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             scores = await _while_connected(request, engine.call(score))
         except ValueError as error:
             raise ApiError(422, "data", str(error)) from error
-        return {**asdict(scores), "preview": None, "grid_preview": None}
+        return {**_jsonable(asdict(scores)), "preview": None, "grid_preview": None}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -147,6 +148,13 @@ def report_headers(report: Any) -> dict[str, str]:
         reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
         headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")
     return headers
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no infinities, which a broken splat can measure: null instead."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -16,7 +16,7 @@ import uvicorn
 
 from generation.api import create_app
 from generation.engine import Engine
-from generation.pipeline import Asset, Cancelled, Report, Request, Scores
+from generation.pipeline import Asset, Cancelled, GateResult, Report, Request, Scores
 
 PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
 
@@ -63,7 +63,8 @@ class StandInPipeline:
         self.on_validate()
         if not ply.startswith(b"ply"):
             raise ValueError("not a PLY")
-        return Scores(score=0.8, alignment_score=0.75, iqa=None, ssim=0.9, lpips=0.1)
+        gates = {"finite": GateResult(False, float("inf"), 0.0)}
+        return Scores(score=0.8, alignment_score=0.75, iqa=None, ssim=0.9, lpips=0.1, gates=gates)
 
 
 class Service:

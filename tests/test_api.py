@@ -249,6 +249,7 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
         body = response.json()
         assert (body["score"], body["alignment_score"], body["ssim"], body["lpips"]) == (0.8, 0.75, 0.9, 0.1)
         assert {"iqa", "preview", "grid_preview"} <= set(body)
+        assert body["gates"]["finite"] == {"passed": False, "value": None, "limit": 0.0, "reason": ""}
         ply, prompt = service.pipeline.validated[-1]
         assert prompt == "a red cube"
         assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 2\n" if compression == 2 else raw)
