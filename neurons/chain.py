@@ -1,0 +1,109 @@
+"""Who is on the subnet: one `Metagraph` of plain values, from the chain or from a rehearsal's file.
+
+The file is JSON: {"netuid": int, "neurons": [{"uid", "hotkey", "ip", "port", "stake", "serving", "validator_permit"}]}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+
+FETCH_TIMEOUT_S = 60.0
+MAX_NETWORK_FILE_BYTES = 1 << 20
+# Networks on which anyone may register, and so could name a machine of ours as its axon.
+PUBLIC_NETWORKS = ("finney", "test")
+
+
+class MetagraphUnavailable(Exception):
+    """The metagraph could not be read; the message says from where and why."""
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A registered neuron. `stake` is in the subnet's own unit; `serving` says that it announces an axon."""
+
+    uid: int
+    hotkey: str
+    ip: str
+    port: int
+    stake: float
+    serving: bool
+    validator_permit: bool = True
+
+    def axon_info(self) -> bt.AxonInfo:
+        version = ipaddress.ip_address(self.ip).version
+        return bt.AxonInfo(version=0, ip=self.ip, port=self.port, ip_type=version, hotkey=self.hotkey, coldkey="")
+
+
+@dataclass(frozen=True)
+class Metagraph:
+    netuid: int
+    neurons: tuple[Neuron, ...]
+
+    def find(self, hotkey: str) -> Neuron | None:
+        return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
+
+
+async def fetch(network: str, netuid: int) -> Metagraph:
+    """The metagraph of `netuid` from the chain at `network` (finney, test, or a ws:// or wss:// address).
+
+    Raises MetagraphUnavailable.
+    """
+    try:
+        async with asyncio.timeout(FETCH_TIMEOUT_S), bt.AsyncSubtensor(network=network) as subtensor:
+            return from_chain(await subtensor.metagraph(netuid, lite=True))
+    except TimeoutError as error:
+        raise MetagraphUnavailable(f"{network}: no metagraph of subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s") from error
+    except Exception as error:
+        # The substrate client lets whatever its websocket and decoder raise through.
+        reason = str(error) or repr(error.__cause__)
+        raise MetagraphUnavailable(f"{network}: {type(error).__name__}: {reason}") from error
+
+
+def from_chain(metagraph: Any) -> Metagraph:
+    """Plain values of a bittensor metagraph."""
+    neurons = zip(
+        metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, metagraph.validator_permit, strict=True
+    )
+    return Metagraph(
+        netuid=int(metagraph.netuid),
+        neurons=tuple(
+            Neuron(
+                uid=int(uid),
+                hotkey=str(hotkey),
+                ip=str(axon.ip),
+                port=int(axon.port),
+                stake=float(stake),
+                serving=bool(axon.is_serving),
+                validator_permit=bool(permit),
+            )
+            for uid, hotkey, axon, stake, permit in neurons
+        ),
+    )
+
+
+def load(path: Path) -> Metagraph:
+    """The metagraph in a rehearsal's network file. Raises MetagraphUnavailable."""
+    try:
+        if path.stat().st_size > MAX_NETWORK_FILE_BYTES:
+            raise ValueError(f"larger than {MAX_NETWORK_FILE_BYTES} bytes")
+        content = json.loads(path.read_text())
+        return Metagraph(int(content["netuid"]), tuple(Neuron(**neuron) for neuron in content["neurons"]))
+    except FileNotFoundError as error:
+        raise MetagraphUnavailable(f"{path}: not there (is the rehearsal running?)") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise MetagraphUnavailable(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def save(metagraph: Metagraph, path: Path) -> None:
+    """Writes the file that `load` reads, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(metagraph), indent=2) + "\n")
+    temporary.replace(path)
