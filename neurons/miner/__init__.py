@@ -1,0 +1,1 @@
+"""The miner: polls validators, has tasks generated, submits the results."""

@@ -1,0 +1,125 @@
+"""The miner's command line, after bittensor's conventions. Imports nothing slow, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+NETUID = 17
+# Known to hand out tasks and give no rewards.
+DEFAULT_BLACKLIST = (180,)
+REHEARSAL = "rehearsal"
+REHEARSAL_STATE = Path("data/rehearsal")
+REHEARSAL_WALLET = "rehearsal"
+REHEARSAL_HOTKEY = "miner"
+
+
+@dataclass(frozen=True)
+class MinerOptions:
+    """What one miner process runs with. `network` is rehearsal, finney, test, or a chain's ws:// address."""
+
+    network: str
+    wallet_name: str
+    wallet_hotkey: str
+    wallet_path: Path
+    netuid: int = NETUID
+    workers: int = 4
+    endpoint: str = "http://127.0.0.1:10006"
+    blacklist: frozenset[int] = frozenset(DEFAULT_BLACKLIST)
+    validation_threshold: float = 0.6
+    spool: Path = Path("data/spool")
+    rehearsal_state: Path = REHEARSAL_STATE
+    log_file: Path = Path("logs/miner.log")
+    status_file: Path | None = None
+
+
+def parse(argv: list[str]) -> MinerOptions:
+    """Options from the command line. Exits with a usage message when they make no sense."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    network = args.network
+    if network == "auto":
+        network = "finney" if args.wallet_name else REHEARSAL
+    if network not in (REHEARSAL, "finney", "test") and not network.startswith(("ws://", "wss://")):
+        parser.error(f"argument --network: {network!r} is none of auto, rehearsal, finney, test, ws://..., wss://...")
+    if network == REHEARSAL:
+        # Its own wallet, made without a password: real keys have no business in a practice run.
+        name, hotkey, path = REHEARSAL_WALLET, REHEARSAL_HOTKEY, args.rehearsal_state / "wallets"
+    else:
+        name, hotkey, path = args.wallet_name or "default", args.wallet_hotkey, args.wallet_path
+    return MinerOptions(
+        network=network,
+        wallet_name=name,
+        wallet_hotkey=hotkey,
+        wallet_path=path.expanduser(),
+        netuid=args.netuid,
+        workers=args.workers,
+        endpoint=args.endpoint,
+        blacklist=frozenset(args.blacklist),
+        validation_threshold=args.validation_threshold,
+        spool=args.spool,
+        rehearsal_state=args.rehearsal_state,
+        log_file=args.log_file,
+        status_file=args.status_file,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m neurons.serve_miner_competitive",
+        description="Competitive miner for Bittensor subnet 17 (404-GEN).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        *("--network", "--subtensor.network"),
+        dest="network",
+        default="auto",
+        help="rehearsal, finney, test, ws://... or auto: finney when a wallet is named, else rehearsal",
+    )
+    add("--netuid", type=_integer(0, 65535), default=NETUID, help="subnet")
+    add("--wallet.name", dest="wallet_name", default="", help="wallet (coldkey) name; not used in a rehearsal")
+    add("--wallet.hotkey", dest="wallet_hotkey", default="default", help="hotkey name; not used in a rehearsal")
+    add("--wallet.path", dest="wallet_path", type=Path, default=Path("~/.bittensor/wallets"), help="wallets folder")
+    add("--workers", type=_integer(1, 64), default=4, help="tasks in generation at once")
+    add("--generation.endpoint", dest="endpoint", type=_endpoint, default="http://127.0.0.1:10006", help="service")
+    add(
+        "--blacklist",
+        type=_integer(0, 65535),
+        nargs="*",
+        metavar="UID",
+        default=list(DEFAULT_BLACKLIST),
+        help="validators never asked for tasks",
+    )
+    add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
+    add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
+    add("--rehearsal.state", dest="rehearsal_state", type=Path, default=REHEARSAL_STATE, help="the rehearsal's folder")
+    add("--logging.file", dest="log_file", type=Path, default=Path("logs/miner.log"), help="log, rotated")
+    add("--status-file", type=Path, default=None, help="JSON that says when the miner is ready")
+    return parser
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value} is not within {low} to {high}")
+        return value
+
+    return integer
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not within 0 to 1")
+    return value
+
+
+def _endpoint(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no http:// or https:// address")
+    return text

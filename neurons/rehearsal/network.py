@@ -1,0 +1,110 @@
+"""A small subnet on this machine: wallets, validators, and the file that tells the miner where they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import bittensor as bt
+
+from neurons import chain
+from neurons.chain import Metagraph, Neuron
+from neurons.miner.options import NETUID, REHEARSAL_HOTKEY, REHEARSAL_WALLET
+from neurons.rehearsal.rules import Limits, Rules
+from neurons.rehearsal.scoring import ScoringService
+from neurons.rehearsal.validator import RehearsalValidator
+
+PROMPTS = Path(__file__).with_name("prompts.txt")
+UNREWARDING_UID = 180
+MINER_UID = 200
+VALIDATOR_STAKE = 10_000.0
+START_TIMEOUT_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class RehearsalNetwork:
+    """`validators` axons, all in one thread with one event loop. To be used as a context manager."""
+
+    def __init__(self, state: Path, endpoint: str, validators: int, limits: Limits, prompts: list[str]) -> None:
+        self._file = state / "network.json"
+        # Gone until the validators listen: a miner must not find the ports of an earlier run.
+        self._file.unlink(missing_ok=True)
+        wallets = state / "wallets"
+        self.miner_hotkey: str = make_wallet(wallets, REHEARSAL_HOTKEY).hotkey.ss58_address
+        scoring = ScoringService(endpoint)
+        self.validators = [
+            RehearsalValidator(
+                uid,
+                make_wallet(wallets, f"validator_{uid}"),
+                Rules(limits, [self.miner_hotkey], shuffled(prompts, uid)),
+                scoring,
+            )
+            for uid in validator_uids(validators)
+        ]
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="rehearsal", daemon=True)
+
+    def __enter__(self) -> RehearsalNetwork:
+        self._thread.start()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not all(validator.started for validator in self.validators):
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise RuntimeError("the validators did not start")
+            time.sleep(0.01)
+        chain.save(self._metagraph(), self._file)
+        for validator in self.validators:
+            log.info("Validator [%d] %s listens on 127.0.0.1:%d", validator.uid, validator.hotkey, validator.port)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.unlink(missing_ok=True)
+        for validator in self.validators:
+            validator.stop()
+        self._thread.join(timeout=10)
+
+    async def _serve(self) -> None:
+        await asyncio.gather(*(validator.serve() for validator in self.validators))
+
+    def _metagraph(self) -> Metagraph:
+        neurons = [
+            Neuron(validator.uid, validator.hotkey, "127.0.0.1", validator.port, VALIDATOR_STAKE, serving=True)
+            for validator in self.validators
+        ]
+        miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False, validator_permit=False)
+        return Metagraph(NETUID, (*neurons, miner))
+
+
+def validator_uids(count: int) -> list[int]:
+    """1, 2, ... and, from two validators on, UID 180 as the last one."""
+    return [*range(1, count), UNREWARDING_UID] if count > 1 else [1]
+
+
+def make_wallet(folder: Path, hotkey: str) -> bt.Wallet:
+    """The rehearsal's wallet with this hotkey, made without a password when it is not there yet."""
+    wallet = bt.Wallet(REHEARSAL_WALLET, hotkey, str(folder))
+    if not wallet.hotkey_file.exists_on_device():
+        # Suppressed, because it would print the mnemonic.
+        with contextlib.redirect_stdout(None):
+            wallet.create_new_hotkey(use_password=False, overwrite=False, suppress=True)
+    return wallet
+
+
+def load_prompts(path: Path = PROMPTS) -> list[str]:
+    """One prompt a line; empty lines and those that start with # do not count. Raises ValueError when none is left."""
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"{path}: no prompts")
+    return prompts
+
+
+def shuffled(prompts: list[str], seed: int) -> Iterator[str]:
+    """The prompts for ever, in an order of the seed's own."""
+    return itertools.cycle(random.Random(seed).sample(prompts, len(prompts)))
