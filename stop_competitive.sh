@@ -36,8 +36,8 @@ SECONDS=0
 shopt -s nullglob
 found=(run/*.pid)
 # The miner first: what it still waits for and submits needs the others.
-stop miner 20
-stop rehearsal 23
+stop miner 25
+stop rehearsal 27
 stop generation_service 30
 rm -f run/flags run/url run/miner.status
 ((${#found[@]} > 0)) || echo "nothing was running"

@@ -1,9 +1,9 @@
 """What deploy_competitive.sh asks about ports and about the processes that it started. Standard library only.
 
-    probe.py port HOST PORT           exit 0 when the port is free, else one line that says who holds it
-    probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
-    probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
-    probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}
+probe.py port HOST PORT           exit 0 when the port is free, else one line that says who holds it
+probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
+probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
+probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 LOADING_S = 1800  # full-size weights from a slow disk
@@ -93,22 +92,29 @@ def wait_for_service(url: str, pid: int) -> str | None:
     return f"the generation service was not ready within {LOADING_S} s"
 
 
-def wait_for(condition: Callable[[], bool], what: str, pid: int, seconds: float) -> str | None:
-    deadline = time.monotonic() + seconds
-    while not condition():
+def wait_for_file(path: Path, pid: int, seconds: float, status: bool) -> str | None:
+    """None once ``path`` is there (and says that it is ready, when it holds a status), else why not."""
+    deadline, told = time.monotonic() + seconds, ""
+    while True:
+        state = read_status(path) if status else ("ready" if path.exists() else "")
+        if state == "ready":
+            return None
+        if state and state != told:
+            told = state
+            print(f"  {told}", flush=True)
         if not alive(pid):
-            return f"{what}: the process ended before"
+            return "the process ended while it was starting"
         if time.monotonic() > deadline:
-            return f"{what}: not within {seconds:.0f} s"
+            return f"not ready within {seconds:.0f} s" + (f": {told}" if told else "")
         time.sleep(0.1)
-    return None
 
 
-def says_ready(path: Path) -> bool:
+def read_status(path: Path) -> str:
+    """What the JSON in ``path`` gives as its status; nothing while there is none."""
     try:
-        return bool(json.loads(path.read_text())["status"] == "ready")
+        return str(json.loads(path.read_text())["status"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return ""
 
 
 def main(command: str, *arguments: str) -> int:
@@ -117,9 +123,8 @@ def main(command: str, *arguments: str) -> int:
     elif command == "service":
         problem = wait_for_service(arguments[0], int(arguments[1]))
     else:
-        path, pid, seconds = Path(arguments[0]), int(arguments[1]), float(arguments[2])
-        condition = path.exists if command == "file" else lambda: says_ready(path)
-        problem = wait_for(condition, f"waiting for {path}", pid, seconds)
+        path, pid, seconds = arguments
+        problem = wait_for_file(Path(path), int(pid), float(seconds), status=command == "status")
     if problem:
         print(problem)
     return 1 if problem else 0

@@ -51,6 +51,8 @@ MINER = """
 import json, os, sys, time
 open("miner-arguments", "w").write(chr(10).join(sys.argv[1:]))
 if os.path.exists("break-miner"): raise SystemExit("the wallet is not there")
+open("run/miner.status", "w").write(json.dumps(dict(status="asking validators")))
+time.sleep(0.5)
 open("run/miner.status", "w").write(json.dumps(dict(status="ready")))
 time.sleep(1000)
 """
@@ -138,6 +140,7 @@ def test_deploy_twice_then_stop(clone: Clone) -> None:
     first = clone.deploy()
     assert first.returncode == 0, first.stderr + first.stdout
     assert "weights of clip" in first.stdout  # the progress of loading
+    assert "asking validators" in first.stdout  # and of the miner
     assert "nothing is submitted to the Bittensor network" in first.stdout
     assert f"http://127.0.0.1:{clone.port}" in first.stdout
     pids = {name: clone.pid(name) for name in ("generation_service", "rehearsal", "miner")}
