@@ -1,0 +1,31 @@
+"""Entry point of the miner: arguments, logging, signals, then `CompetitiveMiner` until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from neurons.miner import options as miner_options
+
+
+def main() -> int:
+    options = miner_options.parse(sys.argv[1:])
+    # Only now: these bring bittensor, which takes seconds to import.
+    from neurons import logging_setup
+    from neurons.miner.competitive_miner import CompetitiveMiner
+
+    logging_setup.configure(options.log_file)
+
+    async def run() -> int:
+        miner = CompetitiveMiner(options)
+        loop = asyncio.get_running_loop()
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(signal_number, miner.stop)
+        return await miner.run()
+
+    return asyncio.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""neurons.chain and neurons.miner.validators: one metagraph shape, and who is eligible on it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import bittensor as bt
+import pytest
+
+from neurons import chain
+from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
+from neurons.miner.validators import Eligibility, ValidatorDirectory
+
+VALIDATOR = Neuron(uid=5, hotkey="5V", ip="127.0.0.1", port=8091, stake=1000.0, serving=True)
+
+
+def test_the_network_file_round_trips(tmp_path: Path) -> None:
+    metagraph = Metagraph(17, (VALIDATOR, replace(VALIDATOR, uid=180, hotkey="5W")))
+    chain.save(metagraph, tmp_path / "state" / "network.json")
+    assert chain.load(tmp_path / "state" / "network.json") == metagraph
+    assert metagraph.find("5W") == metagraph.neurons[1]
+    assert metagraph.find("5X") is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"netuid": 17, "neurons": [{"uid": 1}]}', '{"netuid": 17, "neurons": 3}', "x" * 2_000_000],
+)
+def test_a_damaged_network_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "network.json"
+    path.write_text(content)
+    with pytest.raises(MetagraphUnavailable, match=r"network\.json"):
+        chain.load(path)
+
+
+def test_a_missing_network_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MetagraphUnavailable, match="is the rehearsal running"):
+        chain.load(tmp_path / "network.json")
+
+
+def test_plain_values_of_the_chain_s_metagraph() -> None:
+    def axon(ip: str) -> bt.AxonInfo:
+        return bt.AxonInfo(version=1, ip=ip, port=8091, ip_type=4, hotkey="", coldkey="")
+
+    metagraph = chain.from_chain(
+        SimpleNamespace(
+            netuid=17,
+            uids=[0, 1],
+            hotkeys=["5A", "5B"],
+            axons=[axon("203.0.113.9"), axon("0.0.0.0")],
+            S=[12_000.5, 0.0],
+            validator_permit=[True, False],
+        )
+    )
+    assert metagraph.neurons == (
+        Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True, validator_permit=True),
+        Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False, validator_permit=False),
+    )
+    json.dumps([vars(neuron) for neuron in metagraph.neurons])  # plain, all of it
+
+
+async def test_an_unreachable_chain_is_named() -> None:
+    with pytest.raises(MetagraphUnavailable, match=r"ws://127\.0\.0\.1:9"):
+        await chain.fetch("ws://127.0.0.1:9", 17)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"uid": 180}, "blacklisted UID"),
+        ({"hotkey": "5M"}, "this miner itself"),
+        ({"validator_permit": False}, "no validator permit"),
+        ({"stake": 999.9}, "stake 999.9 under 1000"),
+        ({"stake": float("nan")}, "stake nan under 1000"),
+        ({"serving": False}, "axon not serving"),
+        ({"ip": "example.org"}, "axon address is no IP address"),
+        ({"port": 0}, "axon port 0 out of range"),
+    ],
+)
+def test_reasons_to_skip(change: dict[str, object], reason: str | None) -> None:
+    eligibility = Eligibility("5M", "rehearsal", frozenset({180}))
+    assert eligibility.reason_to_skip(replace(VALIDATOR, **change)) == reason  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ip", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.1.1", "::1", "0.0.0.0"])
+def test_a_public_network_s_axons_must_have_public_addresses(ip: str) -> None:
+    neuron = replace(VALIDATOR, ip=ip)
+    assert "not public" in (Eligibility("5M", "finney", frozenset()).reason_to_skip(neuron) or "")
+    assert Eligibility("5M", "ws://127.0.0.1:9944", frozenset()).reason_to_skip(neuron) is None
+
+
+def test_skips_are_logged_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "neurons.miner.validators")
+    directory = ValidatorDirectory(Eligibility("5M", "rehearsal", frozenset({180})))
+    blacklisted = replace(VALIDATOR, uid=180, hotkey="5W")
+    poor = replace(VALIDATOR, uid=6, hotkey="5P", stake=10.0)
+    miner = replace(VALIDATOR, uid=7, hotkey="5O", validator_permit=False)
+    for _ in range(2):
+        directory.update(Metagraph(17, (VALIDATOR, blacklisted, poor, miner)))
+    directory.update(Metagraph(17, (VALIDATOR, blacklisted, replace(poor, serving=False, stake=2000.0))))
+    assert list(directory.eligible) == ["5V"]
+    assert [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()] == [
+        "Validator [180] skipped: blacklisted UID",
+        "Validator [6] skipped: stake 10.0 under 1000",
+        "Validator [6] skipped: axon not serving",
+    ]

@@ -1,0 +1,591 @@
+"""The miner's parts, each with fakes for what it talks to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import numpy as np
+import pytest
+from aiohttp import web
+
+from neurons import logging_setup, ply, spz
+from neurons.chain import Metagraph, Neuron
+from neurons.miner import assignment as assignments
+from neurons.miner import generator, options, submitter, task_manager
+from neurons.miner.assignment import Assignment
+from neurons.miner.dendrite import MAX_ANSWER_BYTES, ValidatorDendrite
+from neurons.miner.generator import Generated, GenerationFailed, GenerationService, ServiceUnavailable
+from neurons.miner.spool import MAX_AGE_S, Spool, SpooledResult
+from neurons.miner.submitter import Submitter
+from neurons.miner.task_manager import AsyncTaskManager
+from neurons.miner.validators import Eligibility, ValidatorDirectory
+from neurons.miner.workers import work
+from neurons.protocol import Feedback, ImageTask, PullTask, SubmitResults, Task, TextTask, signature_is_valid
+
+KEYPAIR = bt.Keypair.create_from_uri("//miner")
+VALIDATORS = [
+    Neuron(uid, bt.Keypair.create_from_uri(f"//validator{uid}").ss58_address, "127.0.0.1", 9000 + uid, 1e4, True)
+    for uid in (1, 2, 180)
+]
+PLY = ply.write(ply.Vertices(ply.columns(0), np.ones((3, 17), dtype=np.float32)))
+
+
+class FakeNetwork:
+    """Validators in the place of a Dendrite. `answers[uid]` is what the next pulls get; None is no connection."""
+
+    def __init__(self) -> None:
+        self.answers: dict[int, list[PullTask | None]] = {}
+        self.pulls: list[int] = []
+        self.submissions: list[SubmitResults] = []
+        self.submission_statuses: list[int | None] = []  # next answers; None is no connection, then 200 for ever
+        self.feedback: Feedback | None = Feedback(task_fidelity_score=0.75, current_miner_reward=0.02)
+        self.cooldown = 300
+
+    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
+        uid = target_axon.port - 9000
+        await asyncio.sleep(0)
+        if isinstance(synapse, PullTask):
+            self.pulls.append(uid)
+            queue = self.answers.get(uid, [])
+            answer = queue.pop(0) if queue else PullTask(cooldown_until=int(time.time()) + self.cooldown)
+            return _with_status(answer or synapse, 200 if answer else None)
+        self.submissions.append(synapse)
+        status = self.submission_statuses.pop(0) if self.submission_statuses else 200
+        if status == 200:
+            synapse.feedback = self.feedback
+            synapse.cooldown_until = int(time.time()) + self.cooldown
+        return _with_status(synapse, status)
+
+
+def _with_status(synapse: Any, status: int | None) -> Any:
+    # As Dendrite leaves it: an error on the way has a code for the dendrite and none for the axon.
+    synapse.axon = bt.TerminalInfo(status_code=status)
+    synapse.dendrite = bt.TerminalInfo(status_code=status or 503, status_message="said so")
+    return synapse
+
+
+class FakeGenerator:
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self.result: Generated | Exception = Generated(PLY, 0.76, "1", "")
+
+    async def generate(self, task: Task) -> Generated:
+        self.tasks.append(task)
+        await asyncio.sleep(0)
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+class Bench:
+    """A task manager, a submitter and workers over the fakes."""
+
+    def __init__(self, folder: Path, validators: list[Neuron] = VALIDATORS) -> None:
+        self.network = FakeNetwork()
+        self.generator = FakeGenerator()
+        self.totals: Counter[str] = Counter()
+        self.spool = Spool(folder)
+        self.directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset({180})))
+        self.directory.update(Metagraph(17, tuple(validators)))
+        self.submitter = Submitter(self.network, KEYPAIR, self.spool, self.totals)
+        self.ready = asyncio.Event()
+        self.ready.set()
+        self.manager = AsyncTaskManager(
+            self.network,
+            self.directory,
+            self.submitter,
+            self.spool,
+            self.ready,
+            self.totals,
+            workers=4,
+            threshold=0.6,
+        )
+        self.busy: set[Assignment] = set()
+        self.workers: list[asyncio.Task[None]] = []
+
+    async def run_until(self, condition: Callable[[], bool]) -> None:
+        while len(self.workers) < 4:
+            worker = work(self.manager, self.generator, self.submitter, self.totals, self.busy)
+            self.workers.append(asyncio.create_task(worker))
+        self.manager.poll_eligible()
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def stop(self) -> None:
+        await self.manager.close()
+        await asyncio.gather(*self.workers)
+        await self.submitter.drain(5)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> AsyncIterator[Bench]:
+    caplog.set_level(logging.INFO)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("neurons"):  # bittensor's import sets the loggers that exist to CRITICAL
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    bench = Bench(tmp_path)
+    yield bench
+    await bench.stop()
+
+
+def task_for(number: int, **fields: Any) -> PullTask:
+    return PullTask(task=TextTask(id=f"id-{number}", prompt=f"prompt {number}"), **fields)
+
+
+# --- from pull to feedback
+
+
+async def test_pull_generate_submit(bench: Bench, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    bench.network.answers = {1: [task_for(1)], 2: [task_for(2)], 180: [task_for(3)]}
+    await bench.run_until(lambda: bench.totals["accepted"] == 2)
+    assert sorted(bench.network.pulls) == [1, 2]  # once each, and never UID 180
+    assert [task.id for task in bench.generator.tasks] == ["id-1", "id-2"]
+    for submission, validator in zip(bench.network.submissions, VALIDATORS[:2], strict=True):
+        assert submission.task is not None
+        assert signature_is_valid(submission, submission.task.prompt, validator.hotkey, KEYPAIR.ss58_address)
+    assert list(tmp_path.iterdir()) == []
+    assert bench.manager.first_round_done.is_set()
+    lines = [record.getMessage() for record in caplog.records]
+    for expected in (
+        "Task pulled from validator [1]",
+        "Task submitted to validator [2]",
+        "Feedback from [1]: Score=0.75, Reward=0.02",
+        "CLIP Score: 0.76",
+    ):
+        assert any(expected in line for line in lines), expected
+
+
+async def test_validators_are_asked_at_once_and_each_by_its_own_clock(bench: Bench) -> None:
+    now = int(time.time())
+    bench.network.answers = {
+        1: [PullTask(cooldown_until=now + 1), task_for(1)],  # may be asked again in 1 to 2 s
+        2: [PullTask(cooldown_until=now + 3000)],
+    }
+    started = time.time()
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    assert bench.network.pulls[:2] == [1, 2]
+    assert bench.network.pulls.count(2) == 1
+    assert time.time() > now + 1
+    assert time.time() - started < 5
+
+
+async def test_a_task_in_hand_is_not_pulled_again(bench: Bench) -> None:
+    bench.network.answers = {1: [task_for(1)] * 3}
+    bench.network.cooldown = 3000
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    await asyncio.sleep(0.05)
+    assert bench.network.pulls.count(1) == 1
+
+
+async def test_nothing_is_pulled_while_nobody_can_generate(bench: Bench) -> None:
+    bench.ready.clear()
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: True)
+    await asyncio.sleep(0.05)
+    assert bench.network.pulls == [] and not bench.manager.first_round_done.is_set()
+    bench.ready.set()
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+
+
+async def test_pulling_stops_when_the_queue_is_full(tmp_path: Path) -> None:
+    validators = [
+        Neuron(uid, bt.Keypair.create_from_uri(f"//v{uid}").ss58_address, "127.0.0.1", 9000 + uid, 1e4, True)
+        for uid in range(30)
+    ]
+    bench = Bench(tmp_path, validators)
+    bench.network.answers = {uid: [task_for(uid)] for uid in range(30)}
+    bench.manager.poll_eligible()
+    await asyncio.sleep(0.1)
+    assert bench.manager.queued == 8  # two for each of four workers, and nobody works
+    before = len(bench.network.pulls)
+    await asyncio.sleep(0.05)
+    assert len(bench.network.pulls) == before
+    await bench.run_until(lambda: bench.totals["accepted"] == 30)
+    await bench.stop()
+
+
+@pytest.mark.parametrize(
+    ("result", "threshold", "line"),
+    [
+        (Generated(b"", 0.41, "1", "score 0.41 under 0.60"), 0.6, "Validation failed"),
+        (Generated(PLY, 0.70, "1", ""), 0.75, "Validation failed"),  # this validator wants more than we do
+        (Generated(PLY, 0.59, "1", ""), 0.3, "Validation failed"),  # and this one less
+        (GenerationFailed("500"), 0.6, "Generation failed"),
+        (Generated(b"not a PLY", 0.9, "1", ""), 0.6, "Generation failed"),
+    ],
+)
+async def test_what_would_not_be_accepted_goes_out_empty(
+    bench: Bench, caplog: pytest.LogCaptureFixture, result: Generated | Exception, threshold: float, line: str
+) -> None:
+    bench.generator.result = result
+    bench.network.answers = {1: [task_for(1, validation_threshold=threshold)]}
+    await bench.run_until(lambda: bench.totals["submitted"] == 1)
+    assert [submission.results for submission in bench.network.submissions] == [""]
+    assert any(line in record.getMessage() for record in caplog.records)
+    assert bench.totals["accepted"] == 0
+
+
+@pytest.mark.parametrize("threshold", [2.0, float("nan"), float("inf"), -5.0])
+async def test_thresholds_that_make_no_sense_are_our_own(bench: Bench, threshold: float) -> None:
+    bench.network.answers = {1: [task_for(1, validation_threshold=threshold)]}
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    assert bench.network.submissions[0].results != ""
+
+
+async def test_a_task_stays_open_while_the_service_is_gone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neurons.miner.workers.DEFAULT_PAUSE_S", 0.05)
+    bench.generator.result = ServiceUnavailable("gone")
+    bench.network.answers = {1: [task_for(1), task_for(1)]}
+    await bench.run_until(lambda: bench.totals["unavailable"] == 1)
+    bench.generator.result = Generated(PLY, 0.76, "1", "")
+    async with asyncio.timeout(5):
+        while bench.totals["accepted"] == 0:
+            await asyncio.sleep(0.01)
+    assert len(bench.network.submissions) == 1
+
+
+async def test_a_failed_validation_is_said(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.network.feedback = Feedback(validation_failed=True, task_fidelity_score=0.2)
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["failed_validation"] == 1)
+    assert any("Validation failed: validator [1]" in record.getMessage() for record in caplog.records)
+
+
+# --- submission and spool
+
+
+async def test_submissions_are_repeated_until_answered(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(submitter, "RETRY_DELAYS_S", (0.01, 0.01, 0.01))
+    bench.network.submission_statuses = [None, 500]
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    assert len(bench.network.submissions) == 3
+    assert len({submission.signature for submission in bench.network.submissions}) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_refusal_is_final(bench: Bench, tmp_path: Path) -> None:
+    bench.network.submission_statuses = [403]
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["refused"] == 1)
+    assert len(bench.network.submissions) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_result_that_was_never_answered_is_kept_and_not_generated_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(submitter, "RETRY_DELAYS_S", ())
+    monkeypatch.setattr(submitter, "DEFAULT_PAUSE_S", 0.05)
+    bench.network.submission_statuses = [None]
+    bench.network.answers = {1: [task_for(1), task_for(1)]}
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    assert len(bench.generator.tasks) == 1
+    assert len(bench.network.submissions) == 2
+    assert bench.network.submissions[0].results == bench.network.submissions[1].results
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_earlier_run_s_results_are_submitted_before_polling(tmp_path: Path) -> None:
+    Spool(tmp_path).put(SpooledResult(VALIDATORS[0].hotkey, TextTask(id="old", prompt="p"), b"spz"))
+    bench = Bench(tmp_path)
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+    assert [submission.task_id for submission in bench.network.submissions] == ["old"]
+    assert bench.network.pulls == [2]  # validator 1 has announced a cooldown
+    assert list(tmp_path.iterdir()) == []
+    await bench.stop()
+
+
+async def test_what_is_not_answered_at_stop_stays_in_the_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitter, "RETRY_DELAYS_S", (60.0,))
+    bench = Bench(tmp_path)
+    bench.network.submission_statuses = [None] * 5
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: len(bench.network.submissions) == 1)
+    await bench.manager.close()
+    await asyncio.gather(*bench.workers)
+    await bench.submitter.drain(0.05)
+    entries = Spool(tmp_path).load()
+    assert [(entry.validator_hotkey, entry.task.id) for entry in entries] == [(VALIDATORS[0].hotkey, "id-1")]
+    assert spz.decompress(entries[0].result) is not None
+
+
+def test_spool_round_trip_and_hostile_ids(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    for task in (TextTask(id="../../etc/passwd\0", prompt="p\nq"), ImageTask(id="x" * 5000, prompt="aGk=")):
+        entry = SpooledResult("5V", task, b"\n\0binary\n")
+        spool.put(entry)
+        assert spool.get("5V", task) == entry
+        assert spool.get("5W", task) is None
+        assert spool.get("5V", TextTask(id=task.id, prompt="another")) is None
+    assert len(list(tmp_path.rglob("*"))) == 3  # the folder and two files in it
+    assert len(spool.load()) == 2
+    spool.remove("5V", "x" * 5000)
+    spool.remove("5V", "x" * 5000)
+    assert len(spool.load()) == 1
+
+
+def test_damaged_and_old_entries_are_dropped(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for number in (1, 2):
+        spool.put(SpooledResult("5V", TextTask(id=str(number), prompt="p"), b""))
+    old, damaged = sorted(tmp_path.iterdir())
+    os.utime(old, (time.time() - MAX_AGE_S - 5,) * 2)
+    damaged.write_bytes(b"{}\nx")
+    (tmp_path / "half.tmp").write_bytes(b"")
+    assert spool.load() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_full_disk_does_not_lose_the_submission(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(entry: SpooledResult) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench.spool, "put", full)
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["accepted"] == 1)
+
+
+# --- clocks
+
+
+@pytest.mark.parametrize("cooldown_until", [0, -5, 1, -(10**30)])
+def test_a_cooldown_in_the_past_is_a_short_pause(cooldown_until: int) -> None:
+    assert assignments.next_pull_at(cooldown_until) == pytest.approx(time.time() + 30, abs=1)
+
+
+def test_cooldowns_are_kept_but_not_for_ever() -> None:
+    now = int(time.time())
+    assert now + 300 < assignments.next_pull_at(now + 300) <= now + 302
+    assert assignments.next_pull_at(10**30) == pytest.approx(now + 4 * 3600, abs=3)
+
+
+async def test_a_silent_validator_is_asked_less_and_less(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_manager, "FIRST_RETRY_S", 0.02)
+    bench.network.answers = {1: [None] * 50, 2: [task_for(2)]}
+    await bench.run_until(lambda: bench.network.pulls.count(1) == 4)
+    assert bench.totals["accepted"] == 1  # the other one is served meanwhile
+
+
+# --- the generation service's client
+
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+async def serve(handler: Handler) -> tuple[web.AppRunner, str]:
+    app = web.Application(client_max_size=1 << 25)
+    app.router.add_route("*", "/{path:.*}", handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    return runner, f"http://127.0.0.1:{runner.addresses[0][1]}"
+
+
+async def ask_service(handler: Handler, task: Task) -> Generated:
+    runner, url = await serve(handler)
+    try:
+        async with GenerationService(url) as service:
+            return await service.generate(task)
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_generated_splat_comes_with_its_score() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        assert request.path == "/generate/"
+        form = await request.post()
+        assert form["prompt"] == "größer" and list(form) == ["prompt"]
+        return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})
+
+    assert await ask_service(handler, TextTask(id="1", prompt="größer")) == Generated(PLY, 0.76, "5", "")
+
+
+async def test_an_image_task_is_uploaded() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        upload = (await request.post())["prompt_image_file"]
+        assert isinstance(upload, web.FileField) and upload.file.read() == b"hi"
+        return web.Response(body=b"", headers={"X-Score": "nan", "X-Rejected": "gates"})
+
+    assert await ask_service(handler, ImageTask(id="1", prompt="aGk=")) == Generated(b"", None, "?", "gates")
+
+
+async def test_a_busy_service_is_asked_again_when_it_says() -> None:
+    calls: list[float] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        calls.append(time.monotonic())
+        if len(calls) < 3:
+            return web.Response(status=503, headers={"Retry-After": "0.2"})
+        return web.Response(body=PLY)
+
+    assert (await ask_service(handler, TextTask(id="1", prompt="p"))).ply == PLY
+    assert len(calls) == 3 and calls[2] - calls[0] >= 0.4
+
+
+async def test_a_service_that_is_gone_is_waited_for_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "DEFAULT_RETRY_AFTER_S", 0.05)
+    monkeypatch.setattr(generator, "UNAVAILABLE_LIMIT_S", 0.2)
+    async with GenerationService("http://127.0.0.1:9") as service:
+        started = time.monotonic()
+        with pytest.raises(ServiceUnavailable):
+            await service.generate(TextTask(id="1", prompt="p"))
+        assert 0.1 < time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 500, 504])
+async def test_other_answers_end_the_task(status: int) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=status, text="\x1b[31mbad\nline")
+
+    with pytest.raises(GenerationFailed, match=rf"{status}: '\\x1b\[31mbad\\nline'"):
+        await ask_service(handler, TextTask(id="1", prompt="p"))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TextTask(id="1", prompt=""),
+        TextTask(id="1", prompt="x" * 1025),
+        TextTask(id="1", prompt="a\x1b[2Jb"),
+        TextTask(id="1", prompt="a\nb"),
+        TextTask(id="1", prompt="\x9b"),
+        ImageTask(id="1", prompt="no base64"),
+    ],
+)
+async def test_prompts_that_are_not_fit_never_reach_the_service(task: Task) -> None:
+    async with GenerationService("http://127.0.0.1:9") as service:
+        with pytest.raises(GenerationFailed):
+            await service.generate(task)
+
+
+async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "HEALTH_INTERVAL_S", 0.01)
+    status = "loading"
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"status": status})
+
+    runner, url = await serve(handler)
+    async with GenerationService(url) as service, asyncio.timeout(5):
+        watching = asyncio.create_task(service.watch())
+        await asyncio.sleep(0.1)
+        assert not service.ready.is_set()
+        status = "ready"
+        await service.ready.wait()
+        await runner.cleanup()
+        while service.ready.is_set():
+            await asyncio.sleep(0.01)
+        watching.cancel()
+
+
+# --- the dendrite
+
+
+async def call_axon(handler: Handler) -> PullTask:
+    runner, url = await serve(handler)
+    axon = Neuron(1, VALIDATORS[0].hotkey, "127.0.0.1", int(url.rsplit(":", 1)[1]), 1e4, True).axon_info()
+    try:
+        async with ValidatorDendrite(KEYPAIR) as dendrite:
+            response = await dendrite.call(axon, PullTask(), timeout=5, deserialize=False)
+            assert list(dendrite.synapse_history) == []
+            return response
+    finally:
+        await runner.cleanup()
+
+
+async def test_a_good_answer_is_taken() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        assert request.path == "/PullTask"
+        assert request.headers["bt_header_dendrite_hotkey"] == KEYPAIR.ss58_address
+        return web.json_response({"task": {"id": "1", "prompt": "p"}}, headers={"bt_header_axon_status_code": "200"})
+
+    response = await call_axon(handler)
+    assert response.is_success and response.task == TextTask(id="1", prompt="p")
+
+
+async def test_a_flood_is_cut_off() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"task": {"id": "1", "prompt": "x" * (MAX_ANSWER_BYTES + 1)}})
+
+    response = await call_axon(handler)
+    assert not response.is_success and response.task is None
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    paths = []
+
+    async def handler(request: web.Request) -> web.Response:
+        paths.append(request.path)
+        return web.Response(status=307, headers={"Location": "/elsewhere"})
+
+    assert not (await call_axon(handler)).is_success
+    assert paths == ["/PullTask"]
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}}", '{"task": 3}', '{"cooldown_until": "never"}', '{"task": {"id": 1}}'])
+async def test_malformed_answers_are_failures(body: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=body, content_type="application/json")
+
+    response = await call_axon(handler)
+    assert not response.is_success and response.task is None
+
+
+# --- command line and log
+
+
+def test_networks_and_wallets() -> None:
+    rehearsal = options.parse([])
+    assert (rehearsal.network, rehearsal.wallet_name, rehearsal.wallet_hotkey) == ("rehearsal", "rehearsal", "miner")
+    assert rehearsal.wallet_path == Path("data/rehearsal/wallets")
+    real = options.parse(["--wallet.name", "w", "--wallet.hotkey", "h", "--wallet.path", "/k"])
+    assert (real.network, real.wallet_name, real.wallet_hotkey, str(real.wallet_path)) == ("finney", "w", "h", "/k")
+    assert (real.blacklist, real.netuid, real.workers) == (frozenset({180}), 17, 4)
+    practice = options.parse(["--wallet.name", "w", "--network", "rehearsal"])
+    assert practice.wallet_name == "rehearsal"  # the real one stays out of it
+    assert options.parse(["--subtensor.network", "ws://127.0.0.1:9944"]).network == "ws://127.0.0.1:9944"
+    assert options.parse(["--blacklist", "180", "7"]).blacklist == frozenset({7, 180})
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--network", "mainnet"],
+        ["--workers", "0"],
+        ["--validation-threshold", "1.5"],
+        ["--validation-threshold", "nan"],
+        ["--blacklist", "x"],
+        ["--generation.endpoint", "file:///etc/passwd"],
+        ["--work", "4"],
+    ],
+)
+def test_bad_arguments_are_refused(argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        options.parse(argv)
+    assert stop.value.code == 2
+
+
+def test_a_stranger_s_text_can_not_forge_a_line() -> None:
+    assert logging_setup.quoted("a\nb\x1b[2J\u2028") == "'a\\nb\\x1b[2J\\u2028'"
+    assert len(logging_setup.quoted("\x00" * 10**6)) < 160
+    formatter = logging_setup.SingleLineFormatter("%(levelname)s %(message)s")
+    record = logging.LogRecord("x", logging.INFO, "", 0, "said: %s", ("a\r\nINFO forged \x1b[2J\x9b\u2028",), None)
+    assert formatter.format(record) == "INFO said: a\\r\\nINFO forged \\x1b[2J\\x9b\\u2028"
+    try:
+        raise ValueError("a\nINFO forged")
+    except ValueError as error:
+        record.exc_info = (type(error), error, error.__traceback__)
+    assert not any(line.startswith("INFO forged") for line in formatter.format(record).split("\n"))

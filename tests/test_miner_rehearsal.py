@@ -1,0 +1,239 @@
+"""The whole miner against a rehearsal: real axons, the real dendrite, and a generation service made in place."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import numpy as np
+import pytest
+from aiohttp import web
+
+from neurons import ply, spz
+from neurons.chain import Neuron
+from neurons.miner.competitive_miner import CompetitiveMiner
+from neurons.miner.dendrite import ValidatorDendrite
+from neurons.miner.options import MinerOptions
+from neurons.protocol import PullTask, SubmitResults, make_submission
+from neurons.rehearsal.network import RehearsalNetwork, load_prompts
+from neurons.rehearsal.rules import Limits
+from neurons.rehearsal.validator import RehearsalValidator
+
+ROOT = Path(__file__).parents[1]
+# A task every 2 to 3 s from each validator.
+LIMITS = Limits().compressed(100)
+PROMPTS = load_prompts()
+
+
+def make_splat(count: int = 7_000) -> bytes:
+    names = ply.columns(0)
+    return ply.write(ply.Vertices(names, np.random.default_rng(0).normal(size=(count, len(names))).astype(np.float32)))
+
+
+class StandInService:
+    """Answers as the generation service does; `status` and `score` can be changed while it runs."""
+
+    def __init__(self) -> None:
+        self.status = "ready"
+        self.score = 0.81
+        self.splat = make_splat()
+        self.prompts: list[str] = []
+        self.scored = 0
+
+    async def __aenter__(self) -> StandInService:
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/generate/", self._generate)
+        app.router.add_post("/validate_txt_to_3d_ply/", self._validate)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.endpoint = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._runner.cleanup()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.json_response({"status": self.status})
+
+    async def _generate(self, request: web.Request) -> web.Response:
+        self.prompts.append(str((await request.post())["prompt"]))
+        return web.Response(body=self.splat, headers={"X-Score": "0.76", "X-Seed": "7"})
+
+    async def _validate(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["prompt"] in PROMPTS and body["compression"] == 2
+        vertices = ply.read(spz.decompress(base64.b64decode(body["data"])))
+        assert len(vertices.table) == 7_000
+        self.scored += 1
+        return web.json_response({"score": self.score, "alignment_score": 0.8, "iqa": 0.7, "ssim": 0.9, "lpips": 0.1})
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[StandInService]:
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("neurons"):  # bittensor's import sets the loggers that exist to CRITICAL
+            logging.getLogger(name).setLevel(logging.NOTSET)
+    async with StandInService() as service:
+        yield service
+
+
+def options(tmp_path: Path, endpoint: str) -> MinerOptions:
+    state = tmp_path / "rehearsal"
+    return MinerOptions(
+        network="rehearsal",
+        wallet_name="rehearsal",
+        wallet_hotkey="miner",
+        wallet_path=state / "wallets",
+        endpoint=endpoint,
+        spool=tmp_path / "spool",
+        rehearsal_state=state,
+        status_file=tmp_path / "run" / "miner.status",
+    )
+
+
+async def start_network(tmp_path: Path, endpoint: str, validators: int = 3) -> RehearsalNetwork:
+    network = RehearsalNetwork(tmp_path / "rehearsal", endpoint, validators, LIMITS, PROMPTS)
+    return await asyncio.to_thread(network.__enter__)
+
+
+async def until(condition: Any, seconds: float = 40) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def accepted(validator: RehearsalValidator) -> int:
+    return sum(len(miner.accepted) for miner in validator.rules.miners.values())
+
+
+async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "neurons")
+    settings = options(tmp_path, service.endpoint)
+    miner = CompetitiveMiner(settings)
+    running = asyncio.create_task(miner.run())
+    await asyncio.sleep(0.2)  # the miner comes first and has to wait for the rehearsal
+    assert "waiting for the rehearsal" in settings.status_file.read_text()  # type: ignore[union-attr]
+
+    network = await start_network(tmp_path, service.endpoint)
+    try:
+        first, second, unrewarding = network.validators
+        await until(lambda: accepted(first) >= 2 and accepted(second) >= 2)
+        status = json.loads(settings.status_file.read_text())  # type: ignore[union-attr]
+        assert (status["status"], status["validators"], status["network"]) == ("ready", 2, "rehearsal")
+        miner.stop()
+        assert await asyncio.wait_for(running, 25) == 0
+    finally:
+        await asyncio.to_thread(network.__exit__)
+
+    assert unrewarding.uid == 180 and unrewarding.pulls == 0
+    for validator in (first, second):
+        assert [state.violations for state in validator.rules.miners.values()] == [0]
+    assert set(service.prompts) <= set(PROMPTS) and service.scored >= 4
+    assert list(settings.spool.iterdir()) == []
+    assert not settings.status_file.exists()  # type: ignore[union-attr]
+    lines = [record.getMessage() for record in caplog.records]
+    for expected in (
+        "No available validators: waiting for the rehearsal",
+        "nothing is submitted to the Bittensor network",
+        "Validator [180] skipped: blacklisted UID",
+        "Task pulled from validator [1]",
+        "CLIP Score: 0.76",
+        "Task submitted to validator [2]",
+        "Feedback from [1]: Score=0.81, Reward=",
+    ):
+        assert any(expected in line for line in lines), expected
+
+
+async def test_a_low_score_costs_the_penalty(service: StandInService, tmp_path: Path) -> None:
+    service.score = 0.2
+    network = await start_network(tmp_path, service.endpoint, validators=1)
+    miner = CompetitiveMiner(options(tmp_path, service.endpoint))
+    running = asyncio.create_task(miner.run())
+    try:
+        (validator,) = network.validators
+        state = validator.rules.miners[network.miner_hotkey]
+        await until(lambda: state.cooldown_until > 0)
+        assert accepted(validator) == 0
+        assert state.cooldown_until >= state.assigned_at + LIMITS.task_cooldown + LIMITS.failure_penalty
+        miner.stop()
+        assert await asyncio.wait_for(running, 25) == 0
+    finally:
+        await asyncio.to_thread(network.__exit__)
+
+
+async def test_validators_check_senders_signatures_and_tasks(service: StandInService, tmp_path: Path) -> None:
+    network = await start_network(tmp_path, service.endpoint, validators=1)
+    keypair = bt.Wallet("rehearsal", "miner", str(tmp_path / "rehearsal" / "wallets")).hotkey
+    stranger = bt.Keypair.create_from_uri("//stranger")
+    (validator,) = network.validators
+    axon = Neuron(1, validator.hotkey, "127.0.0.1", validator.port, 1e4, True).axon_info()
+
+    async def call(sender: bt.Keypair, synapse: Any) -> Any:
+        async with ValidatorDendrite(sender) as dendrite:
+            return await dendrite.call(axon, synapse, timeout=10, deserialize=False)
+
+    try:
+        refused = await call(stranger, PullTask())
+        assert refused.task is None and refused.cooldown_until > 0
+        task = (await call(keypair, PullTask())).task
+        assert task is not None and (await call(keypair, PullTask())).task == task
+
+        result = spz.compress(service.splat)
+        by_stranger = await call(stranger, make_submission(task, result, validator.hotkey, stranger))
+        assert by_stranger.axon.status_code == 403
+
+        forged: SubmitResults = make_submission(task, result, validator.hotkey, keypair)
+        forged.submit_time += 1
+        answer = await call(keypair, forged)
+        assert answer.is_success and answer.feedback.validation_failed
+        assert answer.cooldown_until > 0 and service.scored == 0
+
+        state = validator.rules.miners[network.miner_hotkey]
+        await until(lambda: validator.rules.reason_to_refuse(network.miner_hotkey) is not None)
+        late = await call(keypair, make_submission(task, result, validator.hotkey, keypair))
+        assert late.axon.status_code == 403
+        assert state.task is None
+    finally:
+        await asyncio.to_thread(network.__exit__)
+
+
+@pytest.mark.slow
+async def test_the_two_processes(service: StandInService, tmp_path: Path) -> None:
+    def start(*arguments: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL)
+
+    state, status = tmp_path / "state", tmp_path / "miner.status"
+    rehearsal = start(
+        *("neurons.rehearsal", "--validators", "2", "--time-scale", "100", "--state", str(state)),
+        *("--endpoint", service.endpoint, "--logging.file", str(tmp_path / "rehearsal.log")),
+    )
+    miner = start(
+        *("neurons.serve_miner_competitive", "--network", "rehearsal", "--rehearsal.state", str(state)),
+        *("--generation.endpoint", service.endpoint, "--spool", str(tmp_path / "spool")),
+        *("--logging.file", str(tmp_path / "miner.log"), "--status-file", str(status)),
+    )
+    try:
+        await until(lambda: status.exists() and '"status": "ready"' in status.read_text(), 60)
+        await until(lambda: "Feedback from [1]: Score=0.81" in (tmp_path / "miner.log").read_text(), 60)
+        for process in (miner, rehearsal):
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 30) == 0
+    finally:
+        for process in (miner, rehearsal):
+            process.kill()
+            process.wait()
+    assert not status.exists() and not (state / "network.json").exists()
+    for log_file in ("miner.log", "rehearsal.log"):
+        assert "Traceback" not in (tmp_path / log_file).read_text()
+    assert "accepted: 'a " in (tmp_path / "rehearsal.log").read_text()
