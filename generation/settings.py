@@ -150,13 +150,17 @@ class Models(_Schema):
     def load(cls, path: Path) -> Models:
         """Read a models file. Folders in it are relative to the file. Raises SettingsError."""
         models = _validate(cls, read_yaml(path), str(path))
-        stages = {stage: choice for stage, choice in models if isinstance(choice, ModelChoice)}
         absolute = {
             stage: choice.model_copy(update={"model": str((path.parent / choice.model).resolve())})
-            for stage, choice in stages.items()
+            for stage, choice in models.stages.items()
             if choice.model.startswith((".", "/"))
         }
         return models.model_copy(update=absolute)
+
+    @property
+    def stages(self) -> dict[str, ModelChoice]:
+        """The chosen checkpoint of each stage, by the stage's name."""
+        return {stage: choice for stage, choice in self if isinstance(choice, ModelChoice)}
 
 
 class Arguments(_Schema):

@@ -1,0 +1,151 @@
+"""Which checkpoints exist: where each comes from, at which revision, under which licence.
+
+Revisions are commit hashes as several public projects pin them; where no such pin was found the entry says ``main``,
+which is whatever the machine's cache holds under that name, and ``pinned`` is False.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from generation.settings import ModelChoice
+
+
+class WeightsError(ValueError):
+    """Weights that are missing or can not be used. The message names the model and what to do."""
+
+
+@dataclass(frozen=True)
+class ClipUse:
+    """How a CLIP model's cosines become a score of 0 to 1, and how pixels are prepared for that."""
+
+    cosine_scale: float  # the text-image cosine that counts as 1
+    image_cosine_scale: float = 1.0  # the same for image-image cosines
+    # None: as the model's own preprocessing says
+    image_size: int | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint: a Hugging Face repository at a revision, or a folder with a ``card.json``."""
+
+    name: str
+    licence: str
+    revision: str
+    repo: str | None = None
+    folder: Path | None = None
+    files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
+    size_gb: float = 0.0
+    gated: bool = False  # the hub wants its licence accepted before it hands the files out
+    clip: ClipUse | None = None
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit hash, so that it can not change under us."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
+
+
+_BIREFNET_FILES = ("config.json", "BiRefNet_config.py", "birefnet.py", "model.safetensors")
+
+REGISTRY = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            name="flux.1-schnell",
+            repo="black-forest-labs/FLUX.1-schnell",
+            revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
+            licence="Apache-2.0",
+            size_gb=33.7,
+            gated=True,
+            files=(
+                "model_index.json",
+                "scheduler/*",
+                "text_encoder/*",
+                "text_encoder_2/*",
+                "tokenizer/*",
+                "tokenizer_2/*",
+                "transformer/*",
+                "vae/*",
+            ),
+        ),
+        Entry(
+            name="rmbg-2.0",
+            repo="briaai/RMBG-2.0",
+            revision="5df4c9c76d8170882c34f6986e848ee07fd0ba43",
+            licence="CC BY-NC 4.0 (no commercial use without an agreement with BRIA)",
+            size_gb=0.9,
+            gated=True,
+            files=_BIREFNET_FILES,
+        ),
+        Entry(
+            name="birefnet",
+            repo="ZhengPeng7/BiRefNet",
+            revision="e2bf8e4460fc8fa32bba5ea4d94b3233d367b0e4",
+            licence="MIT",
+            size_gb=0.45,
+            files=_BIREFNET_FILES,
+        ),
+        Entry(
+            name="mvdream-sd2.1",
+            repo="ashawkey/mvdream-sd2.1-diffusers",
+            revision="main",
+            licence="OpenRAIL",
+            size_gb=2.6,
+            files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
+        ),
+        Entry(
+            name="clip-convnext-large-d",
+            repo="laion/CLIP-convnext_large_d.laion2B-s26B-b102K-augreg",
+            revision="main",
+            licence="MIT",
+            size_gb=1.4,
+            files=("open_clip_config.json", "open_clip_*model.*"),
+            # All of it as the validators' scorer has it, which the constant 0.35 belongs to: 224 pixels where the model
+            # was made for 256, and three times the mean and deviation that it was trained with.
+            clip=ClipUse(
+                cosine_scale=0.35,
+                image_size=224,
+                mean=(3 * 0.48145466, 3 * 0.4578275, 3 * 0.40821073),
+                std=(3 * 0.26862954, 3 * 0.26130258, 3 * 0.27577711),
+            ),
+        ),
+    )
+}
+
+
+def lookup(choice: ModelChoice) -> Entry:
+    """The entry that a models file chooses. Raises WeightsError for an unknown name or a folder without a card."""
+    if Path(choice.model).is_absolute():
+        return _from_card(Path(choice.model))
+    try:
+        entry = REGISTRY[choice.model]
+    except KeyError:
+        known = ", ".join(REGISTRY)
+        raise WeightsError(f"model {choice.model!r} is unknown; known: {known}; a folder starts with ./ or /") from None
+    if choice.revision is None:
+        return entry
+    return replace(entry, revision=choice.revision)
+
+
+def _from_card(folder: Path) -> Entry:
+    path = folder / "card.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        name, licence = str(card["name"]), str(card["licence"])
+        scales = {key: float(card[key]) for key in ("cosine_scale", "image_cosine_scale") if key in card}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path}: must be a JSON card with name and licence ({error!r})") from error
+    for key, value in scales.items():
+        if not 0 < value <= 1:
+            raise WeightsError(f"{path}: {key}: {value} is outside of 0 (not included) to 1")
+    clip = None
+    if "cosine_scale" in scales:
+        clip = ClipUse(scales["cosine_scale"], scales.get("image_cosine_scale", 1.0))
+    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)

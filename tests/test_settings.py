@@ -1,0 +1,180 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from generation import settings, weights
+from generation.settings import CONFIGS, DreamGaussianOptions, Models, Settings, SettingsError
+
+# The keys of upstream's configs/text_mv.yaml and their values, in an order of our own.
+UPSTREAM = """
+input:
+prompt:
+mesh:
+load:
+save_path: ???
+outdir: logs
+mesh_format: obj
+negative_prompt: "ugly, blurry"
+elevation: 0
+ref_size: 256
+density_thresh: 1
+lambda_sd: 1
+lambda_zero123: 0
+mvdream: True
+batch_size: 1
+iters: 500
+iters_refine: 50
+anneal_timestep: True
+radius: 2.5
+fovy: 49.1
+train_geo: False
+invert_bg_prob: 0.5
+gui: False
+force_cuda_rast: False
+H: 800
+W: 800
+num_pts: 5000
+sh_degree: 0
+position_lr_init: 0.001
+position_lr_final: 0.00002
+position_lr_delay_mult: 0.02
+position_lr_max_steps: 300
+feature_lr: 0.01
+opacity_lr: 0.05
+scaling_lr: 0.005
+rotation_lr: 0.005
+percent_dense: 0.01
+density_start_iter: 0
+density_end_iter: 3000
+densification_interval: 50
+opacity_reset_interval: 700
+densify_grad_threshold: 0.01
+geom_lr: 0.0001
+texture_lr: 0.2
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_upstream_config_loads_with_one_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        options = DreamGaussianOptions.load(write(tmp_path, UPSTREAM))
+    assert options == DreamGaussianOptions(negative_prompt="ugly, blurry")  # the defaults are upstream's
+    (record,) = caplog.records
+    assert all(key in record.getMessage() for key in ("lambda_zero123", "save_path", "texture_lr", "H"))
+    assert "num_pts" not in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("iters: 10001", ("iters", "10001", "10000")),
+        ("iters: 0", ("iters", "0", "1")),
+        ("ref_size: 8", ("ref_size", "8", "16")),
+        ("iters: many", ("iters", "many", "integer")),
+        ("lambda_sd: .nan", ("lambda_sd", "nan", "finite")),
+        ("init: cube", ("init", "cube", "'ball' or 'views'")),
+        ("background: 1.5", ("background", "1.5", "1")),
+        ("- iters", ("keys with values",)),
+        ("iters: [", ("can not be read as YAML",)),
+    ],
+)
+def test_bad_option_names_file_key_value_and_limit(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as error:
+        DreamGaussianOptions.load(path)
+    assert str(path) in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_missing_config_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.yaml"):
+        DreamGaussianOptions.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_mv_*.yaml")), ids=lambda path: path.name)
+def test_own_configs_use_known_keys_only(path, caplog):
+    DreamGaussianOptions.load(path)
+    assert not caplog.records
+
+
+def test_own_configs_are_as_fast_as_they_say():
+    assert DreamGaussianOptions.load(CONFIGS / "text_mv_fast.yaml").iters == 250
+    assert DreamGaussianOptions.load(CONFIGS / "text_mv_ultra_fast.yaml").iters == 150
+
+
+@pytest.mark.parametrize("profile", ["full", "tiny"])
+def test_models_files_name_checkpoints_that_exist(profile):
+    models = Models.load(settings.PROFILES[profile][0])
+    assert list(models.stages) == ["text_to_image", "background", "mvdream", "clip"]
+    for choice in models.stages.values():
+        if profile == "full":
+            assert weights.lookup(choice).repo
+        else:
+            assert Path(choice.model).is_absolute()
+
+
+def test_prompt_template_must_have_its_place(tmp_path):
+    text = settings.PROFILES["tiny"][0].read_text().replace("steps: 4", "steps: 4\n  prompt_template: a thing")
+    with pytest.raises(SettingsError, match=r"prompt_template.*exactly once"):
+        Models.load(write(tmp_path, text))
+
+
+class TestResolve:
+    @pytest.fixture
+    def machine(self, monkeypatch):
+        """Pretends a machine with or without a GPU and the full-size weights."""
+
+        def pretend(gpu: bool, absent: list[str]) -> None:
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+            monkeypatch.setattr(weights, "missing", lambda models: absent)
+
+        return pretend
+
+    @pytest.mark.parametrize(
+        ("gpu", "absent", "profile", "words"),
+        [
+            (True, [], "full", "all full-size weights are there"),
+            (True, ["flux is not here"], "tiny", "flux is not here"),
+            (False, [], "tiny", "no CUDA GPU"),
+        ],
+    )
+    def test_auto_says_why(self, machine, gpu, absent, profile, words):
+        machine(gpu, absent)
+        resolved = Settings.resolve({})
+        assert resolved.profile == profile
+        assert words in resolved.profile_reason
+        assert resolved.config == settings.PROFILES[profile][1]
+
+    def test_full_without_weights_is_refused(self, machine):
+        machine(True, ["flux is not here"])
+        with pytest.raises(SettingsError, match="flux is not here"):
+            Settings.resolve({"profile": "full"})
+
+    def test_values_override(self, machine, tmp_path):
+        machine(False, [])
+        config = write(tmp_path, "iters: 7")
+        resolved = Settings.resolve({"profile": "tiny", "config": str(config), "flux_steps": "2", "port": None})
+        assert (resolved.options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"port": 0}, ("port", "0", "1")),
+            ({"port": 65536}, ("port", "65536", "65535")),
+            ({"validation_threshold": 1.5}, ("validation_threshold", "1.5", "1")),
+            ({"flux_steps": 51}, ("flux_steps", "51", "50")),
+            ({"profile": "huge"}, ("profile", "huge", "'tiny'")),
+            ({"prot": 1}, ("prot",)),
+        ],
+    )
+    def test_bad_argument_names_key_value_and_limit(self, values, words):
+        with pytest.raises(SettingsError) as error:
+            Settings.resolve(values)
+        assert all(word in str(error.value) for word in words), str(error.value)

@@ -1,0 +1,112 @@
+import json
+
+import pytest
+
+from generation.settings import ModelChoice
+from generation.weights import WeightsError, local_folder, lookup
+from generation.weights.loading import download_command
+from generation.weights.registry import REGISTRY
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local hub cache of the standard layout; returns a function that puts files of an entry into it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(entry, files: dict[str, str]):
+        root = tmp_path / f"models--{entry.repo.replace('/', '--')}"
+        commit = entry.revision if entry.pinned else "0" * 40
+        if not entry.pinned:
+            (root / "refs").mkdir(parents=True)
+            (root / "refs" / entry.revision).write_text(commit)
+        for name, text in files.items():
+            path = root / "snapshots" / commit / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return root / "snapshots" / commit
+
+    return put
+
+
+def test_every_entry_is_complete():
+    for name, entry in REGISTRY.items():
+        assert entry.name == name
+        assert entry.repo and entry.licence and entry.files and entry.size_gb > 0
+        assert entry.pinned or entry.revision == "main"
+    assert REGISTRY["clip-convnext-large-d"].clip.cosine_scale == 0.35
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(WeightsError, match=r"'flux'.*birefnet"):
+        lookup(ModelChoice(model="flux"))
+
+
+def test_a_chosen_revision_replaces_the_registrys():
+    entry = lookup(ModelChoice(model="birefnet", revision="a" * 40))
+    assert entry.revision == "a" * 40
+    assert entry.repo == REGISTRY["birefnet"].repo
+
+
+def test_absent_weights_say_how_to_get_them(hub):
+    with pytest.raises(WeightsError, match=r"rmbg-2.0 is not on this machine.*hf download briaai/RMBG-2.0.*licence"):
+        local_folder(REGISTRY["rmbg-2.0"])
+
+
+@pytest.mark.parametrize("name", ["birefnet", "mvdream-sd2.1"])  # pinned, and by the name of a branch
+def test_cached_weights_are_found(hub, name):
+    entry = REGISTRY[name]
+    folder = hub(entry, {pattern.replace("*", "model.safetensors"): "" for pattern in entry.files})
+    assert local_folder(entry) == folder
+
+
+def test_incomplete_weights_are_named(hub):
+    entry = REGISTRY["birefnet"]
+    hub(entry, {"config.json": "", "birefnet.py": "", "BiRefNet_config.py": ""})
+    with pytest.raises(WeightsError, match=r"lacks model\.safetensors"):
+        local_folder(entry)
+
+
+def test_an_absent_shard_is_named(hub):
+    entry = REGISTRY["flux.1-schnell"]
+    files = {pattern.replace("*", "model.safetensors"): "" for pattern in entry.files}
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    files["transformer/model.safetensors.index.json"] = json.dumps(index)
+    files["transformer/model-00001-of-00002.safetensors"] = ""
+    hub(entry, files)
+    with pytest.raises(WeightsError, match=r"lacks transformer/model-00002-of-00002\.safetensors;"):
+        local_folder(entry)
+
+
+def test_download_command_takes_the_used_files_only():
+    command = download_command(REGISTRY["birefnet"])
+    assert "--revision e2bf8e4460fc8fa32bba5ea4d94b3233d367b0e4" in command
+    assert command.count("--include") == len(REGISTRY["birefnet"].files)
+
+
+class TestCard:
+    def choice(self, tmp_path, card) -> ModelChoice:
+        (tmp_path / "card.json").write_text(card if isinstance(card, str) else json.dumps(card))
+        return ModelChoice(model=str(tmp_path))
+
+    def test_is_read(self, tmp_path):
+        entry = lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT", "cosine_scale": 0.7, "seed": 1}))
+        assert (entry.name, entry.licence, entry.clip.cosine_scale) == ("small", "MIT", 0.7)
+        assert local_folder(entry) == tmp_path
+        assert not entry.pinned
+
+    def test_without_cosine_scale_is_no_clip(self, tmp_path):
+        assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).clip is None
+
+    @pytest.mark.parametrize("card", ["{", "[]", {"name": "small"}, {"name": "a", "licence": "b", "cosine_scale": "x"}])
+    def test_unusable(self, tmp_path, card):
+        with pytest.raises(WeightsError, match=r"card\.json"):
+            lookup(self.choice(tmp_path, card))
+
+    @pytest.mark.parametrize("scale", [0, -1, 1.1, float("nan")])
+    def test_scale_out_of_range(self, tmp_path, scale):
+        with pytest.raises(WeightsError, match="cosine_scale"):
+            lookup(self.choice(tmp_path, {"name": "a", "licence": "b", "cosine_scale": scale}))
+
+    def test_absent(self, tmp_path):
+        with pytest.raises(WeightsError, match=r"card\.json"):
+            lookup(ModelChoice(model=str(tmp_path)))
