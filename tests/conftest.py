@@ -1,0 +1,24 @@
+"""Fixtures that more than one test file uses."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def mini_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models file that names random mini checkpoints of the true layouts."""
+    from tests.mini_checkpoints import build
+
+    return build(tmp_path_factory.mktemp("mini"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to connect fails the test, whatever the environment says about being offline."""
+
+    def refuse(self: object, address: object) -> None:
+        raise AssertionError(f"something tried to connect to {address}")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.socket.connect_ex", refuse)
