@@ -1,0 +1,196 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from generation import self_check
+from generation.self_check import SelfCheck, drop_outliers, fit_to_frame, neighbour_ssim, render_views, run_gates
+from generation.settings import Models
+from generation.splats.gaussians import Gaussians
+from generation.weights import WeightsError, local_folder, lookup
+from tests.standins import ball, colour_check
+
+
+class TestGates:
+    def test_a_good_splat_passes_all(self):
+        gates = run_gates(ball())
+        assert all(gate.passed and not gate.reason for gate in gates.values())
+
+    @pytest.mark.parametrize(("count", "passed"), [(6999, False), (7000, True)])
+    def test_number(self, count, passed):
+        gate = run_gates(ball(count=count))["min_gaussians"]
+        assert gate.passed is passed
+        if not passed:
+            assert "6999" in gate.reason and "7000" in gate.reason
+
+    @pytest.mark.parametrize(("hidden", "passed"), [(8000, True), (8001, False)])
+    def test_opacity_share(self, hidden, passed):
+        gaussians = ball(count=10_000)
+        gaussians.logit_opacities[:hidden] = -9.2
+        assert run_gates(gaussians)["opacity"].passed is passed
+
+    def test_rotations_all_identity(self):
+        gaussians = ball()
+        gaussians.quats[:] = torch.tensor([1.0, 0, 0, 0])
+        assert not run_gates(gaussians)["rotations"].passed
+        gaussians.quats[:] = torch.tensor([-3.0, 0, 0, 0])  # the same rotation
+        assert not run_gates(gaussians)["rotations"].passed
+        gaussians.quats[5] = torch.tensor([1.0, 0.1, 0, 0])
+        assert run_gates(gaussians)["rotations"].passed
+
+    @pytest.mark.parametrize("name", ["means", "quats", "log_scales", "logit_opacities", "sh"])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_not_finite(self, name, value):
+        gaussians = ball()
+        getattr(gaussians, name)[3] = value
+        assert not run_gates(gaussians)["finite"].passed
+
+    def test_bounding_box(self):
+        assert not run_gates(ball(radius=0.01))["box_side"].passed
+        far = ball()
+        far.means += 3000
+        assert not run_gates(far)["max_coordinate"].passed
+
+    def test_nothing_at_all(self):
+        empty = Gaussians(*(torch.zeros(shape) for shape in ((0, 3), (0, 4), (0, 3), (0,), (0, 1, 3))))
+        assert not run_gates(empty)["min_gaussians"].passed
+
+    def test_a_failed_gate_ends_the_check(self, monkeypatch):
+        monkeypatch.setattr(self_check, "render_views", None)
+        check = colour_check().check(ball(count=100), "a red ball")
+        assert check.score is None
+        assert check.failed_gate is not None and check.failed_gate.startswith("min_gaussians: 100 Gaussians")
+
+
+class TestFrame:
+    def test_box_and_centre(self):
+        moved = ball(radius=3.0)
+        moved.means += torch.tensor([10.0, -4.0, 2.0])
+        fitted = fit_to_frame(moved)
+        side = (fitted.means.amax(0) - fitted.means.amin(0)).max()
+        assert math.isclose(side, 1.5, rel_tol=1e-4)
+        assert fitted.means.mean(0).abs().max() < 1e-4
+
+    def test_views_do_not_depend_on_place_and_size(self):
+        moved = ball(radius=2.0)
+        moved.means += 5.0
+        close = (render_views(fit_to_frame(ball())) - render_views(fit_to_frame(moved))).abs()
+        assert close.mean() < 1e-3
+
+    def test_views_are_the_validators(self):
+        gaussians = ball("blue")
+        gaussians.log_scales[:] = math.log(0.01)  # thin, so that the ball ends where its points are
+        views = render_views(fit_to_frame(gaussians))
+        assert views.shape == (16, 3, 224, 224)
+        assert torch.equal(views[:, :, 0, 0], torch.ones(16, 3))  # white background
+        assert torch.equal(views[0], views[15])  # azimuth 0 and 360
+        assert torch.equal((views * 255).round() / 255, views)  # 8 bits
+        # A sphere of radius 0.75 at a distance of 2.5 and 49.1 degrees covers this share of the width.
+        expected = math.tan(math.asin(0.75 / 2.5)) / math.tan(math.radians(49.1 / 2))
+        covered = (views[0].amin(0) < 0.5).any(0).float().mean()
+        assert abs(float(covered) - expected) < 0.05
+
+    def test_azimuth_and_elevation(self):
+        """A ball that is red in front, green on top: seen from the front and from 15 degrees above."""
+        gaussians = ball("blue")
+        gaussians.sh[gaussians.means[:, 2] > 0.25] = ball("red", count=1).sh
+        gaussians.sh[gaussians.means[:, 1] > 0.45] = ball("green", count=1).sh
+        views = render_views(fit_to_frame(gaussians))
+        red, green, blue = (views[:, i] - views.sum(1) / 3 for i in range(3))
+        assert (red[0] > 0.3).sum() > 20 * (red[8] > 0.3).sum()  # 8: azimuth 192
+        assert ((green > 0.3).sum(dim=(1, 2)) > 50).all()
+        below = render_views(fit_to_frame(replace(gaussians, means=gaussians.means * torch.tensor([1.0, -1.0, 1.0]))))
+        assert ((below[:, 1] - below.sum(1) / 3 > 0.3).sum(dim=(1, 2)) < (green > 0.3).sum(dim=(1, 2))).all()
+        assert blue[8].max() > 0.3
+
+
+class TestScore:
+    def test_a_right_prompt_scores_above_a_wrong_one(self):
+        check = colour_check()
+        right, wrong = check.check(ball("red"), "a red ball"), check.check(ball("red"), "a blue ball")
+        assert right.score > 0.9 > 0.3 > wrong.score
+        assert len(right.cosines) == 16
+        assert right.ssim > 0.9
+
+    def test_scale_and_clamp(self):
+        images = torch.ones(16, 3, 64, 64)
+        images[:, :, 16:48, 16:48] = torch.tensor([1.0, 1.0, 0.0])[:, None, None]  # yellow: cosine 0.7071 with red
+        score, cosines = colour_check().score_images(images, "a red square")
+        assert score == pytest.approx(math.sqrt(0.5), abs=1e-3)
+        assert cosines == pytest.approx([math.sqrt(0.5)] * 16, abs=1e-3)
+        assert colour_check(cosine_scale=0.9).score_images(images, "red")[0] == pytest.approx(0.7857, abs=1e-3)
+        assert colour_check(cosine_scale=0.35).score_images(images, "red")[0] == 1.0
+
+    def test_geometric_mean_of_what_is_kept(self):
+        check = colour_check()
+        images = torch.ones(4, 3, 64, 64)  # fewer than have five neighbours: all are kept
+        for image, colour in zip(images, [(1.0, 0, 0), (1.0, 0, 0), (1.0, 1, 0), (1.0, 1, 0)], strict=True):
+            image[:] = torch.tensor(colour)[:, None, None]
+        assert check.score_images(images, "red")[0] == pytest.approx(math.sqrt(math.sqrt(0.5)), abs=1e-3)
+
+    def test_no_likeness_is_zero_not_an_error(self):
+        images = torch.zeros(16, 3, 64, 64)
+        images[:, 2] = 1.0
+        assert colour_check().score_images(images, "red")[0] == pytest.approx(0, abs=1e-4)
+
+    def test_image_prompts_compare_images(self):
+        check = colour_check(image_cosine_scale=0.9)
+        picture = Image.new("RGBA", (50, 40))  # transparent: white
+        picture.paste((255, 255, 0, 255), (10, 10, 40, 30))
+        red, yellow = torch.ones(16, 3, 64, 64), torch.ones(16, 3, 64, 64)
+        red[:, 1:, 20:40, 20:40] = 0
+        yellow[:, 2:, 20:40, 20:40] = 0
+        assert check.score_images(yellow, picture)[0] == 1.0
+        assert check.score_images(red, picture)[0] == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
+
+
+class TestOutliers:
+    def test_two_of_sixteen_go(self):
+        values = torch.cat([torch.linspace(0.20, 0.26, 14), torch.tensor([0.02, 0.9])])
+        kept = drop_outliers(values)
+        assert len(kept) == 14
+        assert kept.min() == pytest.approx(0.20) and kept.max() == pytest.approx(0.26)
+
+    def test_equal_values_all_stay(self):
+        assert len(drop_outliers(torch.full((16,), 0.3))) == 16
+
+    def test_order_does_not_matter(self):
+        values = torch.rand(16, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(drop_outliers(values).sort().values, drop_outliers(values.flip(0)).sort().values)
+
+
+def test_ssim():
+    generator = torch.Generator().manual_seed(0)
+    same = torch.rand(1, 3, 32, 32, generator=generator).expand(16, -1, -1, -1)
+    assert neighbour_ssim(same) == pytest.approx(1.0, abs=1e-4)
+    assert neighbour_ssim(torch.rand(16, 3, 32, 32, generator=generator)) < 0.1
+    shifted = torch.full((16, 3, 32, 32), 0.2)
+    shifted[::2] = 0.6  # constant pictures: only the luminance term is left
+    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
+    assert neighbour_ssim(shifted) == pytest.approx(expected, abs=1e-3)
+
+
+class TestLoading:
+    def test_open_clip_folder_without_network(self, mini_models, no_network):
+        choice = Models.load(mini_models).clip
+        entry = lookup(choice)
+        check = SelfCheck.load(local_folder(entry), choice, entry.clip, "cpu")
+        score, cosines = check.score_images(torch.rand(16, 3, 224, 224), "a red cube")
+        assert 0 <= score <= 1
+        assert len(cosines) == 16 and all(-1 <= cosine <= 1 for cosine in cosines)
+
+    def test_clip_without_a_scale_is_refused(self, mini_models):
+        choice = Models.load(mini_models).clip
+        with pytest.raises(WeightsError, match="cosine_scale"):
+            SelfCheck.load(local_folder(lookup(choice)), choice, None, "cpu")
+
+    def test_a_folder_without_weights_is_refused(self, mini_models, tmp_path):
+        choice = Models.load(mini_models).clip
+        entry = lookup(choice)
+        config = json.loads((local_folder(entry) / "open_clip_config.json").read_text())
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="not a usable open_clip model"):
+            SelfCheck.load(tmp_path, choice, entry.clip, "cpu")
