@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -99,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = uvicorn.Config(
         create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
     )
+    # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listener])
     log.info("Stopped")
     return 0

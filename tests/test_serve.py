@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from generation.logging_setup import SingleLineFormatter, setup_logging
 from generation.serve_competitive import listen, main
+from tests.service_harness import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,3 +98,35 @@ def test_the_log_rotates_and_keeps_five(tmp_path: Path, monkeypatch: pytest.Monk
         logging.captureWarnings(False)
     assert "line 99" in path.read_text()
     assert sorted(p.name for p in path.parent.iterdir()) == ["service.log", *(f"service.log.{i}" for i in range(1, 6))]
+
+
+def test_it_stops_in_good_order_on_sigterm(tmp_path: Path) -> None:
+    """Even while it still loads, or failed to: with models that are not there, /health tells so until it is ended."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = tmp_path / "models.yaml"
+    names = ("text_to_image", "background", "mvdream", "clip")
+    sizes = {"text_to_image": ", image_size: 64", "background": ", image_size: 64"}
+    models.write_text("".join(f"{name}: {{model: ./nowhere{sizes.get(name, '')}}}\n" for name in names))
+    log = tmp_path / "log"
+    arguments = ["--port", str(port), "--models", str(models), "--log-file", str(log)]
+    command = [sys.executable, "-m", "generation.serve_competitive", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}/health"
+            wait_until(lambda: health(url).get("status") == "failed")
+            assert health(url)["reason"].startswith("loading failed: ")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+    assert log.read_text().splitlines()[-1].endswith("Stopped")
+
+
+def health(url: str) -> dict[str, Any]:
+    """Empty while nobody answers."""
+    try:
+        return dict(httpx.get(url, timeout=PATIENCE_S).json())
+    except httpx.TransportError:
+        return {}
