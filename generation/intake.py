@@ -8,6 +8,7 @@ import binascii
 import io
 import json
 import re
+import threading
 import unicodedata
 from email.message import Message as HeaderMessage
 from typing import Annotated, Any
@@ -34,6 +35,7 @@ DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed")
 # More than any stage looks at; an upload of 4096 x 4096 should not wait in the queue at full size.
 KEPT_IMAGE_SIDE = 2048
+_decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
 
 
 class ApiError(Exception):
@@ -150,6 +152,11 @@ def decode_image(data: bytes, field: str) -> Image.Image:
     """An uploaded image as RGB or RGBA, upright. Its size is checked before a pixel is decoded. Raises ApiError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise ApiError(413, field, f"over {MAX_IMAGE_BYTES} bytes", MAX_IMAGE_BYTES)
+    with _decoders:
+        return _decode_image(data, field)
+
+
+def _decode_image(data: bytes, field: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
         if max(image.size) > MAX_IMAGE_SIDE:
