@@ -62,8 +62,7 @@ async def fetch(network: str, netuid: int) -> Metagraph:
         raise MetagraphUnavailable(f"{network}: no metagraph of subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s") from error
     except Exception as error:
         # The substrate client lets whatever its websocket and decoder raise through.
-        reason = str(error) or repr(error.__cause__)
-        raise MetagraphUnavailable(f"{network}: {type(error).__name__}: {reason}") from error
+        raise MetagraphUnavailable(f"{network}: {type(error).__name__} {error}".rstrip()) from error
 
 
 def from_chain(metagraph: Any) -> Metagraph:

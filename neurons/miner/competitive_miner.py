@@ -150,6 +150,8 @@ class CompetitiveMiner:
     async def _keep_in_sync(self, hotkey: str, directory: ValidatorDirectory, manager: AsyncTaskManager) -> None:
         interval = REHEARSAL_SYNC_INTERVAL_S if self._options.network == REHEARSAL else SYNC_INTERVAL_S
         retry = FIRST_SYNC_RETRY_S
+        self._status = f"reading the metagraph of {self._options.network}"
+        log.info("Reading the metagraph of subnet %d on %s", self._options.netuid, self._options.network)
         while True:
             problem = await self._sync(hotkey, directory, manager)
             if problem is None:
