@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from generation.background import BackgroundRemover, NothingInImage, recentre
-from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_frame, to_tensor
+from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_frame, neighbour_ssim, to_tensor
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
@@ -207,7 +207,8 @@ class Pipeline:
         check = self._self_check.check(ply.read(ply_data).to(self._device), prompt)
         alignment = check.score or 0.0
         score = alignment if alignment >= MIN_ALIGNMENT else 0.0
-        return Scores(score, alignment, iqa=None, ssim=check.ssim, lpips=None, gates=check.gates)
+        ssim = None if check.views is None else neighbour_ssim(check.views)
+        return Scores(score, alignment, iqa=None, ssim=ssim, lpips=None, gates=check.gates)
 
     def _draw(self, job: _Job) -> None:
         request = job.request

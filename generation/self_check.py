@@ -62,7 +62,7 @@ class Check:
     gates: dict[str, GateResult]
     score: float | None = None  # 0..1
     cosines: list[float] = field(default_factory=list)  # of each view with the prompt, outliers included
-    ssim: float | None = None  # between neighbouring views
+    views: Tensor | None = None  # (16, 3, 224, 224), what the validators see
 
     @property
     def failed_gate(self) -> str | None:
@@ -107,7 +107,7 @@ class SelfCheck:
             return Check(gates)
         images = render_views(fit_to_frame(gaussians).to(self._device))
         score, cosines = self.score_images(images, prompt)
-        return Check(gates, score, cosines, neighbour_ssim(images))
+        return Check(gates, score, cosines, images)
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompt: str | Image.Image) -> tuple[float, list[float]]:

@@ -1,4 +1,5 @@
 import logging
+import sys
 import time
 from types import SimpleNamespace
 
@@ -7,8 +8,9 @@ import torch
 from PIL import Image
 
 from generation.pipeline import Cancelled, Pipeline, Request
-from generation.settings import DreamGaussianOptions
+from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
+from generation.weights import WeightsError
 from tests.standins import COLOURS, ball, colour_check
 
 STAGES = ["text_to_image", "background", "dreamgaussian", "self_check"]
@@ -233,28 +235,66 @@ class TestValidate:
         assert pipeline.validate(ply.write(ball("red")), picture).score > 0.9
 
 
+def test_load_announces_and_names_every_model(mini_models, no_network, monkeypatch, sculptor):
+    made = []
+
+    class MVDream:
+        @staticmethod
+        def load(folder, device, dtype):
+            assert (folder / "unet" / "config.json").is_file() and (device, dtype) == ("cpu", torch.float32)
+            return "guidance"
+
+    def dreamgaussian(guidance, options, device, remove_background):
+        assert guidance == "guidance"
+        assert remove_background(torch.rand(4, 3, 32, 32)).shape == (4, 1, 32, 32)
+        made.append(options)
+        return sculptor
+
+    stand_in = SimpleNamespace(DreamGaussian=dreamgaussian, MVDream=MVDream)
+    monkeypatch.setitem(sys.modules, "generation.dreamgaussian", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = Settings.resolve({"profile": "tiny", "models": mini_models})
+    told: list[str] = []
+    pipeline = Pipeline.load(settings, told.append)
+    assert made == [settings.options]
+    assert len(told) == 4
+    assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
+        (stage, f"mini-{folder}", "MIT", "cpu")
+        for stage, folder in zip(settings.models.stages, ["flux", "background", "mvdream", "clip"], strict=True)
+    ]
+    monkeypatch.setattr(sculptor, "start", lambda cutout, prompt, seed: Scene(torch.ones(4, 64, 64), prompt, seed, 5))
+    monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
+    monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
+    (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
+    assert asset.ply and list(asset.report.seconds) == STAGES
+
+
+def test_load_without_weights_says_which(tmp_path, mini_models, sculptor, monkeypatch):
+    monkeypatch.setitem(sys.modules, "generation.dreamgaussian", SimpleNamespace(DreamGaussian=None, MVDream=None))
+    models = tmp_path / "models.yaml"
+    text = mini_models.read_text().replace("./mvdream", "mvdream-sd2.1")
+    models.write_text(text.replace("./", f"{mini_models.parent}/"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: hf download"):
+        Pipeline.load(Settings.resolve({"profile": "tiny", "models": models}))
+
+
 @pytest.mark.slow
 def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     """Every stage's real class with random weights: the way is right, whatever the outcome says."""
-    pytest.importorskip("generation.dreamgaussian.scenes")
-    from generation.settings import Settings
-
+    if not hasattr(pytest.importorskip("generation.dreamgaussian"), "DreamGaussian"):
+        pytest.skip("no optimiser yet")
     config = tmp_path / "config.yaml"
     config.write_text(
         "iters: 3\nref_size: 64\nrender_size: 64\nnum_pts: 7500\ninit: ball\ndensity_start_iter: 100\n"
         "densification_interval: 100"
     )
-    settings = Settings.resolve({"profile": "tiny", "models": mini_models, "config": config})
-    told: list[str] = []
+    pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
+    # A random matting net answers about one half everywhere: make it see the whole picture as the object.
+    pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
     with caplog.at_level(logging.INFO):
-        pipeline = Pipeline.load(settings, told.append)
-        assert len(told) == 4
-        assert {model["name"] for model in pipeline.models} == {
-            "mini-flux", "mini-background", "mini-mvdream", "mini-clip",
-        }  # fmt: skip
-        # A random matting net answers about one half everywhere: make it see the whole picture as the object.
-        pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
     assert not isinstance(first, Exception), first
-    assert first.ply and first.ply == second.ply
-    assert not caplog.records or "red cube" not in caplog.text
+    assert first.report.num_gaussians > 0 and list(first.report.seconds) == STAGES
+    assert first.ply == second.ply
+    assert "red cube" not in caplog.text

@@ -113,7 +113,7 @@ class TestScore:
         right, wrong = check.check(ball("red"), "a red ball"), check.check(ball("red"), "a blue ball")
         assert right.score > 0.9 > 0.3 > wrong.score
         assert len(right.cosines) == 16
-        assert right.ssim > 0.9
+        assert right.views.shape == (16, 3, 224, 224)
 
     def test_scale_and_clamp(self):
         images = torch.ones(16, 3, 64, 64)
