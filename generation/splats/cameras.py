@@ -1,7 +1,8 @@
 """Pinhole cameras, and the one place where orbit angles become matrices.
 
 The world is right handed with y up; the object's front faces +z. The camera at azimuth 0 stands on +z, azimuth grows
-counter-clockwise seen from above (at 90 degrees the camera stands on +x), and positive elevation lifts it above the object.
+counter-clockwise seen from above (at 90 degrees the camera stands on +x), and positive elevation lifts it above the
+object.
 """
 
 from __future__ import annotations

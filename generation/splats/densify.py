@@ -1,7 +1,7 @@
 """Adaptive density control of 3DGS (Kerbl et al. 2023, section 5), with the names that DreamGaussian's configs use.
 
-Gaussians whose projected centres keep being pulled are under-reconstructed: small ones are cloned, large ones split in two.
-Those that are nearly transparent or too large are removed. The optimiser's state follows its Gaussians.
+Gaussians whose projected centres keep being pulled are under-reconstructed: small ones are cloned, large ones split in
+two. Those that are nearly transparent or too large are removed. The optimiser's state follows its Gaussians.
 """
 
 from __future__ import annotations

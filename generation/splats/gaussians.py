@@ -34,7 +34,12 @@ class Gaussians:
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {shape}")
-        if self.sh.ndim != 3 or self.sh.shape[0] != n or self.sh.shape[2] != 3 or self.sh.shape[1] not in SH_COEFFICIENTS:
+        if (
+            self.sh.ndim != 3
+            or self.sh.shape[0] != n
+            or self.sh.shape[2] != 3
+            or self.sh.shape[1] not in SH_COEFFICIENTS
+        ):
             raise ValueError(f"sh has shape {tuple(self.sh.shape)}, expected ({n}, K, 3) with K in {SH_COEFFICIENTS}")
         for name, value in self.tensors().items():
             if value.dtype != torch.float32:

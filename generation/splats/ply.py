@@ -1,7 +1,8 @@
 """The PLY of 3DGS: one element `vertex` of float properties, binary little endian.
 
-The header's first three lines are exactly `ply`, `format binary_little_endian 1.0`, `element vertex N`, without comments,
-because the subnet's reader wants them so. `f_rest` is channel-major: all of red's coefficients, then green's, then blue's.
+The header's first three lines are exactly `ply`, `format binary_little_endian 1.0`, `element vertex N`, without
+comments, because the subnet's reader wants them so. `f_rest` is channel-major: all of red's coefficients, then green's,
+then blue's.
 """
 
 from __future__ import annotations

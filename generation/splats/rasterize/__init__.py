@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from generation.splats.cameras import Cameras
+from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import Gaussians
 
 
@@ -25,8 +25,10 @@ def rasterize(
               "depths" (C, N) along the camera's axis.
     Gradients reach every field of `gaussians`, `background` and `info["means2d"]`, not the cameras.
     Follows gsplat 1.5: 0.3 pixels^2 added to the projected covariance, near plane 0.01, alpha at most 0.999 and skipped
-    under 1/255, blending ends at a transmittance of 1e-4. Gaussians with values that are not finite are not drawn.
-    Raises ValueError naming the input whose shape or type is wrong.
+    under 1/255, blending ends at a transmittance of 1e-4. On a CPU, Gaussians whose place, shape or colour is not
+    finite are not drawn, and have no gradient.
+    Raises ValueError naming the input whose shape or type is wrong, or, on a CPU, when the Gaussians are so large that
+    the lists of what covers which part of the image would not fit into memory.
     """
     gaussians.check()
     views = len(cameras)
@@ -48,3 +50,14 @@ def rasterize(
     else:
         raise ValueError(f"gaussians are on {device}, expected cpu or cuda")
     return backend.rasterize(gaussians, cameras, width, height, background)
+
+
+def warm_up() -> None:
+    """Compile the CPU kernels, or load them from numba's cache, by rendering one Gaussian there and back.
+
+    It takes about 15 s the first time on a machine, under 1 s after that.
+    """
+    one = Gaussians(torch.zeros(1, 3), torch.ones(1, 4), torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1, 3))
+    one.means.requires_grad_()
+    rgb, alpha, _ = rasterize(one, orbit(0.0, 0.0, 2.0, 50.0, 8, 8), 8, 8, torch.ones(3))
+    (rgb.sum() + alpha.sum()).backward()

@@ -1,27 +1,40 @@
 """numba kernels: 3D Gaussians to screen splats, and the gradients back.
 
-Every kernel works on the Gaussians `start` to `stop`, for all views, and writes to rows of these alone: ranges may run in
-parallel, and the result does not depend on how they are cut. All floats are float32, constants too, so that nothing
+Every kernel works on the Gaussians `start` to `stop`, for all views, and writes to rows of these alone: ranges may run
+in parallel, and the result does not depend on how they are cut. All floats are float32, constants too, so that nothing
 is promoted to float64.
 
-A splat is nine numbers: its centre in `means2d`, and in `splats` the inverse covariance (xx, xy, yy), the opacity and r, g, b.
+numba keeps compiled code beside the sources and renews a file's when that file changes: after changing a constant here,
+touch the files that import it.
+
+A splat is one cache line of `splats`, whose columns are named below.
 Splatting follows Zwicker et al. 2001, "EWA volume splatting"; harmonics have the signs and constants of 3DGS.
 """
+
+# mypy: ignore-errors
+# (numba's types, not Python's)
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 f32 = np.float32
 
+# Columns of `splats`: inverse covariance, opacity and colour, which have gradients; then, for the way from there to
+# pixels, the centre, half the width and height of the ellipse outside of which alpha is under 1/255 (0 = not drawn) and
+# the square of that ellipse's Mahalanobis radius.
+CXX, CXY, CYY, OPACITY, RED, GREEN, BLUE, PX, PY, RX, RY, REACH2 = range(12)
+SPLAT = 16
+
 NEAR_PLANE = f32(0.01)
 BLUR = f32(0.3)  # pixels^2, added to the projected covariance's diagonal
 ALPHA_MIN = f32(1.0 / 255.0)
 FRUSTUM_MARGIN = f32(0.3)  # the projection's slope is taken at most this far outside the image, in half image sizes
-MAX_RADIUS = f32(1e6)  # pixels; keeps the radius within an int32
+MAX_RADIUS = f32(1e6)  # pixels, within an int32 and beyond any image
 
 ZERO, ONE, TWO, HALF = f32(0.0), f32(1.0), f32(2.0), f32(0.5)
 SH0 = f32(0.28209479177387814)
@@ -32,10 +45,10 @@ SH3D, SH3E = f32(0.3731763325901154), f32(1.445305721320277)
 THREE, FOUR, SIX, EIGHT = f32(3.0), f32(4.0), f32(6.0), f32(8.0)
 
 # Not "nnan" and "ninf": values that are not finite must fail the comparisons that cull.
-OPTIONS = {"cache": True, "nogil": True, "fastmath": {"contract", "arcp", "nsz", "reassoc"}, "error_model": "numpy"}
+kernel: Any = njit(cache=True, nogil=True, fastmath={"contract", "arcp", "nsz", "reassoc"}, error_model="numpy")
 
 
-@njit(**OPTIONS)
+@kernel
 def _rotation(w, x, y, z):
     """Matrix of a unit quaternion, by rows."""
     return (
@@ -45,7 +58,33 @@ def _rotation(w, x, y, z):
     )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@kernel
+def _covariance(r00, r01, r02, r10, r11, r12, r20, r21, r22, sx, sy, sz):
+    """R diag(sx, sy, sz) R^T, the upper triangle."""
+    return (
+        r00 * r00 * sx + r01 * r01 * sy + r02 * r02 * sz,
+        r00 * r10 * sx + r01 * r11 * sy + r02 * r12 * sz,
+        r00 * r20 * sx + r01 * r21 * sy + r02 * r22 * sz,
+        r10 * r10 * sx + r11 * r11 * sy + r12 * r12 * sz,
+        r10 * r20 * sx + r11 * r21 * sy + r12 * r22 * sz,
+        r20 * r20 * sx + r21 * r21 * sy + r22 * r22 * sz,
+    )
+
+
+@kernel
+def _symmetric_times(m00, m01, m02, m11, m12, m22, x, y, z):
+    """A symmetric matrix, by its upper triangle, times a vector."""
+    return m00 * x + m01 * y + m02 * z, m01 * x + m11 * y + m12 * z, m02 * x + m12 * y + m22 * z
+
+
+@kernel
+def _in_frustum(slope, focal, centre, size):
+    """The slope x/z or y/z, limited to little outside the image, where the projection's linearisation would blow up."""
+    margin = FRUSTUM_MARGIN * HALF * size
+    return min(max(slope, (-centre - margin) / focal), (size - centre + margin) / focal)
+
+
+@kernel
 def _basis(k, x, y, z, b):
     """The first k basis functions in the unit direction (x, y, z)."""
     b[0] = SH0
@@ -66,7 +105,7 @@ def _basis(k, x, y, z, b):
         b[15] = -SH3A * x * (xx - THREE * yy)
 
 
-@njit(**OPTIONS)
+@kernel
 def _basis_gradient(k, x, y, z, v):
     """Gradient by x, y, z of sum(v[i] * basis i), the basis taken as polynomials of three free variables."""
     gx, gy, gz = -SH1 * v[3], -SH1 * v[1], SH1 * v[2]
@@ -86,12 +125,12 @@ def _basis_gradient(k, x, y, z, v):
     return gx, gy, gz
 
 
-@njit(**OPTIONS)
+@kernel
 def project(
     start, stop, means, quats, log_scales, logit_opacities, sh, viewmats, Ks, centres, width, height,
-    means2d, splats, depths, radii, boxes,
+    means2d, splats, depths, radii,
 ):  # fmt: skip
-    """Fill the five outputs. boxes: (C, N, 4) pixels x0, x1, y0, y1 with every pixel of alpha >= 1/255; empty = culled."""
+    """Fill the four outputs."""
     views, k = viewmats.shape[0], sh.shape[1]
     b = np.empty(16, np.float32)
     for g in range(start, stop):
@@ -99,58 +138,50 @@ def project(
         qw, qx, qy, qz = quats[g, 0], quats[g, 1], quats[g, 2], quats[g, 3]
         inv = ONE / math.sqrt(qw * qw + qx * qx + qy * qy + qz * qz)
         r00, r01, r02, r10, r11, r12, r20, r21, r22 = _rotation(qw * inv, qx * inv, qy * inv, qz * inv)
-        sx, sy, sz = math.exp(log_scales[g, 0]), math.exp(log_scales[g, 1]), math.exp(log_scales[g, 2])
-        sx, sy, sz = sx * sx, sy * sy, sz * sz
-        c00 = r00 * r00 * sx + r01 * r01 * sy + r02 * r02 * sz
-        c01 = r00 * r10 * sx + r01 * r11 * sy + r02 * r12 * sz
-        c02 = r00 * r20 * sx + r01 * r21 * sy + r02 * r22 * sz
-        c11 = r10 * r10 * sx + r11 * r11 * sy + r12 * r12 * sz
-        c12 = r10 * r20 * sx + r11 * r21 * sy + r12 * r22 * sz
-        c22 = r20 * r20 * sx + r21 * r21 * sy + r22 * r22 * sz
+        sx, sy, sz = (
+            math.exp(TWO * log_scales[g, 0]),
+            math.exp(TWO * log_scales[g, 1]),
+            math.exp(TWO * log_scales[g, 2]),
+        )
+        c00, c01, c02, c11, c12, c22 = _covariance(r00, r01, r02, r10, r11, r12, r20, r21, r22, sx, sy, sz)
         opacity = ONE / (ONE + math.exp(-logit_opacities[g]))
-        extent2 = TWO * math.log(opacity / ALPHA_MIN)  # squared, in standard deviations, up to where alpha is 1/255
+        reach2 = TWO * math.log(opacity / ALPHA_MIN)  # squared, in standard deviations, up to where alpha is 1/255
 
         for c in range(views):
             V = viewmats[c]
             fx, fy, cx, cy = Ks[c, 0, 0], Ks[c, 1, 1], Ks[c, 0, 2], Ks[c, 1, 2]
             radii[c, g] = 0
-            boxes[c, g, 0] = boxes[c, g, 1] = boxes[c, g, 2] = boxes[c, g, 3] = 0
+            s = splats[c, g]
+            s[RX] = s[RY] = ZERO
             z = V[2, 0] * mx + V[2, 1] * my + V[2, 2] * mz + V[2, 3]
             depths[c, g] = z
             means2d[c, g, 0] = means2d[c, g, 1] = ZERO
-            if not (z >= NEAR_PLANE and extent2 >= ZERO):
+            if not (z >= NEAR_PLANE and reach2 >= ZERO):
                 continue
             x = V[0, 0] * mx + V[0, 1] * my + V[0, 2] * mz + V[0, 3]
             y = V[1, 0] * mx + V[1, 1] * my + V[1, 2] * mz + V[1, 3]
             rz = ONE / z
             u, v = x * rz, y * rz
             px, py = fx * u + cx, fy * v + cy
-            mrgx, mrgy = FRUSTUM_MARGIN * HALF * width / fx, FRUSTUM_MARGIN * HALF * height / fy
-            uc = min(max(u, -cx / fx - mrgx), (width - cx) / fx + mrgx)
-            vc = min(max(v, -cy / fy - mrgy), (height - cy) / fy + mrgy)
+            uc, vc = _in_frustum(u, fx, cx, width), _in_frustum(v, fy, cy, height)
             # T = J W, the projection's slope times the camera's rotation.
             ax, bx, ay, by = fx * rz, -fx * rz * uc, fy * rz, -fy * rz * vc
             t00, t01, t02 = ax * V[0, 0] + bx * V[2, 0], ax * V[0, 1] + bx * V[2, 1], ax * V[0, 2] + bx * V[2, 2]
             t10, t11, t12 = ay * V[1, 0] + by * V[2, 0], ay * V[1, 1] + by * V[2, 1], ay * V[1, 2] + by * V[2, 2]
-            h0, h1, h2 = t00 * c00 + t01 * c01 + t02 * c02, t00 * c01 + t01 * c11 + t02 * c12, t00 * c02 + t01 * c12 + t02 * c22
+            h0, h1, h2 = _symmetric_times(c00, c01, c02, c11, c12, c22, t00, t01, t02)
             vxx = h0 * t00 + h1 * t01 + h2 * t02 + BLUR
             vxy = h0 * t10 + h1 * t11 + h2 * t12
-            h0, h1, h2 = t10 * c00 + t11 * c01 + t12 * c02, t10 * c01 + t11 * c11 + t12 * c12, t10 * c02 + t11 * c12 + t12 * c22
+            h0, h1, h2 = _symmetric_times(c00, c01, c02, c11, c12, c22, t10, t11, t12)
             vyy = h0 * t10 + h1 * t11 + h2 * t12 + BLUR
             det = vxx * vyy - vxy * vxy
-            rx, ry = math.sqrt(extent2 * vxx), math.sqrt(extent2 * vyy)
-            # `det < inf` and `>` against the centre fail for NaN; a covariance too large for float32 is not drawn.
-            if not (det > ZERO and det < np.inf and px + rx > ZERO and px - rx < width and py + ry > ZERO and py - ry < height):
+            rx, ry = min(math.sqrt(reach2 * vxx), MAX_RADIUS), min(math.sqrt(reach2 * vyy), MAX_RADIUS)
+            # Written so that NaN fails; a covariance beyond float32 is not drawn either.
+            if not (det > ZERO and det < np.inf and px + rx > ZERO and px - rx < width):
                 continue
-            means2d[c, g, 0], means2d[c, g, 1] = px, py
+            if not (py + ry > ZERO and py - ry < height):
+                continue
             inv = ONE / det
-            splats[c, g, 0], splats[c, g, 1], splats[c, g, 2] = vyy * inv, -vxy * inv, vxx * inv
-            splats[c, g, 3] = opacity
-            boxes[c, g, 0] = int(max(math.floor(px - rx), ZERO))
-            boxes[c, g, 1] = int(min(math.floor(px + rx) + ONE, width))
-            boxes[c, g, 2] = int(max(math.floor(py - ry), ZERO))
-            boxes[c, g, 3] = int(min(math.floor(py + ry) + ONE, height))
-            radii[c, g] = int(math.ceil(min(max(rx, ry, ONE), MAX_RADIUS)))
+            s[CXX], s[CXY], s[CYY], s[OPACITY] = vyy * inv, -vxy * inv, vxx * inv, opacity
 
             if k > 1:
                 x, y, z = mx - centres[c, 0], my - centres[c, 1], mz - centres[c, 2]
@@ -163,10 +194,15 @@ def project(
                 red += b[i] * sh[g, i, 0]
                 green += b[i] * sh[g, i, 1]
                 blue += b[i] * sh[g, i, 2]
-            splats[c, g, 4], splats[c, g, 5], splats[c, g, 6] = max(red, ZERO), max(green, ZERO), max(blue, ZERO)
+            if not abs(red) + abs(green) + abs(blue) < np.inf:
+                continue
+            s[RED], s[GREEN], s[BLUE] = max(red, ZERO), max(green, ZERO), max(blue, ZERO)
+            s[PX], s[PY], s[RX], s[RY], s[REACH2] = px, py, rx, ry, reach2
+            means2d[c, g, 0], means2d[c, g, 1] = px, py
+            radii[c, g] = math.ceil(max(rx, ry, ONE))
 
 
-@njit(**OPTIONS)
+@kernel
 def project_backward(
     start, stop, means, quats, log_scales, logit_opacities, sh, viewmats, Ks, centres, width, height,
     splats, radii, v_means2d, v_splats, v_means, v_quats, v_log_scales, v_logit_opacities, v_sh,
@@ -183,14 +219,12 @@ def project_backward(
         qinv = ONE / math.sqrt(qw * qw + qx * qx + qy * qy + qz * qz)
         qw, qx, qy, qz = qw * qinv, qx * qinv, qy * qinv, qz * qinv
         r00, r01, r02, r10, r11, r12, r20, r21, r22 = _rotation(qw, qx, qy, qz)
-        sx, sy, sz = math.exp(log_scales[g, 0]), math.exp(log_scales[g, 1]), math.exp(log_scales[g, 2])
-        sx, sy, sz = sx * sx, sy * sy, sz * sz
-        c00 = r00 * r00 * sx + r01 * r01 * sy + r02 * r02 * sz
-        c01 = r00 * r10 * sx + r01 * r11 * sy + r02 * r12 * sz
-        c02 = r00 * r20 * sx + r01 * r21 * sy + r02 * r22 * sz
-        c11 = r10 * r10 * sx + r11 * r11 * sy + r12 * r12 * sz
-        c12 = r10 * r20 * sx + r11 * r21 * sy + r12 * r22 * sz
-        c22 = r20 * r20 * sx + r21 * r21 * sy + r22 * r22 * sz
+        sx, sy, sz = (
+            math.exp(TWO * log_scales[g, 0]),
+            math.exp(TWO * log_scales[g, 1]),
+            math.exp(TWO * log_scales[g, 2]),
+        )
+        c00, c01, c02, c11, c12, c22 = _covariance(r00, r01, r02, r10, r11, r12, r20, r21, r22, sx, sy, sz)
         vmx = vmy = vmz = vop = ZERO
         # v_cov, symmetric: off the diagonal the derivative of each of the two equal entries.
         e00 = e01 = e02 = e11 = e12 = e22 = ZERO
@@ -207,16 +241,15 @@ def project_backward(
             z = V[2, 0] * mx + V[2, 1] * my + V[2, 2] * mz + V[2, 3]
             rz = ONE / z
             u, v = x * rz, y * rz
-            mrgx, mrgy = FRUSTUM_MARGIN * HALF * width / fx, FRUSTUM_MARGIN * HALF * height / fy
-            uc = min(max(u, -cx / fx - mrgx), (width - cx) / fx + mrgx)
-            vc = min(max(v, -cy / fy - mrgy), (height - cy) / fy + mrgy)
+            uc, vc = _in_frustum(u, fx, cx, width), _in_frustum(v, fy, cy, height)
             ax, bx, ay, by = fx * rz, -fx * rz * uc, fy * rz, -fy * rz * vc
             t00, t01, t02 = ax * V[0, 0] + bx * V[2, 0], ax * V[0, 1] + bx * V[2, 1], ax * V[0, 2] + bx * V[2, 2]
             t10, t11, t12 = ay * V[1, 0] + by * V[2, 0], ay * V[1, 1] + by * V[2, 1], ay * V[1, 2] + by * V[2, 2]
 
             # Inverse covariance to covariance: v_cov2d = -conic v_conic conic.
-            p, q, r = splats[c, g, 0], splats[c, g, 1], splats[c, g, 2]
-            va, vb, vd = v_splats[c, g, 0], HALF * v_splats[c, g, 1], v_splats[c, g, 2]
+            s, vs = splats[c, g], v_splats[c, g]
+            p, q, r = s[CXX], s[CXY], s[CYY]
+            va, vb, vd = vs[CXX], HALF * vs[CXY], vs[CYY]
             m00, m01, m10, m11 = p * va + q * vb, p * vb + q * vd, q * va + r * vb, q * vb + r * vd
             gxx, gxy, gyy = -(m00 * p + m01 * q), -(m00 * q + m01 * r), -(m10 * q + m11 * r)
 
@@ -229,12 +262,8 @@ def project_backward(
             e11 += t01 * h01 + t11 * h11
             e12 += t01 * h02 + t11 * h12
             e22 += t02 * h02 + t12 * h12
-            vt00 = TWO * (h00 * c00 + h01 * c01 + h02 * c02)
-            vt01 = TWO * (h00 * c01 + h01 * c11 + h02 * c12)
-            vt02 = TWO * (h00 * c02 + h01 * c12 + h02 * c22)
-            vt10 = TWO * (h10 * c00 + h11 * c01 + h12 * c02)
-            vt11 = TWO * (h10 * c01 + h11 * c11 + h12 * c12)
-            vt12 = TWO * (h10 * c02 + h11 * c12 + h12 * c22)
+            vt00, vt01, vt02 = _symmetric_times(c00, c01, c02, c11, c12, c22, TWO * h00, TWO * h01, TWO * h02)
+            vt10, vt11, vt12 = _symmetric_times(c00, c01, c02, c11, c12, c22, TWO * h10, TWO * h11, TWO * h12)
 
             # T = J W with J = [ax 0 bx; 0 ay by].
             vax = vt00 * V[0, 0] + vt01 * V[0, 1] + vt02 * V[0, 2]
@@ -252,11 +281,11 @@ def project_backward(
             vmx += V[0, 0] * vx + V[1, 0] * vy + V[2, 0] * vz
             vmy += V[0, 1] * vx + V[1, 1] * vy + V[2, 1] * vz
             vmz += V[0, 2] * vx + V[1, 2] * vy + V[2, 2] * vz
-            vop += v_splats[c, g, 3]
+            vop += vs[OPACITY]
 
-            vr = v_splats[c, g, 4] if splats[c, g, 4] > ZERO else ZERO
-            vg = v_splats[c, g, 5] if splats[c, g, 5] > ZERO else ZERO
-            vb = v_splats[c, g, 6] if splats[c, g, 6] > ZERO else ZERO
+            vr = vs[RED] if s[RED] > ZERO else ZERO
+            vg = vs[GREEN] if s[GREEN] > ZERO else ZERO
+            vb = vs[BLUE] if s[BLUE] > ZERO else ZERO
             v_sh[g, 0, 0] += SH0 * vr
             v_sh[g, 0, 1] += SH0 * vg
             v_sh[g, 0, 2] += SH0 * vb
@@ -286,9 +315,9 @@ def project_backward(
         v_logit_opacities[g] = vop * opacity * (ONE - opacity)
 
         # cov = R S^2 R^T, so v_R = 2 v_cov R S^2 and v_(log s) = 2 s^2 (R^T v_cov R) on the diagonal.
-        d00, d01, d02 = e00 * r00 + e01 * r10 + e02 * r20, e00 * r01 + e01 * r11 + e02 * r21, e00 * r02 + e01 * r12 + e02 * r22
-        d10, d11, d12 = e01 * r00 + e11 * r10 + e12 * r20, e01 * r01 + e11 * r11 + e12 * r21, e01 * r02 + e11 * r12 + e12 * r22
-        d20, d21, d22 = e02 * r00 + e12 * r10 + e22 * r20, e02 * r01 + e12 * r11 + e22 * r21, e02 * r02 + e12 * r12 + e22 * r22
+        d00, d10, d20 = _symmetric_times(e00, e01, e02, e11, e12, e22, r00, r10, r20)
+        d01, d11, d21 = _symmetric_times(e00, e01, e02, e11, e12, e22, r01, r11, r21)
+        d02, d12, d22 = _symmetric_times(e00, e01, e02, e11, e12, e22, r02, r12, r22)
         sx, sy, sz = TWO * sx, TWO * sy, TWO * sz
         v_log_scales[g, 0] = sx * (d00 * r00 + d10 * r10 + d20 * r20)
         v_log_scales[g, 1] = sy * (d01 * r01 + d11 * r11 + d21 * r21)
