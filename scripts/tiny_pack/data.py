@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,8 @@ from .render import FRONT_ELEVATION, RADIUS, Renderer, build, orbit
 
 # Draws camera elevations, azimuths (degrees) and radii, each (n, views).
 CameraSampler = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+_RAYS_AT_ONCE = 16_000_000  # enough to keep a GPU busy between kernel launches
 
 
 def front_cameras(n: int, g: torch.Generator):
@@ -66,16 +69,19 @@ def render_pool(
     stacks: float = 0.15,
     held_out: bool = False,
     specs: list[ObjectSpec] | None = None,
-    chunk: int = 96,
+    cache: Path | None = None,
 ) -> Pool:
-    """Draw objects (or take `specs`) and render all views of them at `size` pixels."""
+    """Draw objects (or take `specs`) and render all views of them at `size` pixels; `cache` keeps them on disk."""
+    if cache and cache.exists():
+        kept = torch.load(cache, map_location=device, weights_only=False)
+        return Pool(**kept)
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     specs = specs or [sample_spec(rng, stacks, held_out) for _ in range(count)]
     renderer = Renderer(device)
     elevation, azimuth, radius = cameras(len(specs), g)
     c2w = orbit(elevation, azimuth, radius).to(device)
     views = c2w.shape[1]
-    chunk = min(chunk, len(specs))
+    chunk = min(max(1, _RAYS_AT_ONCE // (2 * size) ** 2), len(specs))
     rgba = torch.empty(len(specs), views, 4, size, size, dtype=torch.uint8, device=device)
     for start in range(0, len(specs), chunk):
         start = min(start, len(specs) - chunk)  # equal chunks: the compiled kernels keep one shape
@@ -83,6 +89,9 @@ def render_pool(
         objects = renderer.frame(build(specs[part], rng).to(device))
         for v in range(views):
             rgba[part, v] = (renderer.render(objects, c2w[part, v], size) * 255).round().to(torch.uint8)
-        if start // chunk % 20 == 0:
+        if start // chunk % 10 == 0 or start + chunk >= len(specs):
             print(f"rendered {start + chunk} of {len(specs)} objects", flush=True)
+    if cache:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"specs": specs, "rgba": rgba, "camera_to_world": c2w}, cache)
     return Pool(specs, rgba, c2w)

@@ -63,7 +63,7 @@ def load() -> Judge:
 def main() -> None:
     args = arguments(__doc__, minutes=5)
     pool = render_pool(
-        args.objects or 8_000, validator_cameras, SIZE, args.device, args.seed + 6, stacks=0.0, held_out=True
+        args.objects or 3_000, validator_cameras, SIZE, args.device, args.seed + 6, stacks=0.0, held_out=True
     )
     n, views = pool.rgba.shape[:2]
     shape = torch.tensor([list(SHAPES).index(s.shape) for s in pool.specs], device=args.device)

@@ -34,8 +34,10 @@ class MattingNet(PreTrainedModel):
     def __init__(self, config: MattingConfig):
         super().__init__(config)
         w = config.widths
-        self.down = nn.ModuleList([_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip([3, *w], w))])
-        self.up = nn.ModuleList([_block(a + b, b) for a, b in zip(w[:0:-1], w[-2::-1])])
+        self.down = nn.ModuleList(
+            [_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip([3, *w], w, strict=False))]
+        )
+        self.up = nn.ModuleList([_block(a + b, b) for a, b in zip(w[:0:-1], w[-2::-1], strict=True)])
         self.head = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in w[-2::-1]])
         self.post_init()
 
@@ -48,7 +50,7 @@ class MattingNet(PreTrainedModel):
             skips.append(x)
         skips.pop()
         logits = []
-        for block, head in zip(self.up, self.head):
+        for block, head in zip(self.up, self.head, strict=True):
             x = nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
             x = block(torch.cat([x, skips.pop()], 1))
             logits.append(head(x))

@@ -45,7 +45,7 @@ def mvdream_sheet(
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").to(device)
     join_views(unet, views)
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(device)
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder").to(device)
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(steps)

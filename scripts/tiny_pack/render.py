@@ -28,6 +28,7 @@ from .shapes import (
     Primitive,
     stack,
 )
+from .trace import march
 
 RADIUS = 2.5
 FOVY = 49.1
@@ -35,7 +36,7 @@ FRONT_ELEVATION = 20.0
 YAW = -30.0
 BORDER = 0.2
 _FAR = 1.9  # no object reaches further from the origin than this
-_STEPS = 56
+_STEPS = 40
 _LIGHT = (0.35, 0.80, 0.48)
 
 
@@ -139,8 +140,24 @@ def _primitive(kind, x, y, z, a, b, c, e):
     return torch.where(kind < 0, torch.full_like(d, 1e3), d)
 
 
+def _nearer(px, py, pz, rotation, centre, kind, size, index, best, nearest):
+    """Fold one primitive of every object into the distance and index of the nearest so far."""
+    r, c = rotation[:, None], centre[:, None]
+    x, y, z = px - c[..., 0], py - c[..., 1], pz - c[..., 2]
+    lx = r[..., 0, 0] * x + r[..., 0, 1] * y + r[..., 0, 2] * z
+    ly = r[..., 1, 0] * x + r[..., 1, 1] * y + r[..., 1, 2] * z
+    lz = r[..., 2, 0] * x + r[..., 2, 1] * y + r[..., 2, 2] * z
+    d = _primitive(kind[:, None], lx, ly, lz, *(size[:, None, k] for k in range(4)))
+    closer = d < best
+    return torch.where(closer, d, best), torch.where(closer, index, nearest)
+
+
+# On a GPU one fused kernel a primitive: small enough to compile in seconds, and bound by memory like the whole.
+_nearer_fused = torch.compile(_nearer, dynamic=True)
+
+
 def distance(points: torch.Tensor, objects: Objects) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distance (B, R) of world points (B, R, 3) to each object, a lower bound of the true one, and the nearest primitive (B, R)."""
+    """A lower bound (B, R) of the distance of world points (B, R, 3) to each object, and its nearest primitive."""
     yaw = math.radians(YAW)
     cy, sy = math.cos(yaw), math.sin(yaw)
     p = (points - objects.offset[:, None]) / objects.scale[:, None, None]
@@ -149,17 +166,13 @@ def distance(points: torch.Tensor, objects: Objects) -> tuple[torch.Tensor, torc
     pz = (p[..., 0] * sy + p[..., 2] * cy) / s[..., 2]
     py = p[..., 1] / s[..., 1]
     best = torch.full_like(px, 1e3)
-    nearest = torch.zeros_like(px, dtype=torch.long)
-    for j in range(objects.kind.shape[1]):
-        r, c, size = objects.rotation[:, j], objects.centre[:, j], objects.size[:, j]
-        x, y, z = px - c[:, None, 0], py - c[:, None, 1], pz - c[:, None, 2]
-        lx = r[:, None, 0, 0] * x + r[:, None, 0, 1] * y + r[:, None, 0, 2] * z
-        ly = r[:, None, 1, 0] * x + r[:, None, 1, 1] * y + r[:, None, 1, 2] * z
-        lz = r[:, None, 2, 0] * x + r[:, None, 2, 1] * y + r[:, None, 2, 2] * z
-        d = _primitive(objects.kind[:, j, None], lx, ly, lz, *(size[:, None, k] for k in range(4)))
-        closer = d < best
-        best, nearest = torch.where(closer, d, best), torch.where(closer, j, nearest)
-    return best * (objects.scale * objects.stretch.amin(1))[:, None], nearest
+    nearest = torch.zeros_like(px, dtype=torch.int32)
+    fold = _nearer_fused if points.is_cuda else _nearer
+    indices = torch.arange(objects.kind.shape[1], dtype=torch.int32, device=points.device)
+    parts = (t.unbind(1) for t in (objects.rotation, objects.centre, objects.kind, objects.size))
+    for *part, index in zip(*parts, indices, strict=True):
+        best, nearest = fold(px, py, pz, *part, index, best, nearest)
+    return best * (objects.scale * objects.stretch.amin(1))[:, None], nearest.long()
 
 
 def orbit(elevation: torch.Tensor, azimuth: torch.Tensor, radius: float | torch.Tensor = RADIUS) -> torch.Tensor:
@@ -189,58 +202,64 @@ def _advance(depth, far, origin, rays, objects: Objects):
     return torch.minimum(torch.where(d > 1e-3, depth + 0.9 * d, depth), far)
 
 
-def _shade(points, objects: Objects, rays):
+def _surface(origin, rays, objects: Objects):
+    """March all rays together; hit points, unit normals, nearest primitives and hits, as `trace.march` gives them."""
+    centre_depth = origin.norm(dim=-1)
+    far = centre_depth + _FAR
+    depth = (centre_depth - _FAR).expand(rays.shape[:2]).contiguous()
+    for _ in range(_STEPS):
+        depth = _advance(depth, far, origin, rays, objects)
+    points = origin + rays * depth[..., None]
     d, nearest = distance(points, objects)
     h = 2e-3
-    corners = ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1))
     normal = torch.zeros_like(points)
-    for corner in corners:
+    for corner in ((1, -1, -1), (-1, -1, 1), (-1, 1, -1), (1, 1, 1)):
         k = torch.tensor(corner, dtype=points.dtype, device=points.device)
         normal = normal + k * distance(points + h * k, objects)[0][..., None]
-    normal = torch.nn.functional.normalize(normal, dim=-1)
-    light = torch.nn.functional.normalize(torch.tensor(_LIGHT, device=points.device), dim=0)
+    return points, torch.nn.functional.normalize(normal, dim=-1), nearest, (d < 1e-2) & (depth < far - 1e-3)
+
+
+def _traced(origin, rays, objects: Objects):
+    names = ("kind", "centre", "rotation", "size", "stretch", "scale", "offset")
+    arrays = [getattr(objects, name).numpy() for name in names]
+    out = march(origin[:, 0].numpy(), rays.numpy(), _FAR, _STEPS, math.radians(YAW), *arrays)
+    return [torch.from_numpy(x) for x in out]
+
+
+def _shade(normal, nearest, rays, objects: Objects):
+    light = torch.nn.functional.normalize(torch.tensor(_LIGHT, device=rays.device), dim=0)
     lambert = (normal * light).sum(-1).clamp_min(0)
     half = torch.nn.functional.normalize(light - rays, dim=-1)
     gleam = (normal * half).sum(-1).clamp_min(0)
-    material = objects.material[:, None]
+    shiny, metallic = (objects.material[:, None] == k for k in (1, 2))
     diffuse = 0.72 + 0.12 * normal[..., 1] + 0.26 * lambert
-    diffuse = torch.where(material == 2, 0.62 + 0.22 * normal[..., 1] + 0.36 * lambert, diffuse)
-    gloss = torch.where(
-        material == 1, 0.5 * gleam**40, torch.where(material == 2, 0.3 * gleam**10, torch.zeros_like(gleam))
-    )
+    diffuse = torch.where(metallic, 0.62 + 0.22 * normal[..., 1] + 0.36 * lambert, diffuse)
+    gloss = 0.5 * gleam**40 * shiny + 0.3 * gleam**10 * metallic
     albedo = torch.gather(objects.colour, 1, nearest[..., None].expand(-1, -1, 3))
-    rgb = (albedo * diffuse[..., None] + gloss[..., None]).clamp(0, 1)
-    return rgb, d < 1e-2
+    return (albedo * diffuse[..., None] + gloss[..., None]).clamp(0, 1)
 
 
 class Renderer:
-    """Renders on one device; on a GPU the marching is compiled into fused kernels."""
+    """Renders on one device."""
 
     def __init__(self, device: str | torch.device = "cpu"):
         self.device = torch.device(device)
-        fused = self.device.type == "cuda"
-        self._advance = torch.compile(_advance, dynamic=False) if fused else _advance
-        self._shade = torch.compile(_shade, dynamic=False) if fused else _shade
 
     @torch.no_grad()
     def render(self, objects: Objects, c2w: torch.Tensor, size: int, fovy: float = FOVY, supersample: int = 2):
         """Premultiplied RGBA (B, 4, size, size) in 0..1 of object i seen by camera i (`c2w` (B, 4, 4))."""
         fine = size * supersample
         rays = _rays(c2w, fine, fovy).contiguous()
-        origin = c2w[:, None, :3, 3]
-        centre_depth = c2w[:, :3, 3].norm(dim=1, keepdim=True)
-        far = centre_depth + _FAR
-        depth = (centre_depth - _FAR).expand(rays.shape[:2]).contiguous()
-        for _ in range(_STEPS):
-            depth = self._advance(depth, far, origin, rays, objects)
-        rgb, hit = self._shade(origin + rays * depth[..., None], objects, rays)
-        hit = hit & (depth < far - 1e-3)
+        origin = c2w[:, None, :3, 3].contiguous()
+        surface = _surface if rays.is_cuda else _traced
+        _, normal, nearest, hit = surface(origin, rays, objects)
+        rgb = _shade(normal, nearest, rays, objects)
         rgba = torch.cat([rgb, torch.ones_like(rgb[..., :1])], -1) * hit[..., None]
         rgba = rgba.reshape(len(objects), fine, fine, 4).permute(0, 3, 1, 2)
         return torch.nn.functional.avg_pool2d(rgba, supersample)
 
     @torch.no_grad()
-    def frame(self, objects: Objects, rounds: int = 3, size: int = 96) -> Objects:
+    def frame(self, objects: Objects, rounds: int = 3, size: int = 64) -> Objects:
         """Scale and shift each object until its front view fills the frame (see the module's words)."""
         b = len(objects)
         c2w = orbit(torch.full((b,), FRONT_ELEVATION), torch.zeros(b)).to(self.device)

@@ -32,7 +32,7 @@ def backdrops(n: int, size: int, device: str) -> torch.Tensor:
 def main() -> None:
     args = arguments(__doc__, minutes=4)
     size = models.MATTING_SIZE
-    pool = render_pool(args.objects or 3_000, two_rings, size, args.device, args.seed + 3)
+    pool = render_pool(args.objects or 1_000, two_rings, size, args.device, args.seed + 3)
     images = pool.rgba.flatten(0, 1)
     mean = torch.tensor(MEAN, device=args.device).view(3, 1, 1)
     std = torch.tensor(STD, device=args.device).view(3, 1, 1)

@@ -43,7 +43,7 @@ def main() -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(args.device)
-    pool = render_pool(args.objects or 12_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
+    pool = render_pool(args.objects or 4_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
     n, views = pool.rgba.shape[:2]
     ids = tokens(tokenizer, pool.captions(CAPTIONS), args.device)
     rng = random.Random(args.seed)

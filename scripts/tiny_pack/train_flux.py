@@ -53,7 +53,7 @@ def main() -> None:
     args = arguments(__doc__, minutes=12)
     clip_tok, t5_tok = clip_tokenizer(), t5_tokenizer()
     vae = AutoencoderKL.from_pretrained(args.pack / "flux" / "vae").to(args.device).float().requires_grad_(False)
-    pool = render_pool(args.objects or 32_000, front_cameras, models.FLUX_SIZE, args.device, args.seed + 1)
+    pool = render_pool(args.objects or 12_000, front_cameras, models.FLUX_SIZE, args.device, args.seed + 1)
     texts = pool.captions(CAPTIONS)
     clip_ids, t5_ids = tokens(clip_tok, texts, args.device), tokens(t5_tok, texts, args.device)
     with torch.no_grad():

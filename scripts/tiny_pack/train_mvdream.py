@@ -33,7 +33,7 @@ class TextAndUNet(torch.nn.Module):
 
     def forward(self, noisy, t, ids, cameras):
         """Noise (S, V, 4, h, w) in latents of S scenes; ids (S, L), cameras (S, V, 16), t (S,)."""
-        scenes, views = noisy.shape[:2]
+        views = noisy.shape[1]
         words = self.text(ids).last_hidden_state.repeat_interleave(views, 0)
         t = t.repeat_interleave(views, 0)
         out = self.unet(noisy.flatten(0, 1), t, words, class_labels=cameras.flatten(0, 1)).sample
@@ -44,7 +44,7 @@ def main() -> None:
     args = arguments(__doc__, minutes=14)
     tokenizer = clip_tokenizer()
     vae = AutoencoderKL.from_pretrained(args.pack / "mvdream" / "vae").to(args.device).float().requires_grad_(False)
-    pool = render_pool(args.objects or 20_000, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2)
+    pool = render_pool(args.objects or 8_000, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2)
     n, views = pool.rgba.shape[:2]
     with torch.no_grad():
         parts = pool.rgba.flatten(0, 1).split(2048)

@@ -28,7 +28,7 @@ def main() -> None:
     args = arguments(__doc__, minutes=4)
     vae = (models.flux_vae() if which == "flux" else models.mvdream_vae()).to(args.device)
     size, cameras = (models.FLUX_SIZE, front_cameras) if which == "flux" else (models.MVDREAM_SIZE, two_rings)
-    count = args.objects or (12_000 if which == "flux" else 6_000)
+    count = args.objects or (5_000 if which == "flux" else 2_000)
     pool = render_pool(count, cameras, size, args.device, args.seed)
     images = pool.rgba.flatten(0, 1)
     batch = args.batch or (192 if which == "flux" else 512)
