@@ -31,7 +31,7 @@ def write(gaussians: Gaussians) -> bytes:
         gaussians.means.detach().cpu(),
         torch.zeros(n, 3),
         sh[:, 0],
-        sh[:, 1:].transpose(1, 2).reshape(n, -1),
+        sh[:, 1:].transpose(1, 2).reshape(n, 3 * (coefficients - 1)),
         gaussians.logit_opacities.detach().cpu()[:, None],
         gaussians.log_scales.detach().cpu(),
         gaussians.quats.detach().cpu(),

@@ -1,0 +1,83 @@
+"""The GPU wrapper without a GPU: what it asks gsplat for, and what it says when gsplat is missing.
+
+With a GPU and gsplat, the last test compares both rasterisers in values and gradients.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+from generation.splats.cameras import orbit
+from generation.splats.gaussians import Gaussians
+from generation.splats.rasterize import gsplat as wrapper
+from generation.splats.rasterize import rasterize
+
+
+def scene(n: int, coefficients: int) -> Gaussians:
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    return Gaussians(0.4 * normal(n, 3), normal(n, 4), normal(n, 3) - 3.0, normal(n), 0.4 * normal(n, coefficients, 3))
+
+
+def test_arguments_and_results(monkeypatch):
+    asked = {}
+    means2d = torch.zeros(2, 6, 2)
+
+    def rasterization(**arguments):
+        asked.update(arguments)
+        radii = torch.tensor([[[3, 5]] * 6, [[0, 0]] * 6], dtype=torch.int32)
+        meta = {"means2d": means2d, "radii": radii, "depths": torch.ones(2, 6), "conics": None}
+        return torch.ones(2, 8, 9, 3), torch.ones(2, 8, 9, 1), meta
+
+    monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
+    gaussians, cameras = scene(6, 9), orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 9, 8)
+    rgb, alpha, info = wrapper.rasterize(gaussians, cameras, 9, 8, torch.ones(2, 3))
+    assert rgb.shape == (2, 8, 9, 3) and alpha.shape == (2, 8, 9, 1)
+    assert info["means2d"] is means2d  # the very tensor of the graph
+    assert info["radii"].tolist() == [[5] * 6, [0] * 6]
+    assert (asked["width"], asked["height"], asked["sh_degree"], asked["packed"]) == (9, 8, 2, False)
+    assert torch.equal(asked["scales"], gaussians.log_scales.exp())
+    assert torch.equal(asked["opacities"], gaussians.logit_opacities.sigmoid())
+    assert asked["viewmats"].shape == (2, 4, 4) and asked["backgrounds"].shape == (2, 3)
+    assert (asked["near_plane"], asked["eps2d"], asked["rasterize_mode"]) == (0.01, 0.3, "classic")
+
+
+def test_missing_gsplat_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    with pytest.raises(ImportError, match=r"pip install gsplat==1\.5\.3"):
+        wrapper.rasterize(scene(1, 1), orbit(0.0, 0.0, 2.0, 49.1, 8, 8), 8, 8, torch.ones(1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("gsplat") is None, reason="needs a CUDA GPU and gsplat"
+)
+@pytest.mark.parametrize("coefficients", [1, 4, 9, 16])
+def test_gpu_and_cpu_agree(coefficients):
+    cameras = orbit(torch.tensor([0.0, 30.0, -20.0]), torch.tensor([0.0, 100.0, 200.0]), 2.0, 49.1, 96, 80)
+    weights = torch.randn(3, 80, 96, 4, generator=torch.Generator().manual_seed(1))
+    results = []
+    for device in ("cpu", "cuda"):
+        gaussians = scene(3000, coefficients).to(device)
+        for tensor in gaussians.tensors().values():
+            tensor.requires_grad_()
+        background = torch.tensor([0.2, 0.5, 0.9], device=device, requires_grad=True)
+        rgb, alpha, info = rasterize(gaussians, cameras, 96, 80, background)
+        loss = (torch.cat([rgb, alpha], dim=-1) * weights.to(device)).sum()
+        grads = torch.autograd.grad(loss, [*gaussians.tensors().values(), background, info["means2d"]])
+        results.append([rgb.detach().cpu(), alpha.detach().cpu(), [grad.cpu() for grad in grads], info["radii"].cpu()])
+    (rgb, alpha, grads, radii), (rgb2, alpha2, grads2, radii2) = results
+    # A comparison that float32 decides the other way changes a pixel by up to 1/255: allowed in one of a thousand.
+    assert ((rgb - rgb2).abs() > 1e-3).float().mean() < 1e-3 and ((alpha - alpha2).abs() > 1e-3).float().mean() < 1e-3
+    assert (rgb - rgb2).abs().max() < 0.02
+    assert ((radii > 0) == (radii2 > 0)).float().mean() > 0.999
+    for a, b in zip(grads, grads2, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm()
