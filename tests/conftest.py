@@ -1,8 +1,17 @@
 """Fixtures that more than one test file uses."""
 
+import logging
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def loggers_speak() -> None:
+    """bittensor's import, whichever test does it first, sets every logger of the process to CRITICAL."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("generation", "neurons")):
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,7 @@ def test_the_log_rotates_and_keeps_five(tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(p.name for p in path.parent.iterdir()) == ["service.log", *(f"service.log.{i}" for i in range(1, 6))]
 
 
+@pytest.mark.slow
 def test_it_stops_in_good_order_on_sigterm(tmp_path: Path) -> None:
     """Even while it still loads, or failed to: with models that are not there, /health tells so until it is ended."""
     with socket.socket() as probe:
