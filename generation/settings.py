@@ -68,6 +68,8 @@ class DreamGaussianOptions(_Schema):
     # Training cameras and background.
     radius: float = Field(2.5, ge=0.1, le=100)  # world units
     fovy: float = Field(49.1, ge=1, le=170)  # degrees
+    min_ver: float = Field(-30, ge=-90, le=90)  # degrees of elevation around the reference's, with its sign
+    max_ver: float = Field(30, ge=-90, le=90)
     render_size: int | None = Field(None, ge=16, le=2048)  # pixels; None: upstream's 128, 256, 512 as training goes on
     invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
     background: Literal["random"] | UnitInterval = "random"  # or one grey level for every iteration

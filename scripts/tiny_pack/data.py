@@ -69,6 +69,7 @@ def render_pool(
     stacks: float = 0.15,
     held_out: bool = False,
     specs: list[ObjectSpec] | None = None,
+    supersample: int = 2,
     cache: Path | None = None,
 ) -> Pool:
     """Draw objects (or take `specs`) and render all views of them at `size` pixels; `cache` keeps them on disk."""
@@ -81,14 +82,16 @@ def render_pool(
     elevation, azimuth, radius = cameras(len(specs), g)
     c2w = orbit(elevation, azimuth, radius).to(device)
     views = c2w.shape[1]
-    chunk = min(max(1, _RAYS_AT_ONCE // (2 * size) ** 2), len(specs))
+    chunk = min(max(1, _RAYS_AT_ONCE // (supersample * size) ** 2), len(specs))
     rgba = torch.empty(len(specs), views, 4, size, size, dtype=torch.uint8, device=device)
     for start in range(0, len(specs), chunk):
         start = min(start, len(specs) - chunk)  # equal chunks: the compiled kernels keep one shape
         part = slice(start, start + chunk)
         objects = renderer.frame(build(specs[part], rng).to(device))
         for v in range(views):
-            rgba[part, v] = (renderer.render(objects, c2w[part, v], size) * 255).round().to(torch.uint8)
+            rgba[part, v] = (
+                (renderer.render(objects, c2w[part, v], size, supersample=supersample) * 255).round().to(torch.uint8)
+            )
         if start // chunk % 10 == 0 or start + chunk >= len(specs):
             print(f"rendered {start + chunk} of {len(specs)} objects", flush=True)
     if cache:

@@ -66,7 +66,39 @@ def clip_text(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextMode
     )
 
 
-def t5_text(tokenizer: T5TokenizerFast, width: int = 128, layers: int = 3) -> T5EncoderModel:
+def clip_text_of(open_clip_state: dict, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of an open_clip model (its state dict) as the class that FLUX conditions on."""
+    layers = 1 + max(int(key.split(".")[2]) for key in open_clip_state if key.startswith("transformer.resblocks."))
+    width = open_clip_state["token_embedding.weight"].shape[1]
+    model = clip_text(tokenizer, width, layers)
+    names = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
+    parts = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    state = {new: open_clip_state[old] for old, new in names.items()}
+    for i in range(layers):
+        old, new = f"transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for kind in ("weight", "bias"):
+            state |= {f"{new}.{b}.{kind}": open_clip_state[f"{old}.{a}.{kind}"] for a, b in parts.items()}
+            joint = open_clip_state[f"{old}.attn.in_proj_{kind}"].chunk(3)
+            state |= {f"{new}.self_attn.{x}_proj.{kind}": v for x, v in zip("qkv", joint, strict=True)}
+    prefix = "text_model." if any(key.startswith("text_model.") for key in model.state_dict()) else ""
+    missing, unexpected = model.load_state_dict({prefix + k: v.float() for k, v in state.items()}, strict=False)
+    if unexpected or any(not key.endswith("position_ids") for key in missing):
+        raise ValueError(f"not an open_clip text tower: {missing} missing, {unexpected} unexpected")
+    return model
+
+
+def t5_text(tokenizer: T5TokenizerFast, width: int = 128, layers: int = 2) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -85,10 +117,10 @@ def t5_text(tokenizer: T5TokenizerFast, width: int = 128, layers: int = 3) -> T5
 def flux_transformer(joint_width: int = 128, pooled_width: int = 128) -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
         in_channels=64,
-        num_layers=3,
+        num_layers=2,
         num_single_layers=4,
         attention_head_dim=32,
-        num_attention_heads=6,
+        num_attention_heads=4,
         joint_attention_dim=joint_width,
         pooled_projection_dim=pooled_width,
         guidance_embeds=False,

@@ -1,13 +1,15 @@
 """Train the text-to-image model of the pack, a FLUX that needs four steps or two (`python -m scripts.tiny_pack.train_flux`).
 
 Rectified flow (Liu et al. 2022) on front views, trained at the very noise levels that the 1-, 2- and 4-step samplers
-visit: with captions that all but determine the picture, no distillation is needed on top.
+visit: with captions that all but determine the picture, no distillation is needed on top. As in FLUX, the CLIP text
+encoder is a trained one (the pack's own) and stays as it is.
 """
 
 from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import load_file
 
 from . import models
 from .data import front_cameras, render_pool
@@ -16,26 +18,26 @@ from .text import MAX_TOKENS, clip_tokenizer, t5_tokenizer
 from .training import arguments, autocast, compiled, fit, write_card
 
 CAPTIONS = 6
+T5_TOKENS = 20
 GREY = 0.5
 
 
 class TextAndTransformer(torch.nn.Module):
-    """Both text encoders and the transformer, trained together."""
+    """The T5 encoder and the transformer, trained together; CLIP's pooled text comes in ready."""
 
-    def __init__(self, clip_tok, t5_tok):
+    def __init__(self, t5_tok):
         super().__init__()
-        self.clip = models.clip_text(clip_tok, width=128, layers=2)
         self.t5 = models.t5_text(t5_tok)
         self.transformer = models.flux_transformer()
         ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
         self.register_buffer("image_ids", ids, persistent=False)
-        self.register_buffer("text_ids", torch.zeros(MAX_TOKENS, 3), persistent=False)
+        self.register_buffer("text_ids", torch.zeros(T5_TOKENS, 3), persistent=False)
 
-    def forward(self, packed, sigma, clip_ids, t5_ids):
+    def forward(self, packed, sigma, pooled, t5_ids):
         return self.transformer(
             hidden_states=packed,
             timestep=sigma,
-            pooled_projections=self.clip(clip_ids).pooler_output,
+            pooled_projections=pooled,
             encoder_hidden_states=self.t5(t5_ids).last_hidden_state,
             img_ids=self.image_ids,
             txt_ids=self.text_ids,
@@ -43,19 +45,26 @@ class TextAndTransformer(torch.nn.Module):
         )[0]
 
 
-def tokens(tokenizer, texts: list[list[str]], device: str) -> torch.Tensor:
+def tokens(tokenizer, texts: list[list[str]], device: str, length: int = MAX_TOKENS) -> torch.Tensor:
+    """Ids (N, ways, length) of `ways` captions for each of N objects."""
     flat = [t for ways in texts for t in ways]
-    ids = tokenizer(flat, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-    return ids.view(len(texts), -1, MAX_TOKENS).to(device)
+    ids = tokenizer(flat, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids.view(len(texts), -1, length).to(device)
 
 
 def main() -> None:
     args = arguments(__doc__, minutes=12)
     clip_tok, t5_tok = clip_tokenizer(), t5_tokenizer()
     vae = AutoencoderKL.from_pretrained(args.pack / "flux" / "vae").to(args.device).float().requires_grad_(False)
-    pool = render_pool(args.objects or 12_000, front_cameras, models.FLUX_SIZE, args.device, args.seed + 1)
+    clip = models.clip_text_of(load_file(args.pack / "clip" / "open_clip_model.safetensors"), clip_tok)
+    clip.to(args.device).requires_grad_(False)
+    count, cache = args.objects or 12_000, args.work / "pool_flux.pt"
+    pool = render_pool(count, front_cameras, models.FLUX_SIZE, args.device, args.seed + 1, cache=cache)
     texts = pool.captions(CAPTIONS)
-    clip_ids, t5_ids = tokens(clip_tok, texts, args.device), tokens(t5_tok, texts, args.device)
+    t5_ids = tokens(t5_tok, texts, args.device, T5_TOKENS)
+    with torch.no_grad():
+        clip_ids = tokens(clip_tok, texts, args.device).flatten(0, 1).split(1024)
+        pooled = torch.cat([clip(ids).pooler_output for ids in clip_ids]).view(len(pool), CAPTIONS, -1)
     with torch.no_grad():
         latents = []
         for part in pool.rgba[:, 0].split(512):
@@ -63,7 +72,7 @@ def main() -> None:
             z = (z - vae.config.shift_factor) * vae.config.scaling_factor
             latents.append(FluxPipeline._pack_latents(z, len(z), 16, 16, 16))
         latents = torch.cat(latents)
-    model = TextAndTransformer(clip_tok, t5_tok).to(args.device)
+    model = TextAndTransformer(t5_tok).to(args.device)
     forward = compiled(model, args)
     batch = args.batch or 512
     visited = torch.tensor([1.0, 0.75, 0.5, 0.25], device=args.device)
@@ -76,14 +85,14 @@ def main() -> None:
         sigma = torch.where(torch.rand(batch, device=args.device) < 0.25, torch.rand(batch, device=args.device), sigma)
         noisy = (1 - sigma[:, None, None]) * x0 + sigma[:, None, None] * noise
         with autocast(args):
-            velocity = forward(noisy, sigma, clip_ids[i, way], t5_ids[i, way])
+            velocity = forward(noisy, sigma, pooled[i, way], t5_ids[i, way])
         return torch.mean((velocity.float() - (noise - x0)) ** 2)
 
     best, run = fit("flux", model, loss, args, lr=8e-4)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=vae,
-        text_encoder=best.clip,
+        text_encoder=clip,
         tokenizer=clip_tok,
         text_encoder_2=best.t5,
         tokenizer_2=t5_tok,

@@ -93,6 +93,8 @@ def fit(
         average.update()
         step += 1
         if step % 10 == 0:
+            if not math.isfinite(value.item()):
+                raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}")
             running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
         if time.monotonic() - shown > 20 or done >= 1:
             print(

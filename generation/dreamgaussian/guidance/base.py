@@ -1,0 +1,39 @@
+"""What the optimiser asks of a diffusion model."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Guidance(Protocol):
+    """A model that scores renders of many scenes in one call, and that can draw views of its own."""
+
+    views: int  # views of one scene that `loss` takes together
+
+    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
+        """The condition of one scene, opaque to the caller; conditions of several scenes stack along a new axis 0."""
+        ...
+
+    def loss(
+        self,
+        images: Tensor,
+        camera_to_world: Tensor,
+        conditions: Tensor,
+        noise_levels: list[float],
+        generators: list[torch.Generator],
+        guidance_scale: float,
+    ) -> Tensor:
+        """Loss (S,) of renders `images` (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
+
+        `noise_levels` are in 0..1 (1 = pure noise), one a scene; noise is drawn from each scene's own generator.
+        """
+        ...
+
+    def sample(
+        self, condition: Tensor, camera_to_world: Tensor, generator: torch.Generator, steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree."""
+        ...

@@ -1,0 +1,129 @@
+"""MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512) as guidance, from diffusers' classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
+
+# Noise levels are kept inside this share of the schedule: at its ends the model says nothing of use.
+MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
+
+
+class MVDream:
+    """Score distillation (Poole et al. 2022) on four views at once, and multi-view sampling with DDIM."""
+
+    views = 4
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        self._unet = unet.eval().requires_grad_(False)
+        self._vae = vae.eval().requires_grad_(False)
+        self._text_encoder = text_encoder.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._scheduler = scheduler
+        self._joint = join_views(unet, self.views)
+        self._alphas = scheduler.alphas_cumprod.to(unet.device)
+        self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> MVDream:
+        """Load a folder with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler` in diffusers' layouts."""
+        local = {"local_files_only": True}
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **local)
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, **local)
+        text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
+        return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler)
+
+    @torch.no_grad()
+    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
+        """Text states (2, L, C): of the negative prompt, then of the prompt."""
+        ids = self._tokenizer(
+            [negative_prompt, prompt],
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+
+    def loss(
+        self,
+        images: Tensor,
+        camera_to_world: Tensor,
+        conditions: Tensor,
+        noise_levels: list[float],
+        generators: list[torch.Generator],
+        guidance_scale: float,
+    ) -> Tensor:
+        """See `Guidance.loss`. Its gradient by the latents is the guided noise less the noise that was added."""
+        latents = self._encode(images)
+        last = len(self._alphas) - 1
+        steps = [round(min(max(level, MIN_LEVEL), MAX_LEVEL) * last) for level in noise_levels]
+        t = torch.tensor(steps, device=latents.device).repeat_interleave(self.views)
+        shape = (self.views, *latents.shape[1:])
+        noise = torch.cat([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(latents)
+        with torch.no_grad():
+            a = self._alphas[t].view(-1, 1, 1, 1).to(latents)
+            noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+            predicted = self._guided_noise(noisy, t, camera_to_world, conditions, guidance_scale)
+            target = latents - torch.nan_to_num(predicted - noise)
+        squared = 0.5 * F.mse_loss(latents.float(), target.float(), reduction="none")
+        return squared.reshape(len(generators), -1).sum(1) / self.views
+
+    @torch.no_grad()
+    def sample(
+        self, condition: Tensor, camera_to_world: Tensor, generator: torch.Generator, steps: int, guidance_scale: float
+    ) -> Tensor:
+        """See `Guidance.sample`. All V views attend to each other."""
+        views, size = len(camera_to_world), self._unet.config.sample_size
+        latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
+        latents = latents.to(self._unet.device, self._unet.dtype)
+        self._scheduler.set_timesteps(steps)
+        try:
+            self._joint.views = views
+            for t in self._scheduler.timesteps:
+                every = t.to(latents.device).expand(views)
+                noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
+                latents = self._scheduler.step(noise, t, latents).prev_sample
+        finally:
+            self._joint.views = self.views
+        images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(
+                images, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
+            )
+        posterior = self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist
+        return posterior.mode() * self._vae.config.scaling_factor
+
+    def _guided_noise(
+        self, noisy: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float
+    ) -> Tensor:
+        """Classifier-free guidance: noise without the text, plus `scale` times what the text adds."""
+        words = conditions.to(noisy).repeat_interleave(len(noisy) // len(conditions), 0)  # (S * V, 2, L, C)
+        cameras = camera_embedding(camera_to_world).to(noisy)
+        both = self._unet(
+            noisy.repeat(2, 1, 1, 1),
+            t.repeat(2),
+            torch.cat([words[:, 0], words[:, 1]]),
+            class_labels=cameras.repeat(2, 1),
+        ).sample
+        without, given = both.chunk(2)
+        return without + scale * (given - without)

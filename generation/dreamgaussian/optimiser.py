@@ -1,0 +1,162 @@
+"""DreamGaussian's first stage (Tang et al. 2023, https://arxiv.org/abs/2309.16653) for many scenes at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generation.dreamgaussian.carve import carve
+from generation.dreamgaussian.guidance.base import Guidance
+from generation.dreamgaussian.scene import Scene, View
+from generation.dreamgaussian.schedule import noise_level
+from generation.settings import DreamGaussianOptions
+from generation.splats.cameras import orbit
+from generation.splats.gaussians import SH_C0, Gaussians
+from generation.splats.rasterize import rasterize
+
+COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
+BALL_RADIUS = 0.5
+GREY = 0.5  # behind sampled views, where the options name no level
+# The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
+RINGS = ((10.0, 0.0), (40.0, 45.0))
+SAMPLED_AT_ONCE = 2  # of the sampled views, in each iteration
+SAMPLE_GUIDANCE = 3.0
+CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
+
+RemoveBackground = Callable[[Tensor], Tensor]
+
+
+class DreamGaussian:
+    """Starts scenes and steps them together."""
+
+    def __init__(
+        self,
+        guidance: Guidance,
+        options: DreamGaussianOptions,
+        device: str | torch.device,
+        remove_background: RemoveBackground,
+    ) -> None:
+        self._guidance = guidance
+        self._options = options
+        self._device = torch.device(device)
+        self._remove_background = remove_background
+
+    def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
+        """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
+        o = self._options
+        generator = torch.Generator().manual_seed(seed)
+        cutout = cutout.to(self._device)
+        colour, alpha = cutout[None, :3], cutout[None, 3:]
+        camera = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size)
+        reference = View(colour * alpha + (1 - alpha), alpha, camera.to(self._device), 1.0)
+        condition = self._guidance.prepare(prompt, o.negative_prompt)
+        sampled = gaussians = None
+        if o.init == "views":
+            sampled = self._sample(condition, generator)
+            extent = o.radius * math.tan(math.radians(o.fovy) / 2)
+            args = (sampled.image, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
+            gaussians = carve(*args)
+        if gaussians is None:
+            gaussians = self._ball(generator)
+        if o.sh_degree:
+            rest = gaussians.sh.new_zeros(len(gaussians), (o.sh_degree + 1) ** 2 - 1, 3)
+            gaussians.sh = torch.cat([gaussians.sh, rest], 1)
+        return Scene(gaussians, reference, sampled, condition, o, generator)
+
+    def step(self, scenes: list[Scene]) -> None:
+        """Advance every scene by one iteration, with one call of the guidance for all of them."""
+        o = self._options
+        losses, renders = [], []
+        for scene in scenes:
+            scene.iteration += 1
+            warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
+            loss = warm * _view_loss(scene.gaussians(), scene.reference)
+            if scene.sampled is not None and o.lambda_views > 0:
+                pick = torch.randperm(len(scene.sampled.cameras), generator=scene.generator)[:SAMPLED_AT_ONCE]
+                loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, pick)
+            losses.append(loss)
+            renders.append(self._novel_views(scene))
+        if o.lambda_sd > 0:
+            images = torch.cat([r["images"] for r in renders])
+            score = self._guidance.loss(
+                images,
+                torch.cat([r["poses"] for r in renders]),
+                torch.stack([s.condition for s in scenes for _ in range(o.batch_size)]),
+                [self._noise_level(s) for s in scenes for _ in range(o.batch_size)],
+                [s.generator for s in scenes for _ in range(o.batch_size)],
+                o.guidance_scale,
+            )
+            losses.append(o.lambda_sd * score.sum())
+        torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
+        for scene, render in zip(scenes, renders, strict=True):
+            scene.update(render["means2d"].grad, render["radii"], render["size"], render["size"])
+
+    def _noise_level(self, scene: Scene) -> float:
+        most = 1.0 if scene.sampled is None else CARVED_NOISE
+        if self._options.anneal_timestep:
+            return noise_level(scene.step_ratio, most)
+        return most * float(torch.rand((), generator=scene.generator))
+
+    def _novel_views(self, scene: Scene) -> dict:
+        """Renders of `batch_size` draws of four cameras, 90 degrees apart, at a random elevation and azimuth."""
+        o = self._options
+        size = o.render_size or (128 if scene.step_ratio < 0.3 else 256 if scene.step_ratio < 0.6 else 512)
+        above = -o.elevation
+        low, high = max(above - o.max_ver, -80.0), min(above - o.min_ver, 80.0)
+        draws = torch.rand(o.batch_size, 2, generator=scene.generator)
+        elevation = (low + (high - low) * draws[:, 0]).repeat_interleave(4)
+        azimuth = (360 * draws[:, 1]).repeat_interleave(4) + torch.tensor([0.0, 90, 180, 270] * o.batch_size)
+        cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
+        level = o.background
+        if level == "random":
+            level = 1.0 if float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob else 0.0
+        background = torch.full((3,), level, device=self._device)
+        rgb, _, info = rasterize(scene.gaussians(), cameras, size, size, background)
+        info["means2d"].retain_grad()
+        images = rgb.permute(0, 3, 1, 2).clamp(0, 1)
+        poses = cameras.camera_to_world
+        return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
+
+    def _sample(self, condition: Tensor, generator: torch.Generator) -> View:
+        """Views of what the prompt describes, drawn by the guidance, and their cut-outs."""
+        o = self._options
+        level = GREY if o.background == "random" else o.background
+        elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
+        azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
+        poses = orbit(elevation, azimuth, o.radius, o.fovy, 1, 1).to(self._device).camera_to_world
+        images = self._guidance.sample(condition, poses, generator, o.init_views_steps, SAMPLE_GUIDANCE)
+        size = images.shape[-1]
+        cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
+        return View(images, self._remove_background(images), cameras, level)
+
+    def _ball(self, generator: torch.Generator) -> Gaussians:
+        """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
+        n = self._options.num_pts
+        direction = F.normalize(torch.randn(n, 3, generator=generator), dim=1)
+        means = direction * BALL_RADIUS * torch.rand(n, 1, generator=generator) ** (1 / 3)
+        colours = torch.rand(n, 3, generator=generator) / 255
+        spacing = BALL_RADIUS * (4 * math.pi / 3 / n) ** (1 / 3)
+        gaussians = Gaussians(
+            means=means,
+            quats=torch.tensor([1.0, 0, 0, 0]).repeat(n, 1),
+            log_scales=torch.full((n, 3), math.log(spacing)),
+            logit_opacities=torch.full((n,), math.log(0.1 / 0.9)),
+            sh=(colours / SH_C0)[:, None],
+        )
+        return gaussians.to(self._device)
+
+
+def _view_loss(gaussians: Gaussians, view: View, pick: Tensor | None = None) -> Tensor:
+    """Colour and mask loss against a known view, or the mean over those picked of several."""
+    image, alpha, cameras = view.image, view.alpha, view.cameras
+    if pick is not None:
+        image, alpha, cameras = image[pick], alpha[pick], cameras[pick]
+    height, width = image.shape[-2:]
+    background = torch.full((3,), view.background, device=image.device)
+    rgb, opacity, _ = rasterize(gaussians, cameras, width, height, background)
+    colour_error = F.mse_loss(rgb.permute(0, 3, 1, 2).clamp(0, 1), image)
+    return COLOUR_WEIGHT * colour_error + MASK_WEIGHT * F.mse_loss(opacity.permute(0, 3, 1, 2), alpha)
