@@ -160,7 +160,8 @@ def _jsonable(value: Any) -> Any:
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientGone.
 
-    To be called once the request's body is read: after that, the only message left is the disconnect.
+    Raises Unavailable when the server ends with the request unfinished. To be called once the request's body is read:
+    after that, the only message left is the disconnect.
     """
 
     async def hang_up() -> None:
@@ -173,6 +174,8 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         if working.done():
             return working.result()
         raise ClientGone
+    except asyncio.CancelledError:  # the server's patience with requests in flight is over
+        raise Unavailable("the service is shutting down", None) from None
     finally:
         working.cancel()
         gone.cancel()

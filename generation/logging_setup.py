@@ -39,7 +39,10 @@ class SingleLineFormatter(logging.Formatter):
 
 
 def setup_logging(path: Path) -> None:
-    """Log at INFO into ``path`` (10 MB, five older files kept) and to stderr. Raises OSError when it can not."""
+    """Log into ``path`` (10 MB, five older files kept) and to stderr: ours and the server's, others' warnings.
+
+    Raises OSError when it can not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handlers: list[logging.Handler] = [
         RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
@@ -48,9 +51,10 @@ def setup_logging(path: Path) -> None:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(SingleLineFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
+    for name in ("generation", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _is_regular_file(stream: object) -> bool:

@@ -68,8 +68,8 @@ class StandInPipeline:
 
 
 class Service:
-    def __init__(self, engine: Engine, pipeline: StandInPipeline, url: str) -> None:
-        self.engine, self.pipeline, self.url = engine, pipeline, url
+    def __init__(self, engine: Engine, pipeline: StandInPipeline, server: uvicorn.Server, url: str) -> None:
+        self.engine, self.pipeline, self.server, self.url = engine, pipeline, server, url
         self.client = httpx.Client(base_url=url, timeout=PATIENCE_S)
 
     def generate(self, prompt: str = "a red cube", **fields: Any) -> httpx.Response:
@@ -92,10 +92,10 @@ def serving(
     )
     app = create_app(engine, settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    service = Service(engine, pipeline, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    service = Service(engine, pipeline, server, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
         if load is None:
             wait_until(lambda: engine.status == "ready")

@@ -121,6 +121,16 @@ def test_a_client_that_hangs_up_while_it_runs_stops_the_work() -> None:
         assert service.engine.totals["cancelled"] == 1
 
 
+def test_a_stopping_server_tells_its_clients_and_ends_the_work() -> None:
+    with serving() as service:
+        held, results = hold(service)
+        service.server.should_exit = True
+        held.join(PATIENCE_S)
+        assert results[0].status_code == 503
+        assert "shutting down" in results[0].json()["error"]["message"]
+        wait_until(lambda: service.pipeline.cancelled == ["hold"])
+
+
 @pytest.mark.parametrize("prompt", ["crash", "exit"])
 def test_a_stage_that_fails_fails_its_request_alone(prompt: str, caplog: pytest.LogCaptureFixture) -> None:
     with serving() as service:
