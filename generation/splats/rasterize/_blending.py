@@ -37,7 +37,7 @@ from generation.splats.rasterize._projection import (
     ZERO,
     f32,
     kernel,
-)  # fmt: skip
+)
 
 SHIFT = 3
 TILE = 1 << SHIFT

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import Gaussians
@@ -56,6 +57,7 @@ class _Project(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         saved = [_array(tensor) for tensor in ctx.saved_tensors]
         results = [torch.empty(array.shape) for array in saved[:5]]
@@ -105,6 +107,7 @@ class _Blend(torch.autograd.Function):
         return rgb, alpha
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         splats, rgb, alpha = (_array(tensor) for tensor in ctx.saved_tensors)
         v_rgb, v_alpha = (_array(grad) for grad in grads)
