@@ -15,7 +15,7 @@ from generation.splats.gaussians import SH_C0, Gaussians
 GRID = 64
 # A voxel is inside unless more views than this say that it is not: sampled views do not agree to the pixel.
 DISSENTERS = 1
-OPACITY = 0.9
+OPACITY = 0.95
 
 
 def carve(

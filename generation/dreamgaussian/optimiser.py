@@ -52,14 +52,13 @@ class DreamGaussian:
         cutout = cutout.to(self._device)
         colour, alpha = cutout[None, :3], cutout[None, 3:]
         camera = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size)
-        reference = View(colour * alpha + (1 - alpha), alpha, camera.to(self._device), 1.0)
+        reference = View(colour * alpha, alpha, camera.to(self._device))
         condition = self._guidance.prepare(prompt, o.negative_prompt)
         sampled = gaussians = None
         if o.init == "views":
-            sampled = self._sample(condition, generator)
+            images, sampled = self._sample(condition, generator)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
-            args = (sampled.image, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
-            gaussians = carve(*args)
+            gaussians = carve(images, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
         if gaussians is None:
             gaussians = self._ball(generator)
         if o.sh_degree:
@@ -74,10 +73,12 @@ class DreamGaussian:
         for scene in scenes:
             scene.iteration += 1
             warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
-            loss = warm * _view_loss(scene.gaussians(), scene.reference)
+            # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
+            grey = float(torch.rand((), generator=scene.generator))
+            loss = warm * _view_loss(scene.gaussians(), scene.reference, grey)
             if scene.sampled is not None and o.lambda_views > 0:
                 pick = torch.randperm(len(scene.sampled.cameras), generator=scene.generator)[:SAMPLED_AT_ONCE]
-                loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, pick)
+                loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, grey, pick)
             losses.append(loss)
             renders.append(self._novel_views(scene))
         if o.lambda_sd > 0:
@@ -121,8 +122,8 @@ class DreamGaussian:
         poses = cameras.camera_to_world
         return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
 
-    def _sample(self, condition: Tensor, generator: torch.Generator) -> View:
-        """Views of what the prompt describes, drawn by the guidance, and their cut-outs."""
+    def _sample(self, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
+        """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs."""
         o = self._options
         level = GREY if o.background == "random" else o.background
         elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
@@ -131,7 +132,8 @@ class DreamGaussian:
         images = self._guidance.sample(condition, poses, generator, o.init_views_steps, SAMPLE_GUIDANCE)
         size = images.shape[-1]
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
-        return View(images, self._remove_background(images), cameras, level)
+        alpha = self._remove_background(images)
+        return images, View((images - (1 - alpha) * level).clamp_min(0), alpha, cameras)
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
@@ -150,13 +152,12 @@ class DreamGaussian:
         return gaussians.to(self._device)
 
 
-def _view_loss(gaussians: Gaussians, view: View, pick: Tensor | None = None) -> Tensor:
-    """Colour and mask loss against a known view, or the mean over those picked of several."""
-    image, alpha, cameras = view.image, view.alpha, view.cameras
+def _view_loss(gaussians: Gaussians, view: View, grey: float, pick: Tensor | None = None) -> Tensor:
+    """Colour and mask loss over a grey background against known views; the mean over those picked."""
+    colour, alpha, cameras = view.premultiplied, view.alpha, view.cameras
     if pick is not None:
-        image, alpha, cameras = image[pick], alpha[pick], cameras[pick]
-    height, width = image.shape[-2:]
-    background = torch.full((3,), view.background, device=image.device)
-    rgb, opacity, _ = rasterize(gaussians, cameras, width, height, background)
-    colour_error = F.mse_loss(rgb.permute(0, 3, 1, 2).clamp(0, 1), image)
+        colour, alpha, cameras = colour[pick], alpha[pick], cameras[pick]
+    height, width = colour.shape[-2:]
+    rgb, opacity, _ = rasterize(gaussians, cameras, width, height, torch.full((3,), grey, device=colour.device))
+    colour_error = F.mse_loss(rgb.permute(0, 3, 1, 2).clamp(0, 1), colour + (1 - alpha) * grey)
     return COLOUR_WEIGHT * colour_error + MASK_WEIGHT * F.mse_loss(opacity.permute(0, 3, 1, 2), alpha)

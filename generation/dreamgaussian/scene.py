@@ -20,12 +20,11 @@ MIN_OPACITY = 0.01
 
 @dataclass(frozen=True)
 class View:
-    """Something that the scene should look like: `image` (V, 3, H, W) over `background`, `alpha` (V, 1, H, W)."""
+    """Cut-outs that the scene should look like, from known cameras."""
 
-    image: Tensor
-    alpha: Tensor
+    premultiplied: Tensor  # (V, 3, H, W) colour times alpha
+    alpha: Tensor  # (V, 1, H, W) in 0..1
     cameras: Cameras
-    background: float
 
 
 class Scene:

@@ -24,7 +24,10 @@ def front_cameras(n: int, g: torch.Generator):
 
 
 def two_rings(n: int, g: torch.Generator):
-    """Eight views: two rings of four, 90 degrees apart, each at an elevation and a start of its own; a quarter share one start and one elevation."""
+    """Eight views: two rings of four, 90 degrees apart, each at an elevation and a start of its own.
+
+    Half of the pairs are set off by 45 degrees, a quarter are at one elevation.
+    """
     elevation = (torch.rand(n, 2, generator=g) * 95 - 20).repeat_interleave(4, 1)
     start = (torch.rand(n, 2, generator=g) * 360).repeat_interleave(4, 1)
     aligned = torch.rand(n, 1, generator=g) < 0.5

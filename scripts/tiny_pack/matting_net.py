@@ -42,7 +42,7 @@ class MattingNet(PreTrainedModel):
         self.post_init()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """ImageNet-normalised images (B, 3, H, W), H and W multiples of 8 -> logits, coarse to fine; the last (B, 1, H, W)."""
+        """Normalised images (B, 3, H, W), sides multiples of 8 -> logits, coarse to fine, the last (B, 1, H, W)."""
         skips = []
         x = images
         for block in self.down:

@@ -147,7 +147,7 @@ def mvdream_unet(text_width: int = 128) -> UNet2DConditionModel:
 
 
 def open_clip_config(vocabulary: int) -> dict:
-    """open_clip's `open_clip_config.json`: a timm ConvNeXt and a CLIP text tower, the family that the validators use."""
+    """open_clip's `open_clip_config.json`: a timm ConvNeXt and a CLIP text tower, as the validators have."""
     return {
         "model_cfg": {
             "embed_dim": 128,

@@ -1,4 +1,4 @@
-"""Train the text-to-image model of the pack, a FLUX that needs four steps or two (`python -m scripts.tiny_pack.train_flux`).
+"""Train the pack's text-to-image model, a FLUX of four steps or two (`python -m scripts.tiny_pack.train_flux`).
 
 Rectified flow (Liu et al. 2022) on front views, trained at the very noise levels that the 1-, 2- and 4-step samplers
 visit: with captions that all but determine the picture, no distillation is needed on top. As in FLUX, the CLIP text

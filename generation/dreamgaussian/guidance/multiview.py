@@ -24,7 +24,7 @@ class MultiViewAttention:
 
 
 def join_views(unet: UNet2DConditionModel, views: int = 4) -> MultiViewAttention:
-    """Give every self-attention of `unet` (diffusers names them attn1) the multi-view form; returns the shared processor."""
+    """Give every self-attention of `unet` (diffusers calls it attn1) the multi-view form; returns what they share."""
     joint = MultiViewAttention(views)
     unet.set_attn_processor(
         {name: joint if ".attn1." in name else processor for name, processor in unet.attn_processors.items()}

@@ -34,13 +34,15 @@ class MattingNet(PreTrainedModel):
     def __init__(self, config: MattingConfig):
         super().__init__(config)
         w = config.widths
-        self.down = nn.ModuleList([_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip([3, *w], w, strict=False))])
+        self.down = nn.ModuleList(
+            [_block(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip([3, *w], w, strict=False))]
+        )
         self.up = nn.ModuleList([_block(a + b, b) for a, b in zip(w[:0:-1], w[-2::-1], strict=True)])
         self.head = nn.ModuleList([nn.Conv2d(c, 1, 1) for c in w[-2::-1]])
         self.post_init()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """ImageNet-normalised images (B, 3, H, W), H and W multiples of 8 -> logits, coarse to fine; the last (B, 1, H, W)."""
+        """Normalised images (B, 3, H, W), sides multiples of 8 -> logits, coarse to fine, the last (B, 1, H, W)."""
         skips = []
         x = images
         for block in self.down:
