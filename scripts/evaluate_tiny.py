@@ -1,7 +1,7 @@
 """Measure the tiny profile on 48 prompts of shapes and colours that its training never saw together.
 
 For each prompt the real pipeline makes a splat; the judge (trained apart, on exact renders) names shape and colour
-from 8 views all round; the service's own gates and CLIP threshold decide, once for the right prompt and once for another one.
+from 8 views all round; the service's own gates and CLIP threshold decide, for the right prompt and for another one.
 Writes evaluation.json, contact.png (8 views of every splat) and gallery.png to the output folder.
 
     python -m scripts.evaluate_tiny OUT_FOLDER [--prompts 48] [--config configs/tiny_mv_fast.yaml]
