@@ -19,6 +19,7 @@ from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_f
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
+from generation.splats.rasterize import warm_up
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
 
@@ -178,6 +179,9 @@ class Pipeline:
             }
             for stage, entry in entries.items()
         ]
+        if device == "cpu":
+            progress("compiling the rasteriser, or loading it from its cache")
+            warm_up()
         dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove)
         return cls(text_to_image, background, dreamgaussian, self_check, settings.options, device, about)
 

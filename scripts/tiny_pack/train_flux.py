@@ -100,9 +100,9 @@ def main() -> None:
     )
     quality = {"velocity_mse": run["final_loss"]}
     folder = args.pack / "flux"
-    vae_card = (folder / "vae" / "card.json").read_text()
+    vae_config = (folder / "vae" / "config.json").read_text()  # without the path that diffusers would add
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    (folder / "vae" / "card.json").write_text(vae_card)
+    (folder / "vae" / "config.json").write_text(vae_config)
     write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args.seed, run, quality)
     print(f"flux: {run}", flush=True)
 
