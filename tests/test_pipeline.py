@@ -257,7 +257,8 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     told: list[str] = []
     pipeline = Pipeline.load(settings, told.append)
     assert made == [settings.options]
-    assert len(told) == 4
+    assert sum(line.startswith("loading") for line in told) == 4
+    assert "rasteriser" in told[-1]
     assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
         (stage, f"mini-{folder}", "MIT", "cpu")
         for stage, folder in zip(settings.models.stages, ["flux", "background", "mvdream", "clip"], strict=True)

@@ -15,7 +15,7 @@ from . import models
 from .data import front_cameras, render_pool
 from .render import composite
 from .text import MAX_TOKENS, clip_tokenizer, t5_tokenizer
-from .training import arguments, autocast, compiled, fit, write_card
+from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
 CAPTIONS = 6
 T5_TOKENS = 20
@@ -100,9 +100,8 @@ def main() -> None:
     )
     quality = {"velocity_mse": run["final_loss"]}
     folder = args.pack / "flux"
-    vae_config = (folder / "vae" / "config.json").read_text()  # without the path that diffusers would add
     pipe.to(dtype=torch.float16).save_pretrained(folder)
-    (folder / "vae" / "config.json").write_text(vae_config)
+    forget_paths(folder)
     write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args.seed, run, quality)
     print(f"flux: {run}", flush=True)
 

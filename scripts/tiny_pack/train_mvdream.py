@@ -16,7 +16,7 @@ from .data import render_pool, two_rings
 from .render import composite
 from .text import clip_tokenizer
 from .train_flux import tokens
-from .training import arguments, autocast, compiled, fit, write_card
+from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
 CAPTIONS = 6
 GREY = 0.5
@@ -92,6 +92,7 @@ def main() -> None:
     best.text.half().save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
+    forget_paths(folder)
     quality = {"noise_mse": run["final_loss"]}
     write_card(folder, "tiny-mvdream", "scripts/tiny_pack/train_mvdream.py", args.seed, run, quality, background=GREY)
     print(f"mvdream: {run}", flush=True)

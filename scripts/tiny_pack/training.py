@@ -139,5 +139,13 @@ def write_card(folder: Path, name: str, script: str, seed: int, run: dict, quali
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
+def forget_paths(folder: Path) -> None:
+    """Take out of the configs below `folder` where on this machine the model was loaded from."""
+    for path in folder.rglob("*.json"):
+        values = json.loads(path.read_text())
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2) + "\n")
+
+
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(-10 * torch.log10(torch.mean((a.float() - b.float()) ** 2)))
