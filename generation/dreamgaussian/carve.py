@@ -82,6 +82,8 @@ def _colours(images, alphas, surface, outward, places, depths, cameras: Cameras,
     nearest.scatter_reduce_(1, flat, depths, "amin")
     in_front = depths <= nearest.gather(1, flat) + 2 * voxel
     to_camera = F.normalize(cameras.to(surface.device).positions[:, None] - surface, dim=-1)
-    facing = (to_camera * outward).sum(-1).clamp_min(0)
-    weight = (facing**2 * in_front + 1e-4)[..., None] * (_look_up(alphas, places) + 1e-3)
-    return (_look_up(images, places) * weight).sum(0) / weight.sum(0)
+    cosine = (to_camera * outward).sum(-1)
+    # What no view sees takes after the views that face it most nearly; outlines, mixed with background, count little.
+    weight = cosine.clamp_min(0) ** 2 * in_front + 1e-3 * (0.5 + 0.5 * cosine) ** 4
+    weight = weight[..., None] * (_look_up(alphas, places) ** 4 + 1e-4)
+    return (_look_up(images, places) * weight).sum(0) / weight.sum(0).clamp_min(1e-12)

@@ -1,0 +1,209 @@
+"""DreamGaussian: schedules, the carved start, MVDream's guidance, and scenes that do not disturb each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from generation.dreamgaussian import DreamGaussian, MVDream
+from generation.dreamgaussian.carve import carve
+from generation.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
+from generation.dreamgaussian.schedule import noise_level, position_lr
+from generation.settings import DreamGaussianOptions
+from generation.splats.cameras import orbit
+from generation.splats.gaussians import SH_C0
+
+RADIUS, FOVY = 2.5, 49.1
+
+
+def test_position_lr_is_log_linear() -> None:
+    assert position_lr(0, 1e-3, 1e-5, 300) == pytest.approx(1e-3)
+    assert position_lr(150, 1e-3, 1e-5, 300) == pytest.approx(1e-4)
+    assert position_lr(900, 1e-3, 1e-5, 300) == pytest.approx(1e-5)
+
+
+def test_noise_level_falls_to_zero() -> None:
+    assert [noise_level(r) for r in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
+    assert noise_level(0.5, start=0.5) == 0.25
+
+
+def test_camera_embedding_is_in_blender_axes() -> None:
+    front, right = camera_embedding(orbit(0.0, torch.tensor([0.0, 90.0]), RADIUS, FOVY, 8, 8).camera_to_world)
+    # y-up front (+z) is Blender's -y; +x stays; the position has length one whatever the radius
+    assert torch.allclose(front.view(4, 4)[:3, 3], torch.tensor([0.0, -1.0, 0.0]), atol=1e-6)
+    assert torch.allclose(right.view(4, 4)[:3, 3], torch.tensor([1.0, 0.0, 0.0]), atol=1e-6)
+    assert torch.allclose(front.view(4, 4)[:3, 1], torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)  # up is z
+
+
+def small_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(32,),
+        attention_head_dim=1, cross_attention_dim=16, norm_num_groups=8, class_embed_type="projection",
+        projection_class_embeddings_input_dim=16,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_views_of_a_scene_see_each_other_and_no_other_scene() -> None:
+    unet = small_unet()
+    joint = join_views(unet, 4)
+    assert isinstance(joint, MultiViewAttention)
+    x, words, cameras = torch.randn(8, 4, 8, 8), torch.randn(8, 3, 16), torch.randn(8, 16)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return unet(x, 500, words, class_labels=cameras).sample
+
+    before, changed = run(x), x.clone()
+    changed[1] += 1.0  # one view of the first scene
+    moved = (run(changed) - before).abs().amax((1, 2, 3))
+    assert (moved[[0, 2, 3]] > 1e-4).all()
+    assert (moved[4:] < 1e-5).all()
+
+
+def sphere_views(radius: float = 0.6, size: int = 64):
+    """Exact silhouettes of a ball that is red in its upper half and blue in its lower."""
+    elevation, azimuth = torch.tensor([10.0] * 4 + [40.0] * 4), torch.arange(8) * 45.0
+    cameras = orbit(elevation, azimuth, RADIUS, FOVY, size, size)
+    ticks = (torch.arange(size) + 0.5 - size / 2) / cameras.Ks[0, 0, 0]
+    v, u = torch.meshgrid(ticks, ticks, indexing="ij")
+    rays = torch.nn.functional.normalize(torch.stack([u, v, torch.ones_like(u)], -1), dim=-1)
+    world = rays.reshape(1, -1, 3) @ cameras.viewmats[:, :3, :3]  # rows of R^T r
+    origin = cameras.positions[:, None]
+    b = (world * origin).sum(-1)
+    hit = b**2 - (origin**2).sum(-1) + radius**2
+    depth = -b - hit.clamp_min(0).sqrt()
+    top = ((origin + world * depth[..., None])[..., 1] > 0)[..., None]
+    colour = torch.where(top, torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 1]))
+    alpha = (hit > 0).float()
+    images = (colour * alpha[..., None]).view(8, size, size, 3).permute(0, 3, 1, 2)
+    return images, alpha.view(8, 1, size, size), cameras
+
+
+def test_carve_finds_shape_and_colours() -> None:
+    images, alphas, cameras = sphere_views()
+    g = carve(images, alphas, cameras, 1.14, 4000, torch.Generator().manual_seed(0))
+    assert g is not None and len(g) == 4000
+    distance = g.means.norm(dim=1)
+    # eight outlines leave a hull that is somewhat larger than the ball, and none of it inside
+    assert distance.min() > 0.52 and distance.max() < 0.95 and 0.58 < distance.median() < 0.7
+    colours = 0.5 + SH_C0 * g.sh[:, 0]
+    upper, lower = g.means[:, 1] > 0.15, (g.means[:, 1] < -0.15) & (g.means[:, 1] > -0.5)
+    assert (colours[upper, 0] > colours[upper, 2]).float().mean() > 0.97
+    assert (colours[lower, 2] > colours[lower, 0]).float().mean() > 0.95
+
+
+def test_carve_of_nothing_is_none() -> None:
+    images, alphas, cameras = sphere_views()
+    assert carve(images, torch.zeros_like(alphas), cameras, 1.14, 100, torch.Generator()) is None
+
+
+@pytest.fixture(scope="module")
+def guidance(mini_models) -> MVDream:
+    return MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+
+
+def poses(scenes: int) -> torch.Tensor:
+    return orbit(15.0, torch.arange(4 * scenes) * 90.0, RADIUS, FOVY, 8, 8).camera_to_world
+
+
+def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVDream) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, guidance.image_size, guidance.image_size, requires_grad=True)
+    conditions = torch.stack([guidance.prepare("a red cube", ""), guidance.prepare("a blue ball", "")])
+
+    def loss(part: slice, seeds: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        views = slice(part.start * 4, part.stop * 4)
+        return guidance.loss(images[views], poses(2)[views], conditions[part], [0.7] * len(seeds), generators, 5.0)
+
+    both = loss(slice(0, 2), [1, 2])
+    alone = torch.cat([loss(slice(0, 1), [1]), loss(slice(1, 2), [2])])
+    assert both.shape == (2,) and torch.allclose(both, alone, rtol=1e-4)
+    both.sum().backward()
+    assert images.grad is not None and torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+
+
+def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) -> None:
+    condition = guidance.prepare("a red cube", "")
+
+    def draw(seed: int) -> torch.Tensor:
+        return guidance.sample(condition, poses(2), torch.Generator().manual_seed(seed), 3, 2.0)
+
+    first = draw(1)
+    assert first.shape == (8, 3, guidance.image_size, guidance.image_size)
+    assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
+
+
+class NoGuidance:
+    """Scores nothing, so that the known views alone drive a scene. Stands in for a diffusion model."""
+
+    views = 4
+
+    def prepare(self, prompt: str, negative_prompt: str) -> torch.Tensor:
+        return torch.zeros(2, 1, 1)
+
+    def loss(self, images, camera_to_world, conditions, noise_levels, generators, guidance_scale):
+        return 0.0 * images.sum((1, 2, 3)).view(len(generators), -1).sum(1)
+
+    def sample(self, condition, camera_to_world, generator, steps, guidance_scale):
+        return sphere_views()[0] + (1 - sphere_views()[1]) * 0.5
+
+
+def cutout(size: int = 32) -> torch.Tensor:
+    image = torch.zeros(4, size, size)
+    image[0, 6:26, 6:26] = image[3, 6:26, 6:26] = 1.0
+    return image
+
+
+def options(**more) -> DreamGaussianOptions:
+    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": 0.5, "lambda_views": 1.0}
+    return DreamGaussianOptions(
+        **(values | {"warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5} | more)
+    )
+
+
+def sculptor(**more) -> DreamGaussian:
+    return DreamGaussian(NoGuidance(), options(**more), "cpu", lambda images: sphere_views()[1])
+
+
+def run(dg: DreamGaussian, seeds: list[int]) -> list[torch.Tensor]:
+    scenes = [dg.start(cutout(), "a red square", seed) for seed in seeds]
+    while not all(scene.done for scene in scenes):
+        dg.step(scenes)
+    return [torch.cat([t.detach().flatten() for t in s.gaussians().tensors().values()]) for s in scenes]
+
+
+@pytest.mark.parametrize("init", ["ball", "views"])
+def test_a_scene_is_the_same_alone_and_beside_another(init: str) -> None:
+    dg = sculptor(init=init)
+    together = run(dg, [3, 4])
+    assert torch.equal(run(dg, [3])[0], run(dg, [3])[0])
+    assert torch.allclose(together[0], run(dg, [3])[0], atol=1e-3)
+    assert together[0].shape != together[1].shape or not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
+    from generation.splats.rasterize import rasterize
+
+    dg = sculptor(init="ball", iters=150, num_pts=1500, density_end_iter=0)
+    scene = dg.start(cutout(), "a red square", 0)
+    camera = orbit(0.0, 0.0, RADIUS, FOVY, 32, 32)
+
+    def error() -> float:
+        rgb, _, _ = rasterize(scene.gaussians(), camera, 32, 32, torch.zeros(3))
+        return float(((rgb[0].permute(2, 0, 1) - cutout()[:3]) ** 2).mean())
+
+    before = error()
+    while not scene.done:
+        dg.step([scene])
+    assert error() < 0.25 * before
+    assert math.isfinite(error())
+
+
+def test_spherical_harmonics_of_the_asked_degree() -> None:
+    assert sculptor(init="views", sh_degree=1).start(cutout(), "", 0).gaussians().sh.shape[1] == 4
