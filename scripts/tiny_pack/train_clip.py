@@ -26,8 +26,8 @@ from .training import arguments, autocast, compiled, fit, write_card
 CAPTIONS = 6
 PIVOT = 0.5
 SLOPE = 16.0
-# The cosine that lands on the field's threshold of 0.6. Measured on two draws of unseen renders softened like splats: 96
-# and 100 % of the right captions pass it, under 1 % of the wrong ones, 2 and 5 % of those wrong in shape or colour alone.
+# The cosine that lands on the field's threshold of 0.6. Measured on two draws of unseen renders softened like splats:
+# 96 and 100 % of the right captions pass it, under 1 % of the wrong ones, 2 and 5 % of those wrong in one word alone.
 PASSING_COSINE = 0.4
 COSINE_SCALE = PASSING_COSINE / 0.6
 
