@@ -29,6 +29,7 @@ PROFILES = {
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Colour = tuple[UnitInterval, UnitInterval, UnitInterval]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LearningRate = Annotated[float, Field(ge=0, le=1)]
 Iteration = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -59,6 +60,7 @@ class DreamGaussianOptions(_Schema):
     iters: int = Field(500, ge=1, le=10_000)
     batch_size: int = Field(1, ge=1, le=16)  # camera draws an iteration; MVDream renders 4 views for each
     lambda_sd: Weight = 1.0
+    lambda_reference: Weight = 1.0  # colour and mask loss against the reference view
     lambda_views: Weight = 0.0  # colour and mask loss against the views that the guidance sampled
     mvdream: bool = True
     guidance_scale: float = Field(50.0, ge=0, le=1000)
@@ -72,7 +74,7 @@ class DreamGaussianOptions(_Schema):
     max_ver: float = Field(30, ge=-90, le=90)
     render_size: int | None = Field(None, ge=16, le=2048)  # pixels; None: upstream's 128, 256, 512 as training goes on
     invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
-    background: Literal["random"] | UnitInterval = "random"  # or one grey level for every iteration
+    background: Literal["random"] | Colour = "random"  # or one RGB for every iteration, which sampled views have too
     # Gaussians and their start.
     num_pts: int = Field(5000, ge=1, le=2_000_000)
     max_gaussians: int = Field(500_000, ge=1, le=2_000_000)

@@ -161,7 +161,7 @@ def cutout(size: int = 32) -> torch.Tensor:
 
 
 def options(**more) -> DreamGaussianOptions:
-    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": 0.5, "lambda_views": 1.0}
+    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": [0.5] * 3, "lambda_views": 1.0}
     return DreamGaussianOptions(
         **(values | {"warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5} | more)
     )

@@ -20,7 +20,7 @@ from generation.splats.rasterize import rasterize
 
 COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
 BALL_RADIUS = 0.5
-GREY = 0.5  # behind sampled views, where the options name no level
+GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 # The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
 RINGS = ((10.0, 0.0), (40.0, 45.0))
 SAMPLED_AT_ONCE = 2  # of the sampled views, in each iteration
@@ -75,7 +75,7 @@ class DreamGaussian:
             warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
             # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
             grey = float(torch.rand((), generator=scene.generator))
-            loss = warm * _view_loss(scene.gaussians(), scene.reference, grey)
+            loss = warm * o.lambda_reference * _view_loss(scene.gaussians(), scene.reference, grey)
             if scene.sampled is not None and o.lambda_views > 0:
                 pick = torch.randperm(len(scene.sampled.cameras), generator=scene.generator)[:SAMPLED_AT_ONCE]
                 loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, grey, pick)
@@ -112,10 +112,11 @@ class DreamGaussian:
         elevation = (low + (high - low) * draws[:, 0]).repeat_interleave(4)
         azimuth = (360 * draws[:, 1]).repeat_interleave(4) + torch.tensor([0.0, 90, 180, 270] * o.batch_size)
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
-        level = o.background
-        if level == "random":
-            level = 1.0 if float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob else 0.0
-        background = torch.full((3,), level, device=self._device)
+        if o.background == "random":
+            white = float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob
+            background = torch.full((3,), float(white), device=self._device)
+        else:
+            background = torch.tensor(o.background, device=self._device)
         rgb, _, info = rasterize(scene.gaussians(), cameras, size, size, background)
         info["means2d"].retain_grad()
         images = rgb.permute(0, 3, 1, 2).clamp(0, 1)
@@ -125,7 +126,7 @@ class DreamGaussian:
     def _sample(self, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
         """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs."""
         o = self._options
-        level = GREY if o.background == "random" else o.background
+        behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
         elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
         azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
         poses = orbit(elevation, azimuth, o.radius, o.fovy, 1, 1).to(self._device).camera_to_world
@@ -133,7 +134,7 @@ class DreamGaussian:
         size = images.shape[-1]
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
         alpha = self._remove_background(images)
-        return images, View((images - (1 - alpha) * level).clamp_min(0), alpha, cameras)
+        return images, View((images - (1 - alpha) * behind.view(3, 1, 1)).clamp_min(0), alpha, cameras)
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""

@@ -102,7 +102,7 @@ def main() -> None:
     folder = args.pack / "flux"
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     forget_paths(folder)
-    write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args.seed, run, quality)
+    write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args, run, quality)
     print(f"flux: {run}", flush=True)
 
 
