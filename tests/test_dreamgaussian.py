@@ -161,10 +161,9 @@ def cutout(size: int = 32) -> torch.Tensor:
 
 
 def options(**more) -> DreamGaussianOptions:
-    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": [0.5] * 3, "lambda_views": 1.0}
-    return DreamGaussianOptions(
-        **(values | {"warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5} | more)
-    )
+    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": [0.5, 0.5, 0.5]}
+    values |= {"lambda_views": 1.0, "warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5}
+    return DreamGaussianOptions(**(values | more))
 
 
 def sculptor(**more) -> DreamGaussian:
