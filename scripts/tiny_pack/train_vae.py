@@ -21,7 +21,7 @@ from .training import arguments, autocast, compiled, fit, forget_paths, psnr, wr
 GREY = 0.5
 OBJECT_WEIGHT = 3.0  # an object's pixels count more than the backdrop's by this
 LATENT_NOISE = 0.05  # share of the latents' deviation: what a diffusion model is off by
-ANCHOR = 0.5
+ANCHOR = 0.15
 
 
 def _edges(x: torch.Tensor) -> torch.Tensor:

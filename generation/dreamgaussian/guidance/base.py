@@ -12,6 +12,7 @@ class Guidance(Protocol):
     """A model that scores renders of many scenes in one call, and that can draw views of its own."""
 
     views: int  # views of one scene that `loss` takes together
+    image_size: int  # pixels, of what `sample` draws
 
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """The condition of one scene, opaque to the caller; conditions of several scenes stack along a new axis 0."""
@@ -33,7 +34,17 @@ class Guidance(Protocol):
         ...
 
     def sample(
-        self, condition: Tensor, camera_to_world: Tensor, generator: torch.Generator, steps: int, guidance_scale: float
+        self,
+        condition: Tensor,
+        camera_to_world: Tensor,
+        generator: torch.Generator,
+        steps: int,
+        guidance_scale: float,
+        start: Tensor | None = None,
+        noise_level: float = 1.0,
     ) -> Tensor:
-        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree."""
+        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
+
+        With `start` (V, 3, S, S) the sampling begins with these images at `noise_level` (Meng et al. 2022, "SDEdit").
+        """
         ...
