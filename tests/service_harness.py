@@ -41,9 +41,10 @@ class StandInPipeline:
     def tick(self, jobs: list[Job]) -> None:
         self.ticks.append([job.request.prompt for job in jobs])
         for job in jobs:
-            job.outcome = self._one(job.request, job)
+            job.outcome = self._one(job)
 
-    def _one(self, request: Request, job: Job) -> Asset | Exception | None:
+    def _one(self, job: Job) -> Asset | Exception | None:
+        request = job.request
         job.progress("text_to_image", 0.5)
         if request.prompt == "crash":
             return RuntimeError("the stage broke\nERROR forged")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import test_competitive as checks
-from generation.pipeline import Asset, Report, Request, Scores
+from generation.pipeline import Asset, Job, Report, Scores
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
 from tests.service_harness import Service, StandInPipeline, serving, wait_until
@@ -32,10 +32,11 @@ class Pipeline(StandInPipeline):
         self.content = content
         self.seconds = {"text_to_image": 0.5, "background": 0.1, "dreamgaussian": 2.0}
 
-    def _one(self, index: int, request: Request, progress: Any, cancelled: Any) -> Asset | Exception:
+    def _one(self, job: Job) -> Asset | Exception:
+        seed = job.request.seed
         if not self.content:
-            return Asset(b"", Report(request.seed, 0.2, seconds=self.seconds, rejected="score 0.20 under 0.60"))
-        return Asset(self.content, Report(request.seed, 0.75, num_gaussians=7000, seconds=self.seconds))
+            return Asset(b"", Report(seed, 0.2, seconds=self.seconds, rejected="score 0.20 under 0.60"))
+        return Asset(self.content, Report(seed, 0.75, num_gaussians=7000, seconds=self.seconds))
 
     def validate(self, ply: bytes, prompt: Any) -> Scores:
         score = 0.75 if prompt == checks.PROMPT else 0.1

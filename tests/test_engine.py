@@ -150,7 +150,7 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
             assert service.generate(prompt).status_code == status
         assert service.client.get("/health").json()["active"][0]["stage"] == "text_to_image"
         others = [hold(service) for _ in range(3)]
-        wait_until(lambda: service.engine.queue_depth == 1)
+        wait_until(lambda: len(service.engine.active) == 3 and service.engine.queue_depth == 1)
         service.pipeline.go.set()
         for thread, answers in [(held, results), *others]:
             thread.join(PATIENCE_S)
