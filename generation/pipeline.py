@@ -154,7 +154,7 @@ class Pipeline:
 
         _quiet_libraries()
         models, device = settings.models, settings.device
-        entries = {stage: lookup(choice) for stage, choice in models.stages.items()}
+        entries = {stage: lookup(choice) for stage, choice in models.needed(settings.options).items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
         def announce(stage: str) -> None:

@@ -276,7 +276,7 @@ def test_load_without_weights_says_which(tmp_path, mini_models, sculptor, monkey
     text = mini_models.read_text().replace("./mvdream", "mvdream-sd2.1")
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: hf download"):
+    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
         Pipeline.load(Settings.resolve({"profile": "tiny", "models": models}))
 
 

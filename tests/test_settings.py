@@ -67,7 +67,7 @@ def test_upstream_config_loads_with_one_warning(tmp_path, caplog):
         options = DreamGaussianOptions.load(write(tmp_path, UPSTREAM))
     assert options == DreamGaussianOptions(negative_prompt="ugly, blurry")  # the defaults are upstream's
     (record,) = caplog.records
-    assert all(key in record.getMessage() for key in ("lambda_zero123", "save_path", "texture_lr", "H"))
+    assert all(key in record.getMessage() for key in ("iters_refine", "save_path", "texture_lr", "H"))
     assert "num_pts" not in record.getMessage()
 
 
@@ -112,12 +112,37 @@ def test_own_configs_are_as_fast_as_they_say():
 @pytest.mark.parametrize("profile", ["full", "tiny"])
 def test_models_files_name_checkpoints_that_exist(profile):
     models = Models.load(settings.PROFILES[profile][0])
-    assert list(models.stages) == ["text_to_image", "background", "mvdream", "clip"]
+    needed = ["text_to_image", "background", "mvdream", "clip"]
+    assert list(models.needed(DreamGaussianOptions())) == needed
+    assert set(models.stages) - set(needed) == ({"zero123", "stable_zero123"} if profile == "full" else set())
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).repo
         else:
             assert Path(choice.model).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("options", "guidances"),
+    [
+        ({}, {"mvdream"}),
+        ({"lambda_zero123": 1}, {"mvdream", "zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0}, {"zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0, "stable_zero123": True}, {"stable_zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0, "init": "views"}, {"mvdream", "zero123"}),
+        ({"lambda_sd": 0, "stable_zero123": True}, set()),
+    ],
+)
+def test_only_the_guidances_in_use_are_needed(options, guidances):
+    models = Models.load(settings.PROFILES["full"][0])
+    needed = models.needed(DreamGaussianOptions(**options))
+    assert set(needed) - {"text_to_image", "background", "clip"} == guidances
+
+
+def test_a_guidance_without_a_checkpoint_is_named(tmp_path):
+    config = write(tmp_path, "lambda_zero123: 1")
+    with pytest.raises(SettingsError, match=r"lambda_zero123 is 1\.0, but the models file has no zero123"):
+        Settings.resolve({"profile": "tiny", "config": config})
 
 
 def test_prompt_template_must_have_its_place(tmp_path):
