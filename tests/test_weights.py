@@ -126,7 +126,7 @@ class TestCard:
         choice = self.choice(tmp_path, {"of": "clip-convnext-large-d"})
         entry = lookup(choice)
         assert entry.clip == REGISTRY["clip-convnext-large-d"].clip and entry.licence == "MIT"
-        with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy it again"):
+        with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy its folder again"):
             local_folder(entry)
         (tmp_path / "open_clip_config.json").write_text("{}")
         (tmp_path / "open_clip_model.safetensors").write_bytes(WEIGHTS)

@@ -27,22 +27,26 @@ def local_folder(entry: Entry) -> Path:
     """
     if entry.repo is None:
         assert entry.folder is not None
-        _check(entry, entry.folder, "copy it again")
+        _check(entry, entry.folder)
         return entry.folder
-    remedy = f"get it: {download_command(entry)}"
     lock = read_lock(entry)
     revision = lock.commit if lock else entry.revision
     try:
         folder = Path(snapshot_download(entry.repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise WeightsError(f"{entry.name} is not on this machine; {remedy}") from error
+        raise WeightsError(f"{entry.name} is not on this machine; {remedy(entry)}") from error
     for name, file in lock.files.items() if lock else ():
         path = folder / name
         if path.is_file() and path.stat().st_size != file.size:
             has = path.stat().st_size
-            raise WeightsError(f"{entry.name}: {name} has {has} bytes, its download had {file.size}; {remedy}")
-    _check(entry, folder, remedy)
+            raise WeightsError(f"{entry.name}: {name} has {has} bytes, its download had {file.size}; {remedy(entry)}")
+    _check(entry, folder)
     return folder
+
+
+def remedy(entry: Entry) -> str:
+    """What to do when files of an entry are absent or damaged."""
+    return "copy its folder again" if entry.repo is None else f"get it: {download_command(entry)}"
 
 
 def download_command(entry: Entry) -> str:
@@ -63,15 +67,15 @@ def missing(choices: Iterable[ModelChoice]) -> list[str]:
     return sentences
 
 
-def _check(entry: Entry, folder: Path, remedy: str) -> None:
+def _check(entry: Entry, folder: Path) -> None:
     """Raises WeightsError when a file is absent or a safetensors file ends too early."""
     absent = list(_absent_files(folder, entry.files))
     if absent:
-        raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; {remedy}")
+        raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; {remedy(entry)}")
     for path in sorted(folder.rglob("*.safetensors")):
         reason = _damage(path)
         if reason:
-            raise WeightsError(f"{entry.name}: {path.relative_to(folder)} {reason}; {remedy}")
+            raise WeightsError(f"{entry.name}: {path.relative_to(folder)} {reason}; {remedy(entry)}")
 
 
 def _absent_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:

@@ -47,6 +47,7 @@ class Entry:
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
     clip: ClipUse | None = None
+    front_azimuth: float = 0.0  # degrees: from where a multi-view model saw its objects' fronts in training
 
     @property
     def pinned(self) -> bool:
@@ -109,6 +110,7 @@ REGISTRY = {
             licence="OpenRAIL",
             size_gb=2.6,
             files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
+            front_azimuth=90.0,  # DreamGaussian has its known view there under MVDream
         ),
         Entry(
             name="zero123-xl",
