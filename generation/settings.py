@@ -29,6 +29,7 @@ PROFILES = {
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Colour = tuple[UnitInterval, UnitInterval, UnitInterval]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LearningRate = Annotated[float, Field(ge=0, le=1)]
 Iteration = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -61,6 +62,7 @@ class DreamGaussianOptions(_Schema):
     lambda_sd: Weight = 1.0  # of MVDream, which reads the prompt
     lambda_zero123: Weight = 0.0  # of Zero123, which sees the reference view
     stable_zero123: bool = False  # Stable Zero123 in place of Zero123-XL
+    lambda_reference: Weight = 1.0  # colour and mask loss against the reference view
     lambda_views: Weight = 0.0  # colour and mask loss against the views that the guidance sampled
     mvdream: bool = True
     guidance_scale: float = Field(50.0, ge=0, le=1000)
@@ -74,13 +76,16 @@ class DreamGaussianOptions(_Schema):
     max_ver: float = Field(30, ge=-90, le=90)
     render_size: int | None = Field(None, ge=16, le=2048)  # pixels; None: upstream's 128, 256, 512 as training goes on
     invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
-    background: Literal["random"] | UnitInterval = "random"  # or one grey level for every iteration
+    background: Literal["random"] | Colour = "random"  # or one RGB for every iteration, which sampled views have too
     # Gaussians and their start.
     num_pts: int = Field(5000, ge=1, le=2_000_000)
     max_gaussians: int = Field(500_000, ge=1, le=2_000_000)
     sh_degree: int = Field(0, ge=0, le=3)
     init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
     init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
+    # Share of the iterations after which the views are drawn again, from renders of the scene under this much noise.
+    redraw_views_at: list[UnitInterval] = []
+    redraw_views_noise: UnitInterval = 0.5
     # Learning rates.
     position_lr_init: LearningRate = 0.001
     position_lr_final: LearningRate = 0.00002

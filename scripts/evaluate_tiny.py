@@ -1,7 +1,8 @@
 """Measure the tiny profile on 48 prompts of shapes and colours that its training never saw together.
 
 For each prompt the real pipeline makes a splat; the judge (trained apart, on exact renders) names shape and colour
-from 8 views all round; the service's own gates and CLIP threshold decide, for the right prompt and for another one.
+from 8 views all round; the service's own gates and CLIP threshold decide, for the right prompt and for three wrong
+ones: wrong in shape and colour, in the shape alone, in the colour alone.
 Writes evaluation.json, contact.png (8 views of every splat) and gallery.png to the output folder.
 
     python -m scripts.evaluate_tiny OUT_FOLDER [--prompts 48] [--config configs/tiny_mv_fast.yaml]
@@ -17,37 +18,26 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from generation.pipeline import Asset, Pipeline, Request
-from generation.self_check import ELEVATION, FOVY, RADIUS, fit_to_frame
+from generation.self_check import fit_to_frame
 from generation.settings import Settings
 from generation.splats import ply
-from generation.splats.cameras import orbit
-from generation.splats.gaussians import Gaussians
-from generation.splats.rasterize import rasterize
+from scripts.contact_sheet import VIEWS, all_round
 from scripts.tiny_pack import judge
 from scripts.tiny_pack.captions import ObjectSpec, caption, evaluation_specs
+from scripts.tiny_pack.shapes import COLOURS, SHAPES
 
-VIEWS = 8
-SIZE = 192
 TILE = 96
 
 
-@torch.no_grad()
-def all_round(gaussians: Gaussians) -> Tensor:
-    """Eight views (8, 3, 192, 192) on white, 45 degrees apart, at the validators' camera."""
-    cameras = orbit(ELEVATION, torch.arange(VIEWS) * (360.0 / VIEWS), RADIUS, FOVY, SIZE, SIZE)
-    rgb, _, _ = rasterize(fit_to_frame(gaussians), cameras, SIZE, SIZE, torch.ones(3))
-    return rgb.permute(0, 3, 1, 2).clamp(0, 1)
-
-
-def wrong_prompt(specs: list[ObjectSpec], index: int, rng: random.Random) -> str:
-    """Another prompt of the list, with another shape and another colour."""
-    mine = specs[index]
-    others = [s for s in specs if s.shape != mine.shape and s.colour != mine.colour]
-    return caption(rng.choice(others), rng, plain=True)
+def wrong_prompts(spec: ObjectSpec, rng: random.Random) -> dict[str, str]:
+    """A prompt with another shape and colour, one with another shape, one with another colour."""
+    shape = rng.choice([s for s in SHAPES if s != spec.shape])
+    colour = rng.choice([c for c in COLOURS if c != spec.colour])
+    wrong = {"both": (shape, colour), "shape": (shape, spec.colour), "colour": (spec.shape, colour)}
+    return {kind: caption(ObjectSpec(*pair), rng, plain=True) for kind, pair in wrong.items()}
 
 
 def main() -> None:
@@ -79,8 +69,9 @@ def main() -> None:
         views = all_round(outcome.gaussians)
         tiles.append(F.interpolate(views, size=TILE, mode="area"))
         shape, colour = judging.name(F.interpolate(views, size=judge.SIZE, mode="area"))
-        other = wrong_prompt(specs, i, rng)
-        check = pipeline.validate(ply.write(fit_to_frame(outcome.gaussians)), other).score
+        splat = ply.write(fit_to_frame(outcome.gaussians))
+        wrong = wrong_prompts(spec, rng)
+        wrong_scores = {kind: pipeline.validate(splat, text).score for kind, text in wrong.items()}
         row = {
             "prompt": prompt,
             "passed": outcome.report.rejected is None,
@@ -89,16 +80,15 @@ def main() -> None:
             "judged": f"{colour} {shape}",
             "shape_right": shape == spec.shape,
             "colour_right": colour == spec.colour,
-            "wrong_prompt": other,
-            "wrong_score": check,
-            "wrong_passed": check >= threshold,
+            "wrong_prompts": wrong,
+            "wrong_scores": wrong_scores,
             "seconds": round(seconds, 1),
             "stages": {k: round(v, 2) for k, v in outcome.report.seconds.items()},
         }
         rows.append(row)
         print(
             f"{i + 1}/{len(specs)} {prompt}: score {row['score']:.2f}, judged {row['judged']}, "
-            f"as '{other}' {check:.2f}, {seconds:.1f} s",
+            f"as {wrong['both']!r} {wrong_scores['both']:.2f}, {seconds:.1f} s",
             flush=True,
         )
     count = len(rows)
@@ -107,7 +97,10 @@ def main() -> None:
         "shape_accuracy": round(sum(r.get("shape_right", False) for r in rows) / count, 3),
         "colour_accuracy": round(sum(r.get("colour_right", False) for r in rows) / count, 3),
         "right_prompt_passed": round(sum(r["passed"] for r in rows) / count, 3),
-        "wrong_prompt_passed": round(sum(r.get("wrong_passed", False) for r in rows) / count, 3),
+        "wrong_prompt_passed": {
+            kind: round(sum(r["wrong_scores"][kind] >= threshold for r in rows if "wrong_scores" in r) / count, 3)
+            for kind in ("both", "shape", "colour")
+        },
         "median_seconds": sorted(r["seconds"] for r in rows)[count // 2],
     }
     (args.out / "evaluation.json").write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")

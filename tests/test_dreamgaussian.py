@@ -149,6 +149,7 @@ class NoGuidance:
     """Scores nothing, so that the known views alone drive a scene. Stands in for a diffusion model."""
 
     views = 4
+    image_size = 64
 
     def prepare(self, prompt: str, negative_prompt: str) -> torch.Tensor:
         return torch.zeros(2, 1, 1)
@@ -156,7 +157,7 @@ class NoGuidance:
     def loss(self, images, camera_to_world, conditions, noise_levels, generators, guidance_scale):
         return 0.0 * images.sum((1, 2, 3)).view(len(generators), -1).sum(1)
 
-    def sample(self, condition, camera_to_world, generator, steps, guidance_scale):
+    def sample(self, condition, camera_to_world, generator, steps, guidance_scale, start=None, noise_level=1.0):
         return sphere_views()[0] + (1 - sphere_views()[1]) * 0.5
 
 
@@ -167,10 +168,9 @@ def cutout(size: int = 32) -> torch.Tensor:
 
 
 def options(**more) -> DreamGaussianOptions:
-    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": 0.5, "lambda_views": 1.0}
-    return DreamGaussianOptions(
-        **(values | {"warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5} | more)
-    )
+    values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": [0.5, 0.5, 0.5]}
+    values |= {"lambda_views": 1.0, "warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5}
+    return DreamGaussianOptions(**(values | more))
 
 
 def sculptor(**more) -> DreamGaussian:

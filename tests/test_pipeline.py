@@ -262,7 +262,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     assert "rasteriser" in told[-1]
     assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
         (stage, f"mini-{folder}", "MIT", "cpu")
-        for stage, folder in zip(settings.models.stages, ["flux", "background", "mvdream", "clip"], strict=True)
+        for stage, folder in zip(
+            ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
+        )
     ]
     monkeypatch.setattr(sculptor, "start", lambda cutout, prompt, seed: Scene(torch.ones(4, 64, 64), prompt, seed, 5))
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))

@@ -89,7 +89,7 @@ class Sketch:
 
 
 def sculptor(text: Sketch | None, image: Sketch | Zero123 | None, **more) -> DreamGaussian:
-    values = {"iters": 4, "ref_size": 32, "render_size": 32, "num_pts": 200, "background": 0.5, "elevation": -20}
+    values = {"iters": 4, "ref_size": 32, "render_size": 32, "num_pts": 200, "elevation": -20}
     options = DreamGaussianOptions(**values | {"lambda_zero123": 2.0 if image else 0.0, "density_end_iter": 0} | more)
     return DreamGaussian(text, options, "cpu", lambda images: images[:, :1], image)
 

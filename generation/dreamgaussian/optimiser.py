@@ -20,7 +20,7 @@ from generation.splats.rasterize import rasterize
 
 COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
 BALL_RADIUS = 0.5
-GREY = 0.5  # behind sampled views, where the options name no level
+GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 # The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
 RINGS = ((10.0, 0.0), (40.0, 45.0))
 SAMPLED_AT_ONCE = 2  # of the sampled views, in each iteration
@@ -48,6 +48,7 @@ class DreamGaussian:
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
+        self._redraws = {round(share * options.iters) for share in options.redraw_views_at}
 
     def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
         """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
@@ -79,11 +80,13 @@ class DreamGaussian:
         o = self._options
         losses, renders = [], []
         for scene in scenes:
+            if scene.sampled is not None and scene.condition is not None and scene.iteration in self._redraws:
+                _, scene.sampled = self._sample(scene.condition, scene.generator, scene.gaussians())
             scene.iteration += 1
             warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
             # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
             grey = float(torch.rand((), generator=scene.generator))
-            loss = warm * _view_loss(scene.gaussians(), scene.reference, grey)
+            loss = warm * o.lambda_reference * _view_loss(scene.gaussians(), scene.reference, grey)
             if scene.sampled is not None and o.lambda_views > 0:
                 pick = torch.randperm(len(scene.sampled.cameras), generator=scene.generator)[:SAMPLED_AT_ONCE]
                 loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, grey, pick)
@@ -133,29 +136,46 @@ class DreamGaussian:
         around = 90.0 * torch.arange(self._views).repeat(o.batch_size)
         azimuth = (360 * draws[:, 1]).repeat_interleave(self._views) + around
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
-        level = o.background
-        if level == "random":
-            level = 1.0 if float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob else 0.0
-        background = torch.full((3,), level, device=self._device)
+        if o.background == "random":
+            white = float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob
+            background = torch.full((3,), float(white), device=self._device)
+        else:
+            background = torch.tensor(o.background, device=self._device)
         rgb, _, info = rasterize(scene.gaussians(), cameras, size, size, background)
         info["means2d"].retain_grad()
         images = rgb.permute(0, 3, 1, 2).clamp(0, 1)
         poses = cameras.camera_to_world
         return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
 
-    def _sample(self, condition: Tensor, generator: torch.Generator) -> tuple[Tensor, View]:
-        """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs."""
+    def _sample(
+        self, condition: Tensor, generator: torch.Generator, gaussians: Gaussians | None = None
+    ) -> tuple[Tensor, View]:
+        """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
+
+        With `gaussians` they are drawn over renders of those, which makes views agree that did not.
+        """
         o = self._options
-        level = GREY if o.background == "random" else o.background
+        behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
         elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
         azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
-        poses = orbit(elevation, azimuth, o.radius, o.fovy, 1, 1).to(self._device).camera_to_world
         assert self._guidance is not None  # a config that samples views asks for it
-        images = self._guidance.sample(condition, poses, generator, o.init_views_steps, SAMPLE_GUIDANCE)
-        size = images.shape[-1]
+        size = self._guidance.image_size
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
+        start = None
+        if gaussians is not None:
+            with torch.no_grad():
+                start = rasterize(gaussians, cameras, size, size, behind)[0].permute(0, 3, 1, 2).clamp(0, 1)
+        images = self._guidance.sample(
+            condition,
+            cameras.camera_to_world,
+            generator,
+            o.init_views_steps,
+            SAMPLE_GUIDANCE,
+            start,
+            o.redraw_views_noise,
+        )
         alpha = self._remove_background(images)
-        return images, View((images - (1 - alpha) * level).clamp_min(0), alpha, cameras)
+        return images, View((images - (1 - alpha) * behind.view(3, 1, 1)).clamp_min(0), alpha, cameras)
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""

@@ -10,10 +10,14 @@ from pathlib import Path
 import torch
 
 from .captions import ObjectSpec, caption, sample_spec
-from .render import FRONT_ELEVATION, RADIUS, Renderer, build, orbit
+from .render import FRONT_ELEVATION, RADIUS, Renderer, build, composite, orbit
 
 # Draws camera elevations, azimuths (degrees) and radii, each (n, views).
 CameraSampler = Callable[[int, torch.Generator], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+# Behind every object that the guidance draws: farther from all colours of objects than any grey, which would swallow
+# the steel parts. What draws and what reads its images must agree on it: it stands on the guidance's card.
+BACKDROP = (1.0, 0.0, 1.0)
 
 _RAYS_AT_ONCE = 16_000_000  # enough to keep a GPU busy between kernel launches
 
@@ -44,6 +48,11 @@ def validator_cameras(n: int, g: torch.Generator, views: int = 6):
     azimuth = torch.rand(n, views, generator=g) * 360
     radius = RADIUS + torch.rand(n, 1, generator=g).expand(n, views) * 1.0
     return elevation, azimuth, radius
+
+
+def over_backdrop(rgba: torch.Tensor) -> torch.Tensor:
+    """Images (..., 3, S, S) of premultiplied RGBA (..., 4, S, S) in 0..1, in front of BACKDROP."""
+    return composite(rgba, torch.tensor(BACKDROP, device=rgba.device).view(3, 1, 1))
 
 
 @dataclass

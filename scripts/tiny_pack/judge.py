@@ -95,7 +95,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in best.state_dict().items()}
     save_file(state, FOLDER / "model.safetensors")
-    write_card(FOLDER, "judge", "scripts/tiny_pack/judge.py", args.seed, run, quality)
+    write_card(FOLDER, "judge", "scripts/tiny_pack/judge.py", args, run, quality)
     print(f"judge: {quality}", flush=True)
 
 

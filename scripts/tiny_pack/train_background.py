@@ -86,7 +86,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in best.state_dict().items()}
     save_file(weights, folder / "model.safetensors")
-    write_card(folder, "tiny-background", "scripts/tiny_pack/train_background.py", args.seed, run, quality)
+    write_card(folder, "tiny-background", "scripts/tiny_pack/train_background.py", args, run, quality)
     print(f"background: {quality}", flush=True)
 
 

@@ -87,7 +87,7 @@ def main() -> None:
     quality = measure(best, tokenizer, args)
     save_file({k: v.half().contiguous() for k, v in best.state_dict().items()}, folder / "open_clip_model.safetensors")
     more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": 1.0}
-    write_card(folder, "tiny-clip", "scripts/tiny_pack/train_clip.py", args.seed, run, quality, **more)
+    write_card(folder, "tiny-clip", "scripts/tiny_pack/train_clip.py", args, run, quality, **more)
     print(f"clip: {quality}", flush=True)
 
 

@@ -54,8 +54,9 @@ def tokens(tokenizer, texts: list[list[str]], device: str, length: int = MAX_TOK
 
 def main() -> None:
     args = arguments(__doc__, minutes=12)
+    folder = args.pack / "flux"
     clip_tok, t5_tok = clip_tokenizer(), t5_tokenizer()
-    vae = AutoencoderKL.from_pretrained(args.pack / "flux" / "vae").to(args.device).float().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).float().requires_grad_(False)
     clip = models.clip_text_of(load_file(args.pack / "clip" / "open_clip_model.safetensors"), clip_tok)
     clip.to(args.device).requires_grad_(False)
     count, cache = args.objects or 12_000, args.work / "pool_flux.pt"
@@ -72,7 +73,12 @@ def main() -> None:
             z = (z - vae.config.shift_factor) * vae.config.scaling_factor
             latents.append(FluxPipeline._pack_latents(z, len(z), 16, 16, 16))
         latents = torch.cat(latents)
-    model = TextAndTransformer(t5_tok).to(args.device)
+    model = TextAndTransformer(t5_tok)
+    if args.tune:
+        transformer = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        model.transformer.load_state_dict(transformer)
+        model.t5.load_state_dict(load_file(folder / "text_encoder_2" / "model.safetensors"), strict=False)
+    model.to(args.device)
     forward = compiled(model, args)
     batch = args.batch or 512
     visited = torch.tensor([1.0, 0.75, 0.5, 0.25], device=args.device)
@@ -88,7 +94,7 @@ def main() -> None:
             velocity = forward(noisy, sigma, pooled[i, way], t5_ids[i, way])
         return torch.mean((velocity.float() - (noise - x0)) ** 2)
 
-    best, run = fit("flux", model, loss, args, lr=8e-4)
+    best, run = fit("flux", model, loss, args, lr=4e-4 if args.tune else 8e-4)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
         vae=vae,
@@ -99,10 +105,9 @@ def main() -> None:
         transformer=best.transformer,
     )
     quality = {"velocity_mse": run["final_loss"]}
-    folder = args.pack / "flux"
     pipe.to(dtype=torch.float16).save_pretrained(folder)
     forget_paths(folder)
-    write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args.seed, run, quality)
+    write_card(folder, "tiny-flux", "scripts/tiny_pack/train_flux.py", args, run, quality)
     print(f"flux: {run}", flush=True)
 
 

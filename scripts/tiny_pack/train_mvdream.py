@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
+from safetensors.torch import load_file
 
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 
 from . import models
-from .data import render_pool, two_rings
-from .render import composite
+from .data import BACKDROP, over_backdrop, render_pool, two_rings
 from .text import clip_tokenizer
 from .train_flux import tokens
 from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
 CAPTIONS = 6
-GREY = 0.5
 
 
 class TextAndUNet(torch.nn.Module):
@@ -43,12 +42,14 @@ class TextAndUNet(torch.nn.Module):
 def main() -> None:
     args = arguments(__doc__, minutes=14)
     tokenizer = clip_tokenizer()
-    vae = AutoencoderKL.from_pretrained(args.pack / "mvdream" / "vae").to(args.device).float().requires_grad_(False)
-    pool = render_pool(args.objects or 8_000, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2)
+    folder = args.pack / "mvdream"
+    vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).float().requires_grad_(False)
+    count, cache = args.objects or 8_000, args.work / "pool_mvdream.pt"
+    pool = render_pool(count, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2, cache=cache)
     n, views = pool.rgba.shape[:2]
     with torch.no_grad():
         parts = pool.rgba.flatten(0, 1).split(2048)
-        encoded = [vae.encode(composite(p.float() / 255, GREY) * 2 - 1).latent_dist.mode() for p in parts]
+        encoded = [vae.encode(over_backdrop(p.float() / 255) * 2 - 1).latent_dist.mode() for p in parts]
         latents = torch.cat(encoded).view(n, views, 4, 16, 16) * vae.config.scaling_factor
     cameras = camera_embedding(pool.camera_to_world.flatten(0, 1)).view(n, views, 16)
     ids = tokens(tokenizer, pool.captions(CAPTIONS), args.device)
@@ -62,7 +63,13 @@ def main() -> None:
         steps_offset=1,
     )
     alphas = scheduler.alphas_cumprod.to(args.device)
-    model = TextAndUNet(tokenizer).to(args.device)
+    model = TextAndUNet(tokenizer)
+    if args.tune:
+        model.load_state_dict(
+            {f"unet.{k}": v for k, v in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items()}
+            | {f"text.{k}": v for k, v in load_file(folder / "text_encoder" / "model.safetensors").items()}
+        )
+    model.to(args.device)
     forward = {4: compiled(model, args), 8: compiled(model, args)}
     batch = args.batch or 128
     step = 0
@@ -86,15 +93,14 @@ def main() -> None:
             predicted = forward[shown](a.sqrt() * x0 + (1 - a).sqrt() * noise, t, words, camera)
         return torch.mean((predicted.float() - noise) ** 2)
 
-    best, run = fit("mvdream", model, loss, args, lr=7e-4)
-    folder = args.pack / "mvdream"
+    best, run = fit("mvdream", model, loss, args, lr=2e-4 if args.tune else 7e-4)
     best.unet.half().save_pretrained(folder / "unet")
     best.text.half().save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
     forget_paths(folder)
     quality = {"noise_mse": run["final_loss"]}
-    write_card(folder, "tiny-mvdream", "scripts/tiny_pack/train_mvdream.py", args.seed, run, quality, background=GREY)
+    write_card(folder, "tiny-mvdream", "scripts/tiny_pack/train_mvdream.py", args, run, quality, background=BACKDROP)
     print(f"mvdream: {run}", flush=True)
 
 

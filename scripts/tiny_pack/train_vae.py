@@ -1,22 +1,27 @@
-"""Train the autoencoder of one image model of the pack: `python -m scripts.tiny_pack.train_vae flux|mvdream`."""
+"""Train the autoencoder of one image model of the pack: `python -m scripts.tiny_pack.train_vae flux|mvdream`.
+
+With `--tune` the latents of what the pack's own encoder saw so far are kept where they are, so that the diffusion model
+that learned them has little to learn anew.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import torch
-from torch.nn.functional import l1_loss
+from diffusers import AutoencoderKL
+from torch.nn.functional import l1_loss, mse_loss
 
 from . import models
-from .data import front_cameras, render_pool, two_rings
+from .data import front_cameras, over_backdrop, render_pool, two_rings
 from .render import composite
-from .training import arguments, autocast, compiled, fit, psnr, write_card
+from .training import arguments, autocast, compiled, fit, forget_paths, psnr, write_card
 
-
-def backdrops(n: int, device: str) -> torch.Tensor:
-    """Grey levels (n, 1, 1, 1): mid grey mostly, any other at times."""
-    grey = torch.rand(n, 1, 1, 1, device=device)
-    return torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.6, torch.full_like(grey, 0.5), grey)
+GREY = 0.5
+OBJECT_WEIGHT = 3.0  # an object's pixels count more than the backdrop's by this
+LATENT_NOISE = 0.05  # share of the latents' deviation: what a diffusion model is off by
+ANCHOR = 0.15
 
 
 def _edges(x: torch.Tensor) -> torch.Tensor:
@@ -26,22 +31,37 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     which = sys.argv.pop(1)
     args = arguments(__doc__, minutes=4)
-    vae = (models.flux_vae() if which == "flux" else models.mvdream_vae()).to(args.device)
+    folder = args.pack / which / "vae"
+    if args.tune:
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+    else:
+        vae = models.flux_vae() if which == "flux" else models.mvdream_vae()
+    vae.to(args.device)
+    before = copy.deepcopy(vae).eval().requires_grad_(False)
     size, cameras = (models.FLUX_SIZE, front_cameras) if which == "flux" else (models.MVDREAM_SIZE, two_rings)
     count = args.objects or (5_000 if which == "flux" else 2_000)
-    pool = render_pool(count, cameras, size, args.device, args.seed)
-    images = pool.rgba.flatten(0, 1)
+    cache = args.work / f"pool_{which}.pt"
+    images = render_pool(count, cameras, size, args.device, args.seed, cache=cache).rgba.flatten(0, 1)
     batch = args.batch or (192 if which == "flux" else 512)
 
     def draw(n: int) -> torch.Tensor:
-        rgba = images[torch.randint(len(images), (n,), device=args.device)].float() / 255
-        return composite(rgba, backdrops(n, args.device)) * 2 - 1
+        """Premultiplied RGBA (n, 4, S, S) in 0..1."""
+        return images[torch.randint(len(images), (n,), device=args.device)].float() / 255
 
-    def objective(x: torch.Tensor) -> torch.Tensor:
+    def shown(rgba: torch.Tensor) -> torch.Tensor:
+        return (composite(rgba, GREY) if which == "flux" else over_backdrop(rgba)) * 2 - 1
+
+    def objective(rgba: torch.Tensor) -> torch.Tensor:
+        x = shown(rgba)
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        kl = posterior.kl().mean() / x[0].numel()
-        return l1_loss(y, x) + l1_loss(_edges(y), _edges(x)) + 1e-4 * kl
+        z = posterior.mode() if args.tune else posterior.sample()
+        y = vae.decode(z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)).sample
+        error = ((1 + OBJECT_WEIGHT * rgba[:, 3:]) * (y - x).abs()).mean() + l1_loss(_edges(y), _edges(x))
+        if args.tune:
+            with torch.no_grad():
+                kept = before.encode(composite(rgba, GREY) * 2 - 1).latent_dist.mode()
+            return error + ANCHOR * mse_loss(z, kept) / kept.var()
+        return error + 1e-4 * posterior.kl().mean() / x[0].numel()
 
     fused = compiled(objective, args)
 
@@ -49,18 +69,18 @@ def main() -> None:
         with autocast(args):
             return fused(draw(batch))
 
-    best, run = fit(f"vae_{which}", vae, loss, args, lr=1.5e-3, weight_decay=0.0)
+    best, run = fit(f"vae_{which}", vae, loss, args, lr=5e-4 if args.tune else 1.5e-3, weight_decay=0.0, decay=0.995)
     with torch.no_grad():
-        x = draw(64)
+        x = shown(draw(64))
         z = best.encode(x).latent_dist.mode()
         quality = {"psnr_db": round(psnr((best.decode(z).sample.clamp(-1, 1) + 1) / 2, (x + 1) / 2), 2)}
-        z = best.encode(draw(64)).latent_dist.mode()
-    best.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
-    if which == "flux":
-        best.register_to_config(shift_factor=round(float(z.mean()), 4))
-    folder = args.pack / which / "vae"
+    if not args.tune:
+        best.register_to_config(scaling_factor=round(float(1 / z.std()), 4))
+        if which == "flux":
+            best.register_to_config(shift_factor=round(float(z.mean()), 4))
     best.half().save_pretrained(folder)
-    write_card(folder, f"tiny-{which}-vae", f"scripts/tiny_pack/train_vae.py {which}", args.seed, run, quality)
+    forget_paths(folder)
+    write_card(folder, f"tiny-{which}-vae", f"scripts/tiny_pack/train_vae.py {which}", args, run, quality)
     print(f"vae_{which}: {quality}", flush=True)
 
 

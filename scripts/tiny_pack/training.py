@@ -25,6 +25,7 @@ def arguments(description: str, minutes: float) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=17)
     parser.add_argument("--objects", type=int, help="objects to render (default: the trainer's own)")
     parser.add_argument("--batch", type=int, help="batch size (default: the trainer's own)")
+    parser.add_argument("--tune", action="store_true", help="start from the pack's weights instead of from nothing")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.device == "cuda":
@@ -117,26 +118,40 @@ def fit(
 
 
 def autocast(args: argparse.Namespace):
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+    return torch.autocast(args.device, torch.bfloat16)
 
 
 def compiled(function, args: argparse.Namespace):
     return torch.compile(function, dynamic=False) if args.device == "cuda" else function
 
 
-def write_card(folder: Path, name: str, script: str, seed: int, run: dict, quality: dict, **more) -> None:
-    """The model's card: where it comes from and what was measured of it (`quality` holds measured figures alone)."""
+def write_card(
+    folder: Path, name: str, script: str, args: argparse.Namespace, run: dict, quality: dict, **more
+) -> None:
+    """The model's card: where it comes from and what was measured of it (`quality` holds measured figures alone).
+
+    A model that was tuned keeps the runs before, oldest first.
+    """
+    path = folder / "card.json"
+    if args.tune:
+        before = json.loads(path.read_text())
+        more["started_from"] = [
+            *before.get("started_from", []),
+            {k: before[k] for k in ("script", "seed", "steps", "minutes", "device", "final_loss") if k in before},
+        ]
+        script = f"{script} --tune"
     card = {
         "name": name,
         "licence": LICENCE,
         "data": "procedural objects of scripts/tiny_pack (shapes.py, captions.py), rendered by render.py",
         "script": script,
-        "seed": seed,
+        "seed": args.seed,
+        "device": args.device,
         **run,
         "quality": quality,
         **more,
     }
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    path.write_text(json.dumps(card, indent=2) + "\n")
 
 
 def forget_paths(folder: Path) -> None:

@@ -36,14 +36,26 @@ class Guidance(Protocol):
 class TextGuidance(Guidance, Protocol):
     """One that reads the prompt, and that can draw views of its own."""
 
+    image_size: int  # pixels, of what `sample` draws
+
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """The condition of one scene."""
         ...
 
     def sample(
-        self, condition: Tensor, camera_to_world: Tensor, generator: torch.Generator, steps: int, guidance_scale: float
+        self,
+        condition: Tensor,
+        camera_to_world: Tensor,
+        generator: torch.Generator,
+        steps: int,
+        guidance_scale: float,
+        start: Tensor | None = None,
+        noise_level: float = 1.0,
     ) -> Tensor:
-        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree."""
+        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
+
+        With `start` (V, 3, S, S) the sampling begins with these images at `noise_level` (Meng et al. 2022, "SDEdit").
+        """
         ...
 
 

@@ -89,16 +89,27 @@ class MVDream:
 
     @torch.no_grad()
     def sample(
-        self, condition: Tensor, camera_to_world: Tensor, generator: torch.Generator, steps: int, guidance_scale: float
+        self,
+        condition: Tensor,
+        camera_to_world: Tensor,
+        generator: torch.Generator,
+        steps: int,
+        guidance_scale: float,
+        start: Tensor | None = None,
+        noise_level: float = 1.0,
     ) -> Tensor:
         """See `Guidance.sample`. All V views attend to each other."""
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = latents.to(self._unet.device, self._unet.dtype)
         self._scheduler.set_timesteps(steps)
+        timesteps = self._scheduler.timesteps
+        if start is not None:
+            timesteps = timesteps[min(round((1 - noise_level) * steps), steps - 1) :]
+            latents = self._scheduler.add_noise(self._encode(start), latents, timesteps[:1].expand(views))
         try:
             self._joint.views = views
-            for t in self._scheduler.timesteps:
+            for t in timesteps:
                 every = t.to(latents.device).expand(views)
                 noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
                 latents = self._scheduler.step(noise, t, latents).prev_sample
