@@ -1,4 +1,4 @@
-"""Admission, deadlines and cancellation. Owns the one thread that touches the models and their device."""
+"""Admission, batching, deadlines and cancellation. Owns the one thread that touches the models and their device."""
 
 from __future__ import annotations
 
@@ -60,6 +60,10 @@ class _Generation(_Job):
     seed: int = 0
     stage: str = "queued"
     fraction: float = 0.0
+    began: float = 0.0  # on time.monotonic()
+
+    def progress(self, stage: str, fraction: float) -> None:
+        self.stage, self.fraction = stage, fraction
 
 
 @dataclass(eq=False)
@@ -70,7 +74,7 @@ class _Call(_Job):
 
 
 class Engine:
-    """Runs requests one batch after another through a pipeline that it loads by itself.
+    """Runs requests through a pipeline that it loads by itself, up to ``max_batch`` at once; one joins when one ends.
 
     Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
     progress in words, and returns a ``generation.pipeline.Pipeline`` or what has its methods.
@@ -208,28 +212,31 @@ class Engine:
             if not self._stopping:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
-        while jobs := self._next():
-            if isinstance(jobs[0], _Call):
-                self._run_call(pipeline, jobs[0])
-            else:
-                self._run_generations(pipeline, jobs)
-            del jobs  # a finished image or splat must not live on while the thread waits
+        running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
+        while (work := self._next()) is not None:
+            call, admitted = work
+            if call is not None:
+                self._run_call(pipeline, call)
+            running += [(generation, self._begin(pipeline, generation)) for generation in admitted]
+            if running:
+                running = self._tick(pipeline, running)
+            del work, call, admitted  # a finished image or splat must not live on while the thread waits
 
     def _progress(self, text: str) -> None:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self) -> list[Any]:
-        """Wait for work: one call, or a batch of generations. Empty when stopping."""
+    def _next(self) -> tuple[_Call | None, list[_Generation]] | None:
+        """A call, and the generations for which there is room now. Waits when nothing runs. None when stopping."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._calls or self._generations)
+            self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
             if self._stopping:
-                return []
-            if self._calls:
-                return [self._calls.popleft()]
-            count = min(self._max_batch, len(self._generations))
-            self._active = [self._generations.popleft() for _ in range(count)]
-            return list(self._active)
+                return None
+            call = self._calls.popleft() if self._calls else None
+            room = min(self._max_batch - len(self._active), len(self._generations))
+            admitted = [self._generations.popleft() for _ in range(room)]
+            self._active = self._active + admitted
+            return call, admitted
 
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:
@@ -238,25 +245,32 @@ class Engine:
             outcome = error
         _settle(job, outcome)
 
-    def _run_generations(self, pipeline: Any, jobs: list[_Generation]) -> None:
+    def _begin(self, pipeline: Any, generation: _Generation) -> Any:
         from generation.pipeline import Request
 
-        def progress(index: int, stage: str, fraction: float) -> None:
-            jobs[index].stage, jobs[index].fraction = stage, fraction
+        g = generation
+        g.began = time.monotonic()
+        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline)
+        return pipeline.begin(request, g.progress, g.future.done)
 
-        started = time.monotonic()
+    def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
+        """Those that go on afterwards."""
+        broken: BaseException | None = None
         try:
-            requests = [Request(job.prompt, job.image, job.seed, self._threshold, job.deadline) for job in jobs]
-            outcomes = pipeline.generate(requests, progress, lambda index: jobs[index].future.done())
-            if len(outcomes) != len(jobs):
-                raise RuntimeError(f"{len(outcomes)} outcomes for {len(jobs)} requests")
+            pipeline.tick([job for _, job in running])
         except BaseException as error:  # as above
-            outcomes = [error] * len(jobs)
-        self._mean_seconds += (time.monotonic() - started - self._mean_seconds) / 4
+            broken = error
+        going_on = []
+        for generation, job in running:
+            outcome = broken if broken is not None else job.outcome
+            if outcome is None:
+                going_on.append((generation, job))
+            else:
+                self._mean_seconds += (time.monotonic() - generation.began - self._mean_seconds) / 4
+                _settle(generation, outcome)
         with self._changed:
-            self._active = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            _settle(job, outcome)
+            self._active = [generation for generation, _ in going_on]
+        return going_on
 
 
 def describe(error: BaseException) -> str:

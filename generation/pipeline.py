@@ -1,4 +1,4 @@
-"""From a prompt to a checked splat: the four stages in order, for a batch of requests. No HTTP, no threads."""
+"""From a prompt to a checked splat: the four stages in order, for many requests at once. No HTTP, no threads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
-__all__ = ["Asset", "Cancelled", "GateResult", "Pipeline", "Report", "Request", "Scores"]
+__all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Report", "Request", "Scores"]
 
-#: index of the request in the batch, stage, share of that stage that is done
-Progress = Callable[[int, str, float], None]
+#: stage, and the share of it that is done
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -85,33 +86,35 @@ class Cancelled(Exception):
     """The caller gave the request up."""
 
 
-@dataclass
-class _Job:
-    """A request on its way."""
+@dataclass(eq=False)
+class Job:
+    """A request on its way. It has an ``outcome`` when it is there."""
 
-    index: int
     request: Request
-    report: Report
     progress: Progress
-    cancelled: Callable[[int], bool]
+    cancelled: Callable[[], bool]
+    report: Report
     image: Tensor | None = None  # (3, H, W) in 0..1
     cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
+    scene: Any = None
+    scene_began: float = 0.0  # on time.perf_counter()
+    alone: bool = False  # a step together with others failed: whose fault it was is unknown
     gaussians: Gaussians | None = None
     outcome: Asset | Exception | None = None
 
     def advance(self, stage: str, fraction: float) -> None:
         """Tell how far it is. Raises Cancelled or TimeoutError when it is not wanted any more."""
-        if self.cancelled(self.index):
+        if self.cancelled():
             raise Cancelled("the request was cancelled")
         if self.request.deadline is not None and time.monotonic() > self.request.deadline:
             raise TimeoutError(f"the deadline passed in stage {stage}")
-        self.progress(self.index, stage, fraction)
+        self.progress(stage, fraction)
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason
         self.outcome = Asset(b"", self.report, self.gaussians)
 
-    def run(self, stage: str, work: Callable[[_Job], None]) -> None:
+    def run(self, stage: str, work: Callable[[Job], None]) -> None:
         """Do a stage's work, timed; a failure ends this request alone. Nothing is done once there is an outcome."""
         if self.outcome is not None:
             return
@@ -199,26 +202,48 @@ class Pipeline:
         dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove, image_guidance)
         return cls(text_to_image, background, dreamgaussian, self_check, settings.options, device, about)
 
+    def begin(
+        self,
+        request: Request,
+        progress: Progress = lambda stage, fraction: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Job:
+        """The request as a job for ``tick``. Every random number comes from generators seeded with its seed."""
+        return Job(request, progress, cancelled, Report(request.seed))
+
+    def tick(self, jobs: list[Job]) -> None:
+        """Bring each job closer to its outcome: to a scene at first, then by one iteration, at last through the check.
+
+        All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
+        and its outcome does not depend on the others.
+        """
+        for job in jobs:
+            if job.scene is None:
+                job.run("text_to_image", self._draw)
+                job.run("background", self._cut_out)
+                job.run("dreamgaussian", self._begin_scene)
+        self._step([job for job in jobs if job.outcome is None])
+        for job in jobs:
+            if job.gaussians is not None:
+                job.run("self_check", self._judge)
+
     def generate(
         self,
         requests: list[Request],
-        progress: Progress = lambda index, stage, fraction: None,
+        progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
         cancelled: Callable[[int], bool] = lambda index: False,
     ) -> list[Asset | Exception]:
         """One outcome for each request, in order: an asset (which may be a rejection), or what went wrong with it.
 
-        A request's failure is its own. Every random number comes from generators seeded with the request's seed.
+        ``progress`` and ``cancelled`` get the request's index first.
         """
         jobs = [
-            _Job(index, request, Report(request.seed), progress, cancelled) for index, request in enumerate(requests)
+            self.begin(request, partial(progress, index), partial(cancelled, index))
+            for index, request in enumerate(requests)
         ]
-        for job in jobs:
-            job.run("text_to_image", self._draw)
-            job.run("background", self._cut_out)
-        self._optimise([job for job in jobs if job.outcome is None])
-        for job in jobs:
-            job.run("self_check", self._judge)
-        return [_finished(job) for job in jobs]
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            self.tick(unfinished)
+        return [job.outcome for job in jobs if job.outcome is not None]
 
     def validate(self, ply_data: bytes, prompt: str | Image.Image) -> Scores:
         """Score a splat as the validators' service does. Raises ValueError when the PLY can not be read."""
@@ -228,7 +253,7 @@ class Pipeline:
         ssim = None if check.views is None else neighbour_ssim(check.views)
         return Scores(score, alignment, iqa=None, ssim=ssim, lpips=None, gates=check.gates)
 
-    def _draw(self, job: _Job) -> None:
+    def _draw(self, job: Job) -> None:
         request = job.request
         if request.image is not None:
             job.image = to_tensor(request.image).to(self._device)
@@ -237,7 +262,7 @@ class Pipeline:
         else:
             raise ValueError("a request needs a prompt or an image")
 
-    def _cut_out(self, job: _Job) -> None:
+    def _cut_out(self, job: Job) -> None:
         assert job.image is not None
         alpha = self._background.remove(job.image[None])[0]
         try:
@@ -245,47 +270,41 @@ class Pipeline:
         except NothingInImage as error:
             job.reject(str(error))
 
-    def _optimise(self, jobs: list[_Job]) -> None:
-        """Step the scenes of all jobs together, until each is done."""
-        started = time.perf_counter()
-        scenes: dict[int, Any] = {}
+    def _begin_scene(self, job: Job) -> None:
+        job.scene_began = time.perf_counter()
+        # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
+        job.scene = self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed)
 
-        def start(job: _Job) -> None:
-            # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
-            prompt = job.request.prompt or ""
-            scenes[job.index] = self._dreamgaussian.start(job.cutout, prompt, job.request.seed)
-
+    def _step(self, jobs: list[Job]) -> None:
+        """One iteration of every scene that is not done, in one call; Gaussians for those that are."""
+        unfinished = []
         for job in jobs:
-            job.run("dreamgaussian", start)
-        active = [job for job in jobs if job.index in scenes]
-        while active:
-            for job in active:
-                scene = scenes[job.index]
-                try:
-                    job.advance("dreamgaussian", scene.iteration / self._options.iters)
-                    if scene.done:
-                        job.gaussians = scene.gaussians().detach()
-                except Exception as error:
-                    job.outcome = error
-                if job.gaussians is not None or job.outcome is not None:
-                    job.report.seconds["dreamgaussian"] = time.perf_counter() - started
-            active = [job for job in active if job.gaussians is None and job.outcome is None]
-            if not active:
-                return
             try:
-                self._dreamgaussian.step([scenes[job.index] for job in active])
-            except Exception as error:
-                if len(active) == 1:
-                    active[0].outcome = error
-                    active[0].report.seconds["dreamgaussian"] = time.perf_counter() - started
+                job.advance("dreamgaussian", job.scene.iteration / self._options.iters)
+                if job.scene.done:
+                    job.gaussians = job.scene.gaussians().detach()
                 else:
-                    # Whose fault it was is unknown, and the step may be half done: each goes again, alone.
-                    for job in active:
-                        del scenes[job.index]
-                        self._optimise([job])
-                return
+                    unfinished.append(job)
+            except Exception as error:
+                job.outcome = error
+        together = [job for job in unfinished if not job.alone]
+        for group in [together, *([job] for job in unfinished if job.alone)]:
+            if not group:
+                continue
+            try:
+                self._dreamgaussian.step([job.scene for job in group])
+            except Exception as error:
+                if len(group) == 1:
+                    group[0].outcome = error
+                    continue
+                # The step may be half done: each begins again, by itself from now on.
+                for job in group:
+                    job.alone = True
+                    job.run("dreamgaussian", self._begin_scene)
+        for job in jobs:
+            job.report.seconds["dreamgaussian"] = time.perf_counter() - job.scene_began
 
-    def _judge(self, job: _Job) -> None:
+    def _judge(self, job: Job) -> None:
         request, report, gaussians = job.request, job.report, job.gaussians
         prompt = request.image if request.image is not None else request.prompt
         assert gaussians is not None and prompt is not None
@@ -308,8 +327,3 @@ def _quiet_libraries() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-def _finished(job: _Job) -> Asset | Exception:
-    assert job.outcome is not None
-    return job.outcome

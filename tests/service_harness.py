@@ -16,31 +16,35 @@ import uvicorn
 
 from generation.api import create_app
 from generation.engine import Engine
-from generation.pipeline import Asset, Cancelled, GateResult, Report, Request, Scores
+from generation.pipeline import Asset, Cancelled, GateResult, Job, Report, Request, Scores
 
 PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
 
 
 class StandInPipeline:
-    """Makes ``ply\\n<prompt> <seed>``. Special prompts: "hold" waits for ``go``, "crash", "exit" and "reject"."""
+    """Makes ``ply\\n<prompt> <seed>``. Other prompts: "hold" (takes ticks until ``go``), "crash", "exit", "reject"."""
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
 
     def __init__(self) -> None:
         self.go = threading.Event()
         self.started: list[Request] = []
+        self.ticks: list[list[str | None]] = []
         self.cancelled: list[str | None] = []
         self.validated: list[tuple[bytes, Any]] = []
         self.on_validate: Callable[[], Any] = lambda: None
 
-    def generate(
-        self, requests: list[Request], progress: Callable[[int, str, float], None], cancelled: Callable[[int], bool]
-    ) -> list[Asset | Exception]:
-        self.started.extend(requests)
-        return [self._one(i, request, progress, cancelled) for i, request in enumerate(requests)]
+    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Job:
+        self.started.append(request)
+        return Job(request, progress, cancelled, Report(request.seed))
 
-    def _one(self, index: int, request: Request, progress: Any, cancelled: Any) -> Asset | Exception:
-        progress(index, "text_to_image", 0.5)
+    def tick(self, jobs: list[Job]) -> None:
+        self.ticks.append([job.request.prompt for job in jobs])
+        for job in jobs:
+            job.outcome = self._one(job.request, job)
+
+    def _one(self, request: Request, job: Job) -> Asset | Exception | None:
+        job.progress("text_to_image", 0.5)
         if request.prompt == "crash":
             return RuntimeError("the stage broke\nERROR forged")
         if request.prompt == "exit":
@@ -49,10 +53,11 @@ class StandInPipeline:
             return Asset(
                 b"", Report(request.seed, score=0.21, rejected="CLIP score 0.21 is under 0.6 \u2014\nX-Evil: 1")
             )
-        while request.prompt == "hold" and not self.go.wait(0.005):
-            if cancelled(index):
-                self.cancelled.append(request.prompt)
-                return Cancelled("given up")
+        if request.prompt == "hold" and not self.go.wait(0.005):
+            if not job.cancelled():
+                return None
+            self.cancelled.append(request.prompt)
+            return Cancelled("given up")
         what = request.prompt if request.image is None else f"{request.image.mode} {request.image.size}"
         seconds = {"text_to_image": 0.25, "dreamgaussian": 1.5}
         report = Report(request.seed, score=0.7654, num_gaussians=9000, seconds=seconds)

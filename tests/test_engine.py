@@ -143,28 +143,20 @@ def test_a_stage_that_fails_fails_its_request_alone(prompt: str, caplog: pytest.
     assert any(message.startswith("Generation failed: ") for message in caplog.messages)
 
 
-def test_requests_that_wait_together_run_together_up_to_the_batch() -> None:
-    with serving(max_queue=8, max_batch=2) as service:
-        batches: list[list[str | None]] = []
-        generate = service.pipeline.generate
-
-        def watched(requests: Any, progress: Any, cancelled: Any) -> Any:
-            batches.append([request.prompt for request in requests])
-            return generate(requests, progress, cancelled)
-
-        service.pipeline.generate = watched  # type: ignore[method-assign]
-        hold(service)
-        prompts = ["a", "crash", "b"]
-        waiting = []
-        for i, prompt in enumerate(prompts):
-            data = {"prompt": prompt}
-            waiting.append(in_background(lambda data=data: httpx.post(service.url + "/generate/", data=data)))
-            wait_until(lambda i=i: service.engine.queue_depth == i + 1)
+def test_requests_join_between_ticks_up_to_the_batch() -> None:
+    with serving(max_queue=8, max_batch=3) as service:
+        held, results = hold(service)
+        for prompt, status in (("a", 200), ("crash", 500), ("b", 200)):  # each comes and goes while the first runs on
+            assert service.generate(prompt).status_code == status
+        assert service.client.get("/health").json()["active"][0]["stage"] == "text_to_image"
+        others = [hold(service) for _ in range(3)]
+        wait_until(lambda: service.engine.queue_depth == 1)
         service.pipeline.go.set()
-        for thread, _ in waiting:
+        for thread, answers in [(held, results), *others]:
             thread.join(PATIENCE_S)
-        assert batches == [["hold"], ["a", "crash"], ["b"]]
-        assert [results[0].status_code for _, results in waiting] == [200, 500, 200]
+            assert answers[0].status_code == 200
+        ticks = service.pipeline.ticks
+        assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
 
 
 @pytest.fixture
@@ -213,8 +205,12 @@ async def test_calls_give_back_a_value_error_and_wrap_the_rest(ready_engine: tup
     assert await engine.call(lambda pipeline: 2) == 2
 
 
-async def test_a_pipeline_that_loses_an_outcome_fails_the_request(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, pipeline = ready_engine
-    pipeline.generate = lambda requests, progress, cancelled: []  # type: ignore[method-assign]
-    with pytest.raises(StageFailed, match="0 outcomes for 1 requests"):
+    monkeypatch.setattr(pipeline, "tick", lambda jobs: 1 // 0)
+    with pytest.raises(StageFailed, match="ZeroDivisionError"):
         await engine.generate("a", None, 1)
+    monkeypatch.undo()
+    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"

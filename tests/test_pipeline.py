@@ -113,6 +113,19 @@ def test_scenes_are_stepped_together(pipeline, sculptor):
     assert sculptor.batches == [3] * 5
 
 
+def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
+    alone = pipeline.generate([ask("blue", seed=4)])[0].ply
+    sculptor.batches.clear()
+    first = pipeline.begin(ask("red"))
+    for _ in range(2):
+        pipeline.tick([first])
+    second = pipeline.begin(ask("blue", seed=4))
+    while second.outcome is None:
+        pipeline.tick([job for job in (first, second) if job.outcome is None])
+    assert sculptor.batches == [1, 1, 2, 2, 2, 1, 1]
+    assert first.outcome.report.rejected is None and second.outcome.ply == alone
+
+
 def test_a_failure_is_its_requests_own(pipeline):
     outcomes = pipeline.generate(
         [ask("red"), ask("explode"), ask("red unstartable"), ask("red collapse"), ask("a blue ball")]
