@@ -34,7 +34,7 @@ from generation.dreamgaussian.guidance.zero123 import Zero123, camera_numbers, l
 from generation.dreamgaussian.schedule import position_lr
 from generation.settings import BackgroundModel
 from generation.splats.cameras import orbit
-from generation.weights.latent_diffusion import load_unet
+from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
 from tests.golden_weights import GOLDEN, pack, weights
 
 LIMIT = 1e-4  # largest absolute difference, float32
@@ -48,6 +48,11 @@ ZERO123 = {
     "image_size": 8, "in_channels": 8, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2,
     "attention_resolutions": [2, 1], "channel_mult": [1, 2, 2], "num_heads": 2, "transformer_depth": 1,
     "context_dim": 24, "use_linear_in_transformer": False,
+}  # fmt: skip
+# What the public checkpoint's config says, as its authors' conversion writes it.
+MVDREAM_FULL = MVDREAM | {
+    "image_size": 32, "model_channels": 320, "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4],
+    "num_head_channels": 64, "context_dim": 1024,
 }  # fmt: skip
 ANGLES = [(-80.0, -170.0), (-30.0, 0.0), (0.0, 0.0), (0.0, 90.0), (15.0, 135.0), (45.0, -60.0), (79.0, 179.0)]
 
@@ -131,6 +136,19 @@ class Comparison:
         self.add("the same (ashawkey/mvdream_diffusers, whose names the public weights have)", again, ours)
         tensors = {**inputs, "t": t, "cameras": cameras, "noise": out}
         self.golden("mvdream_unet", tensors, config=MVDREAM, shapes=shapes(theirs))
+
+    def mvdream_names(self) -> None:
+        """At full size: does every tensor of the authors' UNet have its place, of the same shape, and none is left?"""
+        config = MVDREAM_FULL
+        stand_ins = ("xformers", "xformers.ops", "kiui", "kiui.cam")
+        with borrowed(self.authors / "mvdream_diffusers", *stand_ins), torch.device("meta"):
+            theirs = importlib.import_module("mv_unet").MultiViewUNetModel(**config).state_dict()
+        with torch.device("meta"):
+            ours = UNet2DConditionModel(**unet_config(config)).state_dict()
+        renamed = {name: tensor.shape for name, tensor in rename_unet(theirs, config["num_res_blocks"]).items()}
+        differing = renamed.items() ^ {name: tensor.shape for name, tensor in ours.items()}.items()
+        what = f"MVDream UNet at full size, {len(theirs)} tensors: names or shapes that differ"
+        self.rows.append((what, float(len(differing)), float(sum(t.numel() for t in theirs.values()))))
 
     def mvdream_cameras(self) -> None:
         with borrowed(self.authors / "MVDream", "open_clip"):
@@ -335,8 +353,8 @@ def main() -> int:
     arguments = parser.parse_args()
     comparison = Comparison(arguments.authors.resolve(), arguments.golden)
     checks: list[Callable[[], None]] = [
-        comparison.mvdream, comparison.mvdream_cameras, comparison.zero123_unet, comparison.zero123_guidance,
-        comparison.birefnet, comparison.cameras, comparison.learning_rates,
+        comparison.mvdream, comparison.mvdream_names, comparison.mvdream_cameras, comparison.zero123_unet,
+        comparison.zero123_guidance, comparison.birefnet, comparison.cameras, comparison.learning_rates,
     ]  # fmt: skip
     for check in checks:
         check()

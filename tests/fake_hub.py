@@ -22,6 +22,7 @@ class Repository:
     gated: bool = False
     forged: dict[str, bytes] = field(default_factory=dict)  # sent in place of what is listed
     cut_after: dict[str, list[int]] = field(default_factory=dict)  # bytes after which the next answers break off
+    stall_after: dict[str, int] = field(default_factory=dict)  # bytes after which answers wait for `Hub.go_on`
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Hub:
     repositories: dict[str, Repository]
     url: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    go_on: threading.Event = field(default_factory=threading.Event)
 
     def fetched(self, name: str) -> list[str]:
         """The ranges that a file was asked for, in order; empty for all of it."""
@@ -81,6 +83,10 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
             start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if body and name in repository.stall_after:
+                self.send(200, headers, content, body, cut=repository.stall_after[name])
+                hub.go_on.wait()
+                return
             cuts = repository.cut_after.get(name)
             self.send(206 if start else 200, headers, content[start:], body, cuts.pop(0) if body and cuts else None)
 
@@ -91,6 +97,7 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
             self.end_headers()
             if body:
                 self.wfile.write(content[:cut])
+                self.wfile.flush()
             if cut is not None:
                 self.close_connection = True
 
@@ -111,6 +118,7 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()

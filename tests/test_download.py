@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from tests.fake_hub import Hub, Repository, serve
 # Weights that the hub keeps outside of git, in a form that can be looked at.
 WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
 OTHER = save({"w": np.arange(50_000, dtype="float32")[::-1].copy()})
+CHUNK = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE  # bytes that the hub's library writes at once
 BIREFNET, MVDREAM, RMBG = REGISTRY["birefnet"], REGISTRY["mvdream-sd2.1"], REGISTRY["rmbg-2.0"]
 
 
@@ -51,13 +54,19 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "scripts.download_weights", *arguments],
         env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
-        cwd=ROOT, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    with start(hub, cache, *arguments, **environment) as process:
+        output, problems = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, problems)
 
 
 def blob(cache: Path, entry: Entry, name: str) -> Path:
@@ -84,26 +93,38 @@ def test_a_second_run_fetches_nothing(hub, cache):
     assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
 
 
-def test_goes_on_after_a_cut_connection(hub, cache):
-    chunk = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE
-    weights = save({"w": np.arange(chunk * 3 // 8, dtype="float32")})
+@pytest.fixture
+def large(hub) -> bytes:
+    """Weights that arrive in more than one piece."""
+    weights = save({"w": np.arange(CHUNK * 3 // 8, dtype="float32")})
     hub.repositories[BIREFNET.repo].files["model.safetensors"] = weights
-    hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [chunk + 1]
-    done = run(hub, cache, "--only", "birefnet")
-    assert done.returncode == 0, done.stderr
-    assert hub.fetched("model.safetensors") == ["", f"bytes={chunk}-"]
-    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == weights
+    return weights
 
 
-def test_goes_on_in_the_next_run(hub, cache):
-    started = cache / "hub" / "models--ZhengPeng7--BiRefNet" / "blobs"
-    started.mkdir(parents=True)
-    listed = download.hashlib.sha256(WEIGHTS).hexdigest()
-    (started / f"{listed}.partial").write_bytes(WEIGHTS[:150_000])  # as a run that was killed leaves it
+def test_goes_on_after_a_cut_connection(hub, cache, large):
+    hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 0, done.stderr
-    assert hub.fetched("model.safetensors") == ["bytes=150000-"]
-    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_in_the_next_run(hub, cache, large):
+    hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as stopped:
+        deadline = time.monotonic() + 30
+        while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
+            assert time.monotonic() < deadline and stopped.poll() is None
+            time.sleep(0.05)
+        stopped.send_signal(signal.SIGINT)
+        _, problems = stopped.communicate(timeout=30)
+    assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
+    hub.repositories[BIREFNET.repo].stall_after.clear()
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"{CHUNK / 1e6:.1f} MB of it are here already" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
 def test_gated_says_where_to_accept_which_licence(hub, cache):
@@ -178,7 +199,8 @@ def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypa
     with pytest.raises(WeightsError, match=r"too little disk: 3\.5 GB free in .*hub, 4\.0 GB needed.*HF_HOME"):
         download.check_disk([plan])
     plan.blobs.mkdir(parents=True)
-    plan.partial(plan.files[0]).write_bytes(b"0" * 600_000_000)  # counts as fetched
+    with plan.partial(plan.files[0]).open("wb") as part:
+        part.truncate(600_000_000)  # counts as fetched
     download.check_disk([plan])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
 from generation.dreamgaussian.guidance.multiview import join_views
@@ -14,7 +15,7 @@ from generation.dreamgaussian.guidance.zero123 import camera_numbers, load_proje
 from generation.dreamgaussian.schedule import position_lr
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
-from generation.weights.latent_diffusion import load_unet, rename_unet
+from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
 from tests.golden_weights import golden, weights
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
@@ -124,6 +125,17 @@ class TestWrongWeights:
         save_file(state, path)
         with pytest.raises(WeightsError, match=r"missing_keys: conv_in\.bias"):
             load_unet(folder, torch.float32)
+
+
+def test_the_public_size_is_stable_diffusion_2_1_with_a_camera():
+    config = golden("mvdream_unet")[1]["config"] | {
+        "image_size": 32, "model_channels": 320, "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4],
+        "num_head_channels": 64, "context_dim": 1024,
+    }  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_config(config))
+    camera = (16 + 1) * 1280 + (1280 + 1) * 1280
+    assert sum(tensor.numel() for tensor in unet.state_dict().values()) == 865_910_724 + camera
 
 
 def test_every_name_has_one_of_its_own():

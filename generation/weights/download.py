@@ -87,7 +87,8 @@ def plan(entry: Entry) -> Plan:
     try:
         api = HfApi()
         info = api.model_info(entry.repo, revision=entry.revision, files_metadata=True)
-        api.auth_check(entry.repo)
+        if info.gated:
+            api.auth_check(entry.repo)
     except GatedRepoError as error:
         raise WeightsError(
             f"{entry.name} is gated: log in at {page}, accept its licence ({entry.licence}) there, then type "

@@ -69,7 +69,8 @@ class Zero123:
         pixels = self._processor(images=list((image.cpu() * 255).byte()), return_tensors="pt").pixel_values
         embedding = self._image_encoder(pixels.to(self._unet.device, self._unet.dtype)).image_embeds
         latents = self._encode(image.to(self._unet.device))  # not scaled, unlike those that are denoised
-        return torch.cat([x.flatten().float() for x in (torch.tensor([elevation]).to(latents), embedding, latents)])
+        known = torch.tensor([elevation], device=latents.device)
+        return torch.cat([known, embedding.flatten().float(), latents.flatten().float()])
 
     def loss(
         self,
