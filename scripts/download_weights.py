@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     plans, problems = [], []
     for entry in entries:
-        say(f"{entry.name}: {entry.repo} at {entry.revision}, licence: {entry.licence}{', gated' * entry.gated}")
+        size = "size not known" if entry.size_gb is None else f"{entry.size_gb} GB"
+        gated = ", gated" if entry.gated else ""
+        say(f"{entry.name}: {entry.repo} at {entry.revision}, {size}, licence: {entry.licence}{gated}")
         try:
             plans.append(plan(entry))
         except WeightsError as error:

@@ -16,6 +16,8 @@ from generation.dreamgaussian.schedule import position_lr
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
+from generation.weights.registry import REGISTRY
+from generation.weights.strict import naming
 from tests.golden_weights import golden, weights
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
@@ -141,6 +143,27 @@ def test_the_public_size_is_stable_diffusion_2_1_with_a_camera():
 def test_every_name_has_one_of_its_own():
     shapes = golden("mvdream_unet")[1]["shapes"]
     assert len(rename_unet(dict.fromkeys(shapes, torch.zeros(1)), 2)) == len(shapes)
+
+
+def test_a_pickle_in_place_of_safetensors(tmp_path):
+    """Older repositories have one. Anything in it that is not a tensor is refused, not run."""
+    folder = tmp_path / "clip_camera_projection"
+    folder.mkdir()
+    state = {"proj.weight": torch.ones(24, 28), "proj.bias": torch.zeros(24)}
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    assert torch.equal(load_projection(tmp_path, 24).weight, state["proj.weight"])
+    torch.save({**state, "more": Path("elsewhere")}, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(WeightsError, match="no usable weights"):
+        load_projection(tmp_path, 24)
+
+
+def test_the_devices_faults_are_not_the_files():
+    entry = REGISTRY["mvdream-sd2.1"]
+    with pytest.raises(torch.OutOfMemoryError), naming(entry):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    words = r"mvdream-sd2\.1 can not be loaded: size mismatch for x; get it: .*--only"
+    with pytest.raises(WeightsError, match=words), naming(entry):
+        raise RuntimeError("size\nmismatch  for x")
 
 
 def test_projection_that_does_not_fit(tmp_path):
