@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -23,6 +25,7 @@ from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import warm_up
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
+from generation.weights.strict import naming
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Report", "Request", "Scores"]
 
@@ -153,24 +156,35 @@ class Pipeline:
 
         Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
         """
-        from generation.dreamgaussian import DreamGaussian, MVDream
+        from generation.dreamgaussian import DreamGaussian, MVDream, Zero123
 
         _quiet_libraries()
         models, device = settings.models, settings.device
-        entries = {stage: lookup(choice) for stage, choice in models.stages.items()}
+        entries = {stage: lookup(choice) for stage, choice in models.needed(settings.options).items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
-        def announce(stage: str) -> None:
+        @contextmanager
+        def loading(stage: str) -> Iterator[Path]:
             progress(f"loading {entries[stage].name} for {stage} onto {device}")
+            with naming(entries[stage]):
+                yield folders[stage]
 
-        announce("text_to_image")
-        text_to_image = TextToImage.load(folders["text_to_image"], models.text_to_image, device)
-        announce("background")
-        background = BackgroundRemover.load(folders["background"], models.background, device)
-        announce("mvdream")
-        guidance = MVDream.load(folders["mvdream"], device, getattr(torch, models.mvdream.dtype))
-        announce("clip")
-        self_check = SelfCheck.load(folders["clip"], models.clip, entries["clip"].clip, device)
+        with loading("text_to_image") as folder:
+            text_to_image = TextToImage.load(folder, models.text_to_image, device)
+        with loading("background") as folder:
+            background = BackgroundRemover.load(folder, models.background, device)
+        guidance = image_guidance = None
+        if "mvdream" in entries:
+            with loading("mvdream") as folder:
+                dtype, front = getattr(torch, models.mvdream.dtype), entries["mvdream"].front_azimuth
+                guidance = MVDream.load(folder, device, dtype, front)
+        for stage, choice in (("zero123", models.zero123), ("stable_zero123", models.stable_zero123)):
+            if stage in entries and choice is not None:
+                with loading(stage) as folder:
+                    stable = stage == "stable_zero123"
+                    image_guidance = Zero123.load(folder, device, getattr(torch, choice.dtype), stable)
+        with loading("clip") as folder:
+            self_check = SelfCheck.load(folder, models.clip, entries["clip"].clip, device)
         about = [
             {
                 "stage": stage,
@@ -185,7 +199,7 @@ class Pipeline:
         if device == "cpu":
             progress("compiling the rasteriser, or loading it from its cache")
             warm_up()
-        dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove)
+        dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove, image_guidance)
         return cls(text_to_image, background, dreamgaussian, self_check, settings.options, device, about)
 
     def begin(
@@ -258,7 +272,7 @@ class Pipeline:
 
     def _begin_scene(self, job: Job) -> None:
         job.scene_began = time.perf_counter()
-        # An image prompt has no words for the guidance: it is then led by the reference view alone.
+        # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
         job.scene = self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed)
 
     def _step(self, jobs: list[Job]) -> None:

@@ -59,7 +59,9 @@ class DreamGaussianOptions(_Schema):
     # Loop and losses.
     iters: int = Field(500, ge=1, le=10_000)
     batch_size: int = Field(1, ge=1, le=16)  # camera draws an iteration; MVDream renders 4 views for each
-    lambda_sd: Weight = 1.0
+    lambda_sd: Weight = 1.0  # of MVDream, which reads the prompt
+    lambda_zero123: Weight = 0.0  # of Zero123, which sees the reference view
+    stable_zero123: bool = False  # Stable Zero123 in place of Zero123-XL
     lambda_reference: Weight = 1.0  # colour and mask loss against the reference view
     lambda_views: Weight = 0.0  # colour and mask loss against the views that the guidance sampled
     mvdream: bool = True
@@ -105,16 +107,18 @@ class DreamGaussianOptions(_Schema):
     def load(cls, path: Path) -> DreamGaussianOptions:
         """Read a YAML of flat keys. Keys without a meaning here (upstream has several) are named in one warning.
 
+        A key without a value counts as left out, as upstream has it.
+
         Raises SettingsError naming the file, the key, the value and the limit.
         """
         values = read_yaml(path)
         ignored = [key for key in values if key not in cls.model_fields]
-        known = {key: value for key, value in values.items() if key not in ignored}
+        known = {key: value for key, value in values.items() if key not in ignored and value is not None}
         if ignored:
             log.warning("%s: keys without effect here: %s", path, ", ".join(map(str, ignored)))
         options = _validate(cls, known, str(path))
-        if not options.mvdream:
-            log.warning("%s: mvdream is off, but MVDream is the only guidance here; it will be used", path)
+        if options.lambda_sd > 0 and not options.mvdream:
+            log.warning("%s: mvdream is off, but no other guidance here reads prompts; it will be used", path)
         return options
 
 
@@ -151,6 +155,8 @@ class Models(_Schema):
     text_to_image: TextToImageModel
     background: BackgroundModel
     mvdream: ModelChoice
+    zero123: ModelChoice | None = None
+    stable_zero123: ModelChoice | None = None
     clip: ModelChoice
 
     @classmethod
@@ -168,6 +174,18 @@ class Models(_Schema):
     def stages(self) -> dict[str, ModelChoice]:
         """The chosen checkpoint of each stage, by the stage's name."""
         return {stage: choice for stage, choice in self if isinstance(choice, ModelChoice)}
+
+    def needed(self, options: DreamGaussianOptions) -> dict[str, ModelChoice]:
+        """The stages that requests go through under these options. Raises SettingsError when one has no checkpoint."""
+        zero123 = "stable_zero123" if options.stable_zero123 else "zero123"
+        unused = {"zero123", "stable_zero123"}
+        if options.lambda_zero123 > 0:
+            unused.remove(zero123)
+            if getattr(self, zero123) is None:
+                raise SettingsError(f"lambda_zero123 is {options.lambda_zero123}, but the models file has no {zero123}")
+        if options.lambda_sd == 0 and options.init != "views":
+            unused.add("mvdream")
+        return {stage: choice for stage, choice in self.stages.items() if stage not in unused}
 
 
 class Arguments(_Schema):
@@ -207,10 +225,12 @@ class Settings(_Schema):
         """
         given = {key: value for key, value in (values or {}).items() if value is not None}
         arguments = _validate(Arguments, given, "arguments")
-        profile, reason, device = _choose_profile(arguments)
+        options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
+        profile, reason, device = _choose_profile(arguments, options)
         models_file, config = PROFILES[profile]
-        config = arguments.config or config
         models = Models.load(arguments.models or models_file)
+        options = options or DreamGaussianOptions.load(config)
+        models.needed(options)
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
@@ -219,15 +239,17 @@ class Settings(_Schema):
             profile=profile,
             profile_reason=reason,
             device=device,
-            config=config,
-            options=DreamGaussianOptions.load(config),
+            config=arguments.config or config,
+            options=options,
             models=models,
             **shared,
         )
 
 
-def _choose_profile(arguments: Arguments) -> tuple[Literal["full", "tiny"], str, str]:
-    """(profile, why, device): full only where a CUDA GPU and all of its weights are already there."""
+def _choose_profile(
+    arguments: Arguments, options: DreamGaussianOptions | None
+) -> tuple[Literal["full", "tiny"], str, str]:
+    """(profile, why, device): full only where a CUDA GPU and all weights that it needs are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
     from generation.weights import missing
@@ -238,7 +260,8 @@ def _choose_profile(arguments: Arguments) -> tuple[Literal["full", "tiny"], str,
         return profile, f"models file {arguments.models} given", device
     if arguments.profile == "tiny":
         return "tiny", "profile tiny asked for", device
-    absent = missing(Models.load(PROFILES["full"][0]))
+    models, config = PROFILES["full"]
+    absent = missing(Models.load(models).needed(options or DreamGaussianOptions.load(config)).values())
     if arguments.profile == "full":
         if absent:
             raise SettingsError(f"profile: full needs weights that are not on this machine: {'; '.join(absent)}")

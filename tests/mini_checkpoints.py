@@ -1,6 +1,7 @@
 """Random checkpoints in the true layouts, a few hundred kilobytes each: what loads them loads the real ones.
 
-``build(folder)`` writes flux/, background/, mvdream/ and clip/ with a card each, and models.yaml, which names them.
+``build(folder)`` writes flux/, background/, mvdream/, zero123/ and clip/ with a card each, and models.yaml, which
+names them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from tests import mini_matting
 
@@ -33,17 +44,20 @@ MODELS_YAML = """
 text_to_image: {model: ./flux, image_size: 64, steps: 2, max_sequence_length: 16}
 background: {model: ./background, image_size: 64}
 mvdream: {model: ./mvdream}
+zero123: {model: ./zero123}
+stable_zero123: {model: ./zero123}
 clip: {model: ./clip}
 """
 
 
 def build(folder: Path) -> Path:
-    """Write all four checkpoints into ``folder``. Returns the models file."""
+    """Write all checkpoints into ``folder``. Returns the models file."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         flux(folder / "flux")
         background(folder / "background")
         mvdream(folder / "mvdream")
+        zero123(folder / "zero123")
         clip(folder / "clip")
     models = folder / "models.yaml"
     models.write_text(MODELS_YAML)
@@ -54,7 +68,7 @@ def flux(folder: Path) -> None:
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(latent_channels=16),
+        vae=vae(latent_channels=16, blocks=4),
         text_encoder=clip_text(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=T5EncoderModel(
@@ -100,6 +114,33 @@ def mvdream(folder: Path) -> None:
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     ).save_pretrained(folder / "scheduler")
+    card(folder)
+
+
+def zero123(folder: Path) -> None:
+    """One folder a component, as DreamGaussian's pipeline saves it."""
+    UNet2DConditionModel(
+        sample_size=32, in_channels=8, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2, cross_attention_dim=WIDTH, norm_num_groups=8,
+    ).save_pretrained(folder / "unet")  # fmt: skip
+    vae(latent_channels=4, blocks=4).save_pretrained(folder / "vae")
+    CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=224,
+            patch_size=56, projection_dim=WIDTH,
+        )
+    ).save_pretrained(folder / "image_encoder")  # fmt: skip
+    layer = torch.nn.Linear(WIDTH + 4, WIDTH)
+    (folder / "clip_camera_projection").mkdir()
+    save_file(
+        {f"proj.{name}": tensor for name, tensor in layer.state_dict().items()},
+        folder / "clip_camera_projection" / "diffusion_pytorch_model.safetensors",
+    )
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
+        folder / "scheduler"
+    )
     card(folder)
 
 
@@ -158,9 +199,8 @@ def clip_text(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )  # fmt: skip
 
 
-def vae(latent_channels: int) -> AutoencoderKL:
-    """A quarter of the resolution for MVDream's 4 channels; an eighth for 16, as FLUX wants it."""
-    blocks = 4 if latent_channels == 16 else 3
+def vae(latent_channels: int, blocks: int = 3) -> AutoencoderKL:
+    """A quarter of the resolution with three blocks, an eighth with four, as FLUX and Zero123 want it."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
         block_out_channels=(8,) * blocks, layers_per_block=1, latent_channels=latent_channels, norm_num_groups=4,

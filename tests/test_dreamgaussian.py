@@ -38,6 +38,12 @@ def test_camera_embedding_is_in_blender_axes() -> None:
     assert torch.allclose(front.view(4, 4)[:3, 1], torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)  # up is z
 
 
+def test_a_front_elsewhere_is_a_turn_of_the_cameras() -> None:
+    azimuth = torch.tensor([0.0, 35.0, 200.0])
+    turned, around = (orbit(20.0, a, RADIUS, FOVY, 8, 8).camera_to_world for a in (azimuth, azimuth + 90))
+    assert torch.allclose(camera_embedding(turned, front_azimuth=90.0), camera_embedding(around), atol=1e-6)
+
+
 def small_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
@@ -143,6 +149,7 @@ class NoGuidance:
     """Scores nothing, so that the known views alone drive a scene. Stands in for a diffusion model."""
 
     views = 4
+    image_size = 64
 
     def prepare(self, prompt: str, negative_prompt: str) -> torch.Tensor:
         return torch.zeros(2, 1, 1)

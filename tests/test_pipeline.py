@@ -253,17 +253,18 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
 
     class MVDream:
         @staticmethod
-        def load(folder, device, dtype):
-            assert (folder / "unet" / "config.json").is_file() and (device, dtype) == ("cpu", torch.float32)
+        def load(folder, device, dtype, front_azimuth):
+            assert (folder / "unet" / "config.json").is_file()
+            assert (device, dtype, front_azimuth) == ("cpu", torch.float32, 0.0)
             return "guidance"
 
-    def dreamgaussian(guidance, options, device, remove_background):
-        assert guidance == "guidance"
+    def dreamgaussian(guidance, options, device, remove_background, image_guidance):
+        assert guidance == "guidance" and image_guidance is None
         assert remove_background(torch.rand(4, 3, 32, 32)).shape == (4, 1, 32, 32)
         made.append(options)
         return sculptor
 
-    stand_in = SimpleNamespace(DreamGaussian=dreamgaussian, MVDream=MVDream)
+    stand_in = SimpleNamespace(DreamGaussian=dreamgaussian, MVDream=MVDream, Zero123=None)
     monkeypatch.setitem(sys.modules, "generation.dreamgaussian", stand_in)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = Settings.resolve({"profile": "tiny", "models": mini_models})
@@ -274,7 +275,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     assert "rasteriser" in told[-1]
     assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
         (stage, f"mini-{folder}", "MIT", "cpu")
-        for stage, folder in zip(settings.models.stages, ["flux", "background", "mvdream", "clip"], strict=True)
+        for stage, folder in zip(
+            ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
+        )
     ]
     monkeypatch.setattr(sculptor, "start", lambda cutout, prompt, seed: Scene(torch.ones(4, 64, 64), prompt, seed, 5))
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
@@ -284,12 +287,14 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
 
 
 def test_load_without_weights_says_which(tmp_path, mini_models, sculptor, monkeypatch):
-    monkeypatch.setitem(sys.modules, "generation.dreamgaussian", SimpleNamespace(DreamGaussian=None, MVDream=None))
+    monkeypatch.setitem(
+        sys.modules, "generation.dreamgaussian", SimpleNamespace(DreamGaussian=None, MVDream=None, Zero123=None)
+    )
     models = tmp_path / "models.yaml"
     text = mini_models.read_text().replace("./mvdream", "mvdream-sd2.1")
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: hf download"):
+    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
         Pipeline.load(Settings.resolve({"profile": "tiny", "models": models}))
 
 

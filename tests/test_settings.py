@@ -56,6 +56,14 @@ texture_lr: 0.2
 """
 
 
+# What image.yaml and image_sai.yaml have in place of some of these.
+UPSTREAM_IMAGE = {
+    "negative_prompt": "", "mvdream": "False", "lambda_sd": "0", "lambda_zero123": "1", "radius": "2",
+    "position_lr_max_steps": "500", "density_start_iter": "100", "densification_interval": "100",
+    "stable_zero123": "False", "warmup_rgb_loss": "True",
+}  # fmt: skip
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(text)
@@ -67,8 +75,27 @@ def test_upstream_config_loads_with_one_warning(tmp_path, caplog):
         options = DreamGaussianOptions.load(write(tmp_path, UPSTREAM))
     assert options == DreamGaussianOptions(negative_prompt="ugly, blurry")  # the defaults are upstream's
     (record,) = caplog.records
-    assert all(key in record.getMessage() for key in ("lambda_zero123", "save_path", "texture_lr", "H"))
+    assert all(key in record.getMessage() for key in ("iters_refine", "save_path", "texture_lr", "H"))
     assert "num_pts" not in record.getMessage()
+
+
+@pytest.mark.parametrize("stable", [False, True], ids=["image.yaml", "image_sai.yaml"])
+def test_upstream_image_config_loads_with_one_warning(tmp_path, caplog, stable):
+    own = UPSTREAM_IMAGE | ({"stable_zero123": "True", "warmup_rgb_loss": "False"} if stable else {})
+    kept = [line for line in UPSTREAM.strip().splitlines() if line.partition(":")[0] not in own]
+    text = "\n".join([*kept, *(f"{key}: {value}" for key, value in own.items())])
+    with caplog.at_level(logging.WARNING):
+        options = DreamGaussianOptions.load(write(tmp_path, text))
+    assert options == DreamGaussianOptions(
+        mvdream=False, lambda_sd=0, lambda_zero123=1, stable_zero123=stable, warmup_rgb_loss=not stable, radius=2,
+        position_lr_max_steps=500, density_start_iter=100, densification_interval=100,
+    )  # fmt: skip
+    (record,) = caplog.records
+    assert "zero123" not in record.getMessage() and "texture_lr" in record.getMessage()
+    guidance = "stable_zero123" if stable else "zero123"
+    assert list(Models.load(settings.PROFILES["full"][0]).needed(options)) == [
+        "text_to_image", "background", guidance, "clip",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -98,7 +125,9 @@ def test_missing_config_is_named(tmp_path):
         DreamGaussianOptions.load(tmp_path / "nowhere.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_mv_*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(CONFIGS.glob("*_mv_*.yaml")), CONFIGS / "image_fast.yaml"], ids=lambda path: path.name
+)
 def test_own_configs_use_known_keys_only(path, caplog):
     DreamGaussianOptions.load(path)
     assert not caplog.records
@@ -107,17 +136,43 @@ def test_own_configs_use_known_keys_only(path, caplog):
 def test_own_configs_are_as_fast_as_they_say():
     assert DreamGaussianOptions.load(CONFIGS / "text_mv_fast.yaml").iters == 250
     assert DreamGaussianOptions.load(CONFIGS / "text_mv_ultra_fast.yaml").iters == 150
+    assert DreamGaussianOptions.load(CONFIGS / "image_fast.yaml").iters == 250
 
 
 @pytest.mark.parametrize("profile", ["full", "tiny"])
 def test_models_files_name_checkpoints_that_exist(profile):
     models = Models.load(settings.PROFILES[profile][0])
-    assert list(models.stages) == ["text_to_image", "background", "mvdream", "clip"]
+    needed = ["text_to_image", "background", "mvdream", "clip"]
+    assert list(models.needed(DreamGaussianOptions())) == needed
+    assert set(models.stages) - set(needed) == ({"zero123", "stable_zero123"} if profile == "full" else set())
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).repo
         else:
             assert Path(choice.model).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("options", "guidances"),
+    [
+        ({}, {"mvdream"}),
+        ({"lambda_zero123": 1}, {"mvdream", "zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0}, {"zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0, "stable_zero123": True}, {"stable_zero123"}),
+        ({"lambda_zero123": 1, "lambda_sd": 0, "init": "views"}, {"mvdream", "zero123"}),
+        ({"lambda_sd": 0, "stable_zero123": True}, set()),
+    ],
+)
+def test_only_the_guidances_in_use_are_needed(options, guidances):
+    models = Models.load(settings.PROFILES["full"][0])
+    needed = models.needed(DreamGaussianOptions(**options))
+    assert set(needed) - {"text_to_image", "background", "clip"} == guidances
+
+
+def test_a_guidance_without_a_checkpoint_is_named(tmp_path):
+    config = write(tmp_path, "lambda_zero123: 1")
+    with pytest.raises(SettingsError, match=r"lambda_zero123 is 1\.0, but the models file has no zero123"):
+        Settings.resolve({"profile": "tiny", "config": config})
 
 
 def test_prompt_template_must_have_its_place(tmp_path):

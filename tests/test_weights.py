@@ -1,11 +1,16 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from generation.settings import ModelChoice
 from generation.weights import WeightsError, local_folder, lookup
 from generation.weights.loading import download_command
 from generation.weights.registry import REGISTRY
+
+WEIGHTS = save({"w": np.zeros(3, dtype="float32")})
 
 
 @pytest.fixture
@@ -13,16 +18,16 @@ def hub(tmp_path, monkeypatch):
     """A local hub cache of the standard layout; returns a function that puts files of an entry into it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
-    def put(entry, files: dict[str, str]):
+    def put(entry, files: dict[str, bytes]):
         root = tmp_path / f"models--{entry.repo.replace('/', '--')}"
         commit = entry.revision if entry.pinned else "0" * 40
         if not entry.pinned:
             (root / "refs").mkdir(parents=True)
             (root / "refs" / entry.revision).write_text(commit)
-        for name, text in files.items():
+        for name, content in files.items():
             path = root / "snapshots" / commit / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_bytes(content)
         return root / "snapshots" / commit
 
     return put
@@ -31,7 +36,7 @@ def hub(tmp_path, monkeypatch):
 def test_every_entry_is_complete():
     for name, entry in REGISTRY.items():
         assert entry.name == name
-        assert entry.repo and entry.licence and entry.files and entry.size_gb > 0
+        assert entry.repo and entry.licence and entry.files and (entry.size_gb is None or entry.size_gb > 0)
         assert entry.pinned or entry.revision == "main"
     assert REGISTRY["clip-convnext-large-d"].clip.cosine_scale == 0.35
 
@@ -48,39 +53,58 @@ def test_a_chosen_revision_replaces_the_registrys():
 
 
 def test_absent_weights_say_how_to_get_them(hub):
-    with pytest.raises(WeightsError, match=r"rmbg-2.0 is not on this machine.*hf download briaai/RMBG-2.0.*licence"):
+    with pytest.raises(WeightsError, match=r"rmbg-2.0 is not on this machine.*--only rmbg-2.0 .*licence"):
         local_folder(REGISTRY["rmbg-2.0"])
 
 
 @pytest.mark.parametrize("name", ["birefnet", "mvdream-sd2.1"])  # pinned, and by the name of a branch
 def test_cached_weights_are_found(hub, name):
     entry = REGISTRY[name]
-    folder = hub(entry, {pattern.replace("*", "model.safetensors"): "" for pattern in entry.files})
+    folder = hub(entry, {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files})
     assert local_folder(entry) == folder
 
 
 def test_incomplete_weights_are_named(hub):
     entry = REGISTRY["birefnet"]
-    hub(entry, {"config.json": "", "birefnet.py": "", "BiRefNet_config.py": ""})
+    hub(entry, {"config.json": b"", "birefnet.py": b"", "BiRefNet_config.py": b""})
     with pytest.raises(WeightsError, match=r"lacks model\.safetensors"):
         local_folder(entry)
 
 
 def test_an_absent_shard_is_named(hub):
     entry = REGISTRY["flux.1-schnell"]
-    files = {pattern.replace("*", "model.safetensors"): "" for pattern in entry.files}
+    files = {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files}
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    files["transformer/model.safetensors.index.json"] = json.dumps(index)
-    files["transformer/model-00001-of-00002.safetensors"] = ""
+    files["transformer/model.safetensors.index.json"] = json.dumps(index).encode()
+    files["transformer/model-00001-of-00002.safetensors"] = WEIGHTS
     hub(entry, files)
     with pytest.raises(WeightsError, match=r"lacks transformer/model-00002-of-00002\.safetensors;"):
         local_folder(entry)
 
 
-def test_download_command_takes_the_used_files_only():
-    command = download_command(REGISTRY["birefnet"])
-    assert "--revision e2bf8e4460fc8fa32bba5ea4d94b3233d367b0e4" in command
-    assert command.count("--include") == len(REGISTRY["birefnet"].files)
+@pytest.mark.parametrize(
+    ("cut", "words"), [(4, "cut short"), (len(WEIGHTS) - 1, "by its header it should have"), (30, "cut short")]
+)
+def test_truncated_weights_are_named(hub, cut, words):
+    entry = REGISTRY["birefnet"]
+    files = dict.fromkeys(entry.files, b"{}")
+    hub(entry, files | {"model.safetensors": WEIGHTS[:cut]})
+    with pytest.raises(WeightsError, match=rf"birefnet: model\.safetensors .*{words}.*--only birefnet"):
+        local_folder(entry)
+
+
+def test_a_config_without_weights_is_named(hub):
+    entry = REGISTRY["mvdream-sd2.1"]
+    files = {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files}
+    del files["unet/model.safetensors"]
+    hub(entry, files | {"unet/config.json": b"{}"})
+    with pytest.raises(WeightsError, match=r"lacks unet/\*\.safetensors"):
+        local_folder(entry)
+
+
+def test_download_command_names_another_revision():
+    assert "--revision" not in download_command(REGISTRY["birefnet"])
+    assert download_command(replace(REGISTRY["birefnet"], revision="main")).endswith("--only birefnet --revision main")
 
 
 class TestCard:
@@ -97,7 +121,20 @@ class TestCard:
     def test_without_cosine_scale_is_no_clip(self, tmp_path):
         assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).clip is None
 
-    @pytest.mark.parametrize("card", ["{", "[]", {"name": "small"}, {"name": "a", "licence": "b", "cosine_scale": "x"}])
+    def test_can_stand_for_a_registry_entry(self, tmp_path):
+        """A copy of the published files, on a disk of one's own: licence and use are the registry's."""
+        choice = self.choice(tmp_path, {"of": "clip-convnext-large-d"})
+        entry = lookup(choice)
+        assert entry.clip == REGISTRY["clip-convnext-large-d"].clip and entry.licence == "MIT"
+        with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy its folder again"):
+            local_folder(entry)
+        (tmp_path / "open_clip_config.json").write_text("{}")
+        (tmp_path / "open_clip_model.safetensors").write_bytes(WEIGHTS)
+        assert local_folder(entry) == tmp_path
+
+    @pytest.mark.parametrize(
+        "card", ["{", {"of": "nothing"}, "[]", {"name": "small"}, {"name": "a", "licence": "b", "cosine_scale": "x"}]
+    )
     def test_unusable(self, tmp_path, card):
         with pytest.raises(WeightsError, match=r"card\.json"):
             lookup(self.choice(tmp_path, card))

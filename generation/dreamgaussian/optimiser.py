@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.dreamgaussian.carve import carve
-from generation.dreamgaussian.guidance.base import Guidance
+from generation.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
 from generation.dreamgaussian.scene import Scene, View
 from generation.dreamgaussian.schedule import noise_level
 from generation.settings import DreamGaussianOptions
@@ -25,6 +25,7 @@ GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 RINGS = ((10.0, 0.0), (40.0, 45.0))
 SAMPLED_AT_ONCE = 2  # of the sampled views, in each iteration
 SAMPLE_GUIDANCE = 3.0
+ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream's guidance alone
 CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
 
 RemoveBackground = Callable[[Tensor], Tensor]
@@ -35,12 +36,15 @@ class DreamGaussian:
 
     def __init__(
         self,
-        guidance: Guidance,
+        guidance: TextGuidance | None,
         options: DreamGaussianOptions,
         device: str | torch.device,
         remove_background: RemoveBackground,
+        image_guidance: ImageGuidance | None = None,
     ) -> None:
         self._guidance = guidance
+        self._image_guidance = image_guidance
+        self._views = guidance.views if guidance else 1  # of one draw of cameras
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
@@ -54,9 +58,13 @@ class DreamGaussian:
         colour, alpha = cutout[None, :3], cutout[None, 3:]
         camera = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size)
         reference = View(colour * alpha, alpha, camera.to(self._device))
-        condition = self._guidance.prepare(prompt, o.negative_prompt)
+        condition = image_condition = None
+        if self._image_guidance:
+            image_condition = self._image_guidance.prepare(cutout, -o.elevation)
+        if self._guidance and (prompt or not self._image_guidance):
+            condition = self._guidance.prepare(prompt, o.negative_prompt)
         sampled = gaussians = None
-        if o.init == "views":
+        if o.init == "views" and condition is not None:
             images, sampled = self._sample(condition, generator)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
             gaussians = carve(images, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
@@ -65,14 +73,14 @@ class DreamGaussian:
         if o.sh_degree:
             rest = gaussians.sh.new_zeros(len(gaussians), (o.sh_degree + 1) ** 2 - 1, 3)
             gaussians.sh = torch.cat([gaussians.sh, rest], 1)
-        return Scene(gaussians, reference, sampled, condition, o, generator)
+        return Scene(gaussians, reference, sampled, condition, o, generator, image_condition)
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
         o = self._options
         losses, renders = [], []
         for scene in scenes:
-            if scene.sampled is not None and scene.iteration in self._redraws:
+            if scene.sampled is not None and scene.condition is not None and scene.iteration in self._redraws:
                 _, scene.sampled = self._sample(scene.condition, scene.generator, scene.gaussians())
             scene.iteration += 1
             warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
@@ -84,20 +92,32 @@ class DreamGaussian:
                 loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, grey, pick)
             losses.append(loss)
             renders.append(self._novel_views(scene))
-        if o.lambda_sd > 0:
-            images = torch.cat([r["images"] for r in renders])
-            score = self._guidance.loss(
-                images,
-                torch.cat([r["poses"] for r in renders]),
-                torch.stack([s.condition for s in scenes for _ in range(o.batch_size)]),
-                [self._noise_level(s) for s in scenes for _ in range(o.batch_size)],
-                [s.generator for s in scenes for _ in range(o.batch_size)],
-                o.guidance_scale,
-            )
-            losses.append(o.lambda_sd * score.sum())
+        losses += self._scores(scenes, renders)
         torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
         for scene, render in zip(scenes, renders, strict=True):
             scene.update(render["means2d"].grad, render["radii"], render["size"], render["size"])
+
+    def _scores(self, scenes: list[Scene], renders: list[dict]) -> list[Tensor]:
+        """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""
+        o, losses = self._options, []
+        for guidance, weight, scale, conditions in (
+            (self._guidance, o.lambda_sd, o.guidance_scale, [s.condition for s in scenes]),
+            (self._image_guidance, o.lambda_zero123, ZERO123_GUIDANCE, [s.image_condition for s in scenes]),
+        ):
+            known = {i: condition for i, condition in enumerate(conditions) if condition is not None}
+            if guidance is None or weight == 0 or not known:
+                continue
+            each = [i for i in known for _ in range(o.batch_size * self._views // guidance.views)]
+            score = guidance.loss(
+                torch.cat([renders[i]["images"] for i in known]),
+                torch.cat([renders[i]["poses"] for i in known]),
+                torch.stack([known[i] for i in each]),
+                [self._noise_level(scenes[i]) for i in each],
+                [scenes[i].generator for i in each],
+                scale,
+            )
+            losses.append(weight * score.sum())
+        return losses
 
     def _noise_level(self, scene: Scene) -> float:
         most = 1.0 if scene.sampled is None else CARVED_NOISE
@@ -106,14 +126,15 @@ class DreamGaussian:
         return most * float(torch.rand((), generator=scene.generator))
 
     def _novel_views(self, scene: Scene) -> dict:
-        """Renders of `batch_size` draws of four cameras, 90 degrees apart, at a random elevation and azimuth."""
+        """Renders of `batch_size` draws of cameras, 90 degrees apart, at a random elevation and azimuth."""
         o = self._options
         size = o.render_size or (128 if scene.step_ratio < 0.3 else 256 if scene.step_ratio < 0.6 else 512)
         above = -o.elevation
         low, high = max(above - o.max_ver, -80.0), min(above - o.min_ver, 80.0)
         draws = torch.rand(o.batch_size, 2, generator=scene.generator)
-        elevation = (low + (high - low) * draws[:, 0]).repeat_interleave(4)
-        azimuth = (360 * draws[:, 1]).repeat_interleave(4) + torch.tensor([0.0, 90, 180, 270] * o.batch_size)
+        elevation = (low + (high - low) * draws[:, 0]).repeat_interleave(self._views)
+        around = 90.0 * torch.arange(self._views).repeat(o.batch_size)
+        azimuth = (360 * draws[:, 1]).repeat_interleave(self._views) + around
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
         if o.background == "random":
             white = float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob
@@ -137,6 +158,7 @@ class DreamGaussian:
         behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
         elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
         azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
+        assert self._guidance is not None  # a config that samples views asks for it
         size = self._guidance.image_size
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
         start = None

@@ -35,13 +35,16 @@ class Scene:
         gaussians: Gaussians,
         reference: View,
         sampled: View | None,
-        condition: Tensor,
+        condition: Tensor | None,
         options: DreamGaussianOptions,
         generator: torch.Generator,
+        image_condition: Tensor | None = None,
     ) -> None:
+        """`condition` and `image_condition` are those of the guidances that look at it."""
         self.reference = reference
         self.sampled = sampled
         self.condition = condition
+        self.image_condition = image_condition
         self.generator = generator
         self.iteration = 0
         self._options = options

@@ -3,45 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from generation.weights.registry import Entry, WeightsError, lookup
+from generation.weights.lock import read_lock
+from generation.weights.registry import REGISTRY, Entry, WeightsError, lookup
 
 if TYPE_CHECKING:
-    from generation.settings import Models
+    from generation.settings import ModelChoice
+
+#: the longest header that safetensors itself reads, in bytes
+_LONGEST_HEADER = 100_000_000
 
 
 def local_folder(entry: Entry) -> Path:
-    """The folder that holds all of an entry's files. Raises WeightsError saying what is missing and how to get it."""
+    """The folder that holds all of an entry's files, whole. Raises WeightsError: what is wrong, and what to do.
+
+    Of a downloaded entry it is the commit that the download recorded, whatever the branch's name stands for since.
+    """
     if entry.repo is None:
         assert entry.folder is not None
+        _check(entry, entry.folder)
         return entry.folder
+    lock = read_lock(entry)
+    revision = lock.commit if lock else entry.revision
     try:
-        folder = Path(snapshot_download(entry.repo, revision=entry.revision, local_files_only=True))
+        folder = Path(snapshot_download(entry.repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise WeightsError(f"{entry.name} is not on this machine; get it: {download_command(entry)}") from error
-    absent = list(_absent_files(folder, entry.files))
-    if absent:
-        raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; get it: {download_command(entry)}")
+        raise WeightsError(f"{entry.name} is not on this machine; {remedy(entry)}") from error
+    for name, file in lock.files.items() if lock else ():
+        path = folder / name
+        if path.is_file() and path.stat().st_size != file.size:
+            has = path.stat().st_size
+            raise WeightsError(f"{entry.name}: {name} has {has} bytes, its download had {file.size}; {remedy(entry)}")
+    _check(entry, folder)
     return folder
+
+
+def remedy(entry: Entry) -> str:
+    """What to do when files of an entry are absent or damaged."""
+    return "copy its folder again" if entry.repo is None else f"get it: {download_command(entry)}"
 
 
 def download_command(entry: Entry) -> str:
     """What to type to fetch an entry's files into the local cache."""
-    include = " ".join(f"--include '{pattern}'" for pattern in entry.files)
+    other = "" if entry.revision == REGISTRY[entry.name].revision else f" --revision {entry.revision}"
     accept = " (accept its licence on the hub first)" if entry.gated else ""
-    return f"hf download {entry.repo} --revision {entry.revision} {include}{accept}"
+    return f".venv/bin/python -m scripts.download_weights --only {entry.name}{other}{accept}"
 
 
-def missing(models: Models) -> list[str]:
-    """One sentence for each checkpoint of a models file that is not here; empty when all are."""
+def missing(choices: Iterable[ModelChoice]) -> list[str]:
+    """One sentence for each chosen checkpoint that is not here; empty when all are."""
     sentences = []
-    for choice in models.stages.values():
+    for choice in choices:
         try:
             local_folder(lookup(choice))
         except WeightsError as error:
@@ -49,13 +67,42 @@ def missing(models: Models) -> list[str]:
     return sentences
 
 
+def _check(entry: Entry, folder: Path) -> None:
+    """Raises WeightsError when a file is absent or a safetensors file ends too early."""
+    absent = list(_absent_files(folder, entry.files))
+    if absent:
+        raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; {remedy(entry)}")
+    for path in sorted(folder.rglob("*.safetensors")):
+        reason = _damage(path)
+        if reason:
+            raise WeightsError(f"{entry.name}: {path.relative_to(folder)} {reason}; {remedy(entry)}")
+
+
 def _absent_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
-    """Patterns that match no file, and shards that an index names but the folder lacks."""
+    """Patterns that match no file, weights that a config lacks, and shards that an index names but the folder lacks."""
     for pattern in patterns:
         found = [path for path in folder.glob(pattern) if path.is_file()]
+        names = {path.name for path in found}
         if not found:
             yield pattern
+        elif pattern.endswith("/*") and names == {"config.json"}:
+            yield pattern.replace("*", "*.safetensors")
         for index in (path for path in found if path.name.endswith(".safetensors.index.json")):
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             paths = sorted(index.parent / shard for shard in shards)
             yield from (str(path.relative_to(folder)) for path in paths if not path.is_file())
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a safetensors file by its header alone: eight bytes of length, JSON, then the tensors."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            return "is cut short or no safetensors file"
+        try:
+            header = json.loads(file.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "is no safetensors file"
+    return None if size == 8 + length + end else f"has {size} bytes, by its header it should have {8 + length + end}"

@@ -1,7 +1,9 @@
-"""Which checkpoints exist: where each comes from, at which revision, under which licence.
+"""Which checkpoints exist: where each comes from, at which revision, how large, under which licence.
 
-Revisions are commit hashes as several public projects pin them; where no such pin was found the entry says ``main``,
-which is whatever the machine's cache holds under that name, and ``pinned`` is False.
+Revisions are commit hashes that at least two public projects name. Where none was found the entry says ``main`` and
+``pinned`` is False: the download script then records the commit that it got (``generation.weights.lock``), and later
+starts take that one. Sizes are what the hub or public records of a download say, of the files that are used; None where
+neither was found (the download script asks the hub).
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ class Entry:
     repo: str | None = None
     folder: Path | None = None
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
-    size_gb: float = 0.0
+    size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
     clip: ClipUse | None = None
+    front_azimuth: float = 0.0  # degrees: from where a multi-view model saw its objects' fronts in training
 
     @property
     def pinned(self) -> bool:
@@ -53,6 +56,14 @@ class Entry:
 
 
 _BIREFNET_FILES = ("config.json", "BiRefNet_config.py", "birefnet.py", "model.safetensors")
+_ZERO123_FILES = (
+    "unet/*",
+    "vae/*",
+    "image_encoder/*",
+    "clip_camera_projection/*",
+    "feature_extractor/*",
+    "scheduler/*",
+)
 
 REGISTRY = {
     entry.name: entry
@@ -99,6 +110,21 @@ REGISTRY = {
             licence="OpenRAIL",
             size_gb=2.6,
             files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
+            front_azimuth=90.0,  # DreamGaussian has its known view there under MVDream
+        ),
+        Entry(
+            name="zero123-xl",
+            repo="ashawkey/zero123-xl-diffusers",
+            revision="10e9e8e75adaa3bf77f5ac9c381419016fed68c7",
+            licence="MIT (the authors' repository); made from Stable Diffusion, so CreativeML Open RAIL-M as well",
+            files=_ZERO123_FILES,
+        ),
+        Entry(
+            name="stable-zero123",
+            repo="ashawkey/stable-zero123-diffusers",
+            revision="a6c09344fbd45843d35f2095c203c4a8e55b4dbb",
+            licence="Stability AI Non-Commercial Research Community License (no commercial use)",
+            files=_ZERO123_FILES,
         ),
         Entry(
             name="clip-convnext-large-d",
@@ -135,13 +161,18 @@ def lookup(choice: ModelChoice) -> Entry:
 
 
 def _from_card(folder: Path) -> Entry:
+    """The entry of a folder: ``{"of": NAME}`` for a copy of a registry entry's files, else its own name and licence."""
     path = folder / "card.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
+        if "of" in card:
+            return replace(REGISTRY[card["of"]], repo=None, folder=folder, revision="local")
         name, licence = str(card["name"]), str(card["licence"])
         scales = {key: float(card[key]) for key in ("cosine_scale", "image_cosine_scale") if key in card}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: must be a JSON card with name and licence ({error!r})") from error
+        raise WeightsError(
+            f"{path}: must be a JSON card with name and licence, or with 'of', one of {', '.join(REGISTRY)} ({error!r})"
+        ) from error
     for key, value in scales.items():
         if not 0 < value <= 1:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 (not included) to 1")

@@ -9,14 +9,13 @@ from torch import Tensor
 
 
 class Guidance(Protocol):
-    """A model that scores renders of many scenes in one call, and that can draw views of its own."""
+    """A model that scores renders of many scenes in one call.
+
+    A condition is what it knows of one scene, opaque to the caller; conditions of several scenes stack along a new
+    axis 0.
+    """
 
     views: int  # views of one scene that `loss` takes together
-    image_size: int  # pixels, of what `sample` draws
-
-    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
-        """The condition of one scene, opaque to the caller; conditions of several scenes stack along a new axis 0."""
-        ...
 
     def loss(
         self,
@@ -33,6 +32,16 @@ class Guidance(Protocol):
         """
         ...
 
+
+class TextGuidance(Guidance, Protocol):
+    """One that reads the prompt, and that can draw views of its own."""
+
+    image_size: int  # pixels, of what `sample` draws
+
+    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
+        """The condition of one scene."""
+        ...
+
     def sample(
         self,
         condition: Tensor,
@@ -47,4 +56,12 @@ class Guidance(Protocol):
 
         With `start` (V, 3, S, S) the sampling begins with these images at `noise_level` (Meng et al. 2022, "SDEdit").
         """
+        ...
+
+
+class ImageGuidance(Guidance, Protocol):
+    """One that sees the reference view."""
+
+    def prepare(self, cutout: Tensor, elevation: float) -> Tensor:
+        """The condition of one scene: its cut-out (4, S, S), RGBA in 0..1, seen from `elevation` (degrees, up)."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -32,12 +34,17 @@ def join_views(unet: UNet2DConditionModel, views: int = 4) -> MultiViewAttention
     return joint
 
 
-def camera_embedding(camera_to_world: torch.Tensor) -> torch.Tensor:
+def camera_embedding(camera_to_world: torch.Tensor, front_azimuth: float = 0.0) -> torch.Tensor:
     """MVDream's camera condition (C, 16) of OpenGL camera-to-world matrices (C, 4, 4) in a y-up world.
 
     The matrix in Blender's axes (z up, front to -y), its position scaled to length one, flattened by rows.
+    `front_azimuth` (degrees) is where the camera stood that saw the front in training; here it stands at 0.
     """
-    m = camera_to_world[:, [0, 2, 1, 3]].clone()
+    angle = math.radians(front_azimuth)
+    turn = torch.eye(4).to(camera_to_world)
+    turn[0, 0] = turn[2, 2] = math.cos(angle)
+    turn[0, 2], turn[2, 0] = math.sin(angle), -math.sin(angle)
+    m = (turn @ camera_to_world)[:, [0, 2, 1, 3]]
     m[:, 1] = -m[:, 1]
     m[:, :3, 3] = torch.nn.functional.normalize(m[:, :3, 3], dim=-1)
     return m.flatten(1)

@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
-
-# Noise levels are kept inside this share of the schedule: at its ends the model says nothing of use.
-MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
+from generation.weights.latent_diffusion import load_unet
+from generation.weights.strict import load_model
 
 
 class MVDream:
@@ -28,26 +28,32 @@ class MVDream:
         text_encoder: CLIPTextModel,
         tokenizer: CLIPTokenizer,
         scheduler: DDIMScheduler,
+        front_azimuth: float = 0.0,
     ) -> None:
+        """`front_azimuth`: see `camera_embedding`."""
         self._unet = unet.eval().requires_grad_(False)
         self._vae = vae.eval().requires_grad_(False)
         self._text_encoder = text_encoder.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._scheduler = scheduler
+        self._front_azimuth = front_azimuth
         self._joint = join_views(unet, self.views)
         self._alphas = scheduler.alphas_cumprod.to(unet.device)
         self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> MVDream:
-        """Load a folder with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler` in diffusers' layouts."""
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
+        """Load a folder with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler` in diffusers' layouts.
+
+        The UNet may have the names that its authors published it with. Raises WeightsError.
+        """
         local = {"local_files_only": True}
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype, **local)
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype, **local)
-        text = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, **local)
+        unet = load_unet(folder / "unet", dtype)
+        vae = load_model(AutoencoderKL, folder / "vae", dtype)
+        text = load_model(CLIPTextModel, folder / "text_encoder", dtype)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
-        return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler)
+        return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
@@ -72,18 +78,14 @@ class MVDream:
     ) -> Tensor:
         """See `Guidance.loss`. Its gradient by the latents is the guided noise less the noise that was added."""
         latents = self._encode(images)
-        last = len(self._alphas) - 1
-        steps = [round(min(max(level, MIN_LEVEL), MAX_LEVEL) * last) for level in noise_levels]
+        steps = timesteps(noise_levels, len(self._alphas))
         t = torch.tensor(steps, device=latents.device).repeat_interleave(self.views)
-        shape = (self.views, *latents.shape[1:])
-        noise = torch.cat([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(latents)
+        noise = draw_noise(generators, (self.views, *latents.shape[1:]), latents)
         with torch.no_grad():
             a = self._alphas[t].view(-1, 1, 1, 1).to(latents)
             noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
             predicted = self._guided_noise(noisy, t, camera_to_world, conditions, guidance_scale)
-            target = latents - torch.nan_to_num(predicted - noise)
-        squared = 0.5 * F.mse_loss(latents.float(), target.float(), reduction="none")
-        return squared.reshape(len(generators), -1).sum(1) / self.views
+        return distil(latents, predicted - noise, len(generators)) / self.views
 
     @torch.no_grad()
     def sample(
@@ -129,7 +131,7 @@ class MVDream:
     ) -> Tensor:
         """Classifier-free guidance: noise without the text, plus `scale` times what the text adds."""
         words = conditions.to(noisy).repeat_interleave(len(noisy) // len(conditions), 0)  # (S * V, 2, L, C)
-        cameras = camera_embedding(camera_to_world).to(noisy)
+        cameras = camera_embedding(camera_to_world, self._front_azimuth).to(noisy)
         both = self._unet(
             noisy.repeat(2, 1, 1, 1),
             t.repeat(2),

@@ -1,0 +1,239 @@
+"""From the hub into its local cache: looked at first, resumed where it stopped, checked against the hub's hashes."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, tqdm
+
+from generation.weights.lock import Lock, LockedFile, cache_folder, read_lock, write_lock
+from generation.weights.registry import Entry, WeightsError
+
+#: what stays free on the disk after a download, in bytes
+RESERVE = 10**9
+
+Say = Callable[[str], None]
+
+
+class _Bar(tqdm):
+    """The hub's progress bar, shown in a log file too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        seconds = 0.1 if sys.stderr.isatty() else 10
+        super().__init__(*args, **{**options, "disable": False, "mininterval": seconds})
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file as the hub describes it."""
+
+    name: str  # path in the repository
+    size: int  # bytes
+    digest: str  # SHA-256 when `large`, else git's hash of the content
+    large: bool  # kept outside of git
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be fetched for an entry."""
+
+    entry: Entry
+    commit: str
+    files: tuple[_File, ...]
+
+    @property
+    def blobs(self) -> Path:
+        """The cache's folder of contents, one file a digest."""
+        return cache_folder(self.entry) / "blobs"
+
+    def remaining(self) -> int:
+        """Bytes that are not on this machine yet."""
+        return sum(file.size - self._have(file) for file in self.files)
+
+    def partial(self, file: _File) -> Path:
+        return self.blobs / f"{file.digest}.partial"
+
+    def _have(self, file: _File) -> int:
+        for path in (self.blobs / file.digest, self.partial(file)):
+            if path.exists():
+                return min(path.stat().st_size, file.size)
+        return 0
+
+
+def plan(entry: Entry) -> Plan:
+    """Ask the hub what an entry consists of. Raises WeightsError: what is wrong, and what to do."""
+    assert entry.repo is not None
+    page = f"{constants.ENDPOINT}/{entry.repo}"
+    try:
+        api = HfApi()
+        info = api.model_info(entry.repo, revision=entry.revision, files_metadata=True)
+        if info.gated:
+            api.auth_check(entry.repo)
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{entry.name} is gated: log in at {page}, accept its licence ({entry.licence}) there, then type "
+            f"'.venv/bin/hf auth login' with a token of that account, and run this again"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(f"{entry.name}: {page} has no revision {entry.revision}") from error
+    except RepositoryNotFoundError as error:
+        raise WeightsError(f"{entry.name}: {page} does not exist, or not for this account") from error
+    except OfflineModeIsEnabled as error:
+        raise WeightsError(f"{entry.name}: HF_HUB_OFFLINE is set, so nothing can be fetched; unset it") from error
+    except (HTTPError, OSError, ValueError) as error:
+        raise WeightsError(f"{entry.name}: {page} can not be asked: {error}") from error
+    assert info.sha is not None
+    there = {}
+    for sibling in info.siblings or ():
+        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        if sibling.size is not None and digest is not None and _is_sane(sibling.rfilename, digest):
+            there[sibling.rfilename] = _File(sibling.rfilename, sibling.size, digest, sibling.lfs is not None)
+    names = wanted(list(there), entry.files)
+    absent = [pattern for pattern in entry.files if not fnmatch.filter(names, pattern)]
+    if absent:
+        raise WeightsError(f"{entry.name}: {page} at {info.sha} has no file {', '.join(absent)}")
+    return Plan(entry, info.sha, tuple(there[name] for name in names))
+
+
+def wanted(names: list[str], patterns: tuple[str, ...]) -> list[str]:
+    """The names that match a pattern, without other copies of the same weights.
+
+    Of a folder with safetensors the pickles are left out, and a variant (``model.fp16.safetensors``) beside its plain
+    file (``model.safetensors``).
+    """
+    matching = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    safe = {name.rpartition("/")[0] for name in matching if name.endswith(".safetensors")}
+
+    def is_copy(name: str) -> bool:
+        pickled = name.endswith((".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"))
+        plain = re.sub(r"\.[^./]+(\.safetensors|\.bin)$", r"\1", name)
+        return (pickled and name.rpartition("/")[0] in safe) or (plain != name and plain in matching)
+
+    return [name for name in matching if not is_copy(name)]
+
+
+def check_disk(plans: list[Plan]) -> None:
+    """Raises WeightsError when the cache's disk has no room for what is still to be fetched."""
+    needed = sum(each.remaining() for each in plans) + RESERVE
+    cache = Path(constants.HF_HUB_CACHE)
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if free < needed:
+        raise WeightsError(
+            f"too little disk: {free / 1e9:.1f} GB free in {cache}, {needed / 1e9:.1f} GB needed; free some, or set "
+            f"HF_HOME to a folder on a larger disk (for the service too)"
+        )
+
+
+def fetch(plan: Plan, say: Say) -> None:
+    """Bring all of a plan's files into the cache, check them and write the lock. Raises WeightsError.
+
+    What was recorded by an earlier download is not read again; everything else is hashed.
+    """
+    entry = plan.entry
+    assert entry.repo is not None
+    lock = read_lock(entry)
+    known = lock.files if lock and lock.commit == plan.commit else {}
+    plan.blobs.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(plan.files, 1):
+        say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
+        try:
+            if file.large:
+                _fetch_large(plan, file, known.get(file.name) == LockedFile(file.size, file.digest), say)
+            # Names the content in the commit's folder; a small file is fetched by it, a large one is there already.
+            hf_hub_download(entry.repo, file.name, revision=plan.commit)
+        except (HTTPError, EntryNotFoundError, OSError) as error:
+            raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; run this again") from error
+        path = plan.blobs / file.digest
+        if not file.large and (not path.exists() or _git_hash(path) != file.digest):
+            path.unlink(missing_ok=True)
+            raise WeightsError(f"{entry.name}: {file.name} is not what the hub lists; run this again")
+    _name_revision(plan)
+    files = {file.name: LockedFile(file.size, file.digest) for file in plan.files}
+    say(
+        f"{entry.name}: all {len(files)} files are as the hub lists them; {write_lock(entry, Lock(plan.commit, files))}"
+    )
+
+
+def _is_sane(name: str, digest: str) -> bool:
+    """Whether a name and a digest, which come from the network, can be used in paths."""
+    return (
+        ".." not in name.split("/")
+        and not name.startswith("/")
+        and re.fullmatch(r"[0-9a-f]{40,64}", digest) is not None
+    )
+
+
+def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
+    """Content of a large file, by its digest. What is there of it is kept, also when this ends before it is whole."""
+    entry, blob, partial = plan.entry, plan.blobs / file.digest, plan.partial(file)
+    if blob.exists():
+        if known and blob.stat().st_size == file.size:
+            return
+        os.replace(blob, partial)
+    have = partial.stat().st_size if partial.exists() else 0
+    if have > file.size:
+        partial.unlink()
+        have = 0
+    if 0 < have < file.size:
+        say(f"  {have / 1e6:,.1f} MB of it are here already")
+    if have < file.size:
+        assert entry.repo is not None
+        url = hf_hub_url(entry.repo, file.name, revision=plan.commit)
+        location = get_hf_file_metadata(url).location
+        # The token is for the hub alone, not for the store that it points to.
+        ours = urlsplit(location).netloc == urlsplit(url).netloc
+        with partial.open("ab") as target:
+            http_get(
+                location,
+                target,
+                resume_size=have,
+                headers=build_hf_headers(token=None if ours else False),
+                expected_size=file.size,
+                displayed_filename=file.name,
+                tqdm_class=_Bar,
+            )
+    if _sha256(partial) != file.digest:
+        partial.unlink()
+        raise WeightsError(
+            f"{entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
+        )
+    os.replace(partial, blob)
+
+
+def _name_revision(plan: Plan) -> None:
+    """Let a branch's name stand for the commit in the cache, as the hub's own download does."""
+    if plan.entry.revision != plan.commit:
+        reference = cache_folder(plan.entry) / "refs" / plan.entry.revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(plan.commit, encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _git_hash(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,138 @@
+"""A model hub on loopback: the routes that a download uses, and the ways in which one goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+LARGE = 1000  # bytes from which on a file is kept outside of git
+
+
+@dataclass
+class Repository:
+    commit: str
+    files: dict[str, bytes]
+    gated: bool = False
+    forged: dict[str, bytes] = field(default_factory=dict)  # sent in place of what is listed
+    cut_after: dict[str, list[int]] = field(default_factory=dict)  # bytes after which the next answers break off
+    stall_after: dict[str, int] = field(default_factory=dict)  # bytes after which answers wait for `Hub.go_on`
+
+
+@dataclass
+class Hub:
+    repositories: dict[str, Repository]
+    url: str = ""
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+    def fetched(self, name: str) -> list[str]:
+        """The ranges that a file was asked for, in order; empty for all of it."""
+        return [wanted for method, path, wanted in self.requests if method == "GET" and path.endswith(f"/{name}")]
+
+
+def digest(content: bytes) -> str:
+    if len(content) >= LARGE:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextmanager
+def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
+    hub = Hub(repositories)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path, self.headers.get("Range", "")))
+            match = re.match(r"/(api/models/)?([^/]+/[^/]+)/(auth-check|revision|resolve)(?:/([^/]+)/?(.*))?$", path)
+            repository = hub.repositories.get(match[2]) if match else None
+            if match is None or repository is None:
+                return self.refuse(404, "RepoNotFound")
+            _, _, action, revision, name = match.groups()
+            if action != "revision" and repository.gated:
+                return self.refuse(403, "GatedRepo")
+            if action == "auth-check":
+                return self.send(200, {}, b"{}", body)
+            if revision not in ("main", repository.commit):
+                return self.refuse(404, "RevisionNotFound")
+            if action == "revision":
+                return self.send(200, {}, json.dumps(listing(match[2], repository)).encode(), body)
+            if name not in repository.files:
+                return self.refuse(404, "EntryNotFound")
+            self.send_file(repository, name, body)
+
+        def send_file(self, repository: Repository, name: str, body: bool) -> None:
+            listed = repository.files[name]
+            content = repository.forged.get(name, listed)
+            headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{digest(listed)}"', "Accept-Ranges": "bytes"}
+            start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if body and name in repository.stall_after:
+                self.send(200, headers, content, body, cut=repository.stall_after[name])
+                hub.go_on.wait()
+                return
+            cuts = repository.cut_after.get(name)
+            self.send(206 if start else 200, headers, content[start:], body, cuts.pop(0) if body and cuts else None)
+
+        def send(self, status: int, headers: dict, content: bytes, body: bool, cut: int | None = None) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(content[:cut])
+                self.wfile.flush()
+            if cut is not None:
+                self.close_connection = True
+
+        def refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        hub.go_on.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def listing(name: str, repository: Repository) -> dict:
+    """The hub's description of a repository with its files' sizes and hashes."""
+    siblings = []
+    for path, content in repository.files.items():
+        sibling: dict = {"rfilename": path, "size": len(content), "blobId": "0" * 40}
+        if len(content) >= LARGE:
+            sibling["lfs"] = {"sha256": digest(content), "size": len(content), "pointerSize": 130}
+        else:
+            sibling["blobId"] = digest(content)
+        siblings.append(sibling)
+    return {"id": name, "modelId": name, "sha": repository.commit, "gated": "auto" if repository.gated else False,
+            "private": False, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip

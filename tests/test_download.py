@@ -1,0 +1,252 @@
+"""The download script as users run it, against a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from generation.settings import ROOT
+from generation.weights import WeightsError, download, loading
+from generation.weights.registry import REGISTRY, Entry
+from tests.fake_hub import Hub, Repository, serve
+
+# Weights that the hub keeps outside of git, in a form that can be looked at.
+WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
+OTHER = save({"w": np.arange(50_000, dtype="float32")[::-1].copy()})
+CHUNK = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE  # bytes that the hub's library writes at once
+BIREFNET, MVDREAM, RMBG = REGISTRY["birefnet"], REGISTRY["mvdream-sd2.1"], REGISTRY["rmbg-2.0"]
+
+
+def birefnet() -> Repository:
+    code = {"config.json": b"{}", "BiRefNet_config.py": b"", "birefnet.py": b"pass\n" * 500}
+    assert BIREFNET.pinned
+    return Repository(BIREFNET.revision, {**code, "model.safetensors": WEIGHTS, "pytorch_model.bin": b"0" * 5000})
+
+
+def mvdream() -> Repository:
+    weights = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    small = ("unet/config.json", "vae/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json")
+    files = {name: WEIGHTS for name in (*weights, "text_encoder/model.safetensors")} | dict.fromkeys(small, b"{}")
+    return Repository("b" * 40, {**files, "text_encoder/model.fp16.safetensors": OTHER, "README.md": b"read"})
+
+
+@pytest.fixture
+def hub():
+    with serve({BIREFNET.repo: birefnet(), MVDREAM.repo: mvdream()}) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.download_weights", *arguments],
+        env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    with start(hub, cache, *arguments, **environment) as process:
+        output, problems = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, problems)
+
+
+def blob(cache: Path, entry: Entry, name: str) -> Path:
+    (path,) = (cache / "hub").glob(f"models--{entry.repo.replace('/', '--')}/snapshots/*/{name}")
+    return path.resolve()
+
+
+def test_fetches_what_is_used_and_shows_progress(hub, cache):
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert "licence: MIT" in done.stdout
+    assert "[4/4] model.safetensors, 0.2 MB" in done.stdout
+    assert "100%" in done.stderr
+    folder = loading.local_folder(BIREFNET)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert not (folder / "pytorch_model.bin").exists()  # the same weights, as a pickle
+
+
+def test_a_second_run_fetches_nothing(hub, cache):
+    run(hub, cache, "--only", "birefnet")
+    hub.requests.clear()
+    again = run(hub, cache, "--only", "birefnet")
+    assert again.returncode == 0 and "0.00 GB to fetch" in again.stdout
+    assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+
+
+@pytest.fixture
+def large(hub) -> bytes:
+    """Weights that arrive in more than one piece."""
+    weights = save({"w": np.arange(CHUNK * 3 // 8, dtype="float32")})
+    hub.repositories[BIREFNET.repo].files["model.safetensors"] = weights
+    return weights
+
+
+def test_goes_on_after_a_cut_connection(hub, cache, large):
+    hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_in_the_next_run(hub, cache, large):
+    hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as stopped:
+        deadline = time.monotonic() + 30
+        while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
+            assert time.monotonic() < deadline and stopped.poll() is None
+            time.sleep(0.05)
+        stopped.send_signal(signal.SIGINT)
+        _, problems = stopped.communicate(timeout=30)
+    assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
+    hub.repositories[BIREFNET.repo].stall_after.clear()
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"{CHUNK / 1e6:.1f} MB of it are here already" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_gated_says_where_to_accept_which_licence(hub, cache):
+    hub.repositories[RMBG.repo] = replace(birefnet(), commit=RMBG.revision, gated=True)
+    done = run(hub, cache, "--only", "rmbg-2.0", "--only", "birefnet")
+    assert done.returncode == 1
+    for words in (f"{hub.url}/briaai/RMBG-2.0", "CC BY-NC 4.0", "hf auth login", "rmbg-2.0 is gated"):
+        assert words in done.stderr
+    assert loading.local_folder(BIREFNET)  # what may be had was fetched all the same
+    assert not hub.fetched("rmbg-2.0")
+
+
+@pytest.mark.parametrize("sent", [WEIGHTS[:1000], OTHER], ids=["truncated", "wrong"])
+def test_a_file_that_is_not_what_the_hub_lists(hub, cache, sent):
+    hub.repositories[BIREFNET.repo].forged["model.safetensors"] = sent
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert "birefnet: model.safetensors" in done.stderr and "run this again" in done.stderr
+    with pytest.raises(WeightsError, match=r"lacks model\.safetensors"):
+        loading.local_folder(BIREFNET)
+    hub.repositories[BIREFNET.repo].forged.clear()
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_damaged_file_of_another_download_is_replaced(hub, cache):
+    """Whoever fetched it first: what the lock does not know is hashed."""
+    run(hub, cache, "--only", "birefnet")
+    blob(cache, BIREFNET, "model.safetensors").write_bytes(OTHER)
+    for lock in (cache / "hub").glob("*/lock-*.json"):
+        lock.unlink()
+    assert "deleted: run this again" in run(hub, cache, "--only", "birefnet").stderr
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_missing_file_is_named(hub, cache):
+    del hub.repositories[BIREFNET.repo].files["birefnet.py"]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert f"at {BIREFNET.revision} has no file birefnet.py" in done.stderr
+    assert not hub.fetched("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "stable-zero123"), "ashawkey/stable-zero123-diffusers does not exist"),
+        (("--only", "birefnet", "--revision", "c" * 40), f"has no revision {'c' * 40}"),
+        (("--only", "nothing"), "zero123-xl"),
+        (("--revision", "main"), "exactly one --only"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub, cache, arguments, words):
+    done = run(hub, cache, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_no_hub_and_offline(hub, cache):
+    gone = run(Hub({}, "http://127.0.0.1:9"), cache, "--only", "birefnet")
+    assert gone.returncode == 1 and "can not be asked" in gone.stderr
+    offline = run(hub, cache, "--only", "birefnet", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1 and "HF_HUB_OFFLINE is set" in offline.stderr
+    assert not hub.requests
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypatch):
+    Usage = namedtuple("Usage", "free")
+    plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 3 * 10**9, "d" * 64, True),))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage(free=3_500_000_000))
+    with pytest.raises(WeightsError, match=r"too little disk: 3\.5 GB free in .*hub, 4\.0 GB needed.*HF_HOME"):
+        download.check_disk([plan])
+    plan.blobs.mkdir(parents=True)
+    with plan.partial(plan.files[0]).open("wb") as part:
+        part.truncate(600_000_000)  # counts as fetched
+    download.check_disk([plan])
+
+
+class TestLock:
+    def test_an_unpinned_download_stays_at_its_commit(self, hub, cache):
+        assert not MVDREAM.pinned
+        done = run(hub, cache, "--only", "mvdream-sd2.1")
+        assert done.returncode == 0, done.stderr
+        folder = loading.local_folder(MVDREAM)
+        assert folder.name == "b" * 40
+        assert not (folder / "text_encoder" / "model.fp16.safetensors").exists()  # a variant of what is there
+        assert not (folder / "README.md").exists()
+        # Something else of this machine moves the branch's name in the cache.
+        (cache / "hub" / "models--ashawkey--mvdream-sd2.1-diffusers" / "refs" / "main").write_text("c" * 40)
+        assert loading.local_folder(MVDREAM) == folder
+
+    def test_a_file_that_was_cut_short_later(self, hub, cache):
+        run(hub, cache, "--only", "birefnet")
+        code = blob(cache, BIREFNET, "birefnet.py")
+        code.write_bytes(b"pass\n")
+        with pytest.raises(WeightsError, match=r"birefnet: birefnet\.py has 5 bytes, its download had 2500; get it"):
+            loading.local_folder(BIREFNET)
+
+    def test_a_lock_that_is_none(self, hub, cache):
+        run(hub, cache, "--only", "birefnet")
+        (lock,) = (cache / "hub").glob("*/lock-*.json")
+        lock.write_text(json.dumps({"commit": "x"}))
+        with pytest.raises(WeightsError, match=r"lock-.*delete it"):
+            loading.local_folder(BIREFNET)
+
+
+def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
+    hub.repositories[MVDREAM.repo].files["unet/../../../outside.json"] = b"{}"
+    assert run(hub, cache, "--only", "mvdream-sd2.1").returncode == 0
+    assert not list(cache.rglob("outside.json"))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (["a/m.bin", "a/m.safetensors"], ["a/m.safetensors"]),
+        (["a/m.bin", "b/m.safetensors"], ["a/m.bin", "b/m.safetensors"]),
+        (["a/m.fp16.safetensors", "a/m.safetensors"], ["a/m.safetensors"]),
+        (["a/m.fp16.safetensors", "a/config.json"], ["a/config.json", "a/m.fp16.safetensors"]),
+        (["a/m-1-of-1.safetensors", "a/m.safetensors.index.json"],) * 2,
+    ],
+)  # fmt: skip
+def test_one_copy_of_the_weights(names, kept):
+    assert download.wanted(names, ("a/*", "b/*")) == kept
