@@ -65,7 +65,8 @@ class DreamGaussian:
             condition = self._guidance.prepare(prompt, o.negative_prompt)
         sampled = gaussians = None
         if o.init == "views" and condition is not None:
-            images, sampled = self._sample(condition, generator)
+            # Where there are no words, the picture alone says what to draw.
+            images, sampled = self._sample(condition, generator, reference=None if prompt else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
             gaussians = carve(images, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
         if gaussians is None:
@@ -148,11 +149,16 @@ class DreamGaussian:
         return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
 
     def _sample(
-        self, condition: Tensor, generator: torch.Generator, gaussians: Gaussians | None = None
+        self,
+        condition: Tensor,
+        generator: torch.Generator,
+        gaussians: Gaussians | None = None,
+        reference: Tensor | None = None,
     ) -> tuple[Tensor, View]:
         """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
 
-        With `gaussians` they are drawn over renders of those, which makes views agree that did not.
+        With `gaussians` they are drawn over renders of those, which makes views agree that did not; with `reference`
+        (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
         """
         o = self._options
         behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
@@ -165,6 +171,10 @@ class DreamGaussian:
         if gaussians is not None:
             with torch.no_grad():
                 start = rasterize(gaussians, cameras, size, size, behind)[0].permute(0, 3, 1, 2).clamp(0, 1)
+        first = None
+        if reference is not None:
+            first = reference[:3] * reference[3:] + behind.view(3, 1, 1) * (1 - reference[3:])
+            first = F.interpolate(first[None], size=(size, size), mode="area")[0]
         images = self._guidance.sample(
             condition,
             cameras.camera_to_world,
@@ -173,6 +183,7 @@ class DreamGaussian:
             SAMPLE_GUIDANCE,
             start,
             o.redraw_views_noise,
+            first,
         )
         alpha = self._remove_background(images)
         return images, View((images - (1 - alpha) * behind.view(3, 1, 1)).clamp_min(0), alpha, cameras)

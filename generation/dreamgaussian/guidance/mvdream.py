@@ -97,8 +97,9 @@ class MVDream:
         guidance_scale: float,
         start: Tensor | None = None,
         noise_level: float = 1.0,
+        first: Tensor | None = None,
     ) -> Tensor:
-        """See `Guidance.sample`. All V views attend to each other."""
+        """See `TextGuidance.sample`. All V views attend to each other."""
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = latents.to(self._unet.device, self._unet.dtype)
@@ -107,9 +108,13 @@ class MVDream:
         if start is not None:
             timesteps = timesteps[min(round((1 - noise_level) * steps), steps - 1) :]
             latents = self._scheduler.add_noise(self._encode(start), latents, timesteps[:1].expand(views))
+        known = None if first is None else self._encode(first[None].to(latents))
+        noise_of_known = latents[:1].clone()
         try:
             self._joint.views = views
             for t in timesteps:
+                if known is not None:
+                    latents[:1] = self._scheduler.add_noise(known, noise_of_known, t[None])
                 every = t.to(latents.device).expand(views)
                 noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
                 latents = self._scheduler.step(noise, t, latents).prev_sample
