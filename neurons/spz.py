@@ -51,13 +51,11 @@ def compress(data: bytes) -> bytes:
     sh_degree = vertices.sh_degree
     count = len(vertices.table)
     widths = _widths(sh_degree)
-    packed = np.empty(HEADER.size + count * sum(widths), dtype=np.uint8)
+    packed = bytearray(HEADER.size + count * sum(widths))
     HEADER.pack_into(packed, 0, MAGIC, VERSION, count, sh_degree, FRACTIONAL_BITS, 0, 0)
-    ends = np.cumsum([count * width for width in widths])
-    sections = [
-        section.reshape(count, width)
-        for section, width in zip(np.split(packed[HEADER.size :], ends[:-1]), widths, strict=True)
-    ]
+    body = np.frombuffer(packed, dtype=np.uint8, offset=HEADER.size)
+    starts = np.cumsum([count * width for width in widths])[:-1]
+    sections = [part.reshape(count, width) for part, width in zip(np.split(body, starts), widths, strict=True)]
     # Once even without points, so that a PLY without the right properties is refused.
     for start in range(0, max(count, 1), _BLOCK):
         rows = slice(start, start + _BLOCK)
