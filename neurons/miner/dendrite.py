@@ -18,6 +18,8 @@ DateListener = Callable[[str, str | None, float, float], None]
 
 # An image task carries its image in base64; nothing that a validator sends is larger.
 MAX_ANSWER_BYTES = 16 << 20
+# An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
+MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
@@ -67,9 +69,7 @@ class ValidatorDendrite(bt.Dendrite):
         try:
             status, body = await self._post(target_axon, synapse, timeout)
             synapse.axon.status_code = code = status
-            answer = json.loads(body)
-            if not isinstance(answer, dict):
-                raise ValueError("answer is no JSON object")
+            answer = _parse(body)
             if status == 200:
                 for name in ANSWER_FIELDS[type(synapse)]:
                     if name in answer:
@@ -111,3 +111,13 @@ class ValidatorDendrite(bt.Dendrite):
         # Dendrite calls an axon that has its own external address at 0.0.0.0: this machine, for whoever names it so.
         host = f"[{target_axon.ip}]" if ":" in target_axon.ip else target_axon.ip
         return f"http://{host}:{target_axon.port}/{request_name}"
+
+
+def _parse(body: bytes) -> dict[str, object]:
+    """Raises ValueError or RecursionError."""
+    if body.count(b",") > MAX_ANSWER_COMMAS:
+        raise ValueError("too many values")
+    answer = json.loads(body)
+    if not isinstance(answer, dict):
+        raise ValueError("no JSON object")
+    return answer
