@@ -28,7 +28,7 @@ class Pull:
     """One pull, when its answer or its failure is in.
 
     `seconds`: from request to answer. `ask_again_at`: unix seconds by our clock, where the answer set a time.
-    `violations`: the validator's count of pulls that were too early.
+    `violations`: the validator's count of pulls that were too early, where it answered.
     """
 
     validator: Neuron
@@ -36,7 +36,7 @@ class Pull:
     seconds: float
     task_id: str = ""
     ask_again_at: float | None = None
-    violations: int = 0
+    violations: int | None = None
     reason: str = ""
 
 

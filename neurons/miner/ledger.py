@@ -149,11 +149,11 @@ class Ledger:
         try:
             if self._connection is None:
                 self._connection = self._open()
+            self._prune(self._connection, now=batch[-1].at)
             with self._connection:
                 for row in batch:
                     marks = ", ".join("?" * (1 + len(row.values)))
                     self._connection.execute(f"INSERT INTO {row.table} VALUES (NULL, {marks})", (row.at, *row.values))
-            self._prune(self._connection, now=batch[-1].at)
         except (OSError, sqlite3.Error) as error:
             if isinstance(error, sqlite3.Error) and _is_damage(error):
                 self._disconnect()
