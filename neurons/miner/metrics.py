@@ -139,4 +139,5 @@ class Metrics:
         return server.server_port
 
     def close(self) -> None:
+        """Takes up to half a second when it has served."""
         self._stop_serving()

@@ -11,6 +11,7 @@ NETUID = 17
 # Known to hand out tasks and give no rewards.
 DEFAULT_BLACKLIST = (180,)
 REHEARSAL = "rehearsal"
+LEDGER = Path("data/ledger.sqlite")
 REHEARSAL_STATE = Path("data/rehearsal")
 REHEARSAL_WALLET = "rehearsal"
 REHEARSAL_HOTKEY = "miner"

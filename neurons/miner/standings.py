@@ -20,8 +20,8 @@ class Standing:
     `submitted` counts every result that left for the validator, whatever became of it: the tasks that it cost us.
     `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
     generation services' time as seen from here, rejected and failed attempts included, queueing in the service too.
-    `cooling_share` is the part of the window in which it might not be asked, `penalty_s` what of that followed results
-    that it did not accept. `reward` is what it last said: accepted results x rating, by its own count.
+    `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits that followed results
+    which it declined. `reward` is what it last said: accepted results x rating, by its own count.
     """
 
     uid: int
@@ -36,6 +36,7 @@ class Standing:
     gpu_s: float = 0.0
     submitted: int = 0
     accepted: int = 0
+    declined: int = 0
     empty: int = 0
     mean_score: float | None = None
     reward: float | None = None
@@ -101,7 +102,8 @@ _COUNTS = {
     "max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
     "generations": "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected, "
     "total(CASE WHEN outcome IN ('generated', 'rejected', 'failed') THEN seconds END) AS gpu_s",
-    "submissions": "count(*) AS submitted, sum(outcome = 'accepted') AS accepted, sum(outcome = 'empty') AS empty, "
+    "submissions": "count(*) AS submitted, sum(outcome = 'accepted') AS accepted, "
+    "sum(outcome = 'failed') AS declined, sum(outcome = 'empty') AS empty, "
     "avg(CASE WHEN outcome IN ('accepted', 'failed') THEN score END) AS mean_score, "
     "total(CASE outcome WHEN 'failed' THEN wait END) AS penalty_s",
 }
