@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import bittensor as bt
@@ -69,11 +69,9 @@ class ValidatorDendrite(bt.Dendrite):
         try:
             status, body = await self._post(target_axon, synapse, timeout)
             synapse.axon.status_code = code = status
-            answer = _parse(body)
+            answer = parse(body)
             if status == 200:
-                for name in ANSWER_FIELDS[type(synapse)]:
-                    if name in answer:
-                        setattr(synapse, name, answer[name])
+                fill(synapse, answer)
             else:
                 message = str(answer.get("message"))
         except TimeoutError:
@@ -113,11 +111,18 @@ class ValidatorDendrite(bt.Dendrite):
         return f"http://{host}:{target_axon.port}/{request_name}"
 
 
-def _parse(body: bytes) -> dict[str, object]:
-    """Raises ValueError or RecursionError."""
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer. Raises ValueError or RecursionError."""
     if body.count(b",") > MAX_ANSWER_COMMAS:
         raise ValueError("too many values")
     answer = json.loads(body)
     if not isinstance(answer, dict):
         raise ValueError("no JSON object")
     return answer
+
+
+def fill(synapse: bt.Synapse, answer: dict[str, Any]) -> None:
+    """Takes over what the protocol lets a validator say, and nothing else. Raises ValueError for a wrong type."""
+    for name in ANSWER_FIELDS[type(synapse)]:
+        if name in answer:
+            setattr(synapse, name, answer[name])
