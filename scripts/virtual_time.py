@@ -53,6 +53,11 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def _job_done(self, _: asyncio.Future[Any]) -> None:
         self.jobs -= 1
 
+    async def shutdown_default_executor(self) -> None:
+        self.jobs += 1
+        await super().shutdown_default_executor()
+        self.jobs -= 1
+
 
 def now() -> float:
     """Unix seconds of the running loop, virtual or not."""

@@ -95,7 +95,7 @@ def options(tmp_path: Path, endpoint: str) -> MinerOptions:
         wallet_name="rehearsal",
         wallet_hotkey="miner",
         wallet_path=state / "wallets",
-        endpoint=endpoint,
+        endpoints=(endpoint,),
         spool=tmp_path / "spool",
         rehearsal_state=state,
         status_file=tmp_path / "run" / "miner.status",

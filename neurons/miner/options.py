@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurons.miner.blacklist import parse_entry
+
 NETUID = 17
 # Known to hand out tasks and give no rewards.
 DEFAULT_BLACKLIST = (180,)
+DEFAULT_ENDPOINT = "http://127.0.0.1:10006"
 REHEARSAL = "rehearsal"
 LEDGER = Path("data/ledger.sqlite")
 REHEARSAL_STATE = Path("data/rehearsal")
@@ -27,8 +30,10 @@ class MinerOptions:
     wallet_path: Path
     netuid: int = NETUID
     workers: int = 4
-    endpoint: str = "http://127.0.0.1:10006"
-    blacklist: frozenset[int] = frozenset(DEFAULT_BLACKLIST)
+    endpoints: tuple[str, ...] = (DEFAULT_ENDPOINT,)
+    retries: int = 2
+    blacklist: frozenset[int | str] = frozenset(DEFAULT_BLACKLIST)
+    blacklist_file: Path | None = None
     validation_threshold: float = 0.6
     spool: Path = Path("data/spool")
     rehearsal_state: Path = REHEARSAL_STATE
@@ -57,8 +62,10 @@ def parse(argv: list[str]) -> MinerOptions:
         wallet_path=path.expanduser(),
         netuid=args.netuid,
         workers=args.workers,
-        endpoint=args.endpoint,
+        endpoints=tuple(dict.fromkeys(args.endpoints)),
+        retries=args.retries,
         blacklist=frozenset(args.blacklist),
+        blacklist_file=args.blacklist_file,
         validation_threshold=args.validation_threshold,
         spool=args.spool,
         rehearsal_state=args.rehearsal_state,
@@ -86,15 +93,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--wallet.hotkey", dest="wallet_hotkey", default="default", help="hotkey name; not used in a rehearsal")
     add("--wallet.path", dest="wallet_path", type=Path, default=Path("~/.bittensor/wallets"), help="wallets folder")
     add("--workers", type=_integer(1, 64), default=4, help="tasks in generation at once")
-    add("--generation.endpoint", dest="endpoint", type=_endpoint, default="http://127.0.0.1:10006", help="service")
+    add(
+        "--generation.endpoint",
+        dest="endpoints",
+        type=_endpoint,
+        nargs="+",
+        metavar="URL",
+        default=[DEFAULT_ENDPOINT],
+        help="generation services",
+    )
+    add("--retries", type=_integer(0, 10), default=2, help="other seeds tried, in time, for a rejected result")
     add(
         "--blacklist",
-        type=_integer(0, 65535),
+        type=_blacklist_entry,
         nargs="*",
-        metavar="UID",
+        metavar="UID|HOTKEY",
         default=list(DEFAULT_BLACKLIST),
         help="validators never asked for tasks",
     )
+    add("--blacklist-file", type=Path, default=None, help="more of them, one a line; read again when it changes")
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
     add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
     add("--rehearsal.state", dest="rehearsal_state", type=Path, default=REHEARSAL_STATE, help="the rehearsal's folder")
@@ -111,6 +128,13 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _blacklist_entry(text: str) -> int | str:
+    try:
+        return parse_entry(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _fraction(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 
 from neurons.chain import PUBLIC_NETWORKS, Metagraph, Neuron
@@ -15,11 +16,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Eligibility:
-    """The rule by which validators are chosen."""
+    """The rule by which validators are chosen. `blacklist` has UIDs and hotkeys."""
 
     own_hotkey: str
     network: str
-    blacklist: frozenset[int]
+    blacklist: Container[int | str]
 
     def reason_to_skip(self, neuron: Neuron) -> str | None:
         """Why `neuron` is not asked for tasks; None when it is."""
@@ -27,6 +28,8 @@ class Eligibility:
             return "this miner itself"
         if neuron.uid in self.blacklist:
             return "blacklisted UID"
+        if neuron.hotkey in self.blacklist:
+            return "blacklisted hotkey"
         if not neuron.validator_permit:
             return "no validator permit"
         if not neuron.stake >= MIN_STAKE:
@@ -54,9 +57,15 @@ class ValidatorDirectory:
     def __init__(self, eligibility: Eligibility) -> None:
         self._eligibility = eligibility
         self._logged: dict[str, str] = {}
+        self._metagraph = Metagraph(0, ())
         self.eligible: dict[str, Neuron] = {}
 
+    def refresh(self) -> None:
+        """To be called when the blacklist has changed."""
+        self.update(self._metagraph)
+
     def update(self, metagraph: Metagraph) -> None:
+        self._metagraph = metagraph
         eligible = {}
         reasons = {}
         for neuron in metagraph.neurons:
@@ -64,12 +73,15 @@ class ValidatorDirectory:
             if reason is None:
                 eligible[neuron.hotkey] = neuron
             # The hundreds of neurons that are miners like this one are no news.
-            elif neuron.validator_permit or neuron.uid in self._eligibility.blacklist:
+            elif neuron.validator_permit or reason.startswith("blacklisted"):
                 reasons[neuron.hotkey] = reason
                 if self._logged.get(neuron.hotkey) != reason:
                     log.info("Validator [%d] skipped: %s", neuron.uid, reason)
         for neuron in eligible.values():
-            if neuron.hotkey not in self.eligible:
+            before = self.eligible.get(neuron.hotkey)
+            if before is None or (before.ip, before.port) != (neuron.ip, neuron.port):
                 log.info("Validator [%d] at %s:%d, stake %.0f", neuron.uid, neuron.ip, neuron.port, neuron.stake)
+        for hotkey in self.eligible.keys() - eligible.keys() - reasons.keys():
+            log.info("Validator [%d] skipped: not on the subnet any more", self.eligible[hotkey].uid)
         self._logged = reasons
         self.eligible = eligible

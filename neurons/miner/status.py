@@ -1,0 +1,55 @@
+"""What the miner says about itself: a status file for scripts, and a log line when there is nothing to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from neurons.miner.clock import steady_time
+from neurons.miner.task_manager import AsyncTaskManager
+
+IDLE_LOG_INTERVAL_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class StatusFile:
+    """JSON at `path`, whole at any moment; nowhere when that is None."""
+
+    def __init__(self, path: Path | None, network: str) -> None:
+        self._path = path
+        self._network = network
+
+    def write(self, **fields: Any) -> None:
+        if self._path is None:
+            return
+        content = {**fields, "network": self._network, "pid": os.getpid()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content) + "\n")
+            temporary.replace(self._path)
+        except OSError as error:
+            log.error("Status file %s: %s", self._path, error)
+
+    def remove(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class IdleLog:
+    """Says, once a minute, that all validators are on cooldown."""
+
+    def __init__(self) -> None:
+        self._logged_at = 0.0
+
+    def update(self, manager: AsyncTaskManager, eligible: int) -> None:
+        asleep = len(manager.cooldowns)
+        now = steady_time()
+        if asleep and asleep == eligible and now - self._logged_at >= IDLE_LOG_INTERVAL_S:
+            self._logged_at = now
+            seconds = max(0.0, min(manager.cooldowns.values()) - now)
+            log.info("No available validators: all %d on cooldown, the next one in %.0f s", asleep, seconds)
