@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -15,14 +14,14 @@ import bittensor as bt
 from neurons import chain
 from neurons.chain import Metagraph
 from neurons.miner.blacklist import Blacklist
+from neurons.miner.bookkeeping import Bookkeeping
 from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import ValidatorDendrite
-from neurons.miner.events import Event
 from neurons.miner.generator import GenerationService
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.options import REHEARSAL, MinerOptions
 from neurons.miner.spool import Spool
-from neurons.miner.status import IdleLog, StatusFile
+from neurons.miner.status import IdleLog, StatusFile, snapshot
 from neurons.miner.submitter import Submitter
 from neurons.miner.supervisor import keep_running
 from neurons.miner.sync import Synchroniser
@@ -47,7 +46,7 @@ class CompetitiveMiner:
         self._options = options
         self._stopping = asyncio.Event()
         self._status = StatusFile(options.status_file, options.network)
-        self._totals: Counter[str] = Counter()
+        self._books = Bookkeeping(options.ledger, options.metrics_port, options.min_reward)
 
     def stop(self) -> None:
         if not self._stopping.is_set():
@@ -68,7 +67,7 @@ class CompetitiveMiner:
         return 0
 
     async def _mine(self, keypair: bt.Keypair) -> None:
-        options = self._options
+        options, books = self._options, self._books
         log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
         if options.network == REHEARSAL:
             log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")
@@ -81,7 +80,7 @@ class CompetitiveMiner:
             blacklist = Blacklist(options.blacklist, options.blacklist_file)
             blacklist.reload()
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
-            submitter = Submitter(dendrite, directory, clocks, keypair, spool, self._record)
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
             manager = AsyncTaskManager(
                 dendrite,
                 directory,
@@ -89,23 +88,28 @@ class CompetitiveMiner:
                 submitter,
                 spool,
                 pool,
-                self._record,
+                books.record,
                 workers=options.workers,
                 threshold=options.validation_threshold,
+                cooldowns=await books.cooldowns(),
+                worth_asking_at=books.policy.ask_at,
             )
+            books.start()
+            stack.push_async_callback(books.close)
             interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
             synchroniser = Synchroniser(
                 self._fetch, keypair.ss58_address, options.network, directory, manager, blacklist, interval
             )
             workers = []
             for number in range(1, options.workers + 1):
-                worker = Worker(manager, pool, submitter, self._record, retries=options.retries)
+                worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
                 workers.append(_start(f"Worker {number}", worker.run))
             report = functools.partial(self._report_status, directory, manager, pool, synchroniser)
             background = [
                 _start("Watching the generation services", pool.watch),
                 _start("Following the chain", synchroniser.follow_chain),
                 _start("Following the blacklist", synchroniser.follow_blacklist),
+                _start("Following the standings", books.follow_standings),
                 _start("The status report", report),
             ]
             await self._stopping.wait()
@@ -121,9 +125,6 @@ class CompetitiveMiner:
                 log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
             await asyncio.gather(*background, *late, return_exceptions=True)
             await submitter.drain(STOP_SUBMISSIONS_S)
-
-    def _record(self, event: Event) -> None:
-        self._totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
 
     async def _network_is_there(self) -> bool:
         """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
@@ -176,9 +177,10 @@ class CompetitiveMiner:
                 validators=len(directory.eligible),
                 queued=manager.queued,
                 working=len(manager.working),
-                totals=dict(self._totals),
+                totals=dict(self._books.totals),
             )
             idle_log.update(manager, len(directory.eligible))
+            self._books.show(snapshot(directory, manager, pool, self._books.backlog))
             await asyncio.sleep(STATUS_INTERVAL_S)
 
 

@@ -98,6 +98,12 @@ class GeneratorPool:
         self._stopping = asyncio.Event()
         self.ready = asyncio.Event()
 
+    @property
+    def usable(self) -> dict[str, bool]:
+        """Endpoint -> whether it can take a task now."""
+        usable = self._usable()
+        return {endpoint.service.endpoint: endpoint in usable for endpoint in self._endpoints}
+
     def stop_waiting(self) -> None:
         """From now on a task that no endpoint can take raises ServiceUnavailable at once."""
         self._stopping.set()

@@ -15,6 +15,7 @@ DEFAULT_BLACKLIST = (180,)
 DEFAULT_ENDPOINT = "http://127.0.0.1:10006"
 REHEARSAL = "rehearsal"
 LEDGER = Path("data/ledger.sqlite")
+METRICS_PORT = 10007
 REHEARSAL_STATE = Path("data/rehearsal")
 REHEARSAL_WALLET = "rehearsal"
 REHEARSAL_HOTKEY = "miner"
@@ -36,6 +37,9 @@ class MinerOptions:
     blacklist_file: Path | None = None
     validation_threshold: float = 0.6
     spool: Path = Path("data/spool")
+    ledger: Path = LEDGER
+    metrics_port: int = METRICS_PORT
+    min_reward: float = 0.0
     rehearsal_state: Path = REHEARSAL_STATE
     log_file: Path = Path("logs/miner.log")
     status_file: Path | None = None
@@ -68,6 +72,9 @@ def parse(argv: list[str]) -> MinerOptions:
         blacklist_file=args.blacklist_file,
         validation_threshold=args.validation_threshold,
         spool=args.spool,
+        ledger=args.ledger,
+        metrics_port=args.metrics_port,
+        min_reward=args.min_reward,
         rehearsal_state=args.rehearsal_state,
         log_file=args.log_file,
         status_file=args.status_file,
@@ -114,6 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--blacklist-file", type=Path, default=None, help="more of them, one a line; read again when it changes")
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
     add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
+    add("--ledger", type=Path, default=LEDGER, help="database of what happened, for scripts.report")
+    add("--metrics-port", type=_integer(0, 65535), default=METRICS_PORT, help="Prometheus on 127.0.0.1; 0: none")
+    add(
+        "--min-reward",
+        type=_fraction,
+        default=0.0,
+        help="validators whose expected accepted results per GPU second are fewer are skipped; 0 skips none",
+    )
     add("--rehearsal.state", dest="rehearsal_state", type=Path, default=REHEARSAL_STATE, help="the rehearsal's folder")
     add("--logging.file", dest="log_file", type=Path, default=Path("logs/miner.log"), help="log, rotated")
     add("--status-file", type=Path, default=None, help="JSON that says when the miner is ready")

@@ -9,11 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from neurons.miner.clock import steady_time
+from neurons.miner.generators import GeneratorPool
+from neurons.miner.metrics import Snapshot
 from neurons.miner.task_manager import AsyncTaskManager
+from neurons.miner.validators import ValidatorDirectory
 
 IDLE_LOG_INTERVAL_S = 60.0
 
 log = logging.getLogger(__name__)
+
+
+def snapshot(
+    directory: ValidatorDirectory, manager: AsyncTaskManager, pool: GeneratorPool, ledger_backlog: int
+) -> Snapshot:
+    """The miner at this moment, for the metrics."""
+    now = steady_time()
+    eligible = directory.eligible
+    return Snapshot(
+        queued=manager.queued,
+        ages=[now - assignment.pulled_at for assignment in manager.held],
+        cooldowns={eligible[key].uid: until - now for key, until in manager.cooldowns.items() if key in eligible},
+        endpoints=pool.usable,
+        ledger_backlog=ledger_backlog,
+    )
 
 
 class StatusFile:

@@ -6,6 +6,8 @@ import asyncio
 import functools
 import logging
 import random
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 from neurons.chain import Neuron
@@ -51,7 +53,12 @@ class AsyncTaskManager:
         *,
         workers: int,
         threshold: float,
+        cooldowns: Mapping[str, float] = MappingProxyType({}),
+        worth_asking_at: Callable[[str], float] = lambda _: 0.0,
     ) -> None:
+        """`cooldowns`: hotkey -> unix time until which the validator may not be asked, from an earlier run.
+        `worth_asking_at` says the same of one that is not worth it now.
+        """
         self._dendrite = dendrite
         self._directory = directory
         self._clocks = clocks
@@ -61,6 +68,8 @@ class AsyncTaskManager:
         self._generators = generators
         self._record = record
         self._threshold = threshold
+        self._known_cooldowns = dict(cooldowns)
+        self._worth_asking_at = worth_asking_at
         self._admission = Admission(generators, workers)
         self._places: dict[Assignment, Place] = {}
         self._queue: asyncio.Queue[Assignment | None] = asyncio.Queue()
@@ -92,6 +101,8 @@ class AsyncTaskManager:
                 poller.add_done_callback(functools.partial(self._poller_ended, hotkey))
         self._addresses = {hotkey: (validator.ip, validator.port) for hotkey, validator in eligible.items()}
         self._asked &= eligible.keys()
+        now = self._now()
+        self._known_cooldowns = {hotkey: until for hotkey, until in self._known_cooldowns.items() if until > now}
         self._clocks.keep(self._pollers.keys())
 
     async def next_assignment(self) -> Assignment | None:
@@ -122,6 +133,11 @@ class AsyncTaskManager:
         self._queue.put_nowait(None)
 
     @property
+    def held(self) -> Collection[Assignment]:
+        """Tasks pulled and not settled yet, save those that came out of the spool."""
+        return self._places.keys()
+
+    @property
     def queued(self) -> int:
         return self._queue.qsize()
 
@@ -130,10 +146,12 @@ class AsyncTaskManager:
 
     async def _poll(self, hotkey: str) -> None:
         """Until the validator is not eligible any more."""
-        ask_again_at = await self._resubmit(hotkey)
+        ask_again_at = max(await self._resubmit(hotkey), self._known_cooldowns.get(hotkey, 0.0))
         failures = refusals = 0
         while True:
-            await self._sleep_until(hotkey, ask_again_at)
+            # For a poller that starts anew: after a fault, or when the validator has been away for a while.
+            self._known_cooldowns[hotkey] = ask_again_at
+            await self._sleep_until(hotkey, max(ask_again_at, self._patience(hotkey)))
             await self._generators.ready.wait()
             if self._admission.is_full:
                 self._mark_asked(hotkey)
@@ -161,6 +179,14 @@ class AsyncTaskManager:
                     ask_again_at = await self._work_off(validator, response, place)
             finally:
                 place.leave()
+
+    def _patience(self, hotkey: str) -> float:
+        """The unix time from which the validator is worth asking. Says in the log when that is not now."""
+        at, now = self._worth_asking_at(hotkey), self._now()
+        validator = self._directory.eligible.get(hotkey)
+        if at > now and validator is not None:
+            log.info("Validator [%d] skipped: it earns too little; tried again in %.0f s", validator.uid, at - now)
+        return at
 
     async def _resubmit(self, hotkey: str) -> float:
         """Hands in what an earlier run left in the spool for this validator."""
@@ -224,6 +250,8 @@ class AsyncTaskManager:
 
     async def _sleep_until(self, hotkey: str, unix_time: float) -> None:
         self.cooldowns[hotkey] = unix_time
+        if unix_time > self._now():
+            self._mark_asked(hotkey)
         try:
             while (left := unix_time - self._now()) > 0:
                 await asyncio.sleep(left)
