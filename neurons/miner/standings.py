@@ -92,7 +92,7 @@ def standings(connection: sqlite3.Connection, until: float, window: float = WIND
     result = {}
     for hotkey, values in found.items():
         values["cooling_share"] = _covered(waits[hotkey], since, until) / window
-        result[hotkey] = Standing(hotkey=hotkey, **values)  # type: ignore[arg-type]
+        result[hotkey] = Standing(**values)  # type: ignore[arg-type]
     return result
 
 
