@@ -18,8 +18,6 @@ import bittensor as bt
 
 FETCH_TIMEOUT_S = 60.0
 MAX_NETWORK_FILE_BYTES = 1 << 20
-# Networks on which anyone may register, and so could name a machine of ours as its axon.
-PUBLIC_NETWORKS = ("finney", "test")
 
 
 class MetagraphUnavailable(Exception):

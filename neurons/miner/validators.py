@@ -7,9 +7,12 @@ import logging
 from collections.abc import Container
 from dataclasses import dataclass
 
-from neurons.chain import PUBLIC_NETWORKS, Metagraph, Neuron
+from neurons.chain import Metagraph, Neuron
+from neurons.miner.options import REHEARSAL
 
 MIN_STAKE = 1000.0
+_UNICAST = ipaddress.ip_network("2000::/3")
+_SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +48,19 @@ class Eligibility:
             return "axon address is no IP address"
         if not 0 < neuron.port < 65536:
             return f"axon port {neuron.port} out of range"
-        # Anyone can announce 127.0.0.1 or an address of the miner's own network on a public chain.
-        if self.network in PUBLIC_NETWORKS and not address.is_global:
+        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network; and that the chain's node is
+        # on this machine does not make it a private chain.
+        if self.network != REHEARSAL and not _is_public(address):
             return f"axon address {address} is not public"
         return None
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether this is one host out in the internet. `is_global` alone also holds for groups and for detours."""
+    if address.version == 4:
+        return address.is_global and not address.is_multicast
+    # Outside of 2000::/3 and in 2002::/16 are addresses that stand for IPv4 ones, 127.0.0.1 among them.
+    return address.is_global and address in _UNICAST and address not in _SIX_TO_FOUR
 
 
 class ValidatorDirectory:
