@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import ipaddress
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path

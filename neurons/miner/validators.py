@@ -48,7 +48,7 @@ class Eligibility:
             return "axon address is no IP address"
         if not 0 < neuron.port < 65536:
             return f"axon port {neuron.port} out of range"
-        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network; and that the chain's node is
+        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network; that the chain's node is
         # on this machine does not make it a private chain.
         if self.network != REHEARSAL and not _is_public(address):
             return f"axon address {address} is not public"
