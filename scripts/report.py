@@ -116,7 +116,8 @@ def read(path: Path, until: float, window: float) -> Report:
 
 def table(report: Report) -> Table:
     hours = (report.until - report.since) / 3600
-    caption = f"Until {_date(report.until):%Y-%m-%d %H:%M}. Ceiling: one task per validator and {TASK_COOLDOWN_S:.0f} s"
+    end = datetime.fromtimestamp(report.until)
+    caption = f"Until {end:%Y-%m-%d %H:%M}. Ceiling: one task per validator and {TASK_COOLDOWN_S:.0f} s"
     if report.begins is None:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
@@ -322,8 +323,9 @@ def _say_nothing_yet(axes: Axes) -> None:
     axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=14)
 
 
-def _date(unix_time: float) -> datetime:
-    return datetime.fromtimestamp(unix_time)
+def _date(unix_time: float) -> float:
+    """Local time, as matplotlib counts it."""
+    return float(mdates.date2num(datetime.fromtimestamp(unix_time)))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,13 @@ class Bookkeeping:
     async def follow_standings(self) -> None:
         """Keeps the policy up to date."""
         while True:
-            await asyncio.sleep(STANDINGS_INTERVAL_S)
             try:
-                self.policy.update(await asyncio.to_thread(standings.read, self._ledger.path, self._now()))
-            except sqlite3.Error as error:
+                # Also before the first task: an earlier run may have learned something.
+                if self._ledger.path.exists():
+                    self.policy.update(await asyncio.to_thread(standings.read, self._ledger.path, self._now()))
+            except (OSError, sqlite3.Error) as error:
                 log.warning("Ledger %s can not be read: %s", self._ledger.path, error)
+            await asyncio.sleep(STANDINGS_INTERVAL_S)
 
     async def cooldowns(self) -> dict[str, float]:
         """Hotkey -> unix time until which an earlier run knew that the validator may not be asked."""

@@ -20,8 +20,8 @@ class Standing:
     `submitted` counts every result that left for the validator, whatever became of it: the tasks that it cost us.
     `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
     generation services' time as seen from here, rejected and failed attempts included, queueing in the service too.
-    `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits that followed results
-    which it declined. `reward` is what it last said: accepted results x rating, by its own count.
+    `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits after results that
+    it declined. `reward` is what it last said: accepted results x rating, by its own count.
     """
 
     uid: int
