@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 def parse_entry(text: str) -> int | str:
     """A UID or a hotkey. Raises ValueError."""
-    if text.isascii() and text.isdigit() and int(text) <= MAX_UID:
+    if text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= MAX_UID:
         return int(text)
     if _HOTKEY.fullmatch(text):
         return text

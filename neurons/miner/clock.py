@@ -26,6 +26,8 @@ MAX_OFFSET_S = 86_400.0
 MAX_HEADER_AGE_S = 3.0
 # Two uncorrected quartz clocks, in seconds per second.
 MAX_DRIFT = 1e-4
+# Of sums of unix times.
+ROUNDING_S = 0.01
 # Beyond any date that matters, and within what a float holds exactly: validators may send any integer.
 _LAST_SECOND = 1 << 40
 
@@ -71,9 +73,9 @@ class ValidatorClock:
     def refused(self, cooldown_until: float, sent: float) -> None:
         """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
         highest = cooldown_until - sent
-        if -MAX_OFFSET_S <= highest < self.lowest_offset(sent):
+        if -MAX_OFFSET_S <= highest < self.lowest_offset(sent) + ROUNDING_S:
             # Had the header told the clock that the rules go by, this could not be.
-            self._header_is_wrong = self._measured_at is not None
+            self._header_is_wrong |= self._measured_at is not None
             self._measured_at = None
             self._low, self._high = highest - UNKNOWN_CLOCK_MARGIN_S, highest
 

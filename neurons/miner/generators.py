@@ -21,7 +21,7 @@ TOLERATED_FAILURES = 2
 # How long one task waits for an endpoint before it is let go.
 UNAVAILABLE_LIMIT_S = 600.0
 # Of the newest measurement in the moving averages.
-NEWEST_SHARE = 0.2
+NEWEST_SHARE = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -41,42 +41,45 @@ class Service(Protocol):
 
 
 class Pace:
-    """How fast an endpoint works, as moving averages over its finished tasks.
+    """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
 
-    `duration` is a task's seconds from start to end. `cost` is the part of them that it had the endpoint for itself:
-    its integral of dt / (tasks in work). Whether an endpoint works on one task at a time or on many, in steady work it
-    finishes one task per `cost` seconds.
+    `cost`: time in which it had any work, per finished task, whether it works on one at a time or on many.
+    `duration`: from start to end of a task, with what it waits in the service: it follows down at once and up slowly,
+    for the least is what a task takes by itself.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._changed_at = 0.0
-        self._spent = 0.0
+        self._busy = 0.0  # since the last finished task
+        self._busy_sum = 0.0
+        self._finished = 0.0
         self.in_work = 0
-        self.duration: float | None = None
         self.cost: float | None = None
+        self.duration: float | None = None
 
-    def begin(self) -> tuple[float, float]:
+    def begin(self) -> float:
         """To be handed to `end`."""
         self._advance(1)
-        return self._changed_at, self._spent
+        return self._changed_at
 
-    def end(self, begun: tuple[float, float], finished: bool) -> None:
+    def end(self, begun: float, finished: bool) -> None:
         self._advance(-1)
         if finished:
-            self.duration = _averaged(self.duration, self._changed_at - begun[0])
-            self.cost = _averaged(self.cost, self._spent - begun[1])
+            self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
+            self._finished = (1 - NEWEST_SHARE) * self._finished + 1
+            self._busy = 0.0
+            self.cost = self._busy_sum / self._finished
+            duration = self._changed_at - begun
+            before = duration if self.duration is None else self.duration
+            self.duration = min(duration, before + NEWEST_SHARE * (duration - before))
 
     def _advance(self, change: int) -> None:
         now = self._now()
         if self.in_work:
-            self._spent += (now - self._changed_at) / self.in_work
+            self._busy += now - self._changed_at
         self._changed_at = now
         self.in_work += change
-
-
-def _averaged(average: float | None, newest: float) -> float:
-    return newest if average is None else average + NEWEST_SHARE * (newest - average)
 
 
 class _Endpoint:
@@ -114,7 +117,8 @@ class GeneratorPool:
         durations = [pace.duration for pace in paces if pace.duration is not None]
         if not durations:
             return None
-        return max(*durations, tasks / sum(1 / pace.cost for pace in paces if pace.cost))
+        rate = sum(1 / pace.cost for pace in paces if pace.cost)
+        return max(*durations, tasks / rate if rate else 0.0)
 
     async def watch(self) -> None:
         """Keeps up with the endpoints' health, for as long as it runs."""

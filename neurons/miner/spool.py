@@ -52,7 +52,7 @@ class Spool:
         path = self._path(entry.validator_hotkey, entry.task.id)
         head = {"validator_hotkey": entry.validator_hotkey, "task": entry.task.model_dump()}
         content = json.dumps(head).encode() + b"\n" + entry.result
-        self._make_room(len(content))
+        self._make_room(1, len(content))
         temporary = path.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:
@@ -88,7 +88,7 @@ class Spool:
         """
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        self._make_room(0)
+        self._make_room(0, 0)
         entries: dict[str, list[Task]] = {}
         for age, path, _ in self._files():
             entry = self._read(path) if age <= MAX_AGE_S else None
@@ -99,11 +99,12 @@ class Spool:
             path.unlink(missing_ok=True)
         return entries
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, entries: int, size: int) -> None:
+        """For so many more entries of `size` bytes together."""
         files = self._files()
         total = size + sum(file_size for _, _, file_size in files)
         for index, (_, path, file_size) in enumerate(files):
-            if len(files) - index < MAX_ENTRIES and total <= MAX_BYTES:
+            if len(files) - index + entries <= MAX_ENTRIES and total <= MAX_BYTES:
                 return
             log.warning("Spooled result %s dropped: the spool is full", path.name)
             path.unlink(missing_ok=True)
