@@ -287,6 +287,28 @@ def test_standings(path: Path) -> None:
     assert one.cooling_share == pytest.approx((122 + 300 + 60 + 868) / standings.WINDOW_S)
 
 
+def test_tasks_that_are_generated_together_share_the_time(path: Path) -> None:
+    write(
+        path,
+        [
+            *one_task(1, NOW - 100, seconds=30),  # 10 s alone, 20 s with one or two others
+            *one_task(2, NOW - 90, seconds=30),
+            *one_task(3, NOW - 80, seconds=40),  # the last 20 s alone
+        ],
+    )
+    found = standings.read(path, NOW)
+    spent = [found[f"hotkey{uid}"].gpu_s for uid in (1, 2, 3)]
+    assert spent == pytest.approx([10 + 5 + 10 / 3, 5 + 10 / 3 + 5, 10 / 3 + 5 + 20])
+    assert sum(spent) == pytest.approx(60)
+
+
+def test_services_work_side_by_side(path: Path) -> None:
+    task = TextTask(id="t", prompt="p")
+    attempts = [(f"http://{i}", Generation(validator(i), task, "failed", 30.0, endpoint=f"http://{i}")) for i in (1, 2)]
+    write(path, [(NOW - 10, attempt) for _, attempt in attempts])
+    assert [each.gpu_s for each in standings.read(path, NOW, 60).values()] == [30.0, 30.0]
+
+
 def test_a_task_that_is_given_out_again_is_one_task(path: Path) -> None:
     write(path, [(NOW - 20, PULL), (NOW - 10, PULL)])
     assert standings.read(path, NOW)["hotkey1"].tasks == 1

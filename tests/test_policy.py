@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neurons.miner.bookkeeping import Bookkeeping
+from neurons.miner.clock import ValidatorClocks
+from neurons.miner.generators import GeneratorPool
 from neurons.miner.policy import EXPLORATION_INTERVAL_S, Policy
-from neurons.miner.standings import Standing
+from neurons.miner.spool import Spool
+from neurons.miner.standings import WINDOW_S, Standing, read
+from neurons.miner.submitter import Submitter
+from neurons.miner.task_manager import AsyncTaskManager
+from neurons.miner.validators import Eligibility, ValidatorDirectory
+from neurons.miner.workers import Worker
+from neurons.rehearsal.rules import Limits
+from scripts import virtual_time
+from scripts.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService
+from scripts.virtual_time import now
 from tests.ledger_events import NOW
 
 TASK_S = 20.0
@@ -99,3 +113,57 @@ def test_more_gpu_seconds_never_earn_more(judged: Standing, more: float) -> None
     before = policy(0.0, judged).expected_reward("judged")
     after = policy(0.0, replace(judged, gpu_s=judged.gpu_s + more)).expected_reward("judged")
     assert before is not None and after is not None and after < before
+
+
+# --- in the miner, where generators are short: 12 validators ask for 144 tasks an hour, and 60 can be made
+
+
+def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], list[int]]:
+    """Tasks given and results accepted by each validator; the last 4 of the 12 accept nothing."""
+
+    async def main() -> tuple[list[int], list[int]]:
+        network = SimulatedNetwork([Behaviour()] * 12, Limits())
+        for each in network.validators[8:]:
+            finish = each.rules.finish_validation
+            each.rules.finish_validation = lambda hotkey, _, finish=finish: finish(hotkey, 0.1)
+            feedback = each.rules.feedback
+            each.rules.feedback = lambda hotkey, feedback=feedback: feedback(hotkey, validation_failed=True)
+        clocks = ValidatorClocks(now)
+        network.on_date = clocks.answered
+        directory = ValidatorDirectory(Eligibility(MINER.ss58_address, "rehearsal", frozenset()))
+        directory.update(network.metagraph())
+        spool = Spool(folder / "spool")
+        pool = GeneratorPool([StandInService(60.0, 1)], now)
+        books = Bookkeeping(folder / "ledger.sqlite", 0, least_reward, now)
+        books.start()
+        submitter = Submitter(network, directory, clocks, MINER, spool, books.record)
+        manager = AsyncTaskManager(
+            *(network, directory, clocks, submitter, spool, pool, books.record),
+            workers=4,
+            threshold=0.6,
+            worth_asking_at=books.policy.ask_at,
+        )
+        workers = [Worker(manager, pool, submitter, books.record, retries=0, now=now) for _ in range(4)]
+        manager.sync()
+        parts = asyncio.gather(pool.watch(), books.follow_standings(), *(worker.run() for worker in workers))
+        await asyncio.wait([parts], timeout=WINDOW_S)
+        parts.cancel()
+        await manager.close()
+        await books.close()
+        found = read(folder / "ledger.sqlite", now())
+        return (
+            [found[each.hotkey].tasks for each in network.validators],
+            [each.accepted for each in network.validators],
+        )
+
+    return virtual_time.run(main())
+
+
+def test_where_generators_are_short_the_policy_earns_more(tmp_path: Path) -> None:
+    tasks, accepted = _mine_for_4_hours(tmp_path / "all", 0.0)
+    fewer, more = _mine_for_4_hours(tmp_path / "those that pay", 0.008)
+    assert sum(accepted[8:]) == sum(more[8:]) == 0
+    assert sum(more) >= 1.1 * sum(accepted)
+    # What taught it, and one an hour since: none is forgotten.
+    assert all(4 <= count <= 8 for count in fewer[8:]) and all(count >= 12 for count in tasks[8:])
+    assert min(fewer[:8]) >= min(tasks[:8])

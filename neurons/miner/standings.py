@@ -19,7 +19,8 @@ class Standing:
 
     `submitted` counts every result that left for the validator, whatever became of it: the tasks that it cost us.
     `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
-    generation services' time as seen from here, rejected and failed attempts included, queueing in the service too.
+    generation services' time, rejected and failed attempts included: while a service has several tasks, be they worked
+    on together or one after the other, each is charged its share.
     `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits after results that
     it declined. `reward` is what it last said: accepted results x rating, by its own count.
     """
@@ -61,6 +62,8 @@ class Standing:
 def read(path: Path, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
     """The standings in `window` seconds up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
     with closing(connect(path)) as connection:
+        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+            return {}  # the miner is about to begin it
         return standings(connection, until, window)
 
 
@@ -89,8 +92,10 @@ def standings(connection: sqlite3.Connection, until: float, window: float = WIND
             ):
                 found[row["hotkey"]][column] = row[column]
     waits = _waits(connection, since, until)
+    gpu_s = _gpu_seconds(connection, since, until)
     result = {}
     for hotkey, values in found.items():
+        values["gpu_s"] = gpu_s[hotkey]
         values["cooling_share"] = _covered(waits[hotkey], since, until) / window
         result[hotkey] = Standing(**values)  # type: ignore[arg-type]
     return result
@@ -100,14 +105,36 @@ _COUNTS = {
     "pulls": "count(*) AS pulls, count(DISTINCT CASE outcome WHEN 'task' THEN task_id END) AS tasks, "
     "sum(outcome = 'cooldown') AS early, sum(outcome = 'failed') AS failures, "
     "max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
-    "generations": "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected, "
-    "total(CASE WHEN outcome IN ('generated', 'rejected', 'failed') THEN seconds END) AS gpu_s",
+    "generations": "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected",
     "submissions": "count(*) AS submitted, sum(outcome = 'accepted') AS accepted, "
     "sum(outcome = 'failed') AS declined, sum(outcome = 'empty') AS empty, "
     "avg(CASE WHEN outcome IN ('accepted', 'failed') THEN score END) AS mean_score, "
     "total(CASE outcome WHEN 'failed' THEN wait END) AS penalty_s",
 }
 _LATEST = {"pulls": ("uid", "violations"), "generations": ("uid",), "submissions": ("uid", "reward")}
+
+
+def _gpu_seconds(connection: sqlite3.Connection, since: float, until: float) -> dict[str, float]:
+    """By hotkey, of the attempts that ended in the window."""
+    ends: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
+    for row in connection.execute(
+        "SELECT endpoint, at - seconds AS start, at, id, hotkey FROM generations "
+        "WHERE at > ? AND at <= ? AND outcome IN ('generated', 'rejected', 'failed') AND seconds > 0",
+        (since, until),
+    ):
+        ends[row["endpoint"]] += [(at, row["id"], row["hotkey"]) for at in (row["start"], row["at"])]
+    spent: dict[str, float] = defaultdict(float)
+    for of_endpoint in ends.values():
+        in_work: dict[int, str] = {}
+        before = 0.0
+        for at, attempt, hotkey in sorted(of_endpoint):
+            for other in in_work.values():
+                spent[other] += (at - before) / len(in_work)
+            before = at
+            # Each attempt comes twice: with its start and with its end.
+            if in_work.pop(attempt, None) is None:
+                in_work[attempt] = hotkey
+    return spent
 
 
 def _waits(connection: sqlite3.Connection, since: float, until: float) -> dict[str, list[tuple[float, float]]]:
