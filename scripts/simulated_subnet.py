@@ -54,6 +54,7 @@ class SimulatedValidator:
         self.neuron = Neuron(uid, self.hotkey, "127.0.0.1", FIRST_PORT + uid, 1e4, serving=True)
         self.accepted = 0
         self.violations = 0
+        self.held: list[tuple[float, float]] = []  # (unix time of a result, seconds since its task was handed out)
         self.rules = Rules(limits, [MINER.ss58_address], shuffled(load_prompts(), uid), clock=self.clock)
         self._header_phase = random.Random(uid).random()
 
@@ -81,6 +82,7 @@ class SimulatedValidator:
         if self.rules.reason_to_refuse(miner) is not None:
             return 403
         if self.rules.begin_validation(miner, synapse.task_id) is not None:
+            self.held.append((now(), self.clock() - self.rules.miners[miner].assigned_at))
             await asyncio.sleep(self.behaviour.validation)
             self.accepted += self.rules.finish_validation(miner, SCORE if synapse.results else None)
         synapse.feedback = self.rules.feedback(miner)

@@ -21,6 +21,9 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
+# Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
+# bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
+KEEPALIVE_S = 4.0
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
@@ -48,6 +51,7 @@ class ValidatorDendrite(bt.Dendrite):
     async def session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
                 # Neither cookies nor compression: state and work that a validator could put on this process.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,

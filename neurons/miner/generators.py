@@ -122,7 +122,9 @@ class GeneratorPool:
 
     async def watch(self) -> None:
         """Keeps up with the endpoints' health, for as long as it runs."""
-        await asyncio.gather(*(self._watch(endpoint) for endpoint in self._endpoints))
+        async with asyncio.TaskGroup() as group:
+            for endpoint in self._endpoints:
+                group.create_task(self._watch(endpoint))
 
     async def generate(self, task: Task, seed: int) -> Generated:
         """The splat of one task, moved on to another endpoint when one fails.

@@ -160,6 +160,8 @@ class AsyncTaskManager:
                 validator = self._directory.eligible.get(hotkey)
                 if validator is None:
                     return
+                if not self._generators.ready.is_set():
+                    continue
                 sent = self._now()
                 response = await self._pull(validator)
                 self._mark_asked(hotkey)
