@@ -2,13 +2,16 @@
 
 python -m scripts.report [--ledger data/ledger.sqlite] [--plot data/report.png] [--hours 4]
 
-Reads the ledger only, so it may run at any time beside the miner. The columns:
+Reads the ledger only, so it may run at any time beside the miner. What the columns say:
 
-tasks       pulled, each counted once          accepted    by the validator's feedback
-rate        accepted of all that was sent      mean score  the validator's, of accepted and declined results
-reward      accepted x rating, as it last said s per task  of the generation services' time
-of the ceiling  accepted, of one per 300 s     violations  pulls that it answered with a cooldown
-penalty minutes  waits after results that it declined
+tasks            pulled, each counted once
+accepted, rate   by the validator's feedback; of all results that were sent
+mean score       the validator's, of accepted and declined results
+reward           accepted x rating, as the validator last said
+s per task       of the generation services' time
+of the ceiling   of one accepted result per 300 s
+violations       pulls that were answered with a cooldown
+penalty minutes  waits after results that were declined
 """
 
 from __future__ import annotations
