@@ -2,7 +2,8 @@
 
 python -m scripts.report [--ledger data/ledger.sqlite] [--plot data/report.png] [--hours 4]
 
-Reads the ledger only, so it may run at any time beside the miner. What the columns say:
+Reads the ledger only, so it may run at any time beside the miner. A rehearsal's is data/rehearsal/ledger.sqlite.
+What the columns say:
 
 tasks            pulled, each counted once
 accepted, rate   by the validator's feedback; of all results that were sent

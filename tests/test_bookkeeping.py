@@ -16,6 +16,7 @@ from neurons.miner import standings
 from neurons.miner.bookkeeping import Bookkeeping
 from neurons.miner.clock import steady_time
 from neurons.miner.competitive_miner import CompetitiveMiner
+from neurons.miner.options import LEDGER, REHEARSAL_STATE, parse
 from neurons.miner.policy import EXPLORATION_INTERVAL_S
 from tests.ledger_events import NOW, one_task, validator, write
 from tests.test_miner_rehearsal import StandInService, accepted, options, start_network, until
@@ -95,3 +96,10 @@ def scrape(port: int) -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         return str(answer.read().decode())
+
+
+def test_a_rehearsal_has_a_ledger_of_its_own() -> None:
+    assert parse([]).ledger == REHEARSAL_STATE / "ledger.sqlite"
+    assert parse(["--rehearsal.state", "elsewhere"]).ledger == Path("elsewhere/ledger.sqlite")
+    assert parse(["--wallet.name", "mine"]).ledger == LEDGER
+    assert parse(["--ledger", "here"]).ledger == Path("here")

@@ -72,7 +72,8 @@ def parse(argv: list[str]) -> MinerOptions:
         blacklist_file=args.blacklist_file,
         validation_threshold=args.validation_threshold,
         spool=args.spool,
-        ledger=args.ledger,
+        # Nothing that was practice may look like earnings.
+        ledger=args.ledger or (args.rehearsal_state / LEDGER.name if network == REHEARSAL else LEDGER),
         metrics_port=args.metrics_port,
         min_reward=args.min_reward,
         rehearsal_state=args.rehearsal_state,
@@ -121,7 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--blacklist-file", type=Path, default=None, help="more of them, one a line; read again when it changes")
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
     add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
-    add("--ledger", type=Path, default=LEDGER, help="database of what happened, for scripts.report")
+    add(
+        "--ledger",
+        type=Path,
+        help=f"database of what happened, for scripts.report; {LEDGER}, or {LEDGER.name} in the rehearsal's folder",
+    )
     add("--metrics-port", type=_integer(0, 65535), default=METRICS_PORT, help="Prometheus on 127.0.0.1; 0: none")
     add(
         "--min-reward",
