@@ -316,12 +316,12 @@ def _draw_scores(axes: Axes, report: Report, colours: Mapping[int, str]) -> None
 
 
 def _moving_mean(points: Sequence[tuple[float, float]], step: float) -> list[tuple[float, float]]:
-    """At every `step` seconds the mean of the points within 1.5 steps; nothing where there are none."""
+    """From the first point to the last, about every `step` seconds, the mean of the points within 1.5 steps."""
     if not points:
         return []
     times, values = np.array(points).T
     result = []
-    for at in np.arange(times[0], times[-1] + step, step):
+    for at in np.linspace(times[0], times[-1], 1 + int(np.ceil((times[-1] - times[0]) / step))):
         near = np.abs(times - at) <= 1.5 * step
         if near.any():
             result.append((float(at), float(values[near].mean())))
