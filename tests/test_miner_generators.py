@@ -10,7 +10,13 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from neurons.miner.generator import AttemptFailed, EndpointUnavailable, Generated, GenerationFailed
-from neurons.miner.generators import FIRST_PAUSE_S, UNAVAILABLE_LIMIT_S, GeneratorPool, ServiceUnavailable
+from neurons.miner.generators import (
+    FIRST_PAUSE_S,
+    HEALTH_INTERVAL_S,
+    UNAVAILABLE_LIMIT_S,
+    GeneratorPool,
+    ServiceUnavailable,
+)
 from neurons.protocol import Task, TextTask
 from scripts import virtual_time
 from scripts.virtual_time import now
@@ -27,6 +33,7 @@ class Service:
         self.outcomes: deque[float | Exception] = deque()
         self.asked: list[float] = []
         self.status: str | Exception | None = "ready"
+        self.fails_after: float | None = None
         self._slots = asyncio.Semaphore(at_once)
 
     async def health(self) -> str | None:
@@ -36,6 +43,9 @@ class Service:
 
     async def generate(self, task: Task, seed: int) -> Generated:
         self.asked.append(now())
+        if self.fails_after is not None:
+            await asyncio.sleep(self.fails_after)
+            raise EndpointUnavailable("gone while at work")
         outcome = self.outcomes.popleft() if self.outcomes else self.seconds
         if isinstance(outcome, Exception):
             raise outcome
@@ -106,6 +116,23 @@ def test_pauses_double_while_it_fails() -> None:
         waits = [later - earlier for earlier, later in itertools.pairwise(first.asked)]
         assert waits == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S], abs=0.1)
         assert pool.usable == {"http://first": True, "http://second": False}
+
+    with_pool(test)
+
+
+def test_tasks_that_fail_together_are_one_failure() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = EndpointUnavailable("gone")
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        first.fails_after = 3.0
+        tasks = [asyncio.create_task(pool.generate(TASK, 1)) for _ in range(8)]
+        await asyncio.sleep(2.9)
+        assert len(first.asked) == 8
+        failing_from = now()
+        await asyncio.sleep(0.2)
+        first.fails_after = None
+        await asyncio.gather(*tasks)
+        assert first.asked[8] - failing_from < FIRST_PAUSE_S + 0.2
 
     with_pool(test)
 

@@ -89,6 +89,7 @@ class _Endpoint:
         self.healthy = False
         self.said = ""
         self.failures = 0  # in a row
+        self.failed_at = 0.0
         self.left_out_until = 0.0
 
 
@@ -142,9 +143,9 @@ class GeneratorPool:
                 generated = await endpoint.service.generate(task, seed)
                 finished = True
             except EndpointUnavailable as error:
-                self._failed(endpoint, error, error.seconds)
+                self._failed(endpoint, begun, error, error.seconds)
             except AttemptFailed as error:
-                self._failed(endpoint, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
+                self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
                 failed.append(endpoint)
                 if self._least_busy(failed) is None:
                     raise
@@ -175,8 +176,11 @@ class GeneratorPool:
         if not self.ready.is_set():
             raise ServiceUnavailable("no generation service can take the task")
 
-    def _failed(self, endpoint: _Endpoint, error: Exception, pause: float | None) -> None:
+    def _failed(self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None) -> None:
         """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row."""
+        if begun_at < endpoint.failed_at:
+            return  # All tasks in work fail with an endpoint that goes: that is one failure.
+        endpoint.failed_at = self._now()
         if pause is None:
             pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
         endpoint.failures += 1
