@@ -224,7 +224,7 @@ async def test_a_disk_without_room(tmp_path: Path) -> None:
 
     async with stage(tmp_path, validators=6, limits=limit) as scene:
         await scene.miner.start()
-        await until(lambda: scene.accepted >= 150, 120)
+        await until(lambda: scene.accepted >= 80, 120)
         await scene.all_done()
         await scene.miner.stop()
         scene.check(interruptions=0)
