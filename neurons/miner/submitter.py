@@ -54,6 +54,7 @@ class Submitter:
         self._spool = spool
         self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
+        self._last_waits: dict[str, float] = {}  # hotkey -> seconds of the latest cooldown
 
     def submit(self, assignment: Assignment, result: bytes) -> None:
         """Starts handing in `result` (`.spz`, or b"" for nothing) and returns at once."""
@@ -79,7 +80,7 @@ class Submitter:
     async def _deliver(self, assignment: Assignment, result: bytes) -> None:
         """Spool, send until answered, forget. Whatever ends this before the last step leaves the result spooled."""
         uid, hotkey, task = assignment.validator.uid, assignment.validator.hotkey, assignment.task
-        ask_again_at = None
+        ask_again_at: float | None = None
         try:
             try:
                 await asyncio.to_thread(self._spool.put, SpooledResult(hotkey, task, result))
@@ -93,6 +94,10 @@ class Submitter:
             if response is not None and response.is_success:
                 feedback = response.feedback
                 ask_again_at = self._clocks.next_pull_at(hotkey, response.cooldown_until)
+                self._last_waits[hotkey] = ask_again_at - self._now()
+            elif hotkey in self._last_waits:
+                # Refused, perhaps for having been taken before, with an answer that was lost: then there is a cooldown.
+                ask_again_at = self._now() + self._last_waits[hotkey] + DEFAULT_PAUSE_S
             seconds = self._now() - started
             self._record(
                 Submission(assignment.validator, task.id, outcome, seconds, len(result), feedback, ask_again_at, reason)
