@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from neurons.miner.events import Event, Generation, Pull, Submission
 from neurons.miner.generator import EndpointUnavailable, Generated
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.spool import MAX_AGE_S, Spool
+from neurons.miner.status import IdleLog
 from neurons.miner.submitter import Submitter
 from neurons.miner.supervisor import keep_running
 from neurons.miner.task_manager import AsyncTaskManager
@@ -352,6 +354,23 @@ def test_coming_and_going_is_no_way_around_a_cooldown(tmp_path: Path) -> None:
                 miner.manager.sync()
             assert violations(network) == 0
             assert network.validators[0].accepted >= 9
+
+    in_virtual_time(test)
+
+
+def test_it_is_said_when_nobody_is_left_to_ask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "neurons.miner.status")
+
+    async def test() -> None:
+        network = Network([Behaviour(), Behaviour(), Behaviour(dead=True)], limits())
+        async with mining(network, tmp_path) as miner:
+            idle_log = IdleLog()
+            for _ in range(60):
+                await asyncio.sleep(1)
+                idle_log.update(miner.manager, len(miner.directory.eligible))
+        lines = [record.getMessage() for record in caplog.records if record.name == "neurons.miner.status"]
+        assert len(lines) == 1
+        assert lines[0].startswith("No available validators: 2 on cooldown") and "1 not answering" in lines[0]
 
     in_virtual_time(test)
 

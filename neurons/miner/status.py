@@ -59,15 +59,21 @@ class StatusFile:
 
 
 class IdleLog:
-    """Says, once a minute, that all validators are on cooldown."""
+    """Says, once a minute, that all validators are on cooldown or do not answer."""
 
     def __init__(self) -> None:
         self._logged_at = 0.0
 
     def update(self, manager: AsyncTaskManager, eligible: int) -> None:
-        asleep = len(manager.cooldowns)
         now = steady_time()
-        if asleep and asleep == eligible and now - self._logged_at >= IDLE_LOG_INTERVAL_S:
-            self._logged_at = now
-            seconds = max(0.0, min(manager.cooldowns.values()) - now)
-            log.info("No available validators: all %d on cooldown, the next one in %.0f s", asleep, seconds)
+        cooldowns, silent = manager.cooldowns, manager.silent
+        if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:
+            return
+        self._logged_at = now
+        seconds = max(0.0, min(cooldowns.values(), default=now) - now)
+        log.info(
+            "No available validators: %d on cooldown, the next one for %.0f s, %d not answering",
+            len(cooldowns),
+            seconds,
+            silent,
+        )

@@ -138,6 +138,11 @@ class AsyncTaskManager:
         return self._places.keys()
 
     @property
+    def silent(self) -> int:
+        """How many validators gave no answer and are left alone for a while."""
+        return len(self._backing_off)
+
+    @property
     def queued(self) -> int:
         return self._queue.qsize()
 
