@@ -32,7 +32,17 @@ NO_PULL_SUCCEEDS = {
     *("gzip-bomb", "redirects", "slow-codec", "malformed", "nested", "many-values", "wrong-types", "overwrites"),
     *("prompt-surrogate", "clock-ahead"),
 }
+NO_RESULT_ANSWERED = {"keeps-silent-on-results", "drops-results", "fails-on-results"}
 NOT_FIT_FOR_GENERATION = {"prompt-1mb", "prompt-escapes", "prompt-empty", "image-is-none", "image-bomb"}
+# What the log says of each kind; of the others, that tasks are submitted.
+LOGGED = {
+    tuple(NO_PULL_SUCCEEDS - {"overwrites"}): "Pull from validator [{}] failed: ",
+    ("overwrites",): "Validator [{}] gave no task: ",
+    ("drops-results", "fails-on-results"): "Submission to validator [{}] failed: ",
+    ("keeps-silent-on-results",): "Generated for validator [{}]",
+    tuple(NOT_FIT_FOR_GENERATION): "Generation failed for validator [{}]: ",
+    ("malformed-feedback",): "Validator [{}] took ",
+}
 
 
 class CarefulService(StandInService):
@@ -120,16 +130,23 @@ async def test_the_good_ones_are_served_at_full_rate_among_all_the_bad_ones(
     assert among.violations == alone.violations == 0
     assert among.accepted >= 0.85 * alone.accepted, (among.accepted, alone.accepted)
 
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("neurons.miner")]
     for validator in among.hostile:
         kind, submissions = validator.kind, [SubmitResults(**fields) for fields in validator.submissions]
-        assert 1 <= validator.pulls <= 12, (kind, validator.pulls)
+        # Cooldowns without sense are long or default pauses; without an answer the pauses double from 5 s on.
+        most = 2 if kind.startswith("cooldown") else 4 if kind in NO_PULL_SUCCEEDS else 12
+        assert 1 <= validator.pulls <= most, (kind, validator.pulls)
+        assert validator.early_pulls == 0
+        expected = next((line for kinds, line in LOGGED.items() if kind in kinds), "Task submitted to validator [{}]")
+        assert any(expected.format(validator.uid) in line for line in lines), (kind, expected)
         if kind in NO_PULL_SUCCEEDS:
             assert submissions == [], kind
             continue
         assert submissions, kind
         tasks = Counter(submission.task_id for submission in submissions)
-        if kind in ("drops-results", "fails-on-results"):
-            assert len(tasks) == 1 and len(submissions) > 1, kind  # sent again and again, while nothing else is asked
+        if kind in NO_RESULT_ANSWERED:
+            assert len(tasks) == validator.pulls == 1, kind  # sent until it is answered, while nothing else is asked
+            assert (len(submissions) > 1) == (kind != "keeps-silent-on-results"), kind
         elif kind not in ("same-id", "prompt-escapes"):  # whose ids are always the same
             assert set(tasks.values()) == {1}, kind
         for submission in submissions:
@@ -166,4 +183,7 @@ async def test_the_same_id_with_another_prompt_is_another_task(tmp_path: Path) -
 
 
 def test_every_kind_that_is_named_here_exists() -> None:
-    assert not (NO_PULL_SUCCEEDS | NOT_FIT_FOR_GENERATION) - HABITS.keys()
+    named = (
+        {kind for kinds in LOGGED for kind in kinds} | NO_PULL_SUCCEEDS | NO_RESULT_ANSWERED | NOT_FIT_FOR_GENERATION
+    )
+    assert not named - HABITS.keys()

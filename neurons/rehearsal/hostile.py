@@ -47,6 +47,8 @@ class HostileValidator:
         self.limits = limits
         self.pulls = 0
         self.tasks = 0
+        self.free_at = 0.0  # by its own clock: when it may be asked again
+        self.early_pulls = 0
         self.submissions: list[Fields] = []
         self.started = False
         self._habit = HABITS[kind]
@@ -237,10 +239,12 @@ def _clock(offset: int) -> Habit:
         sent = int(request.headers["bt_header_dendrite_nonce"]) / 1e9
         if sent < now - NONCE_AGE_S - float(request.headers["timeout"]):
             return web.json_response({"message": "Nonce is too old"}, status=401, headers={"Date": date})
+        validator.early_pulls += now < validator.free_at
         return _answer({"task": validator.new_task()}, Date=date)
 
     async def submit(validator: HostileValidator, request: web.Request) -> web.StreamResponse:
-        fields = {"feedback": {"task_fidelity_score": 0.7}, "cooldown_until": validator.cooldown_until() + offset}
+        validator.free_at = validator.cooldown_until() + offset
+        fields = {"feedback": {"task_fidelity_score": 0.7}, "cooldown_until": validator.free_at}
         return _answer(fields, Date=formatdate(time.time() + offset, usegmt=True))
 
     return Habit(pull, submit)
