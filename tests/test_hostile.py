@@ -26,6 +26,7 @@ from neurons.protocol import (
     make_submission,
     signature_is_valid,
 )
+from neurons.rehearsal import __main__ as rehearsal
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.rules import Limits
 
@@ -271,3 +272,10 @@ async def test_neither_proxies_nor_cookies_nor_credentials_come_from_outside(
     for headers in seen:
         assert not {"authorization", "proxy-authorization", "cookie"} & {name.lower() for name in headers}
         assert headers["Accept-Encoding"] == "identity"
+
+
+def test_the_rehearsal_knows_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rehearsal.parse(["--hostile", "floods", "malformed"]).hostile == ["floods", "malformed"]
+    monkeypatch.setattr("sys.argv", ["rehearsal", "--hostile", "floods", "bites"])
+    with pytest.raises(SystemExit, match="'bites' is none of all, never-answers, "):
+        rehearsal.main()
