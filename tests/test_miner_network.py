@@ -249,7 +249,7 @@ def test_a_result_whose_answer_was_lost_is_no_way_around_the_cooldown(tmp_path: 
             await asyncio.sleep(310)
             # The second task is in work; its result arrives, and the answer to it does not.
             network.deaf = True
-            await asyncio.sleep(30)
+            await asyncio.sleep(60)  # longer than the validation lock
             network.deaf = False
             await asyncio.sleep(HOUR)
             assert miner.count(Submission, "refused") == 1
