@@ -29,7 +29,8 @@ usage: ./deploy_competitive.sh [flags]
   --wallet.hotkey NAME         hotkey name
   --wallet.path PATH           folder of the wallets
   --netuid N                   subnet (17)
-  --blacklist UID [UID ...]    validators to leave out (180)
+  --blacklist UID|HOTKEY ...   validators to leave out (180)
+  --blacklist-file PATH        more of them, one a line; read again when it changes
   --help
 
 Running it again is quick and changes nothing. Stop with ./stop_competitive.sh.
@@ -44,7 +45,7 @@ misuse() {
 # ---- flags ----
 
 profile=auto config="" flux_steps="" threshold=0.6 host=127.0.0.1 port=10006
-workers=4 network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180)
+workers=4 network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
 
 whole() { # FLAG VALUE LOWEST HIGHEST
     if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
@@ -72,15 +73,15 @@ while (($# > 0)); do
         --blacklist)
             blacklist=()
             while (($# > 0)) && [[ $1 != --* ]]; do
-                whole --blacklist "$1" 0 65535
+                [[ $1 =~ ^[1-9A-HJ-NP-Za-km-z]{46,49}$ ]] || whole --blacklist "$1" 0 65535
                 blacklist+=("$1")
                 shift
             done
-            ((${#blacklist[@]} > 0)) || misuse "--blacklist needs at least one UID"
+            ((${#blacklist[@]} > 0)) || misuse "--blacklist needs at least one UID or hotkey"
             continue
             ;;
         --profile | --config | --flux-steps | --validation-threshold | --host | --port | --workers | --network | \
-            --wallet.name | --wallet.hotkey | --wallet.path | --netuid) ;;
+            --wallet.name | --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
         *) misuse "unknown flag $flag" ;;
     esac
     value=${1-}
@@ -128,6 +129,10 @@ while (($# > 0)); do
             whole "$flag" "$value" 0 65535
             netuid=$value
             ;;
+        --blacklist-file)
+            [[ $value == /* ]] || value=$caller/$value
+            blacklist_file=$value
+            ;;
     esac
 done
 if [[ $network == auto ]]; then
@@ -145,7 +150,7 @@ url=http://$reach:$port
 processes=(generation_service miner)
 [[ $network != rehearsal ]] || processes=(generation_service rehearsal miner)
 flags=$(printf '%q ' "$profile" "$config" "$flux_steps" "$threshold" "$host" "$port" "$workers" "$network" \
-    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "${blacklist[@]}")
+    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "${blacklist[@]}")
 
 # ---- what is already there ----
 
@@ -260,6 +265,7 @@ miner=(--network "$network" --netuid "$netuid" --workers "$workers" --generation
 [[ -z $wallet_name ]] || miner+=(--wallet.name "$wallet_name")
 [[ -z $wallet_hotkey ]] || miner+=(--wallet.hotkey "$wallet_hotkey")
 [[ -z $wallet_path ]] || miner+=(--wallet.path "$wallet_path")
+[[ -z $blacklist_file ]] || miner+=(--blacklist-file "$blacklist_file")
 start miner "${miner[@]}"
 started miner logs/miner.log .venv/bin/python scripts/probe.py status run/miner.status "$(cat run/miner.pid)" "$START_S"
 

@@ -27,7 +27,6 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +203,8 @@ def task_manager_works(_: Service) -> str:
     import bittensor as bt
 
     from neurons.chain import Metagraph, Neuron
+    from neurons.miner.clock import ValidatorClocks
+    from neurons.miner.events import Event
     from neurons.miner.spool import Spool
     from neurons.miner.submitter import Submitter
     from neurons.miner.task_manager import AsyncTaskManager
@@ -228,17 +229,34 @@ def task_manager_works(_: Service) -> str:
             synapse.dendrite = bt.TerminalInfo(status_code=200)
             return synapse
 
+    class ReadyGenerators:
+        def __init__(self) -> None:
+            self.ready = asyncio.Event()
+            self.ready.set()
+
+        def expected_seconds(self, tasks: int) -> None:
+            return None
+
     async def pull(folder: Path) -> str:
         keypair = bt.Keypair.create_from_uri("//check")
         directory = ValidatorDirectory(Eligibility(keypair.ss58_address, "rehearsal", frozenset()))
         neurons = [Neuron(uid, f"validator {uid}", "127.0.0.1", 9000 + uid, 5000.0, True) for uid in range(count)]
         directory.update(Metagraph(17, tuple(neurons)))
-        validators, spool, totals, ready = Validators(), Spool(folder), Counter[str](), asyncio.Event()
-        ready.set()
-        submitter = Submitter(validators, keypair, spool, totals)
-        manager = AsyncTaskManager(validators, directory, submitter, spool, ready, totals, workers=count, threshold=0.6)
+        validators, clocks, spool, events = Validators(), ValidatorClocks(), Spool(folder), list[Event]()
+        submitter = Submitter(validators, directory, clocks, keypair, spool, events.append)
+        manager = AsyncTaskManager(
+            validators,
+            directory,
+            clocks,
+            submitter,
+            spool,
+            ReadyGenerators(),
+            events.append,
+            workers=count,
+            threshold=0.6,
+        )
         started = time.monotonic()
-        manager.poll_eligible()
+        manager.sync()
         tasks = [await manager.next_assignment() for _ in range(count)]
         seconds = time.monotonic() - started
         await manager.close()

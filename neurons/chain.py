@@ -6,8 +6,10 @@ The file is JSON: {"netuid": int, "neurons": [{"uid", "hotkey", "ip", "port", "s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import json
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,6 @@ import bittensor as bt
 
 FETCH_TIMEOUT_S = 60.0
 MAX_NETWORK_FILE_BYTES = 1 << 20
-# Networks on which anyone may register, and so could name a machine of ours as its axon.
-PUBLIC_NETWORKS = ("finney", "test")
 
 
 class MetagraphUnavailable(Exception):
@@ -53,8 +53,35 @@ class Metagraph:
 async def fetch(network: str, netuid: int) -> Metagraph:
     """The metagraph of `netuid` from the chain at `network` (finney, test, or a ws:// or wss:// address).
 
-    Raises MetagraphUnavailable.
+    In a thread with an event loop of its own: decoding a metagraph is work that nobody else should wait for. The thread
+    is left behind when the caller is cancelled. Raises MetagraphUnavailable.
     """
+    loop = asyncio.get_running_loop()
+    fetched: asyncio.Future[Metagraph] = loop.create_future()
+
+    def deliver(result: Metagraph | BaseException) -> None:
+        if fetched.cancelled():
+            return
+        if isinstance(result, Metagraph):
+            fetched.set_result(result)
+        else:
+            fetched.set_exception(result)
+
+    def work() -> None:
+        result: Metagraph | BaseException
+        try:
+            result = asyncio.run(_fetch(network, netuid))
+        except BaseException as error:
+            result = error
+        # Closed when the miner has stopped meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(deliver, result)
+
+    threading.Thread(target=work, name="metagraph", daemon=True).start()
+    return await fetched
+
+
+async def _fetch(network: str, netuid: int) -> Metagraph:
     try:
         async with asyncio.timeout(FETCH_TIMEOUT_S), bt.AsyncSubtensor(network=network) as subtensor:
             return from_chain(await subtensor.metagraph(netuid, lite=True))

@@ -36,7 +36,7 @@ class Vertices:
         missing = [name for name in names if name not in self.names]
         if missing:
             raise ValueError(f"PLY: property {missing[0]!r} is missing")
-        block = self.table[:, [self.names.index(name) for name in names]]
+        block = np.take(self.table, [self.names.index(name) for name in names], axis=1)
         if not np.isfinite(block).all():
             raise ValueError(f"PLY: a value of {', '.join(names[:4])} is not finite")
         return block

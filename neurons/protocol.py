@@ -3,6 +3,9 @@
 A synapse's class name is its HTTP route on the validator's axon. An axon first rebuilds a synapse from the request's
 headers, and those carry only fields declared without a default: that is why `results`, `submit_time` and `signature`
 have none.
+
+What a validator answers is data of a stranger: `ANSWER_FIELDS` names all that is taken from it, and the types here
+bound what can come in. Nothing proves who answered: the signatures of this protocol are the miner's.
 """
 
 from __future__ import annotations
@@ -10,10 +13,18 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import bittensor as bt
-from pydantic import BaseModel
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 DECLARATION = (
     "I, as a miner on SN17, have obtained all licenses, rights and consents required to use, reproduce, modify, "
@@ -22,34 +33,54 @@ DECLARATION = (
 PULL_TIMEOUT_S = 12.0
 SUBMIT_TIMEOUT_S = 300.0
 COMPRESSION_SPZ = 2
+# Beyond any date or count that matters, and within what a float or a database holds exactly.
+LARGEST_INTEGER = 1 << 53
+
+
+def _with_utf8(text: str) -> str:
+    text.encode()  # lone surrogates, which JSON can express, raise a ValueError here
+    return text
+
+
+Integer = Annotated[int, AfterValidator(lambda value: min(max(value, -LARGEST_INTEGER), LARGEST_INTEGER))]
+Text = Annotated[str, AfterValidator(_with_utf8)]
 
 
 class TextTask(BaseModel):
     """A prompt to turn into a splat. Older validators send no `type`, which makes theirs this one."""
 
     type: Literal["text"] = "text"
-    id: str
-    prompt: str
+    id: Text
+    prompt: Text
 
 
 class ImageTask(BaseModel):
     """An image to turn into a splat; `prompt` is the image in base64."""
 
     type: Literal["image"] = "image"
-    id: str
-    prompt: str
+    id: Text
+    prompt: Text
 
 
 Task = TextTask | ImageTask
 
 
 class Feedback(BaseModel):
+    """What a validator says of a result and of its miner. A value that makes no sense counts as not said."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
     validation_failed: bool = False
     task_fidelity_score: float = 0.0
     average_fidelity_score: float = 0.0
-    generations_within_the_window: int = 0
+    generations_within_the_window: Integer = 0
     current_duel_rating: float = 0.0
     current_miner_reward: float = 0.0
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _drop_nonsense(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        return _validated_or_default(cls, value, handler, info)
 
 
 class PullTask(bt.Synapse):
@@ -57,15 +88,16 @@ class PullTask(bt.Synapse):
 
     task: Task | None = None
     validation_threshold: float = 0.6
-    throttle_period: int = 0
-    cooldown_until: int = 0
-    cooldown_violations: int = 0
+    throttle_period: Integer = 0
+    cooldown_until: Integer = 0
+    cooldown_violations: Integer = 0
 
 
 class SubmitResults(bt.Synapse):
     """Hands in a result; empty `results` say that nothing worth submitting was made.
 
-    The validator fills in `feedback` and `cooldown_until` (unix seconds).
+    The validator fills in `feedback` and `cooldown_until` (unix seconds). Where these make no sense they count as not
+    said: the validator has the result all the same, and a second submission would be one too many.
     """
 
     task: Task | None = None
@@ -77,7 +109,27 @@ class SubmitResults(bt.Synapse):
     submit_time: int
     signature: str
     feedback: Feedback | None = None
-    cooldown_until: int = 0
+    cooldown_until: Integer = 0
+
+    @field_validator("feedback", "cooldown_until", mode="wrap")
+    @classmethod
+    def _drop_nonsense(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        return _validated_or_default(cls, value, handler, info)
+
+
+def _validated_or_default(
+    model: type[BaseModel], value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo
+) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        return model.model_fields[info.field_name or ""].get_default()
+
+
+ANSWER_FIELDS: dict[type[bt.Synapse], tuple[str, ...]] = {
+    PullTask: ("task", "validation_threshold", "throttle_period", "cooldown_until", "cooldown_violations"),
+    SubmitResults: ("feedback", "cooldown_until"),
+}
 
 
 def signed_message(submit_time: int, prompt: str, validator_hotkey: str, miner_hotkey: str) -> bytes:

@@ -34,6 +34,8 @@ _SCALE_OFFSET, _SCALE_STEPS = np.float32(10), np.float32(16)
 # Bucket width of a quantised SH value: 5 bits are kept of degree 1 (3 coefficients x 3 colours), 4 bits above.
 _SH_DEGREE_1_VALUES = 9
 _SH_BUCKET_DEGREE_1, _SH_BUCKET_HIGHER = 8, 16
+# Points packed at a time: what is made of them on the way stays in the processor's cache.
+_BLOCK = 8192
 # Opacities are logits: bytes 0 and 255 would decode to infinities. This still counts as invisible (under 0.001).
 _ALPHA_EPSILON = 1e-6
 
@@ -47,23 +49,22 @@ def compress(data: bytes) -> bytes:
     """
     vertices = ply.read(data)
     sh_degree = vertices.sh_degree
-    positions = vertices.block("x", "y", "z")
-    logits = vertices.block("opacity")
-    colours = vertices.block("f_dc_0", "f_dc_1", "f_dc_2")
-    log_scales = vertices.block("scale_0", "scale_1", "scale_2")
-    quaternions = vertices.block("rot_0", "rot_1", "rot_2", "rot_3")
-    harmonics = vertices.block(*(f"f_rest_{i}" for i in range(ply.SH_VALUES[sh_degree])))
-
-    parts = [
-        HEADER.pack(MAGIC, VERSION, len(logits), sh_degree, FRACTIONAL_BITS, 0, 0),
-        _pack_positions(positions).tobytes(),
-        _pack_alphas(logits).tobytes(),
-        _to_bytes(colours * (_COLOUR_SCALE * np.float32(255)) + np.float32(127.5)).tobytes(),
-        _to_bytes((log_scales + _SCALE_OFFSET) * _SCALE_STEPS).tobytes(),
-        _pack_rotations(quaternions).tobytes(),
-        _pack_harmonics(harmonics).tobytes(),
-    ]
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(b"".join(parts))
+    count = len(vertices.table)
+    widths = _widths(sh_degree)
+    packed = bytearray(HEADER.size + count * sum(widths))
+    HEADER.pack_into(packed, 0, MAGIC, VERSION, count, sh_degree, FRACTIONAL_BITS, 0, 0)
+    body = np.frombuffer(packed, dtype=np.uint8, offset=HEADER.size)
+    starts = np.cumsum([count * width for width in widths])[:-1]
+    sections = [part.reshape(count, width) for part, width in zip(np.split(body, starts), widths, strict=True)]
+    # Once even without points, so that a PLY without the right properties is refused.
+    for start in range(0, max(count, 1), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = ply.Vertices(vertices.names, vertices.table[rows])
+        # Infinities on the way are clamped like everything that is out of range.
+        with np.errstate(over="ignore"):
+            for section, values in zip(sections, _pack(block, sh_degree), strict=True):
+                section[rows] = values
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(packed)
 
 
 def decompress(data: bytes, max_points: int = ply.MAX_POINTS) -> bytes:
@@ -86,10 +87,9 @@ def decompress(data: bytes, max_points: int = ply.MAX_POINTS) -> bytes:
                 raise ValueError(f"spz: SH degree {sh_degree}, the limit is {len(ply.SH_VALUES) - 1}")
             if fractional_bits > 23:
                 raise ValueError(f"spz: {fractional_bits} fractional bits, the limit is 23")
-            widths = (9, 1, 3, 3, 3, ply.SH_VALUES[sh_degree])
             sections = [
                 np.frombuffer(_read_exactly(stream, count * width, "points"), dtype=np.uint8).reshape(count, width)
-                for width in widths
+                for width in _widths(sh_degree)
             ]
             if stream.read(1):
                 raise ValueError(f"spz: data goes on after the {count} points of the header")
@@ -106,6 +106,31 @@ def decompress(data: bytes, max_points: int = ply.MAX_POINTS) -> bytes:
     table[:, -7:-4] = scales / _SCALE_STEPS - _SCALE_OFFSET
     table[:, -4:] = _unpack_rotations(rotations)
     return ply.write(ply.Vertices(ply.columns(sh_degree), table))
+
+
+def _widths(sh_degree: int) -> tuple[int, ...]:
+    """Bytes a point of each section, in the order in which they are packed."""
+    return 9, 1, 3, 3, 3, ply.SH_VALUES[sh_degree]
+
+
+def _pack(vertices: ply.Vertices, sh_degree: int) -> tuple[Bytes, ...]:
+    """(N, width) bytes of each section."""
+    # The PLY has the harmonics' colours outside and the coefficients inside, the packed form the other way round.
+    coefficients = ply.SH_VALUES[sh_degree] // 3
+    harmonics = [f"f_rest_{colour * coefficients + i}" for i in range(coefficients) for colour in range(3)]
+    positions = vertices.block("x", "y", "z")
+    logits = vertices.block("opacity")
+    colours = vertices.block("f_dc_0", "f_dc_1", "f_dc_2")
+    log_scales = vertices.block("scale_0", "scale_1", "scale_2")
+    quaternions = vertices.block("rot_0", "rot_1", "rot_2", "rot_3")
+    return (
+        _pack_positions(positions),
+        _pack_alphas(logits),
+        _to_bytes(colours * (_COLOUR_SCALE * np.float32(255)) + np.float32(127.5)),
+        _to_bytes((log_scales + _SCALE_OFFSET) * _SCALE_STEPS),
+        _pack_rotations(quaternions),
+        _pack_harmonics(vertices.block(*harmonics)),
+    )
 
 
 def _read_exactly(stream: zstandard.ZstdDecompressionReader, size: int, what: str) -> bytes:
@@ -141,7 +166,7 @@ def _pack_positions(positions: Float32Array) -> Bytes:
     """(N,3) -> (N,9): three 24-bit two's complement fixed-point numbers."""
     scaled = np.clip(positions * np.float32(1 << FRACTIONAL_BITS), -_POSITION_LIMIT - 1, _POSITION_LIMIT)
     words = np.ascontiguousarray(_round(scaled), dtype="<i4")
-    return np.ascontiguousarray(words.view(np.uint8).reshape(len(positions), 3, 4)[:, :, :3])
+    return words.view(np.uint8).reshape(len(positions), 3, 4)[:, :, :3].reshape(len(positions), 9)
 
 
 def _unpack_positions(packed: Bytes, fractional_bits: int) -> Float32Array:
@@ -152,8 +177,7 @@ def _unpack_positions(packed: Bytes, fractional_bits: int) -> Float32Array:
 
 
 def _pack_alphas(logits: Float32Array) -> Bytes:
-    with np.errstate(over="ignore"):
-        return _to_bytes(np.float32(255) / (np.float32(1) + np.exp(-logits)))
+    return _to_bytes(np.float32(255) / (np.float32(1) + np.exp(-logits)))
 
 
 def _unpack_alphas(packed: Bytes) -> Float32Array:
@@ -176,16 +200,18 @@ def _unpack_rotations(packed: Bytes) -> Float32Array:
 
 
 def _pack_harmonics(harmonics: Float32Array) -> Bytes:
-    """(N,3K) colour outer as in the PLY -> (N,3K) coefficient outer, colour inner."""
-    count, values = harmonics.shape
-    scaled = np.clip(harmonics, -2, 2) * np.float32(128)
-    # 0.49999997 + 0.5 is 1 in float32, but that falls into the same bucket as 0.
-    quantised = (scaled + np.copysign(np.float32(0.5), scaled)).astype(np.int16) + np.int16(128)
-    quantised = np.ascontiguousarray(quantised.reshape(count, 3, values // 3).swapaxes(1, 2)).reshape(count, values)
-    buckets = np.full(values, _SH_BUCKET_HIGHER, dtype=np.int16)
+    """(N,3K) -> (N,3K), both coefficient outer, colour inner."""
+    buckets = np.full(harmonics.shape[1], _SH_BUCKET_HIGHER, dtype=np.int16)
     buckets[:_SH_DEGREE_1_VALUES] = _SH_BUCKET_DEGREE_1
+    # Outside of this range all are 0 or 255 in the end.
+    scaled = np.clip(harmonics, -1, 1) * np.float32(128)
+    # 0.49999997 + 0.5 is 1 in float32, but that falls into the same bucket as 0.
+    scaled += np.copysign(np.float32(0.5), scaled)
+    quantised = scaled.astype(np.int16)
+    quantised += np.int16(128) + buckets // 2
     # The bucket widths are powers of two: clearing the low bits rounds down to a multiple.
-    return np.clip((quantised + buckets // 2) & -buckets, 0, 255).astype(np.uint8)
+    quantised &= -buckets
+    return np.minimum(quantised, 255).astype(np.uint8)
 
 
 def _unpack_harmonics(packed: Bytes) -> Float32Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 from dataclasses import replace
@@ -87,11 +88,21 @@ def test_reasons_to_skip(change: dict[str, object], reason: str | None) -> None:
     assert eligibility.reason_to_skip(replace(VALIDATOR, **change)) == reason  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("ip", ["127.0.0.1", "10.1.2.3", "169.254.169.254", "192.168.1.1", "::1", "0.0.0.0"])
-def test_a_public_network_s_axons_must_have_public_addresses(ip: str) -> None:
-    neuron = replace(VALIDATOR, ip=ip)
-    assert "not public" in (Eligibility("5M", "finney", frozenset()).reason_to_skip(neuron) or "")
-    assert Eligibility("5M", "ws://127.0.0.1:9944", frozenset()).reason_to_skip(neuron) is None
+@pytest.mark.parametrize("network", ["finney", "test", "ws://127.0.0.1:9944", "wss://node.example:443"])
+@pytest.mark.parametrize(
+    ("ip", "public"),
+    [
+        *((ip, True) for ip in ("8.8.8.8", "2001:4860:4860::8888")),
+        *((ip, False) for ip in ("127.0.0.1", "0.0.0.0", "10.1.2.3", "192.168.1.1", "169.254.169.254", "100.64.0.1")),
+        *((ip, False) for ip in ("224.0.1.1", "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff0e::1")),
+        # 127.0.0.1 by way of mapped, compatible, translated and tunnelled addresses.
+        *((ip, False) for ip in ("::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::1")),
+    ],
+)
+def test_a_chain_can_not_send_the_miner_to_its_own_network(network: str, ip: str, public: bool) -> None:
+    neuron = Neuron(1, "5V", ip, 8091, 1e4, True)
+    reason = Eligibility("5M", network, frozenset()).reason_to_skip(neuron)
+    assert reason == (None if public else f"axon address {ipaddress.ip_address(ip)} is not public")
 
 
 def test_skips_are_logged_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,7 @@ time.sleep(0.5)
 open("run/miner.status", "w").write(json.dumps(dict(status="ready")))
 time.sleep(1000)
 """
+HOTKEY = "5" + "F" * 47
 
 
 class Clone:
@@ -167,8 +168,8 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     config.write_text("iters: 3\n")
     result = clone.deploy(
         "--profile=tiny", "--flux-steps", "2", "--config", str(config), "--validation-threshold", "0.7",
-        "--workers", "3", "--netuid", "18", "--blacklist", "180", "7", "--network", "test",
-        "--wallet.name", "cold", "--wallet.hotkey", "hot",
+        "--workers", "3", "--netuid", "18", "--blacklist", "180", HOTKEY, "--network", "test",
+        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", "/etc/blacklist",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "REHEARSAL" not in result.stdout
@@ -182,8 +183,8 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     assert miner == [
         "--network", "test", "--netuid", "18", "--workers", "3",
         "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "--validation-threshold", "0.7",
-        "--status-file", "run/miner.status", "--blacklist", "180", "7",
-        "--wallet.name", "cold", "--wallet.hotkey", "hot",
+        "--status-file", "run/miner.status", "--blacklist", "180", HOTKEY,
+        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", "/etc/blacklist",
     ]  # fmt: skip
 
 
@@ -217,7 +218,7 @@ def test_wrong_flags_are_one_line(clone: Clone, arguments: list[str], parts: lis
 def test_help_names_every_flag(clone: Clone) -> None:
     text = clone.run("deploy_competitive.sh", "--help").stdout
     for flag in ("flux-steps", "config", "validation-threshold", "port", "host", "workers", "profile", "network",
-                 "wallet.name", "wallet.hotkey", "netuid", "blacklist", "help"):  # fmt: skip
+                 "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help"):  # fmt: skip
         assert f"--{flag}" in text
 
 

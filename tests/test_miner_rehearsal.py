@@ -95,8 +95,10 @@ def options(tmp_path: Path, endpoint: str) -> MinerOptions:
         wallet_name="rehearsal",
         wallet_hotkey="miner",
         wallet_path=state / "wallets",
-        endpoint=endpoint,
+        endpoints=(endpoint,),
         spool=tmp_path / "spool",
+        ledger=tmp_path / "ledger.sqlite",
+        metrics_port=0,
         rehearsal_state=state,
         status_file=tmp_path / "run" / "miner.status",
     )
@@ -221,6 +223,7 @@ async def test_the_two_processes(service: StandInService, tmp_path: Path) -> Non
     miner = start(
         *("neurons.serve_miner_competitive", "--network", "rehearsal", "--rehearsal.state", str(state)),
         *("--generation.endpoint", service.endpoint, "--spool", str(tmp_path / "spool")),
+        *("--ledger", str(tmp_path / "ledger.sqlite"), "--metrics-port", "0"),
         *("--logging.file", str(tmp_path / "miner.log"), "--status-file", str(status)),
     )
     try:

@@ -1,37 +1,37 @@
-"""The miner process: who it is, who is on the network, and its parts from start to stop."""
+"""The miner process: who it is, and its parts from start to stop."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import functools
 import logging
-import os
-import time
-from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import bittensor as bt
 
 from neurons import chain
-from neurons.chain import Metagraph, MetagraphUnavailable
-from neurons.miner.assignment import Assignment
+from neurons.chain import Metagraph
+from neurons.miner.blacklist import Blacklist
+from neurons.miner.bookkeeping import Bookkeeping
+from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.generator import GenerationService
+from neurons.miner.generators import GeneratorPool
 from neurons.miner.options import REHEARSAL, MinerOptions
 from neurons.miner.spool import Spool
+from neurons.miner.status import IdleLog, StatusFile, snapshot
 from neurons.miner.submitter import Submitter
+from neurons.miner.supervisor import keep_running
+from neurons.miner.sync import Synchroniser
 from neurons.miner.task_manager import AsyncTaskManager
 from neurons.miner.validators import Eligibility, ValidatorDirectory
-from neurons.miner.workers import work
+from neurons.miner.workers import Worker
 
 SYNC_INTERVAL_S = 300.0
 REHEARSAL_SYNC_INTERVAL_S = 5.0
-FIRST_SYNC_RETRY_S = 2.0
 STATUS_INTERVAL_S = 1.0
-IDLE_LOG_INTERVAL_S = 60.0
 # Of the 30 s that a stop may take: first what the workers have in hand, then the submissions.
 STOP_WORKERS_S = 15.0
 STOP_SUBMISSIONS_S = 8.0
@@ -45,10 +45,8 @@ class CompetitiveMiner:
     def __init__(self, options: MinerOptions) -> None:
         self._options = options
         self._stopping = asyncio.Event()
-        self._failed = False
-        self._status = "starting"
-        self._totals: Counter[str] = Counter()
-        self._busy: set[Assignment] = set()
+        self._status = StatusFile(options.status_file, options.network)
+        self._books = Bookkeeping(options.ledger, options.metrics_port, options.min_reward)
 
     def stop(self) -> None:
         if not self._stopping.is_set():
@@ -56,169 +54,138 @@ class CompetitiveMiner:
         self._stopping.set()
 
     async def run(self) -> int:
-        """The process' exit status: 0 after `stop`, 1 when a part of the miner broke."""
+        """The process' exit status: 0 after `stop`, 1 when there is no key to mine with."""
         try:
-            keypair = await self._load_keypair()
-            if keypair is not None:
+            if await self._network_is_there():
+                keypair = self._load_keypair()
+                if keypair is None:
+                    return 1
                 await self._mine(keypair)
         finally:
-            if self._options.status_file is not None:
-                self._options.status_file.unlink(missing_ok=True)
+            self._status.remove()
         log.info("Stopped")
-        return int(self._failed)
+        return 0
 
     async def _mine(self, keypair: bt.Keypair) -> None:
-        options = self._options
+        options, books = self._options, self._books
         log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
         if options.network == REHEARSAL:
             log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")
         async with AsyncExitStack() as stack:
-            dendrite = await stack.enter_async_context(ValidatorDendrite(keypair))
-            service = await stack.enter_async_context(GenerationService(options.endpoint))
+            clocks = ValidatorClocks()
+            dendrite = await stack.enter_async_context(ValidatorDendrite(keypair, clocks.answered))
+            services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
+            pool = GeneratorPool(services)
             spool = Spool(options.spool)
-            directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, options.blacklist))
-            submitter = Submitter(dendrite, keypair, spool, self._totals)
+            blacklist = Blacklist(options.blacklist, options.blacklist_file)
+            blacklist.reload()
+            directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
             manager = AsyncTaskManager(
                 dendrite,
                 directory,
+                clocks,
                 submitter,
                 spool,
-                service.ready,
-                self._totals,
+                pool,
+                books.record,
                 workers=options.workers,
                 threshold=options.validation_threshold,
+                cooldowns=await books.cooldowns(),
+                worth_asking_at=books.policy.ask_at,
             )
-            workers = [
-                self._part(work(manager, service, submitter, self._totals, self._busy)) for _ in range(options.workers)
-            ]
+            books.start()
+            stack.push_async_callback(books.close)
+            interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
+            synchroniser = Synchroniser(
+                self._fetch, keypair.ss58_address, options.network, directory, manager, blacklist, interval
+            )
+            workers = []
+            for number in range(1, options.workers + 1):
+                worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
+                workers.append(_start(f"Worker {number}", worker.run))
+            report = functools.partial(self._report_status, directory, manager, pool, synchroniser)
             background = [
-                self._part(service.watch()),
-                self._part(self._keep_in_sync(keypair.ss58_address, directory, manager)),
-                self._part(self._report_status(directory, manager, service)),
+                _start("Watching the generation services", pool.watch),
+                _start("Following the chain", synchroniser.follow_chain),
+                _start("Following the blacklist", synchroniser.follow_blacklist),
+                _start("Following the standings", books.follow_standings),
+                _start("The status report", report),
             ]
             await self._stopping.wait()
 
-            self._status = "stopping"
-            service.stop_waiting()
+            pool.stop_waiting()
             for task in background:
                 task.cancel()
             await manager.close()
             _, late = await asyncio.wait(workers, timeout=STOP_WORKERS_S)
-            for worker in late:
-                worker.cancel()
+            for task in late:
+                task.cancel()
             if late:
                 log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
             await asyncio.gather(*background, *late, return_exceptions=True)
             await submitter.drain(STOP_SUBMISSIONS_S)
 
-    def _part(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """A task without which the miner can not go on: when it breaks, the miner stops in good order."""
+    async def _network_is_there(self) -> bool:
+        """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
+        file = _network_file(self._options)
+        if self._options.network != REHEARSAL or file.exists():
+            return True
+        log.warning("No available validators: waiting for the rehearsal to write %s", file)
+        self._status.write(status="waiting for the rehearsal", validators=0)
+        while not file.exists():
+            try:
+                async with asyncio.timeout(STATUS_INTERVAL_S):
+                    await self._stopping.wait()
+                return False
+            except TimeoutError:
+                pass
+        return True
 
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.critical("A part of the miner broke", exc_info=error)
-                self._failed = True
-                self._stopping.set()
-
-        task = asyncio.create_task(coroutine)
-        task.add_done_callback(ended)
-        return task
-
-    async def _load_keypair(self) -> bt.Keypair | None:
-        """The miner's hotkey; None when there is none. A rehearsal makes the wallet first, so that is waited for."""
+    def _load_keypair(self) -> bt.Keypair | None:
         options = self._options
-        if options.network == REHEARSAL and not _network_file(options).exists():
-            log.warning("No available validators: waiting for the rehearsal to write %s", _network_file(options))
-            self._write_status(status="waiting for the rehearsal", validators=0)
-            while not _network_file(options).exists():
-                if await self._stopped_within(STATUS_INTERVAL_S):
-                    return None
         try:
             return bt.Wallet(options.wallet_name, options.wallet_hotkey, str(options.wallet_path)).hotkey
         except bt.KeyFileError as error:
             log.critical("Wallet %r, hotkey %r: %s", options.wallet_name, options.wallet_hotkey, error)
-            self._failed = True
             return None
 
-    async def _stopped_within(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._stopping.wait(), seconds)
-        except TimeoutError:
-            return False
-        return True
-
-    async def _keep_in_sync(self, hotkey: str, directory: ValidatorDirectory, manager: AsyncTaskManager) -> None:
-        interval = REHEARSAL_SYNC_INTERVAL_S if self._options.network == REHEARSAL else SYNC_INTERVAL_S
-        retry = FIRST_SYNC_RETRY_S
-        self._status = f"reading the metagraph of {self._options.network}"
-        log.info("Reading the metagraph of subnet %d on %s", self._options.netuid, self._options.network)
-        while True:
-            problem = await self._sync(hotkey, directory, manager)
-            if problem is None:
-                retry = FIRST_SYNC_RETRY_S
-                await asyncio.sleep(interval)
-            else:
-                log.error("%s; next attempt in %.0f s", problem, retry)
-                if not directory.eligible:
-                    self._status = problem
-                await asyncio.sleep(retry)
-                retry = min(2 * retry, interval)
-
-    async def _sync(self, hotkey: str, directory: ValidatorDirectory, manager: AsyncTaskManager) -> str | None:
-        """Brings the directory up to date; what stands in the way, if anything does."""
+    async def _fetch(self) -> Metagraph:
         options = self._options
-        try:
-            if options.network == REHEARSAL:
-                metagraph = await asyncio.to_thread(chain.load, _network_file(options))
-            else:
-                metagraph = await chain.fetch(options.network, options.netuid)
-        except MetagraphUnavailable as error:
-            return f"No metagraph: {error}"
-        if metagraph.find(hotkey) is None:
-            directory.update(Metagraph(metagraph.netuid, ()))
-            return f"Not registered: hotkey {hotkey} is not on subnet {metagraph.netuid} of {options.network}"
-        directory.update(metagraph)
-        if not directory.eligible:
-            return "No available validators: none of the subnet's neurons is eligible"
-        manager.poll_eligible()
-        return None
+        if options.network == REHEARSAL:
+            return await asyncio.to_thread(chain.load, _network_file(options))
+        return await chain.fetch(options.network, options.netuid)
 
     async def _report_status(
-        self, directory: ValidatorDirectory, manager: AsyncTaskManager, service: GenerationService
+        self,
+        directory: ValidatorDirectory,
+        manager: AsyncTaskManager,
+        pool: GeneratorPool,
+        synchroniser: Synchroniser,
     ) -> None:
         """Keeps the status file as things are, and says in the log when there is nothing to do."""
-        idle_logged = 0.0
+        idle_log = IdleLog()
         while True:
-            if manager.first_round_done.is_set() and directory.eligible:
-                self._status = "ready"
-            elif directory.eligible:
-                self._status = "asking validators" if service.ready.is_set() else "waiting for the generation service"
-            self._write_status(
-                status=self._status,
+            if not directory.eligible:
+                status = synchroniser.problem
+            elif manager.first_round_done.is_set():
+                status = "ready"
+            else:
+                status = "asking validators" if pool.ready.is_set() else "waiting for the generation service"
+            self._status.write(
+                status=status,
                 validators=len(directory.eligible),
                 queued=manager.queued,
-                working=len(self._busy),
-                totals=dict(self._totals),
+                working=len(manager.working),
+                totals=dict(self._books.totals),
             )
-            asleep = len(manager.cooldowns)
-            if asleep and asleep == len(directory.eligible) and time.monotonic() - idle_logged > IDLE_LOG_INTERVAL_S:
-                idle_logged = time.monotonic()
-                seconds = max(0.0, min(manager.cooldowns.values()) - time.time())
-                log.info("No available validators: all %d on cooldown, the next one in %.0f s", asleep, seconds)
+            idle_log.update(manager, len(directory.eligible))
+            self._books.show(snapshot(directory, manager, pool, self._books.backlog))
             await asyncio.sleep(STATUS_INTERVAL_S)
 
-    def _write_status(self, **fields: Any) -> None:
-        path = self._options.status_file
-        if path is None:
-            return
-        content = {**fields, "network": self._options.network, "pid": os.getpid()}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            log.error("Status file %s: %s", path, error)
+
+def _start(name: str, part: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    return asyncio.create_task(keep_running(name, part))
 
 
 def _network_file(options: MinerOptions) -> Path:

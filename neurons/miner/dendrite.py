@@ -2,54 +2,47 @@
 
 from __future__ import annotations
 
-import collections
+import json
 import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import aiohttp
 import bittensor as bt
 
+from neurons.miner.clock import steady_time
+from neurons.protocol import ANSWER_FIELDS
+
+# Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
+DateListener = Callable[[str, str | None, float, float], None]
+
 # An image task carries its image in base64; nothing that a validator sends is larger.
 MAX_ANSWER_BYTES = 16 << 20
+# An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
+MAX_ANSWER_COMMAS = 10_000
+MAX_MESSAGE_CHARACTERS = 500
+# Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
+# bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
+KEEPALIVE_S = 4.0
 
-
-class _BoundedResponse(aiohttp.ClientResponse):
-    """A response whose body is read up to MAX_ANSWER_BYTES, as it comes after decompression."""
-
-    async def read(self) -> bytes:
-        if self._body is None:
-            body = bytearray()
-            async for chunk in self.content.iter_chunked(1 << 16):
-                body += chunk
-                if len(body) > MAX_ANSWER_BYTES:
-                    self.close()
-                    raise aiohttp.ClientPayloadError(f"answer is larger than {MAX_ANSWER_BYTES} bytes")
-            self._body = bytes(body)
-            self.release()
-        return self._body
-
-
-async def _refuse_redirects(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    response = await handler(request)
-    if 300 <= response.status < 400:
-        response.close()
-        raise aiohttp.ClientPayloadError(f"answer is a redirect ({response.status})")
-    return response
+SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
 
 class ValidatorDendrite(bt.Dendrite):
-    """Calls validators' axons, and nothing but them: no redirects, answers of bounded size."""
+    """Calls validators' axons, and nothing but them: no redirects, no proxies, answers of bounded size.
 
-    def __init__(self, keypair: bt.Keypair) -> None:
+    Dendrite builds and signs the requests. Answers are read here: its own way with them lets a validator set every
+    field of the synapse (and raise from `call` by doing so), send compressed data, or choose a codec that takes hours.
+    """
+
+    def __init__(self, keypair: bt.Keypair, on_date: DateListener = lambda *_: None) -> None:
         # In place of Dendrite's own constructor, which asks six web sites for this machine's address and fails without
         # an answer. The address goes into a header only, where the axon overwrites it with the one that it sees.
         self.uuid = str(uuid.uuid1())
         self.external_ip = "0.0.0.0"
         self.keypair = keypair
-        # Dendrite appends every call for good: a leak in a process that runs for weeks.
-        self.synapse_history = collections.deque(maxlen=0)  # type: ignore[assignment]
         self._session: aiohttp.ClientSession | None = None
+        self._on_date = on_date
 
     def __del__(self) -> None:
         """Nothing: sessions are closed with `async with`. Dendrite's own would warn about a running event loop."""
@@ -58,14 +51,82 @@ class ValidatorDendrite(bt.Dendrite):
     async def session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                response_class=_BoundedResponse,
-                middlewares=(_refuse_redirects,),
-                # Unused cookies would be state that a validator keeps in this process.
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+                # Neither cookies nor compression: state and work that a validator could put on this process.
                 cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity"},
             )
         return self._session
+
+    async def call(  # type: ignore[override]
+        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float = 12.0, deserialize: bool = False
+    ) -> SynapseT:
+        """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
+
+        `is_success` needs a complete, well-formed answer with status 200. The `axon` status is that of any complete
+        answer, and None when there was none.
+        """
+        self.preprocess_synapse_for_request(target_axon, synapse, timeout)
+        assert synapse.axon is not None and synapse.dendrite is not None
+        code, message = 0, "Success"
+        try:
+            status, body = await self._post(target_axon, synapse, timeout)
+            synapse.axon.status_code = code = status
+            answer = parse(body)
+            if status == 200:
+                fill(synapse, answer)
+            else:
+                message = str(answer.get("message"))
+        except TimeoutError:
+            code, message = 408, f"no answer within {timeout:.0f} s"
+        except (aiohttp.ClientError, OSError) as error:
+            code, message = 503, f"{type(error).__name__}: {error}"
+        except (ValueError, RecursionError) as error:
+            if code in (0, 200):
+                code = 422
+            message = f"malformed answer: {error}"
+        synapse.dendrite.status_code = code
+        synapse.dendrite.status_message = message[:MAX_MESSAGE_CHARACTERS]
+        return synapse
+
+    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        sent = steady_time()
+        async with (await self.session).post(
+            self._get_endpoint_url(target_axon, type(synapse).__name__),
+            headers=synapse.to_headers(),
+            json=synapse.model_dump(),
+            timeout=aiohttp.ClientTimeout(total=timeout),
+            allow_redirects=False,
+        ) as response:
+            self._on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())
+            body = bytearray()
+            async for chunk in response.content.iter_chunked(1 << 16):
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    response.close()
+                    raise aiohttp.ClientPayloadError(f"answer is larger than {MAX_ANSWER_BYTES} bytes")
+            return response.status, bytes(body)
 
     def _get_endpoint_url(self, target_axon: bt.AxonInfo, request_name: str) -> str:
         # Dendrite calls an axon that has its own external address at 0.0.0.0: this machine, for whoever names it so.
         host = f"[{target_axon.ip}]" if ":" in target_axon.ip else target_axon.ip
         return f"http://{host}:{target_axon.port}/{request_name}"
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer. Raises ValueError or RecursionError."""
+    if body.count(b",") > MAX_ANSWER_COMMAS:
+        raise ValueError("too many values")
+    answer = json.loads(body)
+    if not isinstance(answer, dict):
+        raise ValueError("no JSON object")
+    return answer
+
+
+def fill(synapse: bt.Synapse, answer: dict[str, Any]) -> None:
+    """Takes over what the protocol lets a validator say, and nothing else. Raises ValueError for a wrong type."""
+    for name in ANSWER_FIELDS[type(synapse)]:
+        if name in answer:
+            setattr(synapse, name, answer[name])

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurons.miner.blacklist import parse_entry
+
 NETUID = 17
 # Known to hand out tasks and give no rewards.
 DEFAULT_BLACKLIST = (180,)
+DEFAULT_ENDPOINT = "http://127.0.0.1:10006"
 REHEARSAL = "rehearsal"
+LEDGER = Path("data/ledger.sqlite")
+METRICS_PORT = 10007
 REHEARSAL_STATE = Path("data/rehearsal")
 REHEARSAL_WALLET = "rehearsal"
 REHEARSAL_HOTKEY = "miner"
@@ -26,10 +31,15 @@ class MinerOptions:
     wallet_path: Path
     netuid: int = NETUID
     workers: int = 4
-    endpoint: str = "http://127.0.0.1:10006"
-    blacklist: frozenset[int] = frozenset(DEFAULT_BLACKLIST)
+    endpoints: tuple[str, ...] = (DEFAULT_ENDPOINT,)
+    retries: int = 2
+    blacklist: frozenset[int | str] = frozenset(DEFAULT_BLACKLIST)
+    blacklist_file: Path | None = None
     validation_threshold: float = 0.6
     spool: Path = Path("data/spool")
+    ledger: Path = LEDGER
+    metrics_port: int = METRICS_PORT
+    min_reward: float = 0.0
     rehearsal_state: Path = REHEARSAL_STATE
     log_file: Path = Path("logs/miner.log")
     status_file: Path | None = None
@@ -56,10 +66,16 @@ def parse(argv: list[str]) -> MinerOptions:
         wallet_path=path.expanduser(),
         netuid=args.netuid,
         workers=args.workers,
-        endpoint=args.endpoint,
+        endpoints=tuple(dict.fromkeys(args.endpoints)),
+        retries=args.retries,
         blacklist=frozenset(args.blacklist),
+        blacklist_file=args.blacklist_file,
         validation_threshold=args.validation_threshold,
         spool=args.spool,
+        # Nothing that was practice may look like earnings.
+        ledger=args.ledger or (args.rehearsal_state / LEDGER.name if network == REHEARSAL else LEDGER),
+        metrics_port=args.metrics_port,
+        min_reward=args.min_reward,
         rehearsal_state=args.rehearsal_state,
         log_file=args.log_file,
         status_file=args.status_file,
@@ -85,17 +101,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--wallet.hotkey", dest="wallet_hotkey", default="default", help="hotkey name; not used in a rehearsal")
     add("--wallet.path", dest="wallet_path", type=Path, default=Path("~/.bittensor/wallets"), help="wallets folder")
     add("--workers", type=_integer(1, 64), default=4, help="tasks in generation at once")
-    add("--generation.endpoint", dest="endpoint", type=_endpoint, default="http://127.0.0.1:10006", help="service")
+    add(
+        "--generation.endpoint",
+        dest="endpoints",
+        type=_endpoint,
+        nargs="+",
+        metavar="URL",
+        default=[DEFAULT_ENDPOINT],
+        help="generation services",
+    )
+    add("--retries", type=_integer(0, 10), default=2, help="other seeds tried, in time, for a rejected result")
     add(
         "--blacklist",
-        type=_integer(0, 65535),
+        type=_blacklist_entry,
         nargs="*",
-        metavar="UID",
+        metavar="UID|HOTKEY",
         default=list(DEFAULT_BLACKLIST),
         help="validators never asked for tasks",
     )
+    add("--blacklist-file", type=Path, default=None, help="more of them, one a line; read again when it changes")
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
     add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
+    add(
+        "--ledger",
+        type=Path,
+        help=f"database of what happened, for scripts.report; {LEDGER}, or {LEDGER.name} in the rehearsal's folder",
+    )
+    add("--metrics-port", type=_integer(0, 65535), default=METRICS_PORT, help="Prometheus on 127.0.0.1; 0: none")
+    add(
+        "--min-reward",
+        type=_fraction,
+        default=0.0,
+        help="validators whose expected accepted results per GPU second are fewer are skipped; 0 skips none",
+    )
     add("--rehearsal.state", dest="rehearsal_state", type=Path, default=REHEARSAL_STATE, help="the rehearsal's folder")
     add("--logging.file", dest="log_file", type=Path, default=Path("logs/miner.log"), help="log, rotated")
     add("--status-file", type=Path, default=None, help="JSON that says when the miner is ready")
@@ -110,6 +148,13 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return integer
+
+
+def _blacklist_entry(text: str) -> int | str:
+    try:
+        return parse_entry(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _fraction(text: str) -> float:

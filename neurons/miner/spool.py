@@ -16,6 +16,9 @@ from neurons.protocol import Task
 
 # Tasks are long gone after that: validators close them within minutes.
 MAX_AGE_S = 3600.0
+# Many times what can be on its way: one result per validator, 256 neurons on the subnet.
+MAX_ENTRIES = 512
+MAX_BYTES = 4 << 30
 
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
@@ -34,49 +37,98 @@ class SpooledResult:
 class Spool:
     """One file per validator and task: a line of JSON, then the result's bytes.
 
-    File names are hashes: task ids come from strangers.
+    File names are hashes: task ids come from strangers. A file's removal is one step that a crash can not halve, and so
+    the mark that its validator has answered.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # Answered, whatever became of their files.
+        self._removed: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, entry: SpooledResult) -> None:
-        """Writes the entry, whole or not at all. Raises OSError (disk full)."""
+        """Writes the entry, whole or not at all; the oldest ones make room. Raises OSError (disk full)."""
         path = self._path(entry.validator_hotkey, entry.task.id)
         head = {"validator_hotkey": entry.validator_hotkey, "task": entry.task.model_dump()}
+        content = json.dumps(head).encode() + b"\n" + entry.result
+        self._make_room(1, len(content))
         temporary = path.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:
-                file.write(json.dumps(head).encode() + b"\n" + entry.result)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            self._removed.discard(path)
+            self._sync_folder()
         finally:
             temporary.unlink(missing_ok=True)
 
     def get(self, validator_hotkey: str, task: Task) -> SpooledResult | None:
         """The entry for exactly this task; None too when its id is known but its prompt is another."""
-        entry = self._read(self._path(validator_hotkey, task.id))
+        path = self._path(validator_hotkey, task.id)
+        entry = None if path in self._removed else self._read(path)
         return entry if entry is not None and entry.task == task else None
 
     def remove(self, validator_hotkey: str, task_id: str) -> None:
-        self._path(validator_hotkey, task_id).unlink(missing_ok=True)
+        """Its validator has answered. Never raises OSError: what can not be deleted is ignored from now on."""
+        path = self._path(validator_hotkey, task_id)
+        try:
+            path.unlink(missing_ok=True)
+            self._sync_folder()
+        except OSError as error:
+            self._removed.add(path)
+            log.error("Spool: %s can not be removed: %s", path.name, error)
 
-    def load(self) -> list[SpooledResult]:
-        """All entries, oldest first. Those that are too old or not readable are dropped, with a log line."""
+    def entries(self) -> dict[str, list[Task]]:
+        """Validator hotkey -> its tasks with a result here, oldest first.
+
+        What is too old, not readable or beyond the limits is dropped, with a log line.
+        """
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
-        entries = []
-        for path in sorted(self._folder.glob("*.result"), key=lambda path: path.stat().st_mtime):
-            age = time.time() - path.stat().st_mtime
+        self._make_room(0, 0)
+        entries: dict[str, list[Task]] = {}
+        for age, path, _ in self._files():
             entry = self._read(path) if age <= MAX_AGE_S else None
             if entry is not None:
-                entries.append(entry)
+                entries.setdefault(entry.validator_hotkey, []).append(entry.task)
                 continue
             log.warning("Spooled result %s dropped: %s", path.name, "damaged" if age <= MAX_AGE_S else "too old")
             path.unlink(missing_ok=True)
         return entries
+
+    def _make_room(self, entries: int, size: int) -> None:
+        """For so many more entries of `size` bytes together."""
+        files = self._files()
+        total = size + sum(file_size for _, _, file_size in files)
+        for index, (_, path, file_size) in enumerate(files):
+            if len(files) - index + entries <= MAX_ENTRIES and total <= MAX_BYTES:
+                return
+            log.warning("Spooled result %s dropped: the spool is full", path.name)
+            path.unlink(missing_ok=True)
+            total -= file_size
+
+    def _files(self) -> list[tuple[float, Path, int]]:
+        """(age in seconds, path, bytes) of all entries, oldest first."""
+        files = []
+        now = time.time()
+        for path in self._folder.glob("*.result"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # answered this very moment
+                continue
+            files.append((now - status.st_mtime, path, status.st_size))
+        return sorted(files, reverse=True)
+
+    def _sync_folder(self) -> None:
+        """Makes renames and removals outlast a power cut too."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _path(self, validator_hotkey: str, task_id: str) -> Path:
         name = hashlib.sha256(f"{validator_hotkey}\0{task_id}".encode(errors="surrogatepass")).hexdigest()

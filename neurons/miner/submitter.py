@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import Counter
+import random
 from typing import Protocol, TypeVar
 
 import bittensor as bt
 
 from neurons.logging_setup import quoted
-from neurons.miner.assignment import DEFAULT_PAUSE_S, Assignment, next_pull_at
-from neurons.miner.spool import Spool, SpooledResult
+from neurons.miner.assignment import Assignment
+from neurons.miner.clock import DEFAULT_PAUSE_S, ValidatorClocks
+from neurons.miner.events import Recorder, Submission, SubmissionOutcome, answered_outcome
+from neurons.miner.spool import MAX_AGE_S, Spool, SpooledResult
+from neurons.miner.validators import ValidatorDirectory
 from neurons.protocol import SUBMIT_TIMEOUT_S, SubmitResults, make_submission
 
-RETRY_DELAYS_S = (2.0, 8.0, 30.0)
+# After a submission without an answer: doubled with each one in a row.
+FIRST_RETRY_S = 2.0
+MAX_RETRY_S = 60.0
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
@@ -33,12 +37,24 @@ class ValidatorCaller(Protocol):
 class Submitter:
     """Owns the submissions under way."""
 
-    def __init__(self, dendrite: ValidatorCaller, keypair: bt.Keypair, spool: Spool, totals: Counter[str]) -> None:
+    def __init__(
+        self,
+        dendrite: ValidatorCaller,
+        directory: ValidatorDirectory,
+        clocks: ValidatorClocks,
+        keypair: bt.Keypair,
+        spool: Spool,
+        record: Recorder,
+    ) -> None:
         self._dendrite = dendrite
+        self._directory = directory
+        self._clocks = clocks
+        self._now = clocks.now
         self._keypair = keypair
         self._spool = spool
-        self._totals = totals
+        self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
+        self._last_waits: dict[str, float] = {}  # hotkey -> seconds of the latest cooldown
 
     def submit(self, assignment: Assignment, result: bytes) -> None:
         """Starts handing in `result` (`.spz`, or b"" for nothing) and returns at once."""
@@ -62,49 +78,76 @@ class Submitter:
             log.error("Submission failed", exc_info=error)
 
     async def _deliver(self, assignment: Assignment, result: bytes) -> None:
+        """Spool, send until answered, forget. Whatever ends this before the last step leaves the result spooled."""
         uid, hotkey, task = assignment.validator.uid, assignment.validator.hotkey, assignment.task
-        ask_again_at = time.time() + DEFAULT_PAUSE_S
+        ask_again_at: float | None = None
         try:
             try:
                 await asyncio.to_thread(self._spool.put, SpooledResult(hotkey, task, result))
             except OSError as error:
                 log.error("Spool: %s; the result for validator [%d] is in memory alone", error, uid)
+            started = self._now()
             response = await self._send(assignment, result)
-            if response is None:
-                log.error("Submission to validator [%d] given up for now; the result stays in the spool", uid)
-                return
             self._spool.remove(hotkey, task.id)
-            if response.is_success:
-                self._report(assignment, response, len(result))
-                ask_again_at = next_pull_at(response.cooldown_until)
-            else:
-                self._totals["refused"] += 1
-                log.error("Submission to validator [%d] refused: %s", uid, _status(response))
+            outcome, reason = self._judge(assignment, response, len(result))
+            feedback = None
+            if response is not None and response.is_success:
+                feedback = response.feedback
+                ask_again_at = self._clocks.next_pull_at(hotkey, response.cooldown_until)
+                self._last_waits[hotkey] = ask_again_at - self._now()
+            elif hotkey in self._last_waits:
+                # Refused, perhaps for having been taken before, with an answer that was lost: then there is a cooldown.
+                ask_again_at = self._now() + self._last_waits[hotkey] + DEFAULT_PAUSE_S
+            seconds = self._now() - started
+            self._record(
+                Submission(assignment.validator, task.id, outcome, seconds, len(result), feedback, ask_again_at, reason)
+            )
         finally:
-            assignment.settle(ask_again_at)
+            assignment.settle(self._now() + DEFAULT_PAUSE_S if ask_again_at is None else ask_again_at)
 
     async def _send(self, assignment: Assignment, result: bytes) -> SubmitResults | None:
-        """The validator's answer, be it a refusal; None when there was none after all attempts."""
-        validator = assignment.validator
-        for delay in (*RETRY_DELAYS_S, None):
+        """The validator's answer, be it a refusal; None when there was none for as long as a task can matter."""
+        delay = FIRST_RETRY_S
+        started = self._now()
+        while True:
+            # Where it is now: it may have moved since the pull.
+            validator = self._directory.eligible.get(assignment.validator.hotkey, assignment.validator)
             submission = make_submission(assignment.task, result, validator.hotkey, self._keypair)
             response = await self._dendrite.call(
                 validator.axon_info(), submission, timeout=SUBMIT_TIMEOUT_S, deserialize=False
             )
-            if response.is_success or _refused(response):
+            if _is_answer(response):
                 return response
-            log.warning("Submission to validator [%d] failed: %s", validator.uid, _status(response))
-            if delay is not None:
-                await asyncio.sleep(delay)
-        return None
+            pause = delay * random.uniform(0.5, 1.5)
+            if self._now() + pause - started > MAX_AGE_S:
+                return None
+            log.warning(
+                "Submission to validator [%d] failed: %s; next attempt in %.1f s",
+                validator.uid,
+                status_of(response),
+                pause,
+            )
+            await asyncio.sleep(pause)
+            delay = min(2 * delay, MAX_RETRY_S)
 
-    def _report(self, assignment: Assignment, response: SubmitResults, size: int) -> None:
-        uid = assignment.validator.uid
-        self._totals["submitted"] += 1
-        log.info("Task submitted to validator [%d]: %s, %d bytes", uid, quoted(assignment.task.id), size)
+    def _judge(
+        self, assignment: Assignment, response: SubmitResults | None, size: int
+    ) -> tuple[SubmissionOutcome, str]:
+        """What became of a submission, and why; says so in the log."""
+        uid, task_id = assignment.validator.uid, quoted(assignment.task.id)
+        if response is None:
+            log.error("Submission to validator [%d] given up: no answer in %.0f s, %s", uid, MAX_AGE_S, task_id)
+            return "given_up", "no answer"
+        if not response.is_success and _status_code(response) != 200:
+            log.error("Submission to validator [%d] refused: %s", uid, status_of(response))
+            return "refused", status_of(response)
+        log.info("Task submitted to validator [%d]: %s, %d bytes", uid, task_id, size)
+        if not response.is_success:
+            log.warning("Validator [%d] took %s, and its answer is not readable: %s", uid, task_id, status_of(response))
+            return answered_outcome(size, None), status_of(response)
         feedback = response.feedback
         if feedback is None:
-            return
+            return answered_outcome(size, None), ""
         log.info(
             "Feedback from [%d]: Score=%.2f, Reward=%.2f (average %.2f, %d accepted in the window, rating %.0f)",
             uid,
@@ -115,17 +158,19 @@ class Submitter:
             feedback.current_duel_rating,
         )
         if feedback.validation_failed:
-            self._totals["failed_validation"] += 1
-            log.warning("Validation failed: validator [%d] did not accept %s", uid, quoted(assignment.task.id))
-        elif size:
-            self._totals["accepted"] += 1
+            log.warning("Validation failed: validator [%d] did not accept %s", uid, task_id)
+        return answered_outcome(size, feedback), ""
 
 
-def _refused(response: bt.Synapse) -> bool:
-    """Whether the axon itself said no, as opposed to errors on the way, which Dendrite also gives 4xx codes."""
-    return response.axon is not None and response.axon.status_code in (400, 401, 403, 404)
+def _is_answer(response: bt.Synapse) -> bool:
+    """Whether the validator has the result (200, readable or not), or its axon said a no that it would say again."""
+    return response.is_success or _status_code(response) in (200, 400, 403, 404)
 
 
-def _status(response: bt.Synapse) -> str:
+def _status_code(response: bt.Synapse) -> int | None:
+    return None if response.axon is None else response.axon.status_code
+
+
+def status_of(response: bt.Synapse) -> str:
     terminal = response.dendrite
     return "no answer" if terminal is None else f"{terminal.status_code} {quoted(terminal.status_message)}"

@@ -5,170 +5,276 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
-from collections import Counter
+import random
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
+from typing import Protocol
 
 from neurons.chain import Neuron
 from neurons.logging_setup import quoted
-from neurons.miner.assignment import Assignment, next_pull_at, usable_threshold
-from neurons.miner.spool import Spool, SpooledResult
-from neurons.miner.submitter import Submitter, ValidatorCaller
+from neurons.miner.admission import Admission, Forecast, Place
+from neurons.miner.assignment import Assignment, usable_threshold
+from neurons.miner.clock import ValidatorClocks
+from neurons.miner.events import Pull, PullOutcome, Recorder
+from neurons.miner.spool import Spool
+from neurons.miner.submitter import Submitter, ValidatorCaller, status_of
+from neurons.miner.supervisor import keep_running
 from neurons.miner.validators import ValidatorDirectory
 from neurons.protocol import PULL_TIMEOUT_S, PullTask
 
+# After a pull without an answer, and after a refusal: doubled with each one in a row.
 FIRST_RETRY_S = 5.0
+FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
 
 log = logging.getLogger(__name__)
 
 
+class Generators(Forecast, Protocol):
+    ready: asyncio.Event
+
+
 class AsyncTaskManager:
     """One poller per validator. A validator gives a miner one task at a time, so a poller that holds a task waits
-    until it is settled: the queue never sees the same task twice.
+    until it is settled: the queue never sees the same task twice, and never holds more than one per validator.
 
-    `generator_ready` holds pulling back while there is nobody to work on a task.
+    Pulling is held back while no generator is ready, and while what is held already keeps them busy for long enough.
     """
 
     def __init__(
         self,
         dendrite: ValidatorCaller,
         directory: ValidatorDirectory,
+        clocks: ValidatorClocks,
         submitter: Submitter,
         spool: Spool,
-        generator_ready: asyncio.Event,
-        totals: Counter[str],
+        generators: Generators,
+        record: Recorder,
         *,
         workers: int,
         threshold: float,
+        cooldowns: Mapping[str, float] = MappingProxyType({}),
+        worth_asking_at: Callable[[str], float] = lambda _: 0.0,
     ) -> None:
+        """`cooldowns`: hotkey -> unix time until which the validator may not be asked, from an earlier run.
+        `worth_asking_at` says the same of one that is not worth it now.
+        """
         self._dendrite = dendrite
         self._directory = directory
+        self._clocks = clocks
+        self._now = clocks.now
         self._submitter = submitter
         self._spool = spool
-        self._generator_ready = generator_ready
-        self._totals = totals
-        self._workers = workers
+        self._generators = generators
+        self._record = record
         self._threshold = threshold
-        # Two per worker: one in work, one ready to follow it. More would only grow old.
-        self._queue: asyncio.Queue[Assignment | None] = asyncio.Queue(maxsize=2 * workers)
-        self._room = asyncio.Event()
+        self._known_cooldowns = dict(cooldowns)
+        self._worth_asking_at = worth_asking_at
+        self._admission = Admission(generators, workers)
+        self._places: dict[Assignment, Place] = {}
+        self._queue: asyncio.Queue[Assignment | None] = asyncio.Queue()
         self._pollers: dict[str, asyncio.Task[None]] = {}
+        self._addresses: dict[str, tuple[str, int]] = {}
+        self._backing_off: dict[str, asyncio.Event] = {}
         self._asked: set[str] = set()
-        self._spooled: dict[str, list[SpooledResult]] = {}
-        for entry in spool.load():
-            self._spooled.setdefault(entry.validator_hotkey, []).append(entry)
+        self._spooled = spool.entries()
         self.first_round_done = asyncio.Event()
+        self.closed = False
+        self.working: set[Assignment] = set()
         self.cooldowns: dict[str, float] = {}  # hotkey -> unix time until which its poller sleeps
 
-    def poll_eligible(self) -> None:
-        """Starts a poller for every eligible validator that has none. To be called when the directory changed."""
-        for hotkey in self._directory.eligible:
+    def sync(self) -> None:
+        """Polls every eligible validator, and no other. To be called when the directory changed."""
+        eligible = self._directory.eligible
+        for hotkey in self._pollers.keys() - eligible.keys():
+            # One that holds a task first sees it through.
+            if hotkey in self.cooldowns or hotkey in self._backing_off:
+                self._pollers[hotkey].cancel()
+        for hotkey, validator in eligible.items():
+            address = validator.ip, validator.port
+            if self._addresses.get(hotkey, address) != address and hotkey in self._backing_off:
+                self._backing_off[hotkey].set()
             if hotkey not in self._pollers:
-                poller = asyncio.create_task(self._poll(hotkey))
+                name = f"Polling of validator [{validator.uid}]"
+                poller = asyncio.create_task(keep_running(name, functools.partial(self._poll, hotkey)))
                 self._pollers[hotkey] = poller
                 poller.add_done_callback(functools.partial(self._poller_ended, hotkey))
+        self._addresses = {hotkey: (validator.ip, validator.port) for hotkey, validator in eligible.items()}
+        self._asked &= eligible.keys()
+        now = self._now()
+        self._known_cooldowns = {hotkey: until for hotkey, until in self._known_cooldowns.items() if until > now}
+        self._clocks.keep(self._pollers.keys())
 
     async def next_assignment(self) -> Assignment | None:
-        """The next task to work on; None once the manager is closed."""
+        """The next task to work on; None once the manager is closed. `finished` is to be called with it."""
         assignment = await self._queue.get()
-        self._room.set()
+        if assignment is None:
+            self._queue.put_nowait(None)  # for the other workers
+        else:
+            self.working.add(assignment)
         return assignment
+
+    def finished(self, assignment: Assignment) -> None:
+        """Its generation is over: there is room for another task."""
+        self.working.discard(assignment)
+        place = self._places.get(assignment)
+        if place is not None:
+            place.leave()
 
     async def close(self) -> None:
         """Stops polling and forgets queued tasks: their validators give them out again."""
+        self.closed = True
         pollers = list(self._pollers.values())
         for poller in pollers:
             poller.cancel()
         await asyncio.gather(*pollers, return_exceptions=True)
         while not self._queue.empty():
             self._queue.get_nowait()
-        for _ in range(self._workers):
-            self._queue.put_nowait(None)
+        self._queue.put_nowait(None)
+
+    @property
+    def held(self) -> Collection[Assignment]:
+        """Tasks pulled and not settled yet, save those that came out of the spool."""
+        return self._places.keys()
+
+    @property
+    def silent(self) -> int:
+        """How many validators gave no answer and are left alone for a while."""
+        return len(self._backing_off)
 
     @property
     def queued(self) -> int:
         return self._queue.qsize()
 
-    def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:
-        self._pollers.pop(hotkey, None)
-        self.cooldowns.pop(hotkey, None)
-        if not poller.cancelled() and (error := poller.exception()) is not None:
-            log.error("Polling of %s ended; it starts again at the next sync", hotkey, exc_info=error)
+    def _poller_ended(self, hotkey: str, _: asyncio.Task[None]) -> None:
+        del self._pollers[hotkey]
 
     async def _poll(self, hotkey: str) -> None:
-        ask_again_at = await self._resubmit(hotkey)
-        failures = 0
+        """Until the validator is not eligible any more."""
+        ask_again_at = max(await self._resubmit(hotkey), self._known_cooldowns.get(hotkey, 0.0))
+        failures = refusals = 0
         while True:
-            await self._sleep_until(hotkey, ask_again_at)
-            await self._generator_ready.wait()
-            await self._wait_for_room(hotkey)
-            validator = self._directory.eligible.get(hotkey)
-            if validator is None:
-                return
-            response = await self._pull(validator)
-            self._mark_asked(hotkey)
-            if response is None:
-                ask_again_at = time.time() + min(FIRST_RETRY_S * 2**failures, MAX_RETRY_S)
-                failures = min(failures + 1, 10)
-                continue
-            failures = 0
-            if response.task is None:
-                ask_again_at = next_pull_at(response.cooldown_until)
-            else:
-                ask_again_at = await self._work_off(validator, response)
+            # For a poller that starts anew: after a fault, or when the validator has been away for a while.
+            self._known_cooldowns[hotkey] = ask_again_at
+            await self._sleep_until(hotkey, max(ask_again_at, self._patience(hotkey)))
+            await self._generators.ready.wait()
+            if self._admission.is_full:
+                self._mark_asked(hotkey)
+            place = await self._admission.enter()
+            try:
+                validator = self._directory.eligible.get(hotkey)
+                if validator is None:
+                    return
+                if not self._generators.ready.is_set():
+                    continue
+                sent = self._now()
+                response = await self._pull(validator)
+                self._mark_asked(hotkey)
+                if response is None:
+                    place.leave()
+                    await self._back_off(hotkey, min(FIRST_RETRY_S * 2**failures, MAX_RETRY_S))
+                    failures = min(failures + 1, 10)
+                elif response.task is None:
+                    pause = min(FIRST_REFUSAL_PAUSE_S * 2**refusals, MAX_RETRY_S)
+                    failures, refusals = 0, min(refusals + 1, 10)
+                    ask_again_at = self._refused(validator, response, sent, pause)
+                else:
+                    failures = refusals = 0
+                    place.fill()
+                    seconds = self._now() - sent
+                    self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
+                    ask_again_at = await self._work_off(validator, response, place)
+            finally:
+                place.leave()
+
+    def _patience(self, hotkey: str) -> float:
+        """The unix time from which the validator is worth asking. Says in the log when that is not now."""
+        at, now = self._worth_asking_at(hotkey), self._now()
+        validator = self._directory.eligible.get(hotkey)
+        if at > now and validator is not None:
+            log.info("Validator [%d] skipped: it earns too little; tried again in %.0f s", validator.uid, at - now)
+        return at
 
     async def _resubmit(self, hotkey: str) -> float:
         """Hands in what an earlier run left in the spool for this validator."""
         ask_again_at = 0.0
-        for entry in self._spooled.pop(hotkey, []):
+        for task in self._spooled.pop(hotkey, []):
             validator = self._directory.eligible.get(hotkey)
-            if validator is not None:
-                log.info("Validator [%d]: submitting a spooled result, %s", validator.uid, quoted(entry.task.id))
-                assignment = Assignment(validator, entry.task, self._threshold)
+            entry = await asyncio.to_thread(self._spool.get, hotkey, task)
+            if validator is not None and entry is not None:
+                log.info("Validator [%d]: submitting a spooled result, %s", validator.uid, quoted(task.id))
+                assignment = Assignment(validator, task, self._threshold, self._now())
                 self._submitter.submit(assignment, entry.result)
                 ask_again_at = await assignment.settled
         return ask_again_at
 
     async def _pull(self, validator: Neuron) -> PullTask | None:
+        sent = self._now()
         response = await self._dendrite.call(
             validator.axon_info(), PullTask(), timeout=PULL_TIMEOUT_S, deserialize=False
         )
         if response.is_success:
             return response
-        terminal = response.dendrite
-        status = "no answer" if terminal is None else f"{terminal.status_code} {quoted(terminal.status_message)}"
-        log.warning("Pull from validator [%d] failed: %s", validator.uid, status)
+        log.warning("Pull from validator [%d] failed: %s", validator.uid, status_of(response))
+        self._record(Pull(validator, "failed", self._now() - sent, reason=status_of(response)))
         return None
 
-    async def _work_off(self, validator: Neuron, response: PullTask) -> float:
+    def _refused(self, validator: Neuron, response: PullTask, sent: float, pause: float) -> float:
+        """What an answer without a task teaches; returns the unix time from which the validator may be asked again."""
+        now = self._now()
+        cooldown_until, violations = response.cooldown_until, response.cooldown_violations
+        self._clocks.refused(validator.hotkey, cooldown_until, sent)
+        ask_again_at = max(self._clocks.next_pull_at(validator.hotkey, cooldown_until), now + pause)
+        log.info(
+            "Validator [%d] gave no task: asked again in %.0f s, %d cooldown violations so far",
+            validator.uid,
+            ask_again_at - now,
+            violations,
+        )
+        outcome: PullOutcome = "cooldown" if cooldown_until > 0 else "refused"
+        self._record(Pull(validator, outcome, now - sent, ask_again_at=ask_again_at, violations=violations))
+        return ask_again_at
+
+    async def _work_off(self, validator: Neuron, response: PullTask, place: Place) -> float:
         """Sees a pulled task through; returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
         shown = quoted(task.prompt) if task.type == "text" else f"image, {len(task.prompt)} characters"
         log.info("Task pulled from validator [%d]: %s, %s", validator.uid, quoted(task.id), shown)
-        self._totals["pulled"] += 1
         threshold = usable_threshold(response.validation_threshold, self._threshold)
-        assignment = Assignment(validator, task, threshold)
+        assignment = Assignment(validator, task, threshold, self._now())
         spooled = await asyncio.to_thread(self._spool.get, validator.hotkey, task)
         if spooled is not None:
+            place.leave()
             self._submitter.submit(assignment, spooled.result)
-        else:
-            await self._queue.put(assignment)
-        return await assignment.settled
+            return await assignment.settled
+        self._places[assignment] = place
+        try:
+            self._queue.put_nowait(assignment)
+            return await assignment.settled
+        finally:
+            del self._places[assignment]
 
     async def _sleep_until(self, hotkey: str, unix_time: float) -> None:
         self.cooldowns[hotkey] = unix_time
+        if unix_time > self._now():
+            self._mark_asked(hotkey)
         try:
-            while (left := unix_time - time.time()) > 0:
+            while (left := unix_time - self._now()) > 0:
                 await asyncio.sleep(left)
         finally:
             self.cooldowns.pop(hotkey, None)
 
-    async def _wait_for_room(self, hotkey: str) -> None:
-        while self._queue.full():
-            self._mark_asked(hotkey)
-            self._room.clear()
-            await self._room.wait()
+    async def _back_off(self, hotkey: str, seconds: float) -> None:
+        """Waits, with jitter, unless the validator moves to another address meanwhile."""
+        moved = self._backing_off[hotkey] = asyncio.Event()
+        try:
+            async with asyncio.timeout(seconds * random.uniform(0.8, 1.2)):
+                await moved.wait()
+        except TimeoutError:
+            pass
+        finally:
+            del self._backing_off[hotkey]
 
     def _mark_asked(self, hotkey: str) -> None:
         self._asked.add(hotkey)

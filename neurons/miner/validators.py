@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 
-from neurons.chain import PUBLIC_NETWORKS, Metagraph, Neuron
+from neurons.chain import Metagraph, Neuron
+from neurons.miner.options import REHEARSAL
 
 MIN_STAKE = 1000.0
+_UNICAST = ipaddress.ip_network("2000::/3")
+_SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Eligibility:
-    """The rule by which validators are chosen."""
+    """The rule by which validators are chosen. `blacklist` has UIDs and hotkeys."""
 
     own_hotkey: str
     network: str
-    blacklist: frozenset[int]
+    blacklist: Container[int | str]
 
     def reason_to_skip(self, neuron: Neuron) -> str | None:
         """Why `neuron` is not asked for tasks; None when it is."""
@@ -27,6 +31,8 @@ class Eligibility:
             return "this miner itself"
         if neuron.uid in self.blacklist:
             return "blacklisted UID"
+        if neuron.hotkey in self.blacklist:
+            return "blacklisted hotkey"
         if not neuron.validator_permit:
             return "no validator permit"
         if not neuron.stake >= MIN_STAKE:
@@ -42,10 +48,19 @@ class Eligibility:
             return "axon address is no IP address"
         if not 0 < neuron.port < 65536:
             return f"axon port {neuron.port} out of range"
-        # Anyone can announce 127.0.0.1 or an address of the miner's own network on a public chain.
-        if self.network in PUBLIC_NETWORKS and not address.is_global:
+        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network; that the chain's node is
+        # on this machine does not make it a private chain.
+        if self.network != REHEARSAL and not _is_public(address):
             return f"axon address {address} is not public"
         return None
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether this is one host out in the internet. `is_global` alone also holds for groups and for detours."""
+    if address.version == 4:
+        return address.is_global and not address.is_multicast
+    # Outside of 2000::/3 and in 2002::/16 are addresses that stand for IPv4 ones, 127.0.0.1 among them.
+    return address.is_global and address in _UNICAST and address not in _SIX_TO_FOUR
 
 
 class ValidatorDirectory:
@@ -54,9 +69,15 @@ class ValidatorDirectory:
     def __init__(self, eligibility: Eligibility) -> None:
         self._eligibility = eligibility
         self._logged: dict[str, str] = {}
+        self._metagraph = Metagraph(0, ())
         self.eligible: dict[str, Neuron] = {}
 
+    def refresh(self) -> None:
+        """To be called when the blacklist has changed."""
+        self.update(self._metagraph)
+
     def update(self, metagraph: Metagraph) -> None:
+        self._metagraph = metagraph
         eligible = {}
         reasons = {}
         for neuron in metagraph.neurons:
@@ -64,12 +85,15 @@ class ValidatorDirectory:
             if reason is None:
                 eligible[neuron.hotkey] = neuron
             # The hundreds of neurons that are miners like this one are no news.
-            elif neuron.validator_permit or neuron.uid in self._eligibility.blacklist:
+            elif neuron.validator_permit or reason.startswith("blacklisted"):
                 reasons[neuron.hotkey] = reason
                 if self._logged.get(neuron.hotkey) != reason:
                     log.info("Validator [%d] skipped: %s", neuron.uid, reason)
         for neuron in eligible.values():
-            if neuron.hotkey not in self.eligible:
+            before = self.eligible.get(neuron.hotkey)
+            if before is None or (before.ip, before.port) != (neuron.ip, neuron.port):
                 log.info("Validator [%d] at %s:%d, stake %.0f", neuron.uid, neuron.ip, neuron.port, neuron.stake)
+        for hotkey in self.eligible.keys() - eligible.keys() - reasons.keys():
+            log.info("Validator [%d] skipped: not on the subnet any more", self.eligible[hotkey].uid)
         self._logged = reasons
         self.eligible = eligible

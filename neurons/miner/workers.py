@@ -1,74 +1,126 @@
-"""Workers: from an assignment to a result, by way of the generation service."""
+"""Workers: from an assignment to a result, by way of the generation services."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections import Counter
+import secrets
+from collections.abc import Callable
 from typing import Protocol
 
 from neurons import spz
 from neurons.logging_setup import quoted
-from neurons.miner.assignment import DEFAULT_PAUSE_S, Assignment
-from neurons.miner.generator import Generated, GenerationFailed, ServiceUnavailable
+from neurons.miner.admission import PLANNED_AGE_S
+from neurons.miner.assignment import Assignment
+from neurons.miner.clock import DEFAULT_PAUSE_S, steady_time
+from neurons.miner.events import Generation, GenerationOutcome, Recorder
+from neurons.miner.generator import AttemptFailed, Generated, GenerationFailed
+from neurons.miner.generators import ServiceUnavailable
 from neurons.miner.submitter import Submitter
 from neurons.miner.task_manager import AsyncTaskManager
 from neurons.protocol import Task
+
+SEED_BITS = 32
 
 log = logging.getLogger(__name__)
 
 
 class Generator(Protocol):
-    async def generate(self, task: Task) -> Generated: ...
+    async def generate(self, task: Task, seed: int) -> Generated: ...
 
 
-async def work(
-    manager: AsyncTaskManager, generator: Generator, submitter: Submitter, totals: Counter[str], busy: set[Assignment]
-) -> None:
-    """One worker: takes assignments until the manager is closed. `busy` holds what the workers have in hand."""
-    while (assignment := await manager.next_assignment()) is not None:
-        busy.add(assignment)
+class Worker:
+    """Takes assignments until the manager is closed. A rejected result is tried again up to `retries` times."""
+
+    def __init__(
+        self,
+        manager: AsyncTaskManager,
+        generator: Generator,
+        submitter: Submitter,
+        record: Recorder,
+        *,
+        retries: int,
+        now: Callable[[], float] = steady_time,
+    ) -> None:
+        self._manager = manager
+        self._generator = generator
+        self._submitter = submitter
+        self._record = record
+        self._retries = retries
+        self._now = now
+
+    async def run(self) -> None:
+        while (assignment := await self._manager.next_assignment()) is not None:
+            result = None
+            try:
+                result = await self._produce(assignment)
+            except ServiceUnavailable as error:
+                uid = assignment.validator.uid
+                log.error("Generation failed for validator [%d]: %s; the task stays open", uid, error)
+            finally:
+                self._manager.finished(assignment)
+                if result is None:
+                    # Its validator gives it out again.
+                    assignment.settle(self._now() + DEFAULT_PAUSE_S)
+            if result is not None:
+                self._submitter.submit(assignment, result)
+
+    async def _produce(self, assignment: Assignment) -> bytes:
+        """The compressed splat, or b"" where submitting one would be in vain. Raises ServiceUnavailable.
+
+        An unacceptable result costs ten minutes of cooldown, an empty one costs none.
+        """
+        for attempt in range(self._retries + 1):
+            started = self._now()
+            result, event = await self._attempt(assignment)
+            self._record(event)
+            uid = assignment.validator.uid
+            if event.outcome == "generated":
+                log.info("Generated for validator [%d]: %d bytes in %.1f s", uid, event.size, event.seconds)
+                return result
+            in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
+            again = event.outcome != "given_up" and attempt < self._retries and in_time and not self._manager.closed
+            log.warning(
+                "%s for validator [%d]: %s; %s",
+                "Validation failed" if event.outcome == "rejected" else "Generation failed",
+                uid,
+                event.reason,
+                "trying another seed" if again else "submitting nothing",
+            )
+            if not again:
+                break
+        return b""
+
+    async def _attempt(self, assignment: Assignment) -> tuple[bytes, Generation]:
+        """One generation, and what became of it: given_up when another attempt would end the same way."""
+        validator, task, started = assignment.validator, assignment.task, self._now()
+
+        def over(outcome: GenerationOutcome, reason: str = "", size: int = 0) -> Generation:
+            score, endpoint = (None, "") if generated is None else (generated.score, generated.endpoint)
+            return Generation(validator, task, outcome, self._now() - started, score, size, endpoint, reason)
+
+        generated: Generated | None = None
         try:
-            submitter.submit(assignment, await _produce(assignment, generator, totals))
+            generated = await self._generator.generate(task, secrets.randbits(SEED_BITS))
+            if generated.score is not None:
+                seed = quoted(generated.seed)
+                log.info("CLIP Score: %.2f (validator [%d], seed %s)", generated.score, validator.uid, seed)
+            reason = _rejection(generated, assignment.threshold)
+            if reason is not None:
+                return b"", over("rejected", reason)
+            result = await asyncio.to_thread(spz.compress, generated.ply)
+            return result, over("generated", size=len(result))
+        except GenerationFailed as error:
+            return b"", over("given_up", str(error))
+        except AttemptFailed as error:
+            return b"", over("failed", str(error))
         except ServiceUnavailable as error:
-            log.error("Generation failed for validator [%d]: %s; the task stays open", assignment.validator.uid, error)
-            totals["unavailable"] += 1
-            assignment.settle(time.time() + DEFAULT_PAUSE_S)
-        finally:
-            busy.discard(assignment)
-
-
-async def _produce(assignment: Assignment, generator: Generator, totals: Counter[str]) -> bytes:
-    """The compressed splat, or b"" where submitting one would be in vain. Raises ServiceUnavailable.
-
-    An unacceptable result costs ten minutes of cooldown, an empty one costs none.
-    """
-    uid = assignment.validator.uid
-    started = time.monotonic()
-    try:
-        generated = await generator.generate(assignment.task)
-        if generated.score is not None:
-            log.info("CLIP Score: %.2f (validator [%d], seed %s)", generated.score, uid, quoted(generated.seed))
-        reason = _rejection(generated, assignment.threshold)
-        if reason is not None:
-            totals["rejected"] += 1
-            log.warning("Validation failed for validator [%d]: %s; submitting nothing", uid, reason)
-            return b""
-        result = await asyncio.to_thread(spz.compress, generated.ply)
-    except GenerationFailed as error:
-        log.error("Generation failed for validator [%d]: %s", uid, error)
-    except ServiceUnavailable:
-        raise
-    except Exception:
-        # Whatever went wrong with this task must not take the worker along.
-        log.exception("Generation failed for validator [%d]", uid)
-    else:
-        totals["generated"] += 1
-        log.info("Generated for validator [%d]: %d bytes in %.1f s", uid, len(result), time.monotonic() - started)
-        return result
-    totals["failed"] += 1
-    return b""
+            self._record(over("endpoint", str(error)))
+            raise
+        except Exception as error:
+            # Whatever went wrong with this task must not take the worker along.
+            log.exception("Generation failed for validator [%d]", validator.uid)
+            return b"", over("failed", type(error).__name__)
 
 
 def _rejection(generated: Generated, threshold: float) -> str | None:

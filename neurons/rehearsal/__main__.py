@@ -24,6 +24,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--validators", type=int, default=4, help="how many, UID 180 among them")
     parser.add_argument("--time-scale", type=float, default=1.0, help="divides cooldowns and every other time")
+    parser.add_argument(
+        "--hostile",
+        nargs="*",
+        default=[],
+        metavar="KIND",
+        help="misbehaving validators to add, such as never-answers; all: one of each kind",
+    )
     parser.add_argument("--endpoint", default="http://127.0.0.1:10006", help="service that scores")
     parser.add_argument("--state", type=Path, default=REHEARSAL_STATE, help="folder of wallets and network.json")
     parser.add_argument("--logging.file", dest="log_file", type=Path, default=Path("logs/rehearsal.log"), help="log")
@@ -39,15 +46,20 @@ def main() -> int:
     args = parse(sys.argv[1:])
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
+    from neurons.rehearsal.hostile import HABITS
     from neurons.rehearsal.network import RehearsalNetwork, load_prompts
     from neurons.rehearsal.rules import Limits
 
+    hostile = list(HABITS) if args.hostile == ["all"] else args.hostile
+    unknown = [kind for kind in hostile if kind not in HABITS]
+    if unknown:
+        sys.exit(f"argument --hostile: {unknown[0]!r} is none of all, {', '.join(HABITS)}")
     logging_setup.configure(args.log_file)
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that sigwait below gets them and nobody else.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     limits = Limits().compressed(args.time_scale)
-    with RehearsalNetwork(args.state, args.endpoint, args.validators, limits, load_prompts()) as network:
+    with RehearsalNetwork(args.state, args.endpoint, args.validators, limits, load_prompts(), hostile) as network:
         log.info("%d validators; a task every %.0f s from each", len(network.validators), limits.task_cooldown)
         signal.sigwait(stop_signals)
         log.info("Stopping")

@@ -9,7 +9,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import bittensor as bt
@@ -17,6 +17,7 @@ import bittensor as bt
 from neurons import chain
 from neurons.chain import Metagraph, Neuron
 from neurons.miner.options import NETUID, REHEARSAL_HOTKEY, REHEARSAL_WALLET
+from neurons.rehearsal.hostile import HostileValidator
 from neurons.rehearsal.rules import Limits, Rules
 from neurons.rehearsal.scoring import ScoringService
 from neurons.rehearsal.validator import RehearsalValidator
@@ -24,6 +25,7 @@ from neurons.rehearsal.validator import RehearsalValidator
 PROMPTS = Path(__file__).with_name("prompts.txt")
 UNREWARDING_UID = 180
 MINER_UID = 200
+FIRST_HOSTILE_UID = 100
 VALIDATOR_STAKE = 10_000.0
 START_TIMEOUT_S = 30.0
 
@@ -31,9 +33,19 @@ log = logging.getLogger(__name__)
 
 
 class RehearsalNetwork:
-    """`validators` axons, all in one thread with one event loop. To be used as a context manager."""
+    """`validators` axons and a misbehaving validator of each of the `hostile` kinds, all in one thread with one event
+    loop. To be used as a context manager.
+    """
 
-    def __init__(self, state: Path, endpoint: str, validators: int, limits: Limits, prompts: list[str]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        endpoint: str,
+        validators: int,
+        limits: Limits,
+        prompts: list[str],
+        hostile: Sequence[str] = (),
+    ) -> None:
         self._file = state / "network.json"
         # Gone until the validators listen: a miner must not find the ports of an earlier run.
         self._file.unlink(missing_ok=True)
@@ -49,33 +61,42 @@ class RehearsalNetwork:
             )
             for uid in validator_uids(validators)
         ]
+        self.hostile = [
+            HostileValidator(uid, make_wallet(wallets, f"hostile_{uid}").hotkey.ss58_address, kind, limits)
+            for uid, kind in enumerate(hostile, FIRST_HOSTILE_UID)
+        ]
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="rehearsal", daemon=True)
 
     def __enter__(self) -> RehearsalNetwork:
         self._thread.start()
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(validator.started for validator in self.validators):
+        while not all(validator.started for validator in self._all()):
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise RuntimeError("the validators did not start")
             time.sleep(0.01)
         chain.save(self._metagraph(), self._file)
         for validator in self.validators:
             log.info("Validator [%d] %s listens on 127.0.0.1:%d", validator.uid, validator.hotkey, validator.port)
+        for villain in self.hostile:
+            log.info("Validator [%d] %s listens on 127.0.0.1:%d", villain.uid, villain.kind, villain.port)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.unlink(missing_ok=True)
-        for validator in self.validators:
+        for validator in self._all():
             validator.stop()
         self._thread.join(timeout=10)
 
     async def _serve(self) -> None:
-        await asyncio.gather(*(validator.serve() for validator in self.validators))
+        await asyncio.gather(*(validator.serve() for validator in self._all()))
+
+    def _all(self) -> list[RehearsalValidator | HostileValidator]:
+        return [*self.validators, *self.hostile]
 
     def _metagraph(self) -> Metagraph:
         neurons = [
             Neuron(validator.uid, validator.hotkey, "127.0.0.1", validator.port, VALIDATOR_STAKE, serving=True)
-            for validator in self.validators
+            for validator in self._all()
         ]
         miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False, validator_permit=False)
         return Metagraph(NETUID, (*neurons, miner))

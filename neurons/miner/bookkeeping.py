@@ -1,0 +1,87 @@
+"""Everyone who is told what happens in the miner: ledger, metrics, the status file's totals, and by way of the ledger
+the policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from neurons.miner import standings
+from neurons.miner.clock import MAX_COOLDOWN_S, steady_time
+from neurons.miner.events import Event
+from neurons.miner.ledger import Ledger
+from neurons.miner.metrics import Metrics, Snapshot
+from neurons.miner.policy import Policy
+
+STANDINGS_INTERVAL_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Bookkeeping:
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
+
+    def __init__(
+        self, ledger: Path, metrics_port: int, least_reward: float, now: Callable[[], float] = steady_time
+    ) -> None:
+        self.totals: Counter[str] = Counter()
+        self.policy = Policy(least_reward)
+        self._ledger = Ledger(ledger, now)
+        self._metrics = Metrics()
+        self._metrics_port = metrics_port
+        self._now = now
+
+    def start(self) -> None:
+        self._ledger.start()
+        if self._metrics_port:
+            self._metrics.serve(self._metrics_port)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._metrics.close)
+        await asyncio.to_thread(self._ledger.close)
+
+    def record(self, event: Event) -> None:
+        self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
+        self._metrics.record(event)
+        self._ledger.record(event)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._metrics.show(snapshot)
+
+    @property
+    def backlog(self) -> int:
+        return self._ledger.backlog
+
+    async def follow_standings(self) -> None:
+        """Keeps the policy up to date."""
+        while True:
+            try:
+                # Also before the first task: an earlier run may have learned something.
+                if self._ledger.path.exists():
+                    self.policy.update(await asyncio.to_thread(standings.read, self._ledger.path, self._now()))
+            except (OSError, sqlite3.Error) as error:
+                log.warning("Ledger %s can not be read: %s", self._ledger.path, error)
+            await asyncio.sleep(STANDINGS_INTERVAL_S)
+
+    async def cooldowns(self) -> dict[str, float]:
+        """Hotkey -> unix time until which an earlier run knew that the validator may not be asked."""
+        try:
+            return await asyncio.to_thread(_cooldowns, self._ledger.path, self._now())
+        except sqlite3.Error:
+            return {}  # no ledger yet
+
+
+def _cooldowns(path: Path, now: float) -> dict[str, float]:
+    # The column beside max() is that of the newest row.
+    query = """SELECT hotkey, at + wait, max(at) FROM
+        (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
+        WHERE at BETWEEN :now - :longest AND :now GROUP BY hotkey"""
+    with closing(standings.connect(path)) as connection:
+        rows = connection.execute(query, {"now": now, "longest": MAX_COOLDOWN_S}).fetchall()
+    return {hotkey: min(until, now + MAX_COOLDOWN_S) for hotkey, until, _ in rows if until is not None and until > now}

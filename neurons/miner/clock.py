@@ -1,0 +1,129 @@
+"""When a validator may be asked again, by that validator's own clock.
+
+`cooldown_until` is in whole seconds of the validator's clock, which may differ from ours. Every HTTP answer says what
+time it is over there, in its Date header: whole seconds, and as servers write it once a second, up to two seconds old.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from email.utils import parsedate_to_datetime
+
+# After an answer that says nothing usable about when to come back.
+DEFAULT_PAUSE_S = 30.0
+# A cooldown that ended this short a time before its announcement came in is simply over.
+JUST_OVER_S = 60.0
+# Between two pulls in any case.
+MIN_PAUSE_S = 1.0
+# Validators announce 300 to 3,600 s. One that says more is asked again after this all the same.
+MAX_COOLDOWN_S = 4 * 3600.0
+# How far a validator's clock may be behind ours when it does not tell.
+UNKNOWN_CLOCK_MARGIN_S = 5.0
+# A Date header further off than this is not the time.
+MAX_OFFSET_S = 86_400.0
+# Truncated to a second, written once a second, and a bit for a busy server.
+MAX_HEADER_AGE_S = 3.0
+# Two uncorrected quartz clocks, in seconds per second.
+MAX_DRIFT = 1e-4
+# Of sums of unix times.
+ROUNDING_S = 0.01
+# Beyond any date that matters, and within what a float holds exactly: validators may send any integer.
+_LAST_SECOND = 1 << 40
+
+
+def _make_steady_time() -> Callable[[], float]:
+    start = time.time() - time.monotonic()
+    return lambda: start + time.monotonic()
+
+
+# Unix seconds that never step, whatever is done to this machine's clock: a step would be a pull before its time.
+steady_time = _make_steady_time()
+
+
+class ValidatorClock:
+    """How many seconds a validator's clock is ahead of ours, as an interval that narrows with every answer.
+
+    Its lower end is what pulls rely on: at the moment of an answer the validator's clock has reached the header's date,
+    however old that header is. The upper end only tells when the clock was set anew.
+    """
+
+    def __init__(self) -> None:
+        self._low = -UNKNOWN_CLOCK_MARGIN_S
+        self._high = UNKNOWN_CLOCK_MARGIN_S
+        self._measured_at: float | None = None
+        self._header_is_wrong = False
+
+    def lowest_offset(self, now: float) -> float:
+        """The offset is at least this, unless the clock was set back since the last answer."""
+        return self._low - self._drift(now)
+
+    def answered(self, date: float, sent: float, received: float) -> None:
+        """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
+        low, high = date - received, date + MAX_HEADER_AGE_S - sent
+        if self._header_is_wrong or abs(low) > MAX_OFFSET_S:
+            return
+        if self._measured_at is not None:
+            drift = self._drift(received)
+            if low <= self._high + drift and high >= self._low - drift:
+                low, high = max(low, self._low - drift), min(high, self._high + drift)
+            # Otherwise the clock was set, and what was known before is void.
+        self._low, self._high, self._measured_at = low, high, received
+
+    def refused(self, cooldown_until: float, sent: float) -> None:
+        """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
+        highest = cooldown_until - sent
+        if -MAX_OFFSET_S <= highest < self.lowest_offset(sent) + ROUNDING_S:
+            # Had the header told the clock that the rules go by, this could not be.
+            self._header_is_wrong |= self._measured_at is not None
+            self._measured_at = None
+            self._low, self._high = highest - UNKNOWN_CLOCK_MARGIN_S, highest
+
+    def _drift(self, now: float) -> float:
+        return 0.0 if self._measured_at is None else MAX_DRIFT * (now - self._measured_at)
+
+
+class ValidatorClocks:
+    """The clocks of all validators, by hotkey."""
+
+    def __init__(self, now: Callable[[], float] = steady_time) -> None:
+        self.now = now
+        self._clocks: dict[str, ValidatorClock] = {}
+
+    def answered(self, hotkey: str, date: str | None, sent: float, received: float) -> None:
+        """To be called with the Date header of every answer of a validator."""
+        seconds = _parse_date(date)
+        if seconds is not None:
+            self._clock(hotkey).answered(seconds, sent, received)
+
+    def refused(self, hotkey: str, cooldown_until: int, sent: float) -> None:
+        """To be called when a pull was answered with a cooldown."""
+        self._clock(hotkey).refused(_within_reason(cooldown_until), sent)
+
+    def next_pull_at(self, hotkey: str, cooldown_until: int) -> float:
+        """Our time from which the validator may be asked again: at its `cooldown_until` or right after it."""
+        now = self.now()
+        at = _within_reason(cooldown_until) - self._clock(hotkey).lowest_offset(now)
+        if at < now - JUST_OVER_S:
+            return now + DEFAULT_PAUSE_S
+        # The clocks may drift apart on the way there.
+        at += MAX_DRIFT * max(at - now, 0.0)
+        return min(max(at, now + MIN_PAUSE_S), now + MAX_COOLDOWN_S)
+
+    def keep(self, hotkeys: Collection[str]) -> None:
+        """Forgets the clocks of all others."""
+        self._clocks = {hotkey: clock for hotkey, clock in self._clocks.items() if hotkey in hotkeys}
+
+    def _clock(self, hotkey: str) -> ValidatorClock:
+        return self._clocks.setdefault(hotkey, ValidatorClock())
+
+
+def _within_reason(cooldown_until: int) -> int:
+    return min(max(cooldown_until, 0), _LAST_SECOND)
+
+
+def _parse_date(header: str | None) -> float | None:
+    try:
+        return parsedate_to_datetime(header).timestamp() if header else None
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,88 @@
+"""What happens in the miner, as facts: for the ledger, for the metrics, for whoever wants to know.
+
+The parts of the miner call `record(event)` and go on. Nothing in here waits, and nothing in here fails. What validators
+sent may be anything that its type allows: those who keep events bound and escape it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from neurons.chain import Neuron
+from neurons.protocol import Feedback, Task
+
+# task: a new one, or one given out again. cooldown: asked too early. refused: no task, no cooldown. failed: no answer.
+PullOutcome = Literal["task", "cooldown", "refused", "failed"]
+# generated: goes out. rejected: the self-check said no. failed: no splat. endpoint: the service was at fault, the task
+# moves on. given_up: out of time or stopping before there was a result.
+GenerationOutcome = Literal["generated", "rejected", "failed", "endpoint", "given_up"]
+# accepted, failed: by the validator's feedback. unrated: answered without feedback. empty: answered, nothing was in it.
+# refused: by the axon. given_up: no answer after all attempts.
+SubmissionOutcome = Literal["accepted", "failed", "unrated", "empty", "refused", "given_up"]
+
+
+@dataclass(frozen=True)
+class Pull:
+    """One pull, when its answer or its failure is in.
+
+    `seconds`: from request to answer. `ask_again_at`: unix seconds by our clock, where the answer set a time.
+    `violations`: the validator's count of pulls that were too early, where it answered.
+    """
+
+    validator: Neuron
+    outcome: PullOutcome
+    seconds: float
+    task_id: str = ""
+    ask_again_at: float | None = None
+    violations: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One attempt at one task, when it is over: a task that is tried with three seeds makes three of these.
+
+    `seconds`: the endpoint's time as seen from here. `score`: by the self-check, as the validators score.
+    `size`: bytes of the packed result. `endpoint`: address of the service.
+    """
+
+    validator: Neuron
+    task: Task
+    outcome: GenerationOutcome
+    seconds: float
+    score: float | None = None
+    size: int = 0
+    endpoint: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One result's way to its validator, when it is over.
+
+    `seconds`: from the first attempt to the answer. `size`: bytes of the packed result.
+    """
+
+    validator: Neuron
+    task_id: str
+    outcome: SubmissionOutcome
+    seconds: float
+    size: int = 0
+    feedback: Feedback | None = None
+    ask_again_at: float | None = None
+    reason: str = ""
+
+
+Event = Pull | Generation | Submission
+Recorder = Callable[[Event], None]
+
+
+def answered_outcome(size: int, feedback: Feedback | None) -> SubmissionOutcome:
+    """The outcome of a submission of `size` bytes that the validator answered."""
+    if size == 0:
+        return "empty"
+    if feedback is None:
+        return "unrated"
+    return "failed" if feedback.validation_failed else "accepted"
