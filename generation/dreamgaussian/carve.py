@@ -13,8 +13,6 @@ from generation.splats.cameras import Cameras
 from generation.splats.gaussians import SH_C0, Gaussians
 
 GRID = 64
-# A voxel is inside unless more views than this say that it is not: sampled views do not agree to the pixel.
-DISSENTERS = 1
 OPACITY = 0.95
 
 
@@ -30,7 +28,7 @@ def carve(
     points = torch.stack(torch.meshgrid(ticks, ticks, ticks, indexing="ij"), -1).reshape(-1, 3) * extent
     places, depths = _project(points, cameras, images.shape[-1])
     inside = _look_up(alphas, places)[..., 0] > 0.5  # (V, G^3)
-    occupied = ((~inside).sum(0) <= DISSENTERS).view(GRID, GRID, GRID)
+    occupied = inside.all(0).view(GRID, GRID, GRID)
     if int(occupied.sum()) < 8:
         return None
     solid = occupied.float()[None, None]

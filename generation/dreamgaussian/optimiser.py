@@ -22,8 +22,8 @@ COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known 
 BALL_RADIUS = 0.5
 GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 # The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
-RINGS = ((10.0, 0.0), (40.0, 45.0))
-SAMPLED_AT_ONCE = 2  # of the sampled views, in each iteration
+RINGS = ((5.0, 0.0), (20.0, 45.0))
+SAMPLED_AT_ONCE = 3  # of the sampled views, in each iteration
 SAMPLE_GUIDANCE = 3.0
 ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream's guidance alone
 CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
@@ -155,7 +155,7 @@ class DreamGaussian:
         gaussians: Gaussians | None = None,
         reference: Tensor | None = None,
     ) -> tuple[Tensor, View]:
-        """Images (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
+        """Colours (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
 
         With `gaussians` they are drawn over renders of those, which makes views agree that did not; with `reference`
         (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
@@ -186,7 +186,8 @@ class DreamGaussian:
             first,
         )
         alpha = self._remove_background(images)
-        return images, View((images - (1 - alpha) * behind.view(3, 1, 1)).clamp_min(0), alpha, cameras)
+        colour = foreground(images, alpha, behind.view(3, 1, 1))
+        return colour, View(colour * alpha, alpha, cameras)
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
@@ -214,3 +215,17 @@ def _view_loss(gaussians: Gaussians, view: View, grey: float, pick: Tensor | Non
     rgb, opacity, _ = rasterize(gaussians, cameras, width, height, torch.full((3,), grey, device=colour.device))
     colour_error = F.mse_loss(rgb.permute(0, 3, 1, 2).clamp(0, 1), colour + (1 - alpha) * grey)
     return COLOUR_WEIGHT * colour_error + MASK_WEIGHT * F.mse_loss(opacity.permute(0, 3, 1, 2), alpha)
+
+
+def foreground(images: Tensor, alphas: Tensor, backdrop: Tensor) -> Tensor:
+    """The object's own colours (V, 3, S, S), without the backdrop that pixels on its outline are mixed with.
+
+    Inside they are those of `images`; on the outline those of the nearest inside, for alphas are not right to the last
+    digit; and where no inside is near, in thin parts, what is left when the backdrop's share is taken out.
+    """
+    inside = (-F.max_pool2d(-alphas, 3, 1, 1) > 0.9).float()
+    colours = ((images - (1 - alphas) * backdrop) / alphas.clamp_min(0.1)).clamp(0, 1)
+    near = F.avg_pool2d(inside, 5, 1, 2)
+    spread = F.avg_pool2d(images * inside, 5, 1, 2) / near.clamp_min(1e-6)
+    colours = torch.where(near > 0, spread, colours)
+    return torch.where(inside > 0, images, colours)
