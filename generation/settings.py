@@ -83,9 +83,6 @@ class DreamGaussianOptions(_Schema):
     sh_degree: int = Field(0, ge=0, le=3)
     init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
     init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
-    # Share of the iterations after which the views are drawn again, from renders of the scene under this much noise.
-    redraw_views_at: list[UnitInterval] = []
-    redraw_views_noise: UnitInterval = 0.5
     # Learning rates.
     position_lr_init: LearningRate = 0.001
     position_lr_final: LearningRate = 0.00002

@@ -48,7 +48,6 @@ class DreamGaussian:
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
-        self._redraws = {round(share * options.iters) for share in options.redraw_views_at}
 
     def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
         """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
@@ -81,8 +80,6 @@ class DreamGaussian:
         o = self._options
         losses, renders = [], []
         for scene in scenes:
-            if scene.sampled is not None and scene.condition is not None and scene.iteration in self._redraws:
-                _, scene.sampled = self._sample(scene.condition, scene.generator, scene.gaussians())
             scene.iteration += 1
             warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
             # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
@@ -149,16 +146,11 @@ class DreamGaussian:
         return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
 
     def _sample(
-        self,
-        condition: Tensor,
-        generator: torch.Generator,
-        gaussians: Gaussians | None = None,
-        reference: Tensor | None = None,
+        self, condition: Tensor, generator: torch.Generator, reference: Tensor | None = None
     ) -> tuple[Tensor, View]:
         """Colours (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
 
-        With `gaussians` they are drawn over renders of those, which makes views agree that did not; with `reference`
-        (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
+        With `reference` (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
         """
         o = self._options
         behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
@@ -166,23 +158,18 @@ class DreamGaussian:
         azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
         assert self._guidance is not None  # a config that samples views asks for it
         size = self._guidance.image_size
-        cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
-        start = None
-        if gaussians is not None:
-            with torch.no_grad():
-                start = rasterize(gaussians, cameras, size, size, behind)[0].permute(0, 3, 1, 2).clamp(0, 1)
         first = None
         if reference is not None:
+            elevation[:4] = -o.elevation
             first = reference[:3] * reference[3:] + behind.view(3, 1, 1) * (1 - reference[3:])
             first = F.interpolate(first[None], size=(size, size), mode="area")[0]
+        cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
         images = self._guidance.sample(
             condition,
             cameras.camera_to_world,
             generator,
             o.init_views_steps,
             SAMPLE_GUIDANCE,
-            start,
-            o.redraw_views_noise,
             first,
         )
         alpha = self._remove_background(images)

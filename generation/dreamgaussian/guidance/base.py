@@ -49,13 +49,10 @@ class TextGuidance(Guidance, Protocol):
         generator: torch.Generator,
         steps: int,
         guidance_scale: float,
-        start: Tensor | None = None,
-        noise_level: float = 1.0,
         first: Tensor | None = None,
     ) -> Tensor:
         """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
 
-        With `start` (V, 3, S, S) the sampling begins with these images at `noise_level` (Meng et al. 2022, "SDEdit").
         With `first` (3, S, S) the first view is known, and the others are drawn to go with it: at each step it is put
         in with that step's noise.
         """

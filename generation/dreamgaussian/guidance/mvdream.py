@@ -95,8 +95,6 @@ class MVDream:
         generator: torch.Generator,
         steps: int,
         guidance_scale: float,
-        start: Tensor | None = None,
-        noise_level: float = 1.0,
         first: Tensor | None = None,
     ) -> Tensor:
         """See `TextGuidance.sample`. All V views attend to each other."""
@@ -104,15 +102,11 @@ class MVDream:
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = latents.to(self._unet.device, self._unet.dtype)
         self._scheduler.set_timesteps(steps)
-        timesteps = self._scheduler.timesteps
-        if start is not None:
-            timesteps = timesteps[min(round((1 - noise_level) * steps), steps - 1) :]
-            latents = self._scheduler.add_noise(self._encode(start), latents, timesteps[:1].expand(views))
         known = None if first is None else self._encode(first[None].to(latents))
         noise_of_known = latents[:1].clone()
         try:
             self._joint.views = views
-            for t in timesteps:
+            for t in self._scheduler.timesteps:
                 if known is not None:
                     latents[:1] = self._scheduler.add_noise(known, noise_of_known, t[None])
                 every = t.to(latents.device).expand(views)
