@@ -62,6 +62,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Server(uvicorn.Server):
+    """Ends the event streams before it waits for its open answers, which would never be done."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.events.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     values = parse(argv)
     given = {key: value for key, value in values.items() if value is not None}
@@ -103,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     log.info("Stopped")
     return 0
 
