@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from torch.profiler import record_function
 
 from generation.background import BackgroundRemover, NothingInImage, recentre
 from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_frame, neighbour_ssim, to_tensor
@@ -122,7 +123,8 @@ class Job:
         started = time.perf_counter()
         try:
             self.advance(stage, 0.0)
-            work(self)
+            with record_function(stage):  # its name in a trace
+                work(self)
         except Exception as error:
             self.outcome = error
         finally:

@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
+    parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
     return vars(parser.parse_args(argv))
 
 
@@ -100,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def load(progress: Callable[[str], None]) -> Pipeline:
         progress("importing torch and the model libraries")
-        from generation.pipeline import Pipeline
+        from generation import profile_trace
 
-        return Pipeline.load(settings, progress)
+        return profile_trace.load(settings, progress)
 
     engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
     config = uvicorn.Config(
