@@ -222,7 +222,7 @@ def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
     if isinstance(error, ClientGone):
         return "cancelled", "the client hung up"
     if isinstance(error, ApiError | Unavailable):
-        return "refused" if stage in ("", "queued") else "failed", str(error)
+        return "refused" if stage in ("receiving", "queued") else "failed", str(error)
     if isinstance(error, HTTPException):
         return "refused", "the form can not be read"
     return "failed", str(error) if isinstance(error, DeadlineExceeded) else f"stage {stage} failed"

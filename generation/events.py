@@ -45,13 +45,13 @@ class Following:
     def queued(self, kind: str) -> None:
         """It is complete, and waits. Requests of a ``kind`` take about the same time."""
         self._time_left = self._events.time_left.begin(kind)
-        self._show("queued", 0.0, None)  # how long it waits is up to others
+        self.show("queued", 0.0, None)  # how long it waits is up to others
 
     def progress(self, stage: str, fraction: float) -> None:
         """From any thread: it has come to this share of the stage."""
-        self._show(stage, fraction, self._time_left.reached(stage, fraction, time.monotonic()))
+        self.show(stage, fraction, self._time_left.reached(stage, fraction, time.monotonic()))
 
-    def _show(self, stage: str, fraction: float, seconds: float | None) -> None:
+    def show(self, stage: str, fraction: float, seconds: float | None) -> None:
         self.stage = stage
         about: dict[str, Any] = {"request_id": self.request_id, "stage": stage}
         if (iterations := self._events.iterations.get(stage)) is not None:
@@ -86,6 +86,7 @@ class Events:
             if request_id in self._in_progress:
                 raise ApiError(409, "X-Request-Id", "a request with this id is in progress", "one at a time")
             self._in_progress[request_id] = following
+        following.show("receiving", 0.0, None)
         try:
             yield following
         finally:
@@ -103,7 +104,7 @@ class Events:
             listener = Listener(request_id)
             self._listeners.add(listener)
             for following in self._in_progress.values():
-                if following.latest and listener.wants(following.request_id):
+                if listener.wants(following.request_id):
                     listener.offer("progress", following.latest)
         try:
             yield listener

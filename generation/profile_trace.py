@@ -50,7 +50,7 @@ class Traced:
     def tick(self, jobs: list[Job]) -> None:
         if self._first is None:
             self._first = jobs[0]
-            self._profile = profile(activities=self._activities)
+            self._profile = profile(activities=self._activities, acc_events=True)
             self._profile.start()
         if self._profile is None:
             self._pipeline.tick(jobs)

@@ -26,11 +26,11 @@ class Trip:
         self._reached: dict[Checkpoint, float] = {}
 
     def reached(self, stage: str, fraction: float, now: float) -> float | None:
-        """Seconds left; None as long as no request has finished that passed here."""
+        """Seconds left; None where that is not known: nobody passed here and finished, or this one is late."""
         checkpoint = self._kind, stage, int(fraction * _CHECKPOINTS)
         since = now - self._reached.setdefault(checkpoint, now)
         mean = self._means.get(checkpoint)
-        return None if mean is None else max(0.0, mean - since)
+        return None if mean is None or mean <= since else mean - since
 
     def finished(self, now: float) -> None:
         """It went through all stages: its times count for the next ones."""

@@ -82,11 +82,11 @@ def test_a_request_is_followed_from_its_queue_to_its_end(service: Service) -> No
     assert answer.headers["X-Request-Id"] == "mine-1"
     assert follower.end() == {"request_id": "mine-1", "outcome": "delivered", "score": 0.7654, "reason": None}
     progress = follower.progress()
-    assert [each["stage"] for each in progress] == ["queued", "text_to_image", "dreamgaussian"]
+    assert [each["stage"] for each in progress] == ["receiving", "queued", "text_to_image", "dreamgaussian"]
     assert all(each["request_id"] == "mine-1" for each in progress)
     last = progress[-1]
     assert (last["iteration"], last["iterations"], last["fraction"]) == (ITERATIONS // 4, ITERATIONS, 0.25)
-    assert "iteration" not in progress[1]
+    assert "iteration" not in progress[2]
     assert "secret" not in follower.text
 
 
@@ -98,7 +98,7 @@ def test_the_time_left_is_null_until_it_was_measured() -> None:
             post(service, request_id)
             assert follower.end()["outcome"] == "delivered"
             seen.append({each["stage"]: each["eta_seconds"] for each in follower.progress()})
-    assert seen[0] == {"queued": None, "text_to_image": None, "dreamgaussian": None}
+    assert seen[0] == dict.fromkeys(("receiving", "queued", "text_to_image", "dreamgaussian"))
     assert seen[1]["queued"] is None
     assert 0 <= seen[1]["text_to_image"] < PATIENCE_S
 
@@ -277,7 +277,7 @@ async def test_nothing_follows_an_end() -> None:
         following.progress("dreamgaussian", 0.5)
         async with listener.patience:
             got = b"".join([chunk async for chunk in listener.stream()])
-    assert got.count(b"event: progress") == got.count(b"event: end") == 1
+    assert (got.count(b"event: progress"), got.count(b"event: end")) == (2, 1)  # receiving, queued
 
 
 def test_time_left_follows_the_mean_of_earlier_requests_of_the_kind() -> None:
@@ -293,7 +293,7 @@ def test_time_left_follows_the_mean_of_earlier_requests_of_the_kind() -> None:
     assert trip.reached("dreamgaussian", 0.05, 103.0) == 8.0
     assert trip.reached("dreamgaussian", 0.3, 105.0) is None  # nobody was seen here
     assert trip.reached("dreamgaussian", 0.5, 120.0) == 4.0
-    assert trip.reached("dreamgaussian", 0.59, 130.0) == 0.0  # late, but never negative
+    assert trip.reached("dreamgaussian", 0.59, 130.0) is None  # late: not known any more
     assert times.begin("image").reached("dreamgaussian", 0.0, 0.0) is None
 
 
