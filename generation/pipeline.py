@@ -54,6 +54,7 @@ class Report:
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
     rejected: str | None = None  # the reason, when it was
+    device: str = ""  # that it ran on: the engine says
 
 
 @dataclass
