@@ -128,7 +128,9 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     dreamgaussian = DreamGaussian(mvdream(device), settings.options, device, background.remove)
-    return Pipeline(text_to_image, background, dreamgaussian, clip(device), settings.options, device, [])
+    return Pipeline(
+        text_to_image, background, dreamgaussian, clip(device), settings.options, device, [], models.max_batch
+    )
 
 
 def _vae(latent_channels: int, **more: Any) -> AutoencoderKL:

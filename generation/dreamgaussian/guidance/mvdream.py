@@ -17,6 +17,8 @@ from generation.dreamgaussian.guidance.multiview import camera_embedding, join_v
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
 
+TEXTS_KEPT = 64  # of 160 kB each, at full size
+
 
 class MVDream:
     """Score distillation (Poole et al. 2022) on four views at once, and multi-view sampling with DDIM."""
@@ -39,6 +41,7 @@ class MVDream:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
+        self._texts: dict[str, Tensor] = {}
         self._joint = join_views(unet, self.views)
         self._alphas = scheduler.alphas_cumprod.to(unet.device)
         self._latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -62,17 +65,27 @@ class MVDream:
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
         return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
 
-    @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        ids = self._tokenizer(
-            [negative_prompt, prompt],
-            padding="max_length",
-            max_length=self._tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+        return torch.stack([self._states(negative_prompt), self._states(prompt)])
+
+    @torch.no_grad()
+    def _states(self, text: str) -> Tensor:
+        """(L, C), kept for a while: the negative prompt is always the same, and prompts are tried with other seeds."""
+        states = self._texts.pop(text, None)
+        if states is None:
+            ids = self._tokenizer(
+                text,
+                padding="max_length",
+                max_length=self._tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state[0]
+        self._texts[text] = states  # the last one used stands at the end
+        if len(self._texts) > TEXTS_KEPT:
+            del self._texts[next(iter(self._texts))]
+        return states
 
     def loss(
         self,
