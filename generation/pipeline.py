@@ -88,10 +88,12 @@ class Pipeline:
         self.models = models
 
     @classmethod
-    def load(cls, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Pipeline:
+    def load(
+        cls, settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True
+    ) -> Pipeline:
         """Load every model of ``settings.models`` onto ``settings.device``; ``progress`` is told each step in words.
 
-        Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
+        ``warm`` it up, too. Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
         """
         from generation.dreamgaussian import DreamGaussian, MVDream, Zero123
 
@@ -141,7 +143,8 @@ class Pipeline:
         pipeline = cls(
             text_to_image, background, dreamgaussian, self_check, settings.options, device, about, models.max_batch
         )
-        pipeline.warm_up(progress)
+        if warm:
+            pipeline.warm_up(progress)
         return pipeline
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:

@@ -31,7 +31,7 @@ from generation.background import BackgroundRemover
 from generation.dreamgaussian import DreamGaussian, MVDream
 from generation.pipeline import Pipeline
 from generation.self_check import SelfCheck
-from generation.settings import Settings
+from generation.settings import PROFILES, ROOT, DreamGaussianOptions, Models, Settings
 from generation.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
 from generation.weights.registry import REGISTRY
@@ -118,6 +118,16 @@ def clip(device: str, dtype: torch.dtype = torch.float16) -> SelfCheck:
     return SelfCheck(
         model.requires_grad_(False).eval(), open_clip.get_tokenizer("convnext_large_d"), use, device, dtype
     )
+
+
+def settings(device: str = "cuda") -> Settings:
+    """Those of the full profile, whether or not its weights are here."""
+    models, config = PROFILES["full"]
+    return Settings(
+        profile="full", profile_reason="random weights", device=device, config=config,
+        options=DreamGaussianOptions.load(config), models=Models.load(models), host="127.0.0.1", port=10006,
+        validation_threshold=0.0, log_file=ROOT / "logs" / "full_size.log", max_queue=16,
+    )  # fmt: skip
 
 
 def load(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Pipeline:
