@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
-from generation.pipeline import Job, Pipeline
+from generation.job import Job
+from generation.pipeline import Pipeline
 from generation.settings import Settings
 
 #: The first holds all stages before the optimisation, the others one iteration each, and the next are like them: left

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from generation.pipeline import Asset, Cancelled, Job, Report, Request
+from generation.job import Asset, Cancelled, Job, Report, Request
 from generation.profile_trace import FIRST_TICKS, Traced
 
 TICKS = FIRST_TICKS + 5

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from generation.job import Report
 from generation.metrics import Metrics, rejection
-from generation.pipeline import GateResult, Report
+from generation.self_check import GateResult
 from tests.service_harness import serving
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
