@@ -158,8 +158,11 @@ class Listener:
     def close(self) -> None:
         self._closed = True
         self._changed.set()
-        with suppress(RuntimeError):  # it has just run out
-            self.patience.reschedule(self._loop.time() + STOP_S)
+        self._be_patient(STOP_S)
+
+    def _be_patient(self, seconds: float) -> None:
+        with suppress(RuntimeError):  # patience has just run out
+            self.patience.reschedule(self._loop.time() + seconds)
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Events, and comments between them, until the one request has ended or the service does."""
@@ -168,7 +171,7 @@ class Listener:
         while True:
             now = self._loop.time()
             if not self._closed:
-                self.patience.reschedule(now + KEEP_ALIVE_S + MAX_STALL_S)
+                self._be_patient(KEEP_ALIVE_S + MAX_STALL_S)
             try:
                 async with asyncio.timeout_at(min(now + KEEP_ALIVE_S, give_up or now + KEEP_ALIVE_S)):
                     await self._changed.wait()
