@@ -147,7 +147,7 @@ class Pipeline:
         self._self_check = self_check
         self._options = options
         self._device = device
-        #: name, revision, licence, device of each, and whether the revision is a commit: for /health
+        #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
         self.models = models
 
     @classmethod
@@ -160,7 +160,8 @@ class Pipeline:
 
         _quiet_libraries()
         models, device = settings.models, settings.device
-        entries = {stage: lookup(choice) for stage, choice in models.needed(settings.options).items()}
+        choices = models.needed(settings.options)
+        entries = {stage: lookup(choice) for stage, choice in choices.items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
         @contextmanager
@@ -192,6 +193,7 @@ class Pipeline:
                 "revision": entry.revision,
                 "pinned": entry.pinned,
                 "licence": entry.licence,
+                "precision": choices[stage].precision,
                 "device": device,
             }
             for stage, entry in entries.items()
@@ -258,7 +260,7 @@ class Pipeline:
         if request.image is not None:
             job.image = to_tensor(request.image).to(self._device)
         elif request.prompt is not None:
-            job.image = self._text_to_image.generate(request.prompt, request.seed)
+            job.image = self._text_to_image.generate([request.prompt], [request.seed])[0]
         else:
             raise ValueError("a request needs a prompt or an image")
 
