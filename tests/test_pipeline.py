@@ -19,7 +19,10 @@ STAGES = ["text_to_image", "background", "dreamgaussian", "self_check"]
 class Painter:
     """Text to image: a square of the colour that the prompt names, on white; nothing for a prompt without one."""
 
-    def generate(self, prompt: str, seed: int) -> torch.Tensor:
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        return [self.paint(prompt) for prompt, _ in zip(prompts, seeds, strict=True)]
+
+    def paint(self, prompt: str) -> torch.Tensor:
         if "explode" in prompt:
             raise RuntimeError("out of paint")
         image = torch.ones(3, 64, 64)
@@ -273,8 +276,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     assert made == [settings.options]
     assert sum(line.startswith("loading") for line in told) == 4
     assert "rasteriser" in told[-1]
-    assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
-        (stage, f"mini-{folder}", "MIT", "cpu")
+    keys = ("stage", "name", "licence", "precision", "device")
+    assert [tuple(model[key] for key in keys) for model in pipeline.models] == [
+        (stage, f"mini-{folder}", "MIT", "float32", "cpu")
         for stage, folder in zip(
             ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
         )

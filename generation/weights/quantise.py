@@ -30,7 +30,7 @@ def quantise_linears(model: nn.Module, device: str) -> None:
             )
         # The bytes go by the name of the layer's own dtype: T5 casts its activations to what its weights say they are.
         weight = Params4bit(layer.weight.data, quant_type="nf4", quant_storage=dtype, module=small)
-        small.weight = weight.to(device)
+        small.weight = weight.to(device)  # type: ignore[misc]  # quantises
         small.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(device), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, small)
