@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -65,10 +66,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         asset, headers = await _generate(request)
         if not asset.ply:
             return Response(b"", media_type="video/mp4", headers=headers)
-        from generation import video  # brings torch; loaded long since by the engine
-
-        frames = await _while_connected(request, engine.call(lambda pipeline: video.render(asset.gaussians)))
-        return Response(await asyncio.to_thread(video.encode, frames), media_type="video/mp4", headers=headers)
+        frames = await _while_connected(request, engine.call(partial(_film, gaussians=asset.gaussians)))
+        return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
     async def _generate(request: Request) -> tuple[Any, dict[str, str]]:
         engine.check_admission()
@@ -94,16 +93,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
-
-        def score(pipeline: Any) -> Any:
-            from generation.splats import ply, spz
-
-            if body.compression == 2:
-                content = ply.write(spz.decode(data))
-            else:
-                content = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4) if body.compression == 1 else data
-            return pipeline.validate(content, prompt)
-
+        score = partial(_validate, data=data, compression=body.compression, prompt=prompt)
         try:
             scores = await _while_connected(request, engine.call(score))
         except ValueError as error:
@@ -123,6 +113,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             "queue_depth": engine.queue_depth,
             "max_queue": settings.max_queue,
             "active": engine.active,
+            "engines": engine.health(),
             "totals": engine.totals,
             "uptime_seconds": round(time.monotonic() - started, 1),
             "version": version,
@@ -133,6 +124,31 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         return version
 
     return app
+
+
+# What takes a pipeline runs beside it, which may be in another process: it and its arguments can be pickled.
+
+
+def _film(pipeline: Any, gaussians: Any) -> Any:
+    from generation import video
+
+    return video.render(gaussians)
+
+
+def _encode(frames: Any) -> bytes:
+    from generation import video  # brings torch, which takes seconds to import
+
+    return video.encode(frames)
+
+
+def _validate(pipeline: Any, data: bytes, compression: int, prompt: Any) -> Any:
+    from generation.splats import ply, spz
+
+    if compression == 2:
+        data = ply.write(spz.decode(data))
+    elif compression == 1:
+        data = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4)
+    return pipeline.validate(data, prompt)
 
 
 def report_headers(report: Any) -> dict[str, str]:

@@ -58,7 +58,9 @@ class BatchLimit:
         if self._good >= GOOD_BEFORE_MORE:
             self.now += 1
             self._good = 0
-            log.info("Enough GPU memory for the last %d requests; at most %d at once now", GOOD_BEFORE_MORE, self.now)
+            log.info(
+                "Enough GPU memory for the last %d requests; at most %d at once from now on", GOOD_BEFORE_MORE, self.now
+            )
 
 
 def in_batches(limit: BatchLimit, items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:

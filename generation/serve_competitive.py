@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return Pipeline.load(settings, progress)
 
-    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold)
+    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
     config = uvicorn.Config(
         create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -157,6 +158,8 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
             assert answers[0].status_code == 200
         ticks = service.pipeline.ticks
         assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
+        counted = service.engine.health()[0]["ticks"]
+        assert counted == {str(size): sum(len(tick) == size for tick in ticks) for size in (1, 2, 3)}
 
 
 @pytest.fixture
@@ -214,3 +217,21 @@ async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
         await engine.generate("a", None, 1)
     monkeypatch.undo()
     assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+
+
+async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    told: list[tuple[str, float]] = []
+    running = asyncio.create_task(engine.generate("hold", None, 7, lambda *progress: told.append(progress)))
+    while not told:
+        await asyncio.sleep(0.005)
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
+    assert entry["active"] == [{"seed": 7, "stage": "text_to_image", "fraction": 0.5}]
+    assert entry["memory"] is None
+    json.dumps(entry, allow_nan=False)  # it goes over a process border, and to clients
+    pipeline.go.set()
+    asset = await running
+    assert set(told) == {("text_to_image", 0.5)}
+    assert asset.report.device == "cpu"
+    assert engine.health()[0]["active"] == []
