@@ -85,7 +85,7 @@ class Pipeline:
         self._self_check = self_check
         self._options = options
         self._device = device
-        #: name, revision, licence, device of each, and whether the revision is a commit: for /health
+        #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
         self.models = models
 
     @classmethod
@@ -101,7 +101,8 @@ class Pipeline:
         _quiet_libraries()
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
         models, device = settings.models, settings.device
-        entries = {stage: lookup(choice) for stage, choice in models.needed(settings.options).items()}
+        choices = models.needed(settings.options)
+        entries = {stage: lookup(choice) for stage, choice in choices.items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
         @contextmanager
@@ -133,6 +134,7 @@ class Pipeline:
                 "revision": entry.revision,
                 "pinned": entry.pinned,
                 "licence": entry.licence,
+                "precision": choices[stage].precision,
                 "device": device,
             }
             for stage, entry in entries.items()
@@ -157,6 +159,8 @@ class Pipeline:
             return
         torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
         self._dreamgaussian.warm_up(self.limit.most, progress)
+        progress("compiling text to image, or loading it from its cache")
+        self._text_to_image.warm_up(self.limit.most)
         progress("making a first splat, to warm up")
         (outcome,) = self.generate([Request("a red cube", None, seed=0, threshold=0.0)])
         if isinstance(outcome, Exception):

@@ -44,6 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
         help=f"lowest CLIP score that is delivered, 0..1 (default: {default['validation_threshold']})",
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
+    parser.add_argument("--memory-class", help="a memory class of the models file (default: by the GPU's memory)")
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
     parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
     return vars(parser.parse_args(argv))
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 2
     log.info("Profile %s: %s", settings.profile, settings.profile_reason)
+    log.info("Memory class %s: %s", settings.memory_class or "none", settings.memory_reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
 
     def load(progress: Callable[[str], None]) -> Pipeline:

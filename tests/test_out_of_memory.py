@@ -15,7 +15,7 @@ def raised(error: Exception, cause: Exception | None = None, context: Exception 
         try:
             raise context
         except Exception:
-            raise error  # noqa: B904: the context is what is tested
+            raise error  # noqa: B904 (the context is what is tested)
     except Exception as caught:
         return caught
 

@@ -276,8 +276,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     assert made == [settings.options]
     assert sum(line.startswith("loading") for line in told) == 4
     assert "rasteriser" in told[-1]
-    assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
-        (stage, f"mini-{folder}", "MIT", "cpu")
+    keys = ("stage", "name", "licence", "precision", "device")
+    assert [tuple(model[key] for key in keys) for model in pipeline.models] == [
+        (stage, f"mini-{folder}", "MIT", "float32", "cpu")
         for stage, folder in zip(
             ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
         )
