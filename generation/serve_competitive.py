@@ -46,6 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
+    parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
     return vars(parser.parse_args(argv))
 
 
@@ -61,6 +62,14 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+class Server(uvicorn.Server):
+    """Ends the event streams before it waits for its open answers, which would never be done."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.events.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,18 +102,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def load(progress: Callable[[str], None]) -> Pipeline:
         progress("importing torch and the model libraries")
-        from generation.pipeline import Pipeline
+        from generation import profile_trace
 
-        return Pipeline.load(settings, progress)
+        return profile_trace.load(settings, progress)
 
-    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold)
+    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
     config = uvicorn.Config(
         create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
     )
     # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     log.info("Stopped")
     return 0
 

@@ -202,6 +202,7 @@ class Arguments(_Schema):
     validation_threshold: UnitInterval = 0.6
     log_file: Path = ROOT / "logs" / "generation_service.log"
     max_queue: int = Field(16, ge=1, le=10_000)
+    profile_trace: Path | None = None  # where to write what the first request did
 
     @field_validator("max_gaussians")
     @classmethod
@@ -225,6 +226,7 @@ class Settings(_Schema):
     validation_threshold: UnitInterval
     log_file: Path
     max_queue: int
+    profile_trace: Path | None
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None) -> Settings:
@@ -246,7 +248,9 @@ class Settings(_Schema):
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
-        shared = arguments.model_dump(include={"host", "port", "validation_threshold", "log_file", "max_queue"})
+        shared = arguments.model_dump(
+            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
+        )
         return cls(
             profile=profile,
             profile_reason=reason,

@@ -28,7 +28,11 @@ class TextToImage:
         return cls(pipe.to(device), options, device)
 
     @torch.no_grad()
-    def generate(self, prompt: str, seed: int) -> torch.Tensor:
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        return [self._one(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    @torch.no_grad()
+    def _one(self, prompt: str, seed: int) -> torch.Tensor:
         """One image (3, image_size, image_size), float32 in 0..1, on the pipeline's device.
 
         Requests are sampled one at a time: batching gains little here (the transformer fills a GPU alone), and this way
