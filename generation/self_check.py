@@ -17,14 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from generation.settings import ModelChoice
+from generation.settings import MIN_GAUSSIANS, ModelChoice
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.weights.registry import ClipUse, WeightsError
 
 # The validators' rules.
-MIN_GAUSSIANS = 7000
 MIN_OPACITY = 0.001
 MAX_TRANSPARENT_SHARE = 0.8
 # The validators' views.

@@ -39,6 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
     parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")
     parser.add_argument("--flux-steps", help="steps of text to image (default: the profile's)")
+    parser.add_argument("--max-gaussians", help="most Gaussians of a splat (default: the config's max_gaussians)")
     parser.add_argument(
         "--validation-threshold",
         help=f"lowest CLIP score that is delivered, 0..1 (default: {default['validation_threshold']})",

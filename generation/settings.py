@@ -29,6 +29,10 @@ PROFILES = {
     "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
 }
 
+#: A validator rejects splats of fewer.
+MIN_GAUSSIANS = 7000
+MAX_GAUSSIANS = 2_000_000
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Colour = tuple[UnitInterval, UnitInterval, UnitInterval]
@@ -80,8 +84,8 @@ class DreamGaussianOptions(_Schema):
     invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
     background: Literal["random"] | Colour = "random"  # or one RGB for every iteration, which sampled views have too
     # Gaussians and their start.
-    num_pts: int = Field(5000, ge=1, le=2_000_000)
-    max_gaussians: int = Field(500_000, ge=1, le=2_000_000)
+    num_pts: int = Field(5000, ge=1, le=MAX_GAUSSIANS)
+    max_gaussians: int = Field(500_000, ge=1, le=MAX_GAUSSIANS)
     sh_degree: int = Field(0, ge=0, le=3)
     init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
     init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
@@ -214,11 +218,19 @@ class Arguments(_Schema):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(10006, ge=1, le=65535)
     flux_steps: int | None = Field(None, ge=1, le=50)
+    max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
     validation_threshold: UnitInterval = 0.6
     log_file: Path = ROOT / "logs" / "generation_service.log"
     max_queue: int = Field(16, ge=1, le=10_000)
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
+
+    @field_validator("max_gaussians")
+    @classmethod
+    def _enough_to_be_accepted(cls, count: int | None) -> int | None:
+        if count is not None and count < MIN_GAUSSIANS:
+            raise ValueError(f"must be at least {MIN_GAUSSIANS}: validators reject splats of fewer Gaussians")
+        return count
 
 
 class Settings(_Schema):
@@ -261,6 +273,9 @@ class Settings(_Schema):
         models = models.fitted(memory_class)
         options = options or DreamGaussianOptions.load(config)
         models.needed(options)
+        if (most := arguments.max_gaussians) is not None:
+            cap = {"max_gaussians": most, "num_pts": min(options.num_pts, most)}
+            options = options.model_copy(update=cap)
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})

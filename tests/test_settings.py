@@ -272,9 +272,18 @@ class TestResolve:
         resolved = Settings.resolve({"profile": "tiny", "config": str(config), "flux_steps": "2", "port": None})
         assert (resolved.options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
 
+    def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
+        machine(False, [])
+        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
+        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "500000"}).options
+        assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
+
     @pytest.mark.parametrize(
         ("values", "words"),
         [
+            ({"max_gaussians": 6999}, ("max_gaussians", "6999", "7000", "validators reject")),
+            ({"max_gaussians": 2_000_001}, ("max_gaussians", "2000001", "2000000")),
             ({"port": 0}, ("port", "0", "1")),
             ({"port": 65536}, ("port", "65536", "65535")),
             ({"validation_threshold": 1.5}, ("validation_threshold", "1.5", "1")),
