@@ -191,10 +191,10 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
 
     def unet(latents: Any, t: Any, poses: Any, words: Any) -> tuple[Any, ...]:
         with torch.no_grad():
-            return (guidance._guided_noise(guidance._denoiser, latents, t, poses, words, 50.0),)
+            return (guidance._guided_noise(latents, t, poses, words, 50.0),)
 
     def encoder(images: Any, latents: Any) -> tuple[Any, ...]:
-        return distil(images, guidance._encoder, lambda _: latents, scenes)
+        return distil(images, guidance._latents, lambda _: latents, scenes)
 
     result = {
         "UNet": replayed_ms(unet, latents.to(guidance._unet.dtype), t, poses, words),
