@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -27,6 +28,7 @@ from generation.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, DreamGaussianOptions, Settings
 
 PROMPTS = ("a red cube", "a wooden chair", "a green boat", "a stone tower", "a blue vase", "a brass lamp")
+NUMBERS = itertools.count()
 ULTRA_STEPS = 2  # of FLUX
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
 FLOORS_MS = {"UNet": 1.9, "encoder there and back": 3.0}
@@ -39,16 +41,22 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
+    parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
 
+    if args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     started = time.perf_counter()
     pipeline, settings = load(args)
+    most = min(args.in_flight, pipeline.limit.most)
     say(
         f"{device_name(settings.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores; "
         f"config {settings.config.name}"
     )
     say(f"models ready after {time.perf_counter() - started:.1f} s")
+    say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
     if not args.no_eager:
         one_by_one(pipeline, 1)  # what is found out once, such as the fastest convolutions
@@ -61,14 +69,16 @@ def main() -> None:
     reset_peak()
     figures["one"] = one_by_one(pipeline, args.requests)
     show("one request", figures["one"], figures.get("eager"))
-    figures["several"] = in_flight(pipeline, 2 * args.requests + 2, args.in_flight)
-    show(f"{args.in_flight} in flight", figures["several"], figures.get("eager"))
+    figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
+    show(f"{most} in flight", figures["several"], figures.get("eager"))
     figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
     show("ultra-fast, one request", figures["ultra"])
     if settings.device.startswith("cuda"):
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB")
-        figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, args.in_flight})}
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
+        say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+        figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
@@ -76,12 +86,13 @@ def main() -> None:
 def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
-        settings = Settings.resolve({"profile": args.profile})
+        memory = int(args.memory_gib * 2**30) if args.memory_gib else None
+        settings = Settings.resolve({"profile": args.profile}, memory)
         return Pipeline.load(settings, say, warm=False), settings
     from scripts import full_size
 
-    settings = full_size.settings()
-    return full_size.load(settings, say), settings
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    return full_size.load(settings, say, warm=False), settings
 
 
 def ultra_fast(pipeline: Pipeline) -> Pipeline:
@@ -99,15 +110,17 @@ def ultra_fast(pipeline: Pipeline) -> Pipeline:
     return fast
 
 
-def request(number: int) -> Request:
-    return Request(PROMPTS[number % len(PROMPTS)], None, seed=number, threshold=0.0)
+def request() -> Request:
+    """One like no other: prompts that were seen before are not encoded again."""
+    number = next(NUMBERS)
+    return Request(f"{PROMPTS[number % len(PROMPTS)]}, number {number}", None, seed=number, threshold=0.0)
 
 
 def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
     seconds, reports = [], []
-    for number in range(count):
+    for _ in range(count):
         started = time.perf_counter()
-        (outcome,) = pipeline.generate([request(number)])
+        (outcome,) = pipeline.generate([request()])
         synchronise()
         seconds.append(time.perf_counter() - started)
         reports.append(report(outcome))
@@ -116,7 +129,7 @@ def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
 
 def in_flight(pipeline: Pipeline, count: int, most: int) -> dict[str, Any]:
     """`count` requests, `most` at once, as the engine runs them: the next joins when one is done."""
-    waiting = [pipeline.begin(request(number)) for number in range(count)]
+    waiting = [pipeline.begin(request()) for _ in range(count)]
     running: list[Job] = []
     reports = []
     started = time.perf_counter()
