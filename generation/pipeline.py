@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from generation.background import BackgroundRemover, NothingInImage, recentre
-from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_frame, neighbour_ssim, to_tensor
+from generation.results import Asset, Cancelled, GateResult, Report, Request, Scores
+from generation.self_check import MIN_ALIGNMENT, SelfCheck, fit_to_frame, neighbour_ssim, to_tensor
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
@@ -31,60 +32,6 @@ __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Report", "Req
 
 #: stage, and the share of it that is done
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make: a text or an image prompt, exactly one of them."""
-
-    prompt: str | None
-    image: Image.Image | None
-    seed: int
-    threshold: float  # lowest score worth submitting, 0..1
-    deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
-
-
-@dataclass
-class Report:
-    """How a request went."""
-
-    seed: int
-    score: float | None = None  # None: not measured (rejected before the scoring)
-    gates: dict[str, GateResult] = field(default_factory=dict)
-    num_gaussians: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # per stage
-    rejected: str | None = None  # the reason, when it was
-    device: str = ""  # that it ran on: the engine says
-
-
-@dataclass
-class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
-
-    ply: bytes
-    report: Report
-    gaussians: Gaussians | None = None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The answer of the validators' scoring service.
-
-    ``score`` is the alignment score, or 0 where a validator's is: a gate not passed, an alignment under 0.3. The public
-    validators weigh in a learned image quality (``iqa``) and LPIPS; both need weights that are not here, so they are
-    None: not measured. ``ssim`` is measured, between neighbouring views, and None when a gate was not passed.
-    """
-
-    score: float
-    alignment_score: float
-    iqa: float | None
-    ssim: float | None
-    lpips: float | None
-    gates: dict[str, GateResult] = field(default_factory=dict)
-
-
-class Cancelled(Exception):
-    """The caller gave the request up."""
 
 
 @dataclass(eq=False)

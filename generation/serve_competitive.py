@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from generation.api import create_app
 from generation.engine import Engine
+from generation.fleet import Fleet
 from generation.logging_setup import escape, setup_logging
 from generation.settings import Arguments, Settings, SettingsError
 
@@ -45,6 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
+    parser.add_argument("--gpus", help=f"all, or numbers of GPUs such as 0,1 (default: {default['gpus']})")
     return vars(parser.parse_args(argv))
 
 
@@ -60,6 +62,20 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def make_engine(settings: Settings) -> Engine | Fleet:
+    """One engine in this process, where it is on the CPU or the first GPU; else each GPU's in a process of its own."""
+    if settings.gpus not in ((), (0,)):
+        return Fleet([f"cuda:{number}" for number in settings.gpus], settings)
+
+    def load(progress: Callable[[str], None]) -> Pipeline:
+        progress("importing torch and the model libraries")
+        from generation.pipeline import Pipeline
+
+        return Pipeline.load(settings, progress)
+
+    return Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,17 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     log.info("Profile %s: %s", settings.profile, settings.profile_reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
-
-    def load(progress: Callable[[str], None]) -> Pipeline:
-        progress("importing torch and the model libraries")
-        from generation.pipeline import Pipeline
-
-        return Pipeline.load(settings, progress)
-
-    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
-    config = uvicorn.Config(
-        create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
-    )
+    app = create_app(make_engine(settings), settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)

@@ -197,6 +197,7 @@ class Arguments(_Schema):
     validation_threshold: UnitInterval = 0.6
     log_file: Path = ROOT / "logs" / "generation_service.log"
     max_queue: int = Field(16, ge=1, le=10_000)
+    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
 
 
 class Settings(_Schema):
@@ -213,6 +214,7 @@ class Settings(_Schema):
     validation_threshold: UnitInterval
     log_file: Path
     max_queue: int
+    gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None) -> Settings:
@@ -224,6 +226,7 @@ class Settings(_Schema):
         arguments = _validate(Arguments, given, "arguments")
         options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
         profile, reason, device = _choose_profile(arguments, options)
+        gpus = _choose_gpus(arguments.gpus, device)
         models_file, config = PROFILES[profile]
         models = Models.load(arguments.models or models_file)
         options = options or DreamGaussianOptions.load(config)
@@ -239,6 +242,7 @@ class Settings(_Schema):
             config=arguments.config or config,
             options=options,
             models=models,
+            gpus=gpus,
             **shared,
         )
 
@@ -268,6 +272,21 @@ def _choose_profile(
     if absent:
         return "tiny", f"a CUDA GPU is there, but not the full-size weights: {'; '.join(absent)}", device
     return "full", "a CUDA GPU and all full-size weights are there", device
+
+
+def _choose_gpus(asked: str, device: str) -> tuple[int, ...]:
+    import torch
+
+    count = torch.cuda.device_count() if device == "cuda" else 0
+    if asked == "all":
+        return tuple(range(count))
+    numbers = tuple(int(number) for number in asked.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise SettingsError(f"gpus: {asked!r}: names a GPU twice")
+    if max(numbers) >= count:
+        there = f"numbers 0 to {count - 1}" if count else "none that can be used"
+        raise SettingsError(f"gpus: {asked!r}: this machine has {count} GPUs: {there}")
+    return numbers
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
