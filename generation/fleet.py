@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from generation.engine import LATE, LOADING_RETRY_S, TIMEOUT_S, DeadlineExceeded
 from generation.remote import EngineLost, RemoteEngine
 from generation.results import Asset
 
-LOADER = "generation.pipeline:Pipeline.load"
+LOADER = "generation.profile_trace:load"
 #: How many engines a request may lose until it passes for what they are lost by.
 MAX_RUNS = 3
 
@@ -39,14 +39,17 @@ class _Place:
 class Fleet:
     """What an ``Engine`` is, over an engine process for each device. Every public method is for the asyncio thread.
 
-    ``settings`` are ``generation.settings.Settings``; they and the loader ("module:function") go to the processes.
+    Devices, as ``RemoteEngine`` names them, have ``generation.settings.Settings`` each, which go to the processes with
+    the loader ("module:function"). How many may wait is as the first device's say.
     """
 
-    def __init__(self, devices: Sequence[str], settings: Any, loader: str = LOADER) -> None:
+    def __init__(self, devices: Mapping[str, Any], loader: str = LOADER) -> None:
         self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
-        self._max_queue, self._max_batch = settings.max_queue, settings.models.max_batch
-        start = Start(settings, loader)
-        self._engines = [RemoteEngine(device, self._max_batch, start, self._hand_out) for device in devices]
+        self._engines = [
+            RemoteEngine(device, settings.models.max_batch, Start(settings, loader), self._hand_out)
+            for device, settings in devices.items()
+        ]
+        self._max_queue = next(iter(devices.values())).max_queue
         self._waiting: deque[_Place] = deque()
         self._calls = 0  # waiting and in flight
         self._mean_seconds = 30.0  # of a generation; follows what is measured
@@ -113,8 +116,8 @@ class Fleet:
             raise self._no_engine()
         if waiting >= self._max_queue:
             self.totals["refused"] += 1
-            ready = sum(each.status == "ready" for each in self._engines)
-            next_place = math.ceil(self._mean_seconds / (self._max_batch * ready))
+            places = sum(each.capacity for each in self._engines if each.status == "ready")
+            next_place = math.ceil(self._mean_seconds / places)
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
 
     def _no_engine(self) -> Unavailable:

@@ -53,7 +53,7 @@ class RemoteEngine:
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
-        self._capacity = capacity
+        self.capacity = capacity
         self._start = start
         self._changed = changed
         self._health: dict[str, Any] = {}  # as the engine's entry, but for the device
@@ -77,11 +77,11 @@ class RemoteEngine:
     @property
     def load(self) -> float:
         """What is in flight, in shares of what the engine takes at once."""
-        return (self.generations + self.calls) / self._capacity
+        return (self.generations + self.calls) / self.capacity
 
     @property
     def has_room(self) -> bool:
-        return self.generations < self._capacity
+        return self.generations < self.capacity
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}

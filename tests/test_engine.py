@@ -232,6 +232,22 @@ async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[En
     json.dumps(entry, allow_nan=False)  # it goes over a process border, and to clients
     pipeline.go.set()
     asset = await running
-    assert set(told) == {("text_to_image", 0.5)}
+    assert (told[0], told[-1]) == (("text_to_image", 0.5), ("dreamgaussian", 0.25))
     assert asset.report.device == "cpu"
     assert engine.health()[0]["active"] == []
+
+
+async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is stood in for: there is none here."""
+    measured = iter(range(1, 10))
+    monkeypatch.setattr(engine_module.memory, "device_name", lambda device: f"the card {device}")
+    monkeypatch.setattr(engine_module.memory, "measure", lambda device: {"used_bytes": next(measured)})
+    engine = Engine(lambda progress: StandInPipeline(), max_queue=1, max_batch=1, threshold=0.6, device="cuda")
+    engine.start()
+    await asyncio.to_thread(wait_until, lambda: engine.status == "ready")
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["memory"]) == ("cuda:0", "the card cuda:0", {"used_bytes": 1})
+    asset = await engine.generate("a", None, 1)
+    assert asset.report.device == "cuda:0"
+    assert engine.health()[0]["memory"] == {"used_bytes": 2}
+    engine.stop(PATIENCE_S)
