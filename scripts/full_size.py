@@ -24,16 +24,19 @@ from diffusers import (
     FluxTransformer2DModel,
     UNet2DConditionModel,
 )
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from generation.background import BackgroundRemover
 from generation.dreamgaussian import DreamGaussian, MVDream
+from generation.memory_class import Quantization, choose, gpu_memory
 from generation.pipeline import Pipeline
 from generation.self_check import SelfCheck
 from generation.settings import PROFILES, ROOT, DreamGaussianOptions, Models, Settings
 from generation.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
+from generation.weights.quantise import quantise_linears
 from generation.weights.registry import REGISTRY
 
 TINY = Path(__file__).resolve().parents[1] / "generation" / "weights" / "tiny"
@@ -58,9 +61,9 @@ def on(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def flux(device: str, dtype: torch.dtype = torch.bfloat16) -> FluxPipeline:
+def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = torch.bfloat16) -> FluxPipeline:
     """FLUX.1-schnell: 11.9 billion parameters, T5-XXL's encoder with 4.8 and CLIP-L's with 0.12."""
-    with on(device, dtype):
+    with on("meta", dtype):
         transformer = FluxTransformer2DModel(
             in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
             joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=False,
@@ -71,6 +74,9 @@ def flux(device: str, dtype: torch.dtype = torch.bfloat16) -> FluxPipeline:
                 feed_forward_proj="gated-gelu", is_encoder_decoder=False,
             )
         )  # fmt: skip
+    _draw(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks], device, quantization)
+    _draw(t5, list(t5.encoder.block), device, quantization)
+    with on(device, dtype):
         clip = _clip_text(768, 12, 12)
         vae = _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
     return FluxPipeline(
@@ -82,6 +88,25 @@ def flux(device: str, dtype: torch.dtype = torch.bfloat16) -> FluxPipeline:
         tokenizer_2=T5TokenizerFast.from_pretrained(TINY / "flux/tokenizer_2", model_max_length=512),
         transformer=transformer,
     )
+
+
+def _draw(model: nn.Module, blocks: list[nn.Module], device: str, quantization: Quantization) -> None:
+    """Bring a model that is on the meta device to ``device``, one of its blocks after the other, in 4 bits if asked.
+
+    So it is never there in 16 bits as a whole. Weights are small, so that what goes through many blocks stays finite.
+    """
+    for part in [*blocks, model]:
+        drawn: dict[nn.Parameter, nn.Parameter] = {}  # some are used in two places
+        for owner in part.modules():
+            for name, parameter in list(owner.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    if parameter not in drawn:
+                        weight = torch.empty_like(parameter, device=device).normal_(std=0.02)
+                        drawn[parameter] = nn.Parameter(weight, requires_grad=False)
+                    setattr(owner, name, drawn[parameter])
+        del drawn
+        if quantization == "nf4" and part is not model:
+            quantise_linears(part, device)
 
 
 def mvdream(device: str, dtype: torch.dtype = torch.float16) -> MVDream:
@@ -120,12 +145,15 @@ def clip(device: str, dtype: torch.dtype = torch.float16) -> SelfCheck:
     )
 
 
-def settings(device: str = "cuda") -> Settings:
-    """Those of the full profile, whether or not its weights are here."""
-    models, config = PROFILES["full"]
+def settings(device: str = "cuda", memory: int | None = None) -> Settings:
+    """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own)."""
+    models_file, config = PROFILES["full"]
+    models = Models.load(models_file)
+    memory_class, memory_reason = choose(models.memory_classes, memory or gpu_memory(), None)
     return Settings(
         profile="full", profile_reason="random weights", device=device, config=config,
-        options=DreamGaussianOptions.load(config), models=Models.load(models), host="127.0.0.1", port=10006,
+        options=DreamGaussianOptions.load(config), models=models.fitted(memory_class), host="127.0.0.1", port=10006,
+        memory_class=memory_class.name if memory_class else None, memory_reason=memory_reason,
         validation_threshold=0.0, log_file=ROOT / "logs" / "full_size.log", max_queue=16,
     )  # fmt: skip
 
@@ -134,7 +162,7 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     """Every model of the full profile, as the settings say, on their device."""
     models, device = settings.models, settings.device
     progress("drawing the weights of FLUX.1-schnell")
-    text_to_image = TextToImage(flux(device), models.text_to_image, device)
+    text_to_image = TextToImage(flux(device, models.text_to_image.quantization), models.text_to_image, device)
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     dreamgaussian = DreamGaussian(mvdream(device), settings.options, device, background.remove)
