@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from generation import intake, openapi
 from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.events import Events, EventStream, Following
+from generation.fleet import Fleet
 from generation.intake import ApiError, BodyLimit
 from generation.logging_setup import escape
 from generation.metrics import Metrics
@@ -37,7 +38,7 @@ class ClientGone(Exception):
     """Nobody is left to answer."""
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     """The service around an engine that is not started yet; the app starts and stops it."""
     started = time.monotonic()
     version = _version()
@@ -77,7 +78,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             if not asset.ply:
                 return Response(b"", media_type="video/mp4", headers=headers)
             following.progress("video", 0.0)
-            frames = await _while_connected(request, engine.call(partial(_film, gaussians=asset.gaussians)))
+            film = partial(_film, data=asset.ply, device=settings.device)
+            frames = await _while_connected(request, engine.call(film))
             return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
     @contextmanager
@@ -173,10 +175,11 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 # What takes a pipeline runs beside it, which may be in another process: it and its arguments can be pickled.
 
 
-def _film(pipeline: Any, gaussians: Any) -> Any:
+def _film(pipeline: Any, data: bytes, device: str) -> Any:
     from generation import video
+    from generation.splats import ply
 
-    return video.render(gaussians)
+    return video.render(ply.read(data).to(device))
 
 
 def _encode(frames: Any) -> bytes:
@@ -196,7 +199,7 @@ def _validate(pipeline: Any, data: bytes, compression: int, prompt: Any) -> Any:
 
 
 def report_headers(report: Any) -> dict[str, str]:
-    """A ``generation.pipeline.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
+    """A ``generation.results.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
     headers = {
         "X-Seed": str(report.seed),
         "X-Num-Gaussians": str(report.num_gaussians),

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from generation import memory
+from generation.results import Asset, Request
 
 if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
-    from generation.pipeline import Asset, Pipeline
+    from generation.pipeline import Pipeline
 
 log = logging.getLogger("generation.engine")
 
@@ -290,8 +291,6 @@ class Engine:
         _settle(job, outcome)
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
-        from generation.pipeline import Request
-
         g = generation
         g.began = time.monotonic()
         request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline)

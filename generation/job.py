@@ -1,57 +1,19 @@
-"""A request on its way through the pipeline, and what comes out of it."""
+"""A request on its way through the pipeline."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from generation.self_check import GateResult
+from generation.results import Asset, Cancelled, Report, Request
 from generation.splats.gaussians import Gaussians
 
 #: stage, and the share of it that is done
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to make: a text or an image prompt, exactly one of them."""
-
-    prompt: str | None
-    image: Image.Image | None
-    seed: int
-    threshold: float  # lowest score worth submitting, 0..1
-    deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
-
-
-@dataclass
-class Report:
-    """How a request went."""
-
-    seed: int
-    score: float | None = None  # None: not measured (rejected before the scoring)
-    gates: dict[str, GateResult] = field(default_factory=dict)
-    num_gaussians: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # per stage
-    rejected: str | None = None  # the reason, when it was
-    device: str = ""  # that it ran on: the engine says
-
-
-@dataclass
-class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
-
-    ply: bytes
-    report: Report
-    gaussians: Gaussians | None = None
-
-
-class Cancelled(Exception):
-    """The caller gave the request up."""
 
 
 @dataclass(eq=False)

@@ -23,11 +23,11 @@ class MemoryClass(BaseModel):
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 
-def gpu_memory() -> int | None:
-    """Bytes of the current CUDA GPU, or None without one."""
+def gpu_memory(gpus: Sequence[int]) -> int | None:
+    """Bytes of the smallest of these CUDA GPUs, or None without one."""
     import torch  # seconds to import: only when a profile is really resolved
 
-    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else None
+    return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=None)
 
 
 def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | None) -> tuple[MemoryClass | None, str]:

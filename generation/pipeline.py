@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +19,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from generation.background import BackgroundRemover, NothingInImage, recentre
-from generation.job import Asset, Cancelled, Job, Progress, Report, Request
+from generation.job import Job, Progress
 from generation.out_of_memory import BatchLimit, in_batches, is_out_of_memory, release_cache
+from generation.results import Asset, Cancelled, GateResult, Report, Request, Scores
 from generation.self_check import (
     MIN_ALIGNMENT,
     Check,
-    GateResult,
     SelfCheck,
     fit_to_frame,
     neighbour_ssim,
@@ -44,23 +43,6 @@ __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "R
 COMPILED = ROOT / ".cache" / "compiled"
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The answer of the validators' scoring service.
-
-    ``score`` is the alignment score, or 0 where a validator's is: a gate not passed, an alignment under 0.3. The public
-    validators weigh in a learned image quality (``iqa``) and LPIPS; both need weights that are not here, so they are
-    None: not measured. ``ssim`` is measured, between neighbouring views, and None when a gate was not passed.
-    """
-
-    score: float
-    alignment_score: float
-    iqa: float | None
-    ssim: float | None
-    lpips: float | None
-    gates: dict[str, GateResult] = field(default_factory=dict)
 
 
 class Pipeline:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from generation.results import GateResult
 from generation.settings import MIN_GAUSSIANS, ModelChoice
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
@@ -42,16 +43,6 @@ MIN_BOX_SIDE, MAX_COORDINATE = 0.05, 2047.0
 MIN_ROTATION = 0.005
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One hard rule: what was measured, and the limit it is held against."""
-
-    passed: bool
-    value: float
-    limit: float
-    reason: str = ""  # when not passed: name, figure and limit in words
 
 
 @dataclass(frozen=True)

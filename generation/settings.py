@@ -222,6 +222,7 @@ class Arguments(_Schema):
     validation_threshold: UnitInterval = 0.6
     log_file: Path = ROOT / "logs" / "generation_service.log"
     max_queue: int = Field(16, ge=1, le=10_000)
+    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
 
@@ -249,6 +250,7 @@ class Settings(_Schema):
     validation_threshold: UnitInterval
     log_file: Path
     max_queue: int
+    gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
     profile_trace: Path | None
 
     @classmethod
@@ -261,7 +263,8 @@ class Settings(_Schema):
         given = {key: value for key, value in (values or {}).items() if value is not None}
         arguments = _validate(Arguments, given, "arguments")
         options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
-        memory = memory or gpu_memory()
+        gpus = _choose_gpus(arguments.gpus)
+        memory = memory or gpu_memory(gpus)
         profile, reason, device = _choose_profile(arguments, options, memory)
         models_file, config = PROFILES[profile]
         models_file = arguments.models or models_file
@@ -291,6 +294,7 @@ class Settings(_Schema):
             config=arguments.config or config,
             options=options,
             models=models,
+            gpus=gpus,
             **shared,
         )
 
@@ -325,6 +329,22 @@ def _choose_profile(
     except ValueError as error:
         return "tiny", f"all full-size weights are there, but {error}", device
     return "full", "a CUDA GPU and all full-size weights are there", device
+
+
+def _choose_gpus(asked: str) -> tuple[int, ...]:
+    """Numbers of GPUs as torch counts them. Raises SettingsError when there are not so many."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if asked == "all":
+        return tuple(range(count))
+    numbers = tuple(int(number) for number in asked.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise SettingsError(f"gpus: {asked!r}: names a GPU twice")
+    if max(numbers) >= count:
+        there = f"{count}, numbered from 0" if count else "none that CUDA can use"
+        raise SettingsError(f"gpus: {asked!r}: the GPUs on this machine are {there}")
+    return numbers
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class TestResolve:
 
         def pretend(gpu: bool, absent: list[str], gib: float = 24) -> None:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-            monkeypatch.setattr(settings, "gpu_memory", lambda: int(gib * 2**30) if gpu else None)
+            monkeypatch.setattr(settings, "gpu_memory", lambda gpus: int(gib * 2**30) if gpu else None)
             monkeypatch.setattr(weights, "missing", lambda models: absent)
 
         return pretend
