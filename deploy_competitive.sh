@@ -20,16 +20,16 @@ usage: ./deploy_competitive.sh [flags]
   --config PATH                optimisation config, a YAML with DreamGaussian's keys (the profile's)
   --models PATH                models file: which checkpoint each stage loads (the profile's)
   --flux-steps N               steps of text to image (the profile's)
-  --max-gaussians N            most Gaussians that a splat may grow to (the service's)
+  --max-gaussians N            most Gaussians that a splat may grow to (the config's)
   --validation-threshold X     lowest CLIP score worth submitting, 0..1 (0.6)
-  --gpus all|N,N               GPUs that the generation service uses (the service's)
+  --gpus all|N,N               GPUs that the generation service uses (all)
   --host ADDRESS               where the generation service listens (127.0.0.1)
   --port N                     its port (10006)
   --generation.endpoint URL .. services on other machines, used beside this one; may be repeated
   --workers N                  tasks that the miner works on at once (4)
-  --retries N                  other seeds tried, in time, for a rejected result, 0..10 (the miner's)
-  --min-reward X               skip validators expected to accept fewer results per GPU second, 0..1 (the miner's)
-  --metrics-port N             the miner's Prometheus metrics on 127.0.0.1; 0: none (the miner's)
+  --retries N                  other seeds tried, in time, for a rejected result, 0..10 (2)
+  --min-reward X               skip validators expected to accept fewer results per GPU second, 0..1 (0: skips none)
+  --metrics-port N             the miner's Prometheus metrics on 127.0.0.1; 0: none (10007)
   --network NAME               auto, rehearsal, finney, test or ws://ADDRESS (auto: finney when a wallet is named,
                                else rehearsal, which submits nothing to the Bittensor network)
   --wallet.name NAME           coldkey name

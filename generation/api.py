@@ -8,19 +8,24 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from generation import intake
+from generation import intake, openapi
 from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.events import Events, EventStream, Following
+from generation.fleet import Fleet
 from generation.intake import ApiError, BodyLimit
 from generation.logging_setup import escape
+from generation.metrics import Metrics
 from generation.settings import Settings
 
 MAX_REASON_CHARACTERS = 500
@@ -33,10 +38,12 @@ class ClientGone(Exception):
     """Nobody is left to answer."""
 
 
-def create_app(engine: Engine, settings: Settings) -> FastAPI:
+def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     """The service around an engine that is not started yet; the app starts and stops it."""
     started = time.monotonic()
     version = _version()
+    events = Events({"dreamgaussian": settings.options.iters})
+    metrics = Metrics(engine)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,43 +55,66 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
     app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
     _add_error_handlers(app)
+    app.state.events = events  # to be closed before the server waits for its open answers
     # Bodies are read before a request is admitted; not too many big ones at once.
     scoring_bodies = asyncio.Semaphore(4)
 
     @app.post("/generate", include_in_schema=False)
-    @app.post("/generate/", openapi_extra=_FORM, responses=_results("application/octet-stream", "A 3DGS PLY"))
+    @app.post(
+        "/generate/", openapi_extra=openapi.FORM, responses=openapi.results("application/octet-stream", "A 3DGS PLY")
+    )
     async def generate(request: Request) -> Response:
         """A prompt or an image to a Gaussian splat. 200 with an empty body: not worth submitting, see X-Rejected."""
-        asset, headers = await _generate(request)
+        with followed(request) as following:
+            asset, headers = await _generate(request, following)
         return Response(asset.ply, media_type="application/octet-stream", headers=headers)
 
     @app.post("/generate_video", include_in_schema=False)
-    @app.post("/generate_video/", openapi_extra=_FORM, responses=_results("video/mp4", "A turntable"))
+    @app.post("/generate_video/", openapi_extra=openapi.FORM, responses=openapi.results("video/mp4", "A turntable"))
     async def generate_video(request: Request) -> Response:
         """The same splat as from /generate/, filmed once around."""
-        asset, headers = await _generate(request)
-        if not asset.ply:
-            return Response(b"", media_type="video/mp4", headers=headers)
-        from generation import video  # brings torch; loaded long since by the engine
+        with followed(request) as following:
+            asset, headers = await _generate(request, following)
+            if not asset.ply:
+                return Response(b"", media_type="video/mp4", headers=headers)
+            following.progress("video", 0.0)
+            film = partial(_film, data=asset.ply, device=settings.device)
+            frames = await _while_connected(request, engine.call(film))
+            return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
-        frames = await _while_connected(request, engine.call(lambda pipeline: video.render(asset.gaussians)))
-        return Response(await asyncio.to_thread(video.encode, frames), media_type="video/mp4", headers=headers)
+    @contextmanager
+    def followed(request: Request) -> Iterator[Following]:
+        """Whoever follows the request is told how it ends."""
+        request_id = intake.check_request_id(request.headers.get("X-Request-Id"))
+        request.state.request_id = request_id
+        with events.request(request_id) as following:
+            try:
+                yield following
+            except BaseException as error:
+                following.end(*_verdict(error, following.stage))
+                raise
+            report = following.report
+            following.end("delivered" if report.rejected is None else "rejected", report.rejected, report.score)
 
-    async def _generate(request: Request) -> tuple[Any, dict[str, str]]:
+    async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
+        started = time.monotonic()
         engine.check_admission()
         prompt, image, seed = await intake.read_form(request)
         seed = secrets.randbits(32) if seed is None else seed
-        asset = await _while_connected(request, engine.generate(prompt, image, seed))
-        return asset, report_headers(asset.report)
+        following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
+        asset = await _while_connected(request, engine.generate(prompt, image, seed, following.progress))
+        following.report = asset.report
+        metrics.record(asset.report, time.monotonic() - started)
+        return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
 
-    @app.post("/validate_txt_to_3d_ply/", openapi_extra=_SCORE, responses=_ERRORS)
+    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.SCORE, responses=openapi.ERRORS)
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         async with scoring_bodies:
             body = await intake.read_score_request(request)
             return await _score(request, body, intake.check_prompt(body.prompt))
 
-    @app.post("/validate_img_to_3d_ply/", openapi_extra=_SCORE, responses=_ERRORS)
+    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.SCORE, responses=openapi.ERRORS)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
         async with scoring_bodies:
@@ -94,16 +124,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
-
-        def score(pipeline: Any) -> Any:
-            from generation.splats import ply, spz
-
-            if body.compression == 2:
-                content = ply.write(spz.decode(data))
-            else:
-                content = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4) if body.compression == 1 else data
-            return pipeline.validate(content, prompt)
-
+        score = partial(_validate, data=data, compression=body.compression, prompt=prompt)
         try:
             scores = await _while_connected(request, engine.call(score))
         except ValueError as error:
@@ -123,10 +144,26 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
             "queue_depth": engine.queue_depth,
             "max_queue": settings.max_queue,
             "active": engine.active,
+            "engines": engine.health(),
             "totals": engine.totals,
             "uptime_seconds": round(time.monotonic() - started, 1),
             "version": version,
         }
+
+    @app.get("/events/{request_id}", responses=openapi.EVENTS)
+    async def follow(request_id: str) -> Response:
+        """Progress of the request that is, or will soon be, sent with this X-Request-Id, until it has ended."""
+        return EventStream(events, intake.check_request_id(request_id))
+
+    @app.get("/events", responses=openapi.EVENTS)
+    async def follow_all() -> Response:
+        """Progress of all requests."""
+        return EventStream(events, None)
+
+    @app.get("/metrics")
+    async def get_metrics() -> Response:
+        """For Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version/")
     async def get_version() -> str:
@@ -135,8 +172,34 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
     return app
 
 
+# What takes a pipeline runs beside it, which may be in another process: it and its arguments can be pickled.
+
+
+def _film(pipeline: Any, data: bytes, device: str) -> Any:
+    from generation import video
+    from generation.splats import ply
+
+    return video.render(ply.read(data).to(device))
+
+
+def _encode(frames: Any) -> bytes:
+    from generation import video  # brings torch, which takes seconds to import
+
+    return video.encode(frames)
+
+
+def _validate(pipeline: Any, data: bytes, compression: int, prompt: Any) -> Any:
+    from generation.splats import ply, spz
+
+    if compression == 2:
+        data = ply.write(spz.decode(data))
+    elif compression == 1:
+        data = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4)
+    return pipeline.validate(data, prompt)
+
+
 def report_headers(report: Any) -> dict[str, str]:
-    """A ``generation.pipeline.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
+    """A ``generation.results.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
     headers = {
         "X-Seed": str(report.seed),
         "X-Num-Gaussians": str(report.num_gaussians),
@@ -155,6 +218,17 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
+    """Outcome and reason for who follows a request that came to no result. No words that may quote its prompt."""
+    if isinstance(error, ClientGone):
+        return "cancelled", "the client hung up"
+    if isinstance(error, ApiError | Unavailable):
+        return "refused" if stage in ("receiving", "queued") else "failed", str(error)
+    if isinstance(error, HTTPException):
+        return "refused", "the form can not be read"
+    return "failed", str(error) if isinstance(error, DeadlineExceeded) else f"stage {stage} failed"
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -183,39 +257,43 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def answer(status: int, message: str, field: str | None = None, limit: Any = None, **headers: str) -> JSONResponse:
+    def answer(
+        request: Request, status: int, message: str, field: str | None = None, limit: Any = None, **headers: str
+    ) -> JSONResponse:
+        if (request_id := getattr(request.state, "request_id", None)) is not None:
+            headers["X-Request-Id"] = request_id
         return JSONResponse({"error": {"field": field, "message": message, "limit": limit}}, status, headers)
 
     def retry(seconds: int | None) -> dict[str, str]:
         return {} if seconds is None else {"Retry-After": str(seconds)}
 
     @app.exception_handler(ApiError)
-    async def refused(_: Request, error: ApiError) -> Response:
-        return answer(error.status, error.message, error.field, error.limit)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return answer(request, error.status, error.message, error.field, error.limit)
 
     @app.exception_handler(Unavailable)
-    async def unavailable(_: Request, error: Unavailable) -> Response:
-        return answer(503, str(error), **retry(error.retry_after))
+    async def unavailable(request: Request, error: Unavailable) -> Response:
+        return answer(request, 503, str(error), **retry(error.retry_after))
 
     @app.exception_handler(DeadlineExceeded)
-    async def late(_: Request, error: DeadlineExceeded) -> Response:
-        return answer(504, str(error))
+    async def late(request: Request, error: DeadlineExceeded) -> Response:
+        return answer(request, 504, str(error))
 
     @app.exception_handler(StageFailed)
-    async def failed(_: Request, error: StageFailed) -> Response:
-        return answer(500, f"generation failed: {error}")
+    async def failed(request: Request, error: StageFailed) -> Response:
+        return answer(request, 500, f"generation failed: {error}")
 
     @app.exception_handler(ClientGone)
     async def gone(_: Request, error: ClientGone) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
-        return answer(error.status_code, str(error.detail), **dict(error.headers or {}))
+    async def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, error.status_code, str(error.detail), **dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return answer(500, "internal error")
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return answer(request, 500, "internal error")
 
 
 def _version() -> str:
@@ -223,65 +301,3 @@ def _version() -> str:
         return importlib.metadata.version("competitive-miner")
     except importlib.metadata.PackageNotFoundError:  # run from a bare source tree
         return "0+source"
-
-
-# ---- OpenAPI: bodies are read by hand, within limits, so they are described by hand ----
-
-_ERROR_SCHEMA = {
-    "type": "object",
-    "properties": {
-        "error": {
-            "type": "object",
-            "properties": {"field": {"type": "string", "nullable": True}, "message": {"type": "string"}, "limit": {}},
-        }
-    },
-}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
-    for status, text in {
-        413: "A body or a field is too big",
-        415: "Wrong content type",
-        422: "A field is wrong: which, and its limit",
-        500: "This request failed",
-        503: "Loading or queue full: Retry-After says when to come back",
-        504: "Took too long",
-    }.items()
-}
-_REPORT_HEADERS = {
-    "X-Score": "CLIP score as the validators compute it, 0..1",
-    "X-Seed": "the seed: the same prompt and seed give the same splat",
-    "X-Num-Gaussians": "number of Gaussians",
-    "X-Seconds": "JSON: seconds per stage",
-    "X-Rejected": "why the body is empty, when it is",
-}
-
-
-def _results(media_type: str, text: str) -> dict[int | str, dict[str, Any]]:
-    headers = {
-        name: {"description": meaning, "schema": {"type": "string"}} for name, meaning in _REPORT_HEADERS.items()
-    }
-    binary = {media_type: {"schema": {"type": "string", "format": "binary"}}}
-    return {200: {"description": f"{text}, or an empty body", "content": binary, "headers": headers}, **_ERRORS}
-
-
-_FORM_FIELDS = {
-    "prompt": {"type": "string", "minLength": 1, "maxLength": intake.MAX_PROMPT_CHARACTERS},
-    "prompt_image_file": {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; instead of prompt"},
-    "seed": {"type": "integer", "minimum": 0, "maximum": intake.MAX_SEED, "description": "random when not given"},
-}
-_TEXT_FIELDS = {name: _FORM_FIELDS[name] for name in ("prompt", "seed")}
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {"schema": {"type": "object", "properties": _FORM_FIELDS}},
-            "application/x-www-form-urlencoded": {"schema": {"type": "object", "properties": _TEXT_FIELDS}},
-        },
-    }
-}
-_SCORE = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": intake.ScoreRequest.model_json_schema()}},
-    }
-}

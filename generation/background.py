@@ -68,7 +68,10 @@ class BackgroundRemover:
             antialias=True,
         )
         x = (x - _MEAN.to(x)) / _STD.to(x)
-        logits = self._net(x.to(parameter.dtype))[-1]  # from coarse to fine; the last is the finest
+        # The published code mixes masks in float32 into its attention: in half precision it needs autocast's help.
+        half = parameter.dtype if parameter.dtype != torch.float32 else torch.float16
+        with torch.autocast(parameter.device.type, half, enabled=parameter.dtype != torch.float32):
+            logits = self._net(x.to(parameter.dtype))[-1]  # from coarse to fine; the last is the finest
         alpha = F.interpolate(
             logits.float().sigmoid(), size=images.shape[-2:], mode="bilinear", align_corners=False, antialias=True
         )

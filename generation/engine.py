@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from generation import memory
+from generation.results import Asset, Request
+
 if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
-    from generation.pipeline import Asset, Pipeline
+    from generation.pipeline import Pipeline
 
 log = logging.getLogger("generation.engine")
 
@@ -27,6 +30,8 @@ LATE = f"no result within {TIMEOUT_S:.0f} s"
 LOADING_RETRY_S = 5
 
 T = TypeVar("T")
+#: Told the stage, and the share of it that is done. Called from any thread; must be quick and must not raise.
+OnProgress = Callable[[str, float], None]
 
 
 class Unavailable(Exception):
@@ -61,9 +66,12 @@ class _Generation(_Job):
     stage: str = "queued"
     fraction: float = 0.0
     began: float = 0.0  # on time.monotonic()
+    on_progress: OnProgress | None = None
 
     def progress(self, stage: str, fraction: float) -> None:
         self.stage, self.fraction = stage, fraction
+        if self.on_progress is not None and not self.future.done():
+            self.on_progress(stage, fraction)
 
 
 @dataclass(eq=False)
@@ -77,16 +85,26 @@ class Engine:
     """Runs requests through a pipeline that it loads by itself, up to ``max_batch`` at once; one joins when one ends.
 
     Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
-    progress in words, and returns a ``generation.pipeline.Pipeline`` or what has its methods.
+    progress in words, and returns a ``generation.pipeline.Pipeline`` or what has its methods. ``device`` is where that
+    pipeline works ("cpu", "cuda", "cuda:1").
     """
 
     def __init__(
-        self, load: Callable[[Callable[[str], None]], Any], max_queue: int, max_batch: int, threshold: float
+        self,
+        load: Callable[[Callable[[str], None]], Any],
+        max_queue: int,
+        max_batch: int,
+        threshold: float,
+        device: str = "cpu",
     ) -> None:
         self.status = "loading"
         self.reason = "starting"
         self.models: list[dict[str, Any]] = []
         self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
+        self._device = "cuda:0" if device == "cuda" else device
+        self._device_name = ""  # known once the models are loaded, as the memory is
+        self._memory: dict[str, int] | None = None
+        self._ticks: Counter[int] = Counter()  # by the number of requests in them
         self._load = load
         self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
         self._calls: deque[_Call] = deque()
@@ -123,6 +141,25 @@ class Engine:
         """What runs now: seed, stage and the share of the stage that is done."""
         return [{"seed": job.seed, "stage": job.stage, "fraction": round(job.fraction, 3)} for job in self._active]
 
+    def health(self) -> list[dict[str, Any]]:
+        """One entry, of JSON's own types; where there are several engines, there is one for each.
+
+        ``memory`` is that of ``generation.memory.measure`` after the latest tick, null on a CPU. ``ticks`` counts the
+        ticks so far by the number of requests that shared them.
+        """
+        return [
+            {
+                "device": self._device,
+                "name": self._device_name,
+                "status": self.status,
+                "reason": self.reason,
+                "active": self.active,
+                "queue_depth": self.queue_depth,
+                "memory": self._memory,
+                "ticks": {str(size): count for size, count in sorted(dict(self._ticks).items())},
+            }
+        ]
+
     def check_admission(self) -> None:
         """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full."""
         self._check_room(self._generations)
@@ -137,13 +174,16 @@ class Engine:
             next_place = math.ceil(self._mean_seconds / self._max_batch)
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
 
-    async def generate(self, prompt: str | None, image: Image.Image | None, seed: int) -> Asset:
+    async def generate(
+        self, prompt: str | None, image: Image.Image | None, seed: int, on_progress: OnProgress | None = None
+    ) -> Asset:
         """Make a splat from exactly one of prompt and image.
 
         Cancelling the awaiting task frees the request's place and stops its work. Raises Unavailable,
         DeadlineExceeded and StageFailed.
         """
-        job = _Generation(time.monotonic() + TIMEOUT_S, prompt=prompt, image=image, seed=seed)
+        deadline = time.monotonic() + TIMEOUT_S
+        job = _Generation(deadline, prompt=prompt, image=image, seed=seed, on_progress=on_progress)
         self._check_room(self._generations)
         self.totals["requests"] += 1
         started = time.monotonic()
@@ -158,6 +198,7 @@ class Engine:
             log.error("Generation failed: %s", error)
             raise
         report = asset.report
+        report.device = self._device
         if report.score is not None:
             log.info("CLIP Score: %.2f", report.score)
         if report.rejected is None:
@@ -201,6 +242,7 @@ class Engine:
     def _run(self) -> None:
         try:
             pipeline = self._load(self._progress)
+            self._device_name, self._memory = memory.device_name(self._device), memory.measure(self._device)
         except Exception as error:
             log.exception("Loading failed")
             self.status, self.reason = "failed", f"loading failed: {describe(error)}"
@@ -213,7 +255,7 @@ class Engine:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
         running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
-        while (work := self._next()) is not None:
+        while (work := self._next(min(self._max_batch, pipeline.limit.now))) is not None:
             call, admitted = work
             if call is not None:
                 self._run_call(pipeline, call)
@@ -226,14 +268,17 @@ class Engine:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self) -> tuple[_Call | None, list[_Generation]] | None:
-        """A call, and the generations for which there is room now. Waits when nothing runs. None when stopping."""
+    def _next(self, most: int) -> tuple[_Call | None, list[_Generation]] | None:
+        """A call, and the generations that may join now, with ``most`` running. Waits when nothing runs.
+
+        None when stopping.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
             if self._stopping:
                 return None
             call = self._calls.popleft() if self._calls else None
-            room = min(self._max_batch - len(self._active), len(self._generations))
+            room = max(0, min(most - len(self._active), len(self._generations)))
             admitted = [self._generations.popleft() for _ in range(room)]
             self._active = self._active + admitted
             return call, admitted
@@ -246,8 +291,6 @@ class Engine:
         _settle(job, outcome)
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
-        from generation.pipeline import Request
-
         g = generation
         g.began = time.monotonic()
         request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline)
@@ -255,11 +298,13 @@ class Engine:
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
         """Those that go on afterwards."""
+        self._ticks[len(running)] += 1
         broken: BaseException | None = None
         try:
             pipeline.tick([job for _, job in running])
         except BaseException as error:  # as above
             broken = error
+        self._memory = memory.measure(self._device)
         going_on = []
         for generation, job in running:
             outcome = broken if broken is not None else job.outcome

@@ -8,6 +8,7 @@ import binascii
 import io
 import json
 import re
+import secrets
 import threading
 import unicodedata
 from email.message import Message as HeaderMessage
@@ -23,6 +24,7 @@ from generation.logging_setup import escape
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
+MAX_REQUEST_ID_CHARACTERS = 64
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_SIDE = 4096  # pixels
 IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -146,6 +148,16 @@ def check_seed(text: str | None) -> int | None:
     if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > MAX_SEED:
         raise ApiError(422, "seed", f"not a whole number in 0..{MAX_SEED}: {escape(text[:32])}", f"0..{MAX_SEED}")
     return int(text)
+
+
+def check_request_id(text: str | None) -> str:
+    """The id that a client gave its request, or a new one. Raises ApiError when it is long or has odd characters."""
+    if text is None:
+        return secrets.token_hex(8)
+    if not re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARACTERS}}}", text):
+        limit = f"1..{MAX_REQUEST_ID_CHARACTERS} of A-Z a-z 0-9 . _ -"
+        raise ApiError(422, "X-Request-Id", f"can not be an id: {escape(text[:32])}", limit)
+    return text
 
 
 def decode_image(data: bytes, field: str) -> Image.Image:

@@ -39,7 +39,7 @@ class SingleLineFormatter(logging.Formatter):
 
 
 def setup_logging(path: Path) -> None:
-    """Log into ``path`` (10 MB, five older files kept) and to stderr: ours and the server's, others' warnings.
+    """Log into ``path`` (10 MB, five older files kept) and to stderr.
 
     Raises OSError when it can not.
     """
@@ -51,6 +51,11 @@ def setup_logging(path: Path) -> None:
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(SingleLineFormatter())
+    install(handlers)
+
+
+def install(handlers: list[logging.Handler]) -> None:
+    """Give ``handlers``, and no others, what is logged here: ours and the server's, others' warnings."""
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
     for name in ("generation", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)

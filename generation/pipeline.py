@@ -3,129 +3,46 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from torch.profiler import record_function
 
 from generation.background import BackgroundRemover, NothingInImage, recentre
-from generation.self_check import MIN_ALIGNMENT, GateResult, SelfCheck, fit_to_frame, neighbour_ssim, to_tensor
-from generation.settings import DreamGaussianOptions, Settings
+from generation.job import Job, Progress
+from generation.out_of_memory import BatchLimit, in_batches, is_out_of_memory, release_cache
+from generation.results import Asset, Cancelled, GateResult, Report, Request, Scores
+from generation.self_check import (
+    MIN_ALIGNMENT,
+    Check,
+    SelfCheck,
+    fit_to_frame,
+    neighbour_ssim,
+    to_tensor,
+)  # fmt: skip
+from generation.settings import ROOT, DreamGaussianOptions, Settings
 from generation.splats import ply
-from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import warm_up
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
-__all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Report", "Request", "Scores"]
+__all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
 
-#: stage, and the share of it that is done
-Progress = Callable[[str, float], None]
+#: compiled kernels are kept there between starts
+COMPILED = ROOT / ".cache" / "compiled"
 
-
-@dataclass(frozen=True)
-class Request:
-    """What to make: a text or an image prompt, exactly one of them."""
-
-    prompt: str | None
-    image: Image.Image | None
-    seed: int
-    threshold: float  # lowest score worth submitting, 0..1
-    deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
-
-
-@dataclass
-class Report:
-    """How a request went."""
-
-    seed: int
-    score: float | None = None  # None: not measured (rejected before the scoring)
-    gates: dict[str, GateResult] = field(default_factory=dict)
-    num_gaussians: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # per stage
-    rejected: str | None = None  # the reason, when it was
-
-
-@dataclass
-class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
-
-    ply: bytes
-    report: Report
-    gaussians: Gaussians | None = None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The answer of the validators' scoring service.
-
-    ``score`` is the alignment score, or 0 where a validator's is: a gate not passed, an alignment under 0.3. The public
-    validators weigh in a learned image quality (``iqa``) and LPIPS; both need weights that are not here, so they are
-    None: not measured. ``ssim`` is measured, between neighbouring views, and None when a gate was not passed.
-    """
-
-    score: float
-    alignment_score: float
-    iqa: float | None
-    ssim: float | None
-    lpips: float | None
-    gates: dict[str, GateResult] = field(default_factory=dict)
-
-
-class Cancelled(Exception):
-    """The caller gave the request up."""
-
-
-@dataclass(eq=False)
-class Job:
-    """A request on its way. It has an ``outcome`` when it is there."""
-
-    request: Request
-    progress: Progress
-    cancelled: Callable[[], bool]
-    report: Report
-    image: Tensor | None = None  # (3, H, W) in 0..1
-    cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
-    scene: Any = None
-    scene_began: float = 0.0  # on time.perf_counter()
-    alone: bool = False  # a step together with others failed: whose fault it was is unknown
-    gaussians: Gaussians | None = None
-    outcome: Asset | Exception | None = None
-
-    def advance(self, stage: str, fraction: float) -> None:
-        """Tell how far it is. Raises Cancelled or TimeoutError when it is not wanted any more."""
-        if self.cancelled():
-            raise Cancelled("the request was cancelled")
-        if self.request.deadline is not None and time.monotonic() > self.request.deadline:
-            raise TimeoutError(f"the deadline passed in stage {stage}")
-        self.progress(stage, fraction)
-
-    def reject(self, reason: str) -> None:
-        self.report.rejected = reason
-        self.outcome = Asset(b"", self.report, self.gaussians)
-
-    def run(self, stage: str, work: Callable[[Job], None]) -> None:
-        """Do a stage's work, timed; a failure ends this request alone. Nothing is done once there is an outcome."""
-        if self.outcome is not None:
-            return
-        started = time.perf_counter()
-        try:
-            self.advance(stage, 0.0)
-            work(self)
-        except Exception as error:
-            self.outcome = error
-        finally:
-            self.report.seconds[stage] = time.perf_counter() - started
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -140,27 +57,33 @@ class Pipeline:
         options: DreamGaussianOptions,
         device: str,
         models: list[dict[str, Any]],
+        max_batch: int,
     ) -> None:
+        #: how many requests may run together: fewer for a while when the GPU's memory was full
+        self.limit = BatchLimit(max_batch)
         self._text_to_image = text_to_image
         self._background = background
         self._dreamgaussian = dreamgaussian
         self._self_check = self_check
         self._options = options
         self._device = device
-        #: name, revision, licence, device of each, and whether the revision is a commit: for /health
+        #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
         self.models = models
 
     @classmethod
-    def load(cls, settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Pipeline:
+    def load(
+        cls, settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True
+    ) -> Pipeline:
         """Load every model of ``settings.models`` onto ``settings.device``; ``progress`` is told each step in words.
 
-        Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
+        ``warm`` it up, too. Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
         """
         from generation.dreamgaussian import DreamGaussian, MVDream, Zero123
 
         _quiet_libraries()
         models, device = settings.models, settings.device
-        entries = {stage: lookup(choice) for stage, choice in models.needed(settings.options).items()}
+        choices = models.needed(settings.options)
+        entries = {stage: lookup(choice) for stage, choice in choices.items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
         @contextmanager
@@ -192,6 +115,7 @@ class Pipeline:
                 "revision": entry.revision,
                 "pinned": entry.pinned,
                 "licence": entry.licence,
+                "precision": choices[stage].precision,
                 "device": device,
             }
             for stage, entry in entries.items()
@@ -199,7 +123,29 @@ class Pipeline:
         progress("compiling the rasteriser, or loading it from its cache")
         warm_up(device)
         dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove, image_guidance)
-        return cls(text_to_image, background, dreamgaussian, self_check, settings.options, device, about)
+        pipeline = cls(
+            text_to_image, background, dreamgaussian, self_check, settings.options, device, about, models.max_batch
+        )
+        if warm:
+            pipeline.warm_up(progress)
+        return pipeline
+
+    def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
+        """On a GPU, compile what is compiled and make one request, so that no later one pays for what comes first.
+
+        Raises what the request fails with.
+        """
+        if not self._device.startswith("cuda"):
+            return
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
+        torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
+        self._dreamgaussian.warm_up(self.limit.most, progress)
+        progress("compiling text to image, or loading it from its cache")
+        self._text_to_image.warm_up(self.limit.most)
+        progress("making a first splat, to warm up")
+        (outcome,) = self.generate([Request("a red cube", None, seed=0, threshold=0.0)])
+        if isinstance(outcome, Exception):
+            raise outcome
 
     def begin(
         self,
@@ -216,15 +162,48 @@ class Pipeline:
         All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
         and its outcome does not depend on the others.
         """
-        for job in jobs:
-            if job.scene is None:
-                job.run("text_to_image", self._draw)
-                job.run("background", self._cut_out)
-                job.run("dreamgaussian", self._begin_scene)
+        fresh = [job for job in jobs if job.scene is None]
+        for job, image in self._run("text_to_image", fresh, self._draw):
+            job.image = image
+        for job, cutout in self._run("background", fresh, self._cut_out):
+            if isinstance(cutout, Tensor):
+                job.cutout = cutout
+            else:
+                job.reject(str(cutout))
+        self._begin_scenes(fresh)
         self._step([job for job in jobs if job.outcome is None])
+        finished = [job for job in jobs if job.gaussians is not None]
+        for job, check in self._run("self_check", finished, self._judge):
+            self._deliver(job, check)
+
+    def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
+        """The stage's result for each job that it could be done for; timed. The others have their outcome.
+
+        They go through it together, as many as fit into memory. When that fails, whose fault it was is unknown, so each
+        does it by itself.
+        """
+        jobs = [job for job in jobs if job.wanted(stage)]
+        started = time.perf_counter()
+        done: list[tuple[Job, T]] = []
+        try:
+            with record_function(stage):  # its name in a trace
+                done = list(zip(jobs, in_batches(self.limit, jobs, work), strict=True))
+        except Exception as error:
+            alone = jobs if len(jobs) > 1 else []
+            if not alone and jobs:
+                jobs[0].outcome = error
+        else:
+            alone = []
+        for job in alone:
+            try:
+                done += zip([job], work([job]), strict=True)
+            except Exception as error:
+                job.outcome = error
         for job in jobs:
-            if job.gaussians is not None:
-                job.run("self_check", self._judge)
+            if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome):
+                release_cache()
+            job.report.seconds[stage] = time.perf_counter() - started
+        return done
 
     def generate(
         self,
@@ -252,27 +231,46 @@ class Pipeline:
         ssim = None if check.views is None else neighbour_ssim(check.views)
         return Scores(score, alignment, iqa=None, ssim=ssim, lpips=None, gates=check.gates)
 
-    def _draw(self, job: Job) -> None:
-        request = job.request
-        if request.image is not None:
-            job.image = to_tensor(request.image).to(self._device)
-        elif request.prompt is not None:
-            job.image = self._text_to_image.generate(request.prompt, request.seed)
-        else:
-            raise ValueError("a request needs a prompt or an image")
+    def _draw(self, jobs: list[Job]) -> list[Tensor]:
+        """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
+        requests = [job.request for job in jobs]
+        written = [(r.prompt, r.seed) for r in requests if r.image is None and r.prompt is not None]
+        drawn = iter(self._text_to_image.generate([w[0] for w in written], [w[1] for w in written]) if written else [])
+        images = []
+        for request in requests:
+            if request.image is not None:
+                images.append(to_tensor(request.image).to(self._device))
+            elif request.prompt is not None:
+                images.append(next(drawn))
+            else:
+                raise ValueError("a request needs a prompt or an image")
+        return images
 
-    def _cut_out(self, job: Job) -> None:
-        assert job.image is not None
-        alpha = self._background.remove(job.image[None])[0]
-        try:
-            job.cutout = recentre(job.image, alpha, self._options.ref_size)
-        except NothingInImage as error:
-            job.reject(str(error))
+    def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
+        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together."""
+        alphas: dict[Job, Tensor] = {}
+        for shape in {job.image.shape for job in jobs if job.image is not None}:
+            same = [(job, job.image) for job in jobs if job.image is not None and job.image.shape == shape]
+            removed = self._background.remove(torch.stack([image for _, image in same]))
+            alphas |= dict(zip([job for job, _ in same], removed, strict=True))
+        cutouts: list[Tensor | NothingInImage] = []
+        for job in jobs:
+            assert job.image is not None
+            try:
+                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size))
+            except NothingInImage as nothing:
+                cutouts.append(nothing)
+        return cutouts
 
-    def _begin_scene(self, job: Job) -> None:
-        job.scene_began = time.perf_counter()
-        # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
-        job.scene = self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed)
+    def _begin_scenes(self, jobs: list[Job]) -> None:
+        def begin(batch: list[Job]) -> list[Any]:
+            # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
+            return [self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed) for job in batch]
+
+        for job in jobs:
+            job.scene_began = time.perf_counter()
+            for _, scene in self._run("dreamgaussian", [job], begin):
+                job.scene = scene
 
     def _step(self, jobs: list[Job]) -> None:
         """One iteration of every scene that is not done, in one call; Gaussians for those that are."""
@@ -287,28 +285,48 @@ class Pipeline:
             except Exception as error:
                 job.outcome = error
         together = [job for job in unfinished if not job.alone]
-        for group in [together, *([job] for job in unfinished if job.alone)]:
-            if not group:
-                continue
-            try:
-                self._dreamgaussian.step([job.scene for job in group])
-            except Exception as error:
-                if len(group) == 1:
-                    group[0].outcome = error
-                    continue
-                # The step may be half done: each begins again, by itself from now on.
-                for job in group:
-                    job.alone = True
-                    job.run("dreamgaussian", self._begin_scene)
+        room = self.limit.now
+        groups = [together[start : start + room] for start in range(0, len(together), room)]
+        groups += [[job] for job in unfinished if job.alone]
+        for group in groups:
+            if not self._step_group(group):
+                release_cache()  # here the exception is gone, and with it what its frames held
+                self._begin_scenes(group)
         for job in jobs:
             job.report.seconds["dreamgaussian"] = time.perf_counter() - job.scene_began
 
-    def _judge(self, job: Job) -> None:
+    def _step_group(self, group: list[Job]) -> bool:
+        """One iteration of these scenes. False when it failed for several, so that they must begin again.
+
+        The step may be half done then. When memory was full, fewer are stepped together from now on; for any other
+        reason whose fault it was is unknown, and each goes on by itself.
+        """
+        try:
+            self._dreamgaussian.step([job.scene for job in group])
+            return True
+        except Exception as error:
+            if len(group) == 1:
+                group[0].outcome = error
+                return True
+            if is_out_of_memory(error):
+                self.limit.out_of_memory(len(group))
+            else:
+                for job in group:
+                    job.alone = True
+            return False
+
+    def _judge(self, jobs: list[Job]) -> list[Check]:
+        splats = []
+        for job in jobs:
+            prompt = job.request.image if job.request.image is not None else job.request.prompt
+            assert job.gaussians is not None and prompt is not None
+            splats.append((job.gaussians, prompt))
+        return self._self_check.check_all(splats)
+
+    def _deliver(self, job: Job, check: Check) -> None:
         request, report, gaussians = job.request, job.report, job.gaussians
-        prompt = request.image if request.image is not None else request.prompt
-        assert gaussians is not None and prompt is not None
+        assert gaussians is not None
         report.num_gaussians = len(gaussians)
-        check = self._self_check.check(gaussians, prompt)
         report.gates, report.score = check.gates, check.score
         if check.score is None:
             job.reject(check.failed_gate or "not scored")

@@ -6,7 +6,7 @@ repository; it is left out, not estimated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from generation.settings import ModelChoice
+from generation.results import GateResult
+from generation.settings import MIN_GAUSSIANS, ModelChoice
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.weights.registry import ClipUse, WeightsError
 
 # The validators' rules.
-MIN_GAUSSIANS = 7000
 MIN_OPACITY = 0.001
 MAX_TRANSPARENT_SHARE = 0.8
 # The validators' views.
@@ -43,16 +43,6 @@ MIN_BOX_SIDE, MAX_COORDINATE = 0.05, 2047.0
 MIN_ROTATION = 0.005
 
 _PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-@dataclass(frozen=True)
-class GateResult:
-    """One hard rule: what was measured, and the limit it is held against."""
-
-    passed: bool
-    value: float
-    limit: float
-    reason: str = ""  # when not passed: name, figure and limit in words
 
 
 @dataclass(frozen=True)
@@ -101,13 +91,23 @@ class SelfCheck:
         return cls(model.eval(), tokenizer, use, device, getattr(torch, choice.dtype))
 
     def check(self, gaussians: Gaussians, prompt: str | Image.Image) -> Check:
-        """Gates first; a splat that passes them is put into the validators' frame, rendered and scored."""
-        gates = run_gates(gaussians)
-        if not all(gate.passed for gate in gates.values()):
-            return Check(gates)
-        images = render_views(fit_to_frame(gaussians).to(self._device))
-        score, cosines = self.score_images(images, prompt)
-        return Check(gates, score, cosines, images)
+        """See ``check_all``, of one."""
+        return self.check_all([(gaussians, prompt)])[0]
+
+    @torch.no_grad()
+    def check_all(self, splats: Sequence[tuple[Gaussians, str | Image.Image]]) -> list[Check]:
+        """Gates first; splats that pass them are put into the validators' frame, rendered and scored by their prompts.
+
+        All views are embedded together.
+        """
+        checks = [Check(run_gates(gaussians)) for gaussians, _ in splats]
+        passed = [i for i, check in enumerate(checks) if check.failed_gate is None]
+        images = [render_views(fit_to_frame(splats[i][0]).to(self._device)) for i in passed]
+        if images:
+            embedded = self._embed_images(torch.cat(images)).split(VIEWS)
+            for i, views, each in zip(passed, images, embedded, strict=True):
+                checks[i] = Check(checks[i].gates, *self._score(each, splats[i][1]), views)
+        return checks
 
     @torch.no_grad()
     def score_images(self, images: Tensor, prompt: str | Image.Image) -> tuple[float, list[float]]:
@@ -117,7 +117,10 @@ class SelfCheck:
         ``cosine_scale``. For an image prompt the cosines are between embeddings of images, and the scale is the model's
         ``image_cosine_scale``, 1 unless its card says otherwise, which is how validators score image tasks.
         """
-        views = self._embed_images(images)
+        return self._score(self._embed_images(images), prompt)
+
+    def _score(self, views: Tensor, prompt: str | Image.Image) -> tuple[float, list[float]]:
+        """Of embedded views (V, D)."""
         if isinstance(prompt, str):
             target = self._model.encode_text(self._tokenizer(prompt).to(self._device))  # type: ignore[operator]
             scale = self._use.cosine_scale

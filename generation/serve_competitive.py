@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from generation.api import create_app
 from generation.engine import Engine
+from generation.fleet import Fleet
 from generation.logging_setup import escape, setup_logging
 from generation.settings import Arguments, Settings, SettingsError
 
@@ -39,12 +40,16 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
     parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")
     parser.add_argument("--flux-steps", help="steps of text to image (default: the profile's)")
+    parser.add_argument("--max-gaussians", help="most Gaussians of a splat (default: the config's max_gaussians)")
     parser.add_argument(
         "--validation-threshold",
         help=f"lowest CLIP score that is delivered, 0..1 (default: {default['validation_threshold']})",
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
+    parser.add_argument("--memory-class", help="a memory class of the models file (default: by the GPU's memory)")
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
+    parser.add_argument("--gpus", help=f"all, or numbers of GPUs such as 0,1 (default: {default['gpus']})")
+    parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
     return vars(parser.parse_args(argv))
 
 
@@ -60,6 +65,29 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def make_engine(settings: Settings) -> Engine | Fleet:
+    """One engine in this process, where it is on the CPU or the first GPU; else each GPU's in a process of its own."""
+    if settings.gpus not in ((), (0,)):
+        untraced = settings.model_copy(update={"profile_trace": None})
+        return Fleet({f"cuda:{gpu}": untraced if i else settings for i, gpu in enumerate(settings.gpus)})
+
+    def load(progress: Callable[[str], None]) -> Pipeline:
+        progress("importing torch and the model libraries")
+        from generation import profile_trace
+
+        return profile_trace.load(settings, progress)
+
+    return Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
+
+
+class Server(uvicorn.Server):
+    """Ends the event streams before it waits for its open answers, which would never be done."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.config.app.state.events.close()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,22 +116,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("%s", error)
         return 2
     log.info("Profile %s: %s", settings.profile, settings.profile_reason)
+    log.info("Memory class %s: %s", settings.memory_class or "none", settings.memory_reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
-
-    def load(progress: Callable[[str], None]) -> Pipeline:
-        progress("importing torch and the model libraries")
-        from generation.pipeline import Pipeline
-
-        return Pipeline.load(settings, progress)
-
-    engine = Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold)
-    config = uvicorn.Config(
-        create_app(engine, settings), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
-    )
+    app = create_app(make_engine(settings), settings)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
     log.info("Stopped")
     return 0
 

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yaml import YAMLError
 
+from generation.memory_class import MemoryClass, Quantization, choose, gpu_memory
+
 log = logging.getLogger("generation.settings")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +28,10 @@ PROFILES = {
     "full": (CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml"),
     "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
 }
+
+#: A validator rejects splats of fewer.
+MIN_GAUSSIANS = 7000
+MAX_GAUSSIANS = 2_000_000
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -78,8 +84,8 @@ class DreamGaussianOptions(_Schema):
     invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
     background: Literal["random"] | Colour = "random"  # or one RGB for every iteration, which sampled views have too
     # Gaussians and their start.
-    num_pts: int = Field(5000, ge=1, le=2_000_000)
-    max_gaussians: int = Field(500_000, ge=1, le=2_000_000)
+    num_pts: int = Field(5000, ge=1, le=MAX_GAUSSIANS)
+    max_gaussians: int = Field(500_000, ge=1, le=MAX_GAUSSIANS)
     sh_degree: int = Field(0, ge=0, le=3)
     init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
     init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
@@ -126,12 +132,22 @@ class ModelChoice(_Schema):
     revision: str | None = None  # None: the registry's
     dtype: Dtype = "float32"
 
+    @property
+    def precision(self) -> str:
+        """What the weights are kept in."""
+        return self.dtype
+
 
 class TextToImageModel(ModelChoice):
     image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
     prompt_template: str = Field("{prompt}", max_length=1024)
+    quantization: Quantization = "none"  # of the transformer and T5
+
+    @property
+    def precision(self) -> str:
+        return self.dtype if self.quantization == "none" else f"{self.quantization} and {self.dtype}"
 
     @field_validator("prompt_template")
     @classmethod
@@ -149,6 +165,7 @@ class Models(_Schema):
     """The checkpoints of a profile, one for each stage, and how many requests are worth running together."""
 
     max_batch: int = Field(1, ge=1, le=64)
+    memory_classes: tuple[MemoryClass, ...] = ()
     text_to_image: TextToImageModel
     background: BackgroundModel
     mvdream: ModelChoice
@@ -172,6 +189,13 @@ class Models(_Schema):
         """The chosen checkpoint of each stage, by the stage's name."""
         return {stage: choice for stage, choice in self if isinstance(choice, ModelChoice)}
 
+    def fitted(self, memory_class: MemoryClass | None) -> Models:
+        """The same with what a memory class says."""
+        if memory_class is None:
+            return self
+        text_to_image = self.text_to_image.model_copy(update={"quantization": memory_class.quantization})
+        return self.model_copy(update={"max_batch": memory_class.max_batch, "text_to_image": text_to_image})
+
     def needed(self, options: DreamGaussianOptions) -> dict[str, ModelChoice]:
         """The stages that requests go through under these options. Raises SettingsError when one has no checkpoint."""
         zero123 = "stable_zero123" if options.stable_zero123 else "zero123"
@@ -194,9 +218,20 @@ class Arguments(_Schema):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(10006, ge=1, le=65535)
     flux_steps: int | None = Field(None, ge=1, le=50)
+    max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
     validation_threshold: UnitInterval = 0.6
     log_file: Path = ROOT / "logs" / "generation_service.log"
     max_queue: int = Field(16, ge=1, le=10_000)
+    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
+    profile_trace: Path | None = None  # where to write what the first request did
+    memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
+
+    @field_validator("max_gaussians")
+    @classmethod
+    def _enough_to_be_accepted(cls, count: int | None) -> int | None:
+        if count is not None and count < MIN_GAUSSIANS:
+            raise ValueError(f"must be at least {MIN_GAUSSIANS}: validators reject splats of fewer Gaussians")
+        return count
 
 
 class Settings(_Schema):
@@ -205,6 +240,8 @@ class Settings(_Schema):
     profile: Literal["full", "tiny"]
     profile_reason: str
     device: str
+    memory_class: str | None  # None: the models file has none, or there is no GPU
+    memory_reason: str
     config: Path
     options: DreamGaussianOptions
     models: Models
@@ -213,40 +250,59 @@ class Settings(_Schema):
     validation_threshold: UnitInterval
     log_file: Path
     max_queue: int
+    gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
+    profile_trace: Path | None
 
     @classmethod
-    def resolve(cls, values: Mapping[str, Any] | None = None) -> Settings:
+    def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
         """Settings from command-line values (keys of ``Arguments``; None counts as not given).
 
+        ``memory`` is what to use of the GPU's memory, in bytes; None: all that it has.
         Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
         """
         given = {key: value for key, value in (values or {}).items() if value is not None}
         arguments = _validate(Arguments, given, "arguments")
         options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
-        profile, reason, device = _choose_profile(arguments, options)
+        gpus = _choose_gpus(arguments.gpus)
+        memory = memory or gpu_memory(gpus)
+        profile, reason, device = _choose_profile(arguments, options, memory)
         models_file, config = PROFILES[profile]
-        models = Models.load(arguments.models or models_file)
+        models_file = arguments.models or models_file
+        models = Models.load(models_file)
+        try:
+            memory_class, memory_reason = choose(models.memory_classes, memory, arguments.memory_class)
+        except ValueError as error:
+            raise SettingsError(f"{models_file}: {error}") from error
+        models = models.fitted(memory_class)
         options = options or DreamGaussianOptions.load(config)
         models.needed(options)
+        if (most := arguments.max_gaussians) is not None:
+            cap = {"max_gaussians": most, "num_pts": min(options.num_pts, most)}
+            options = options.model_copy(update=cap)
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
-        shared = arguments.model_dump(include={"host", "port", "validation_threshold", "log_file", "max_queue"})
+        shared = arguments.model_dump(
+            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
+        )
         return cls(
             profile=profile,
             profile_reason=reason,
             device=device,
+            memory_class=memory_class.name if memory_class else None,
+            memory_reason=memory_reason,
             config=arguments.config or config,
             options=options,
             models=models,
+            gpus=gpus,
             **shared,
         )
 
 
 def _choose_profile(
-    arguments: Arguments, options: DreamGaussianOptions | None
+    arguments: Arguments, options: DreamGaussianOptions | None, memory: int | None
 ) -> tuple[Literal["full", "tiny"], str, str]:
-    """(profile, why, device): full only where a CUDA GPU and all weights that it needs are already there."""
+    """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
     from generation.weights import missing
@@ -257,8 +313,9 @@ def _choose_profile(
         return profile, f"models file {arguments.models} given", device
     if arguments.profile == "tiny":
         return "tiny", "profile tiny asked for", device
-    models, config = PROFILES["full"]
-    absent = missing(Models.load(models).needed(options or DreamGaussianOptions.load(config)).values())
+    models_file, config = PROFILES["full"]
+    models = Models.load(models_file)
+    absent = missing(models.needed(options or DreamGaussianOptions.load(config)).values())
     if arguments.profile == "full":
         if absent:
             raise SettingsError(f"profile: full needs weights that are not on this machine: {'; '.join(absent)}")
@@ -267,7 +324,27 @@ def _choose_profile(
         return "tiny", "no CUDA GPU found, so the embedded tiny models run on the CPU", device
     if absent:
         return "tiny", f"a CUDA GPU is there, but not the full-size weights: {'; '.join(absent)}", device
+    try:
+        choose(models.memory_classes, memory, arguments.memory_class)
+    except ValueError as error:
+        return "tiny", f"all full-size weights are there, but {error}", device
     return "full", "a CUDA GPU and all full-size weights are there", device
+
+
+def _choose_gpus(asked: str) -> tuple[int, ...]:
+    """Numbers of GPUs as torch counts them. Raises SettingsError when there are not so many."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if asked == "all":
+        return tuple(range(count))
+    numbers = tuple(int(number) for number in asked.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise SettingsError(f"gpus: {asked!r}: names a GPU twice")
+    if max(numbers) >= count:
+        there = f"{count}, numbered from 0" if count else "none that CUDA can use"
+        raise SettingsError(f"gpus: {asked!r}: the GPUs on this machine are {there}")
+    return numbers
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import T5EncoderModel
 
 from generation.settings import TextToImageModel
+from generation.weights.quantise import quantise_linears
+from generation.weights.strict import load_model
+
+#: prompts whose embeddings are kept, 2 MB each in 16 bits with 256 tokens
+_KEPT_PROMPTS = 64
 
 
 class TextToImage:
@@ -17,32 +25,84 @@ class TextToImage:
         self._pipe = pipe
         self._options = options
         self._device = device
+        #: of T5 and of CLIP, on the CPU, the latest asked for last
+        self._embeddings: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
 
     @classmethod
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
-        """Load a diffusers FLUX folder (model_index.json and one folder a component) onto ``device``."""
+        """Load a diffusers FLUX folder (model_index.json and one folder a component) onto ``device``.
+
+        With ``quantization: nf4`` the two large models come one layer after the other, so that the device never holds
+        their 16-bit weights. Raises WeightsError when a file is not exactly what it should be.
+        """
+        dtype = getattr(torch, options.dtype)
+        t5 = load_model(T5EncoderModel, folder / "text_encoder_2", dtype)
+        if options.quantization == "nf4":
+            quantise_linears(t5.encoder, device)
+        t5.to(device)
+        transformer = load_model(FluxTransformer2DModel, folder / "transformer", dtype)
+        if options.quantization == "nf4":
+            # What is outside of the blocks, half a percent, stays: all the rest depends on it.
+            quantise_linears(transformer.transformer_blocks, device)
+            quantise_linears(transformer.single_transformer_blocks, device)
         pipe = FluxPipeline.from_pretrained(
-            folder, dtype=getattr(torch, options.dtype), local_files_only=True, use_safetensors=True
+            folder, text_encoder_2=t5, transformer=transformer, dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe.to(device), options, device)
 
     @torch.no_grad()
-    def generate(self, prompt: str, seed: int) -> torch.Tensor:
-        """One image (3, image_size, image_size), float32 in 0..1, on the pipeline's device.
+    def warm_up(self, max_batch: int) -> None:
+        """Compile the transformer's blocks on a GPU, and run each batch size once, so that no request waits for it.
 
-        Requests are sampled one at a time: batching gains little here (the transformer fills a GPU alone), and this way
-        an image depends on its prompt and seed only. The noise is drawn on the CPU, so it is the same on every device.
+        Blocks of one kind share what is compiled: once for one image, once for any other number of them (once for each
+        number would reach torch's limit of 8 variants with four). Layers in 4 bits are left as they are.
+        """
+        if self._pipe.device.type != "cuda":
+            return
+        if self._options.quantization == "none":
+            self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        for size in range(1, max_batch + 1):
+            self.generate([f"{number} of {size}" for number in range(size)], list(range(size)))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[Tensor]:
+        """One image (3, image_size, image_size) for each prompt and seed, float32 in 0..1, on the pipeline's device.
+
+        They are sampled together, but each image's noise is drawn by its own generator, on the CPU: an image depends on
+        its prompt and seed only, up to rounding.
         """
         options = self._options
+        words, pooled = self._embed([options.prompt_template.replace("{prompt}", prompt) for prompt in prompts])
         images = self._pipe(  # type: ignore[operator]
-            prompt=options.prompt_template.replace("{prompt}", prompt),
+            prompt_embeds=words,
+            pooled_prompt_embeds=pooled,
             width=options.image_size,
             height=options.image_size,
             num_inference_steps=options.steps,
             guidance_scale=0.0,  # schnell is distilled without guidance
-            max_sequence_length=options.max_sequence_length,
-            generator=torch.Generator().manual_seed(seed),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="pt",
         ).images
-        return images[0].float().clamp(0, 1)
+        return list(images.float().clamp(0, 1))
+
+    def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width). Known prompts are not encoded again.
+
+        Prompts come back: with other seeds after a rejection, and from more than one validator.
+        """
+        known = self._embeddings
+        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        if unknown:
+            words, pooled, _ = self._pipe.encode_prompt(
+                unknown, prompt_2=None, max_sequence_length=self._options.max_sequence_length
+            )
+            for prompt, of_t5, of_clip in zip(unknown, words, pooled, strict=True):
+                known[prompt] = of_t5.cpu(), of_clip.cpu()
+        for prompt in prompts:
+            known.move_to_end(prompt)
+        found = [known[prompt] for prompt in prompts]
+        while len(known) > _KEPT_PROMPTS:
+            known.popitem(last=False)
+        words, pooled = (torch.stack(each).to(self._device) for each in zip(*found, strict=True))
+        return words, pooled

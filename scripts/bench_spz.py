@@ -1,4 +1,4 @@
-"""Measure packing and unpacking of `.spz` on one thread: `python scripts/bench_spz.py`.
+"""Measure packing and unpacking of `.spz`, and writing the PLY, on one thread: `python scripts/bench_spz.py`.
 
 The subnet's C++ encoder took 0.18 s to pack and 0.12 s to unpack 500,000 points on two cores of a server.
 """
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before numpy is imported: what is measured is one thread.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -18,6 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from generation.splats.ply import read, write
 from neurons import ply, spz
 
 POINTS = 500_000
@@ -38,7 +40,7 @@ def make_splat(sh_degree: int) -> bytes:
     return ply.write(ply.Vertices(names, table))
 
 
-def seconds(function: Callable[[bytes], bytes], data: bytes) -> tuple[float, float]:
+def seconds(function: Callable[[Any], bytes], data: Any) -> tuple[float, float]:
     """The shortest and the median run."""
     times = []
     for _ in range(REPEATS):
@@ -50,14 +52,15 @@ def seconds(function: Callable[[bytes], bytes], data: bytes) -> tuple[float, flo
 
 def main() -> None:
     print(f"{POINTS:,} points, {REPEATS} runs, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print("SH degree   pack: best, median     unpack: best, median   size")
+    print("SH degree   pack: best, median     unpack: best, median   write PLY: best, median   size")
     for sh_degree in range(len(ply.SH_VALUES)):
         splat = make_splat(sh_degree)
         packed = spz.compress(splat)
         pack, unpack = seconds(spz.compress, splat), seconds(spz.decompress, packed)
+        written = seconds(write, read(splat))
         print(
             f"{sh_degree:9d}   {pack[0]:.3f} s, {pack[1]:.3f} s       {unpack[0]:.3f} s, {unpack[1]:.3f} s"
-            f"       {len(packed) / 1e6:.1f} MB"
+            f"       {written[0]:.3f} s, {written[1]:.3f} s          {len(packed) / 1e6:.1f} MB"
         )
 
 

@@ -267,7 +267,9 @@ class Comparison:
                         pixels, elevations, azimuths, [0, 0], step_ratio=0.4, default_elevation=-20
                     )
             else:
-                loss = ours.loss(pixels, poses, torch.stack([condition] * 2), [0.6] * 2, generators, 5.0).sum()
+                loss = ours.loss(
+                    pixels, poses, torch.stack([condition] * 2), torch.tensor([0.6] * 2), generators, 5.0
+                ).sum()
             loss.backward()
             results.append((loss.detach(), pixels.grad))
         (their_loss, their_grad), (our_loss, our_grad) = results

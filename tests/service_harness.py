@@ -17,7 +17,9 @@ import uvicorn
 from generation.api import create_app
 from generation.engine import Engine
 from generation.pipeline import Asset, Cancelled, GateResult, Job, Report, Request, Scores
+from generation.serve_competitive import Server
 
+ITERATIONS = 40
 PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
 
 
@@ -59,6 +61,7 @@ class StandInPipeline:
                 return None
             self.cancelled.append(request.prompt)
             return Cancelled("given up")
+        job.progress("dreamgaussian", 0.25)
         what = request.prompt if request.image is None else f"{request.image.mode} {request.image.size}"
         seconds = {"text_to_image": 0.25, "dreamgaussian": 1.5}
         report = Report(request.seed, score=0.7654, num_gaussians=9000, seconds=seconds)
@@ -84,6 +87,7 @@ class Service:
 
 def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
+    values["options"] = SimpleNamespace(iters=ITERATIONS)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -98,7 +102,7 @@ def serving(
     )
     app = create_app(engine, settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     service = Service(engine, pipeline, server, f"http://127.0.0.1:{listener.getsockname()[1]}")

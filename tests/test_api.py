@@ -210,6 +210,7 @@ def test_health(service: Service) -> None:
     assert health["queue_depth"] == 0
     assert health["active"] == []
     assert health["totals"]["delivered"] > 0
+    assert [(each["device"], each["status"], each["memory"]) for each in health["engines"]] == [("cpu", "ready", None)]
     assert health["uptime_seconds"] > 0
     assert health["version"] == service.client.get("/version/").json()
 

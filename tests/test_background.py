@@ -74,7 +74,7 @@ def test_a_config_without_auto_map_is_named(choice, folder):
     top=st.integers(0, 10), left=st.integers(0, 10), data=st.data(),
 )  # fmt: skip
 def test_recentre_puts_any_box_into_the_middle(height, width, size, top, left, data):
-    bottom, right = data.draw(st.integers(top + 5, height)), data.draw(st.integers(left + 5, width))
+    bottom, right = data.draw(st.integers(top + 7, height)), data.draw(st.integers(left + 7, width))
     image, alpha = torch.zeros(3, height, width), torch.zeros(1, height, width)
     image[0] = 1.0  # red, also behind the object
     alpha[:, top:bottom, left:right] = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ EXTENT, PERCENT_DENSE, THRESHOLD = 4.0, 0.01, 0.01
 SMALL, LARGE = 0.02, 0.2  # standard deviations on either side of PERCENT_DENSE * EXTENT
 
 
-def make(scales: list[float], opacities: list[float] | None = None, **options) -> tuple[DensityControl, Gaussians]:
+def make(
+    scales: list[float], opacities: list[float] | None = None, fused=False, device="cpu", **options
+) -> tuple[DensityControl, Gaussians]:
     n = len(scales)
     g = torch.Generator().manual_seed(1)
     gaussians = Gaussians(
@@ -23,10 +26,11 @@ def make(scales: list[float], opacities: list[float] | None = None, **options) -
         log_scales=torch.tensor(scales).log()[:, None].repeat(1, 3),
         logit_opacities=torch.logit(torch.tensor(opacities or [0.5] * n)),
         sh=torch.randn(n, 4, 3, generator=g),
-    )
+    ).to(device)
     for tensor in gaussians.tensors().values():
         tensor.requires_grad_()
-    optimizer = torch.optim.Adam([{"params": [t], "name": k, "lr": 1e-3} for k, t in gaussians.tensors().items()])
+    groups = [{"params": [t], "name": k, "lr": 1e-3} for k, t in gaussians.tensors().items()]
+    optimizer = torch.optim.Adam(groups, fused=fused)
     sum(t.square().sum() for t in gaussians.tensors().values()).backward()
     optimizer.step()
     for tensor in gaussians.tensors().values():
@@ -86,21 +90,24 @@ def test_children_are_drawn_from_the_parents_distribution():
     assert torch.allclose(torch.cov(g.means.detach().T), expected, atol=0.006)
 
 
-def test_adam_moments_follow_and_start_at_zero():
-    control, g = make([SMALL, LARGE, SMALL], [0.5, 0.5, 0.001])
+@pytest.mark.parametrize("fused", [False, True])
+def test_adam_moments_follow_and_start_at_zero(fused):
+    control, g = make([SMALL, LARGE, SMALL], [0.5, 0.5, 0.001], fused)
     moments = {k: control.optimizer.state[v]["exp_avg"].clone() for k, v in g.tensors().items()}
     pull(control, [2 * THRESHOLD, 2 * THRESHOLD, 0.0])
-    assert control.densify_and_prune() == (1, 1, 1)  # rows: 0, clone of 0, two children of 1
+    assert control.densify_and_prune() == (1, 1, 1)  # rows: 0, a child of 1, a clone of 0, another child
     for name, value in g.tensors().items():
         state = control.optimizer.state[value]
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == value.shape
         assert torch.equal(state["exp_avg"][0], moments[name][0])
         assert not state["exp_avg"][1:].any() and not state["exp_avg_sq"][1:].any()
+        assert state["step"] == 1
     assert len(control.optimizer.state) == 5
 
 
-def test_optimiser_goes_on_with_the_new_tensors():
-    control, g = make([SMALL, LARGE])
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimiser_goes_on_with_the_new_tensors(fused):
+    control, g = make([SMALL, LARGE], fused=fused)
     pull(control, [1.0, 1.0])
     control.densify_and_prune()
     before = g.means.detach().clone()
@@ -109,6 +116,32 @@ def test_optimiser_goes_on_with_the_new_tensors():
     assert g.means.is_leaf and not torch.equal(g.means.detach(), before)
     pull(control, [0.0] * 4)
     assert control.densify_and_prune() == (0, 0, 0)
+
+
+def test_noting_gradients_reads_nothing_back():
+    """On the meta device there are no values: whatever the host asks for is an error."""
+    control, _ = make([SMALL, LARGE], device="meta")
+    control.accumulate(torch.zeros(3, 2, 2, device="meta"), torch.zeros(3, 2, dtype=torch.int32, device="meta"), 8, 8)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        control.densify_and_prune()  # which must know how many there are
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_the_host_waits_for_counts_alone():
+    control, g = make([SMALL, LARGE] * 50, fused=True, device="cuda")
+    gradient = torch.full((1, 100, 2), THRESHOLD, device="cuda")
+    radii = torch.ones(1, 100, dtype=torch.int32, device="cuda")
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        control.accumulate(gradient, radii, 100, 100)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            control.densify_and_prune()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(g) == 200
+    assert len(waits) <= 2, [str(w.message) for w in waits]
 
 
 def test_gradient_is_measured_in_device_units_and_for_visible_views_alone():
@@ -167,13 +200,15 @@ def test_equal_seeds_give_equal_results():
     assert torch.equal(*results)
 
 
-def test_opacity_reset_keeps_low_ones_and_clears_momentum():
-    control, g = make([SMALL, SMALL], [0.9, 0.001])
+@pytest.mark.parametrize("fused", [False, True])
+def test_opacity_reset_keeps_low_ones_and_clears_momentum(fused):
+    control, g = make([SMALL, SMALL], [0.9, 0.001], fused)
     low = g.logit_opacities[1].item()
     control.reset_opacity()
     assert g.logit_opacities.sigmoid()[0].item() == pytest.approx(0.01)
     assert g.logit_opacities[1].item() == low
-    assert not control.optimizer.state[g.logit_opacities]["exp_avg"].any()
+    state = control.optimizer.state[g.logit_opacities]
+    assert not state["exp_avg"].any() and state["step"] == 1
     assert control.optimizer.state[g.means]["exp_avg"].any()
 
 

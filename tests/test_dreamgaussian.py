@@ -27,8 +27,8 @@ def test_position_lr_is_log_linear() -> None:
 
 
 def test_noise_level_falls_to_zero() -> None:
-    assert [noise_level(r) for r in (0.0, 0.25, 1.0)] == [1.0, 0.75, 0.0]
-    assert noise_level(0.5, start=0.5) == 0.25
+    assert noise_level(torch.tensor([0.0, 0.25, 1.0])).tolist() == [1.0, 0.75, 0.0]
+    assert noise_level(torch.tensor(0.5), start=0.5) == 0.25
 
 
 def test_camera_embedding_is_in_blender_axes() -> None:
@@ -126,7 +126,9 @@ def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVD
     def loss(part: slice, seeds: list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         views = slice(part.start * 4, part.stop * 4)
-        return guidance.loss(images[views], poses(2)[views], conditions[part], [0.7] * len(seeds), generators, 5.0)
+        return guidance.loss(
+            images[views], poses(2)[views], conditions[part], torch.tensor([0.7] * len(seeds)), generators, 5.0
+        )
 
     both = loss(slice(0, 2), [1, 2])
     alone = torch.cat([loss(slice(0, 1), [1]), loss(slice(1, 2), [2])])

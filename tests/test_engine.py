@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Callable
@@ -157,6 +158,8 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
             assert answers[0].status_code == 200
         ticks = service.pipeline.ticks
         assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
+        counted = service.engine.health()[0]["ticks"]
+        assert counted == {str(size): sum(len(tick) == size for tick in ticks) for size in (1, 2, 3)}
 
 
 @pytest.fixture
@@ -214,3 +217,37 @@ async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
         await engine.generate("a", None, 1)
     monkeypatch.undo()
     assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+
+
+async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    told: list[tuple[str, float]] = []
+    running = asyncio.create_task(engine.generate("hold", None, 7, lambda *progress: told.append(progress)))
+    while not told:
+        await asyncio.sleep(0.005)
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
+    assert entry["active"] == [{"seed": 7, "stage": "text_to_image", "fraction": 0.5}]
+    assert entry["memory"] is None
+    json.dumps(entry, allow_nan=False)  # it goes over a process border, and to clients
+    pipeline.go.set()
+    asset = await running
+    assert (told[0], told[-1]) == (("text_to_image", 0.5), ("dreamgaussian", 0.25))
+    assert asset.report.device == "cpu"
+    assert engine.health()[0]["active"] == []
+
+
+async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is stood in for: there is none here."""
+    measured = iter(range(1, 10))
+    monkeypatch.setattr(engine_module.memory, "device_name", lambda device: f"the card {device}")
+    monkeypatch.setattr(engine_module.memory, "measure", lambda device: {"used_bytes": next(measured)})
+    engine = Engine(lambda progress: StandInPipeline(), max_queue=1, max_batch=1, threshold=0.6, device="cuda")
+    engine.start()
+    await asyncio.to_thread(wait_until, lambda: engine.status == "ready")
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["memory"]) == ("cuda:0", "the card cuda:0", {"used_bytes": 1})
+    asset = await engine.generate("a", None, 1)
+    assert asset.report.device == "cuda:0"
+    assert engine.health()[0]["memory"] == {"used_bytes": 2}
+    engine.stop(PATIENCE_S)

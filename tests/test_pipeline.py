@@ -19,7 +19,10 @@ STAGES = ["text_to_image", "background", "dreamgaussian", "self_check"]
 class Painter:
     """Text to image: a square of the colour that the prompt names, on white; nothing for a prompt without one."""
 
-    def generate(self, prompt: str, seed: int) -> torch.Tensor:
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        return [self.paint(prompt) for prompt in prompts]
+
+    def paint(self, prompt: str) -> torch.Tensor:
         if "explode" in prompt:
             raise RuntimeError("out of paint")
         image = torch.ones(3, 64, 64)
@@ -80,7 +83,7 @@ def sculptor() -> Sculptor:
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
     options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64)
-    return Pipeline(Painter(), WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [])
+    return Pipeline(Painter(), WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 4)
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
@@ -161,13 +164,13 @@ class TestRejections:
         assert not report.gates["min_gaussians"].passed
 
     def test_a_low_score(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "score_images", lambda images, prompt: (0.419, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.419, [0.1] * 16))
         report = self.reject(pipeline, "red")
         assert report.rejected == "CLIP score 0.41 is under the threshold 0.60"
         assert report.score == 0.419
 
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "score_images", lambda images, prompt: (0.6, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.6, [0.1] * 16))
         (asset,) = pipeline.generate([ask("red")])
         assert asset.ply and asset.report.rejected is None
 
@@ -228,7 +231,7 @@ class TestValidate:
         assert pipeline.validate(good, "a blue ball").score == 0
 
     def test_low_alignment_counts_as_nothing(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "score_images", lambda images, prompt: (0.29, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.29, [0.1] * 16))
         scores = pipeline.validate(ply.write(ball()), "red")
         assert (scores.score, scores.alignment_score) == (0, 0.29)
 
@@ -273,8 +276,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     assert made == [settings.options]
     assert sum(line.startswith("loading") for line in told) == 4
     assert "rasteriser" in told[-1]
-    assert [(model["stage"], model["name"], model["licence"], model["device"]) for model in pipeline.models] == [
-        (stage, f"mini-{folder}", "MIT", "cpu")
+    keys = ("stage", "name", "licence", "precision", "device")
+    assert [tuple(model[key] for key in keys) for model in pipeline.models] == [
+        (stage, f"mini-{folder}", "MIT", "float32", "cpu")
         for stage, folder in zip(
             ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import signal
 import socket
@@ -31,8 +32,12 @@ batch_size: 1
 
 
 @pytest.fixture(scope="module")
-def client(mini_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    folder = tmp_path_factory.mktemp("service")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def client(mini_models: Path, folder: Path) -> Iterator[httpx.Client]:
     config = folder / "config.yaml"
     config.write_text(OPTIONS)
     with socket.socket() as probe:
@@ -44,6 +49,7 @@ def client(mini_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "--config": str(config),
         "--validation-threshold": "0",
         "--log-file": str(folder / "log"),
+        "--profile-trace": str(folder / "traces" / "first.json.gz"),
     }
     flat = [part for pair in arguments.items() for part in pair]
     command = [sys.executable, "-m", "generation.serve_competitive", *flat]
@@ -84,6 +90,23 @@ def test_same_prompt_and_seed_give_the_same_splat(client: httpx.Client) -> None:
     seconds = json.loads(first.headers["X-Seconds"])
     assert set(seconds) == {"text_to_image", "background", "dreamgaussian", "self_check"}
     assert first.headers["X-Score"] == second.headers["X-Score"]
+
+
+@pytest.mark.slow
+def test_the_first_request_is_traced_by_stage(client: httpx.Client, folder: Path) -> None:
+    generate(client, 3)  # whether it is the first or not
+    trace = json.loads(gzip.decompress((folder / "traces" / "first.json.gz").read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"text_to_image", "background", "dreamgaussian", "self_check", "aten::mm"} <= names
+    assert sum(str(name).startswith("tick ") for name in names) == 4  # three iterations, and the check
+
+
+@pytest.mark.slow
+def test_metrics_have_each_stage(client: httpx.Client) -> None:
+    generate(client, 3)
+    metrics = client.get("/metrics").text
+    for stage in ("text_to_image", "background", "dreamgaussian", "self_check"):
+        assert f'generation_stage_seconds_count{{device="cpu",stage="{stage}"}}' in metrics
 
 
 @pytest.mark.slow

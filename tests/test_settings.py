@@ -186,8 +186,9 @@ class TestResolve:
     def machine(self, monkeypatch):
         """Pretends a machine with or without a GPU and the full-size weights."""
 
-        def pretend(gpu: bool, absent: list[str]) -> None:
+        def pretend(gpu: bool, absent: list[str], gib: float = 24) -> None:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+            monkeypatch.setattr(settings, "gpu_memory", lambda gpus: int(gib * 2**30) if gpu else None)
             monkeypatch.setattr(weights, "missing", lambda models: absent)
 
         return pretend
@@ -207,6 +208,59 @@ class TestResolve:
         assert words in resolved.profile_reason
         assert resolved.config == settings.PROFILES[profile][1]
 
+    @pytest.mark.parametrize(
+        ("gib", "name", "precision", "max_batch"),
+        [
+            (79.2, "48gb", "bfloat16", 4),
+            (44.4, "48gb", "bfloat16", 4),  # an L40S
+            (39.5, "24gb", "nf4 and bfloat16", 4),
+            (24, "24gb", "nf4 and bfloat16", 4),
+            (22.5, "24gb", "nf4 and bfloat16", 4),  # an L4
+            (16, "16gb", "nf4 and bfloat16", 1),
+            (15.6, "16gb", "nf4 and bfloat16", 1),  # an RTX 4080
+        ],
+    )
+    def test_the_class_follows_the_memory(self, machine, gib, name, precision, max_batch):
+        machine(True, [], gib)
+        resolved = Settings.resolve({})
+        assert (resolved.profile, resolved.memory_class) == ("full", name)
+        assert f"{gib:.1f} GiB" in resolved.memory_reason
+        assert resolved.models.text_to_image.precision == precision
+        assert resolved.models.max_batch == max_batch
+        assert resolved.models.background.precision == "float16"
+
+    def test_memory_can_be_less_than_the_card_has(self, machine):
+        machine(True, [], gib=79.2)
+        assert Settings.resolve({}, memory=16 * 2**30).memory_class == "16gb"
+
+    def test_a_class_can_be_asked_for(self, machine):
+        machine(True, [], gib=8)
+        resolved = Settings.resolve({"memory_class": "16gb"})
+        assert (resolved.profile, resolved.memory_class, resolved.models.max_batch) == ("full", "16gb", 1)
+        assert "asked for" in resolved.memory_reason
+
+    def test_too_little_memory_means_tiny_unless_full_is_asked_for(self, machine):
+        machine(True, [], gib=11.9)
+        resolved = Settings.resolve({})
+        assert (resolved.profile, resolved.memory_class) == ("tiny", None)
+        assert "11.9 GiB" in resolved.profile_reason and "15" in resolved.profile_reason
+        with pytest.raises(SettingsError, match=r"models_full\.yaml: the GPU has 11\.9 GiB of memory, at least 15"):
+            Settings.resolve({"profile": "full"})
+
+    @pytest.mark.parametrize(
+        ("profile", "words"), [("full", "'80gb': must be one of 48gb, 24gb, 16gb"), ("tiny", "'80gb': there are none")]
+    )
+    def test_an_unknown_class_is_refused(self, machine, profile, words):
+        machine(True, [])
+        with pytest.raises(SettingsError, match=f"models_{profile}.yaml: memory_class: {words}"):
+            Settings.resolve({"profile": profile, "memory_class": "80gb"})
+
+    def test_full_without_a_gpu_has_no_class(self, machine):
+        machine(False, [])
+        resolved = Settings.resolve({"profile": "full"})
+        assert (resolved.memory_class, resolved.models.max_batch) == (None, 1)
+        assert resolved.models.text_to_image.quantization == "none"
+
     def test_full_without_weights_is_refused(self, machine):
         machine(True, ["flux is not here"])
         with pytest.raises(SettingsError, match="flux is not here"):
@@ -218,9 +272,18 @@ class TestResolve:
         resolved = Settings.resolve({"profile": "tiny", "config": str(config), "flux_steps": "2", "port": None})
         assert (resolved.options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
 
+    def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
+        machine(False, [])
+        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
+        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "500000"}).options
+        assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
+
     @pytest.mark.parametrize(
         ("values", "words"),
         [
+            ({"max_gaussians": 6999}, ("max_gaussians", "6999", "7000", "validators reject")),
+            ({"max_gaussians": 2_000_001}, ("max_gaussians", "2000001", "2000000")),
             ({"port": 0}, ("port", "0", "1")),
             ({"port": 65536}, ("port", "65536", "65535")),
             ({"validation_threshold": 1.5}, ("validation_threshold", "1.5", "1")),

@@ -1,40 +1,102 @@
+from pathlib import Path
+
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 
-from generation.settings import Models
+from generation import text_to_image
+from generation.settings import PROFILES, Models
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
 
 
+def load(mini_models, **changes) -> TextToImage:
+    choice = Models.load(mini_models).text_to_image.model_copy(update=changes)
+    return TextToImage.load(local_folder(lookup(choice)), choice, "cpu")
+
+
 @pytest.fixture(scope="module")
 def model(mini_models) -> TextToImage:
-    choice = Models.load(mini_models).text_to_image
-    return TextToImage.load(local_folder(lookup(choice)), choice, "cpu")
+    return load(mini_models)
 
 
 def test_loads_and_samples_without_network(mini_models, no_network):
     choice = Models.load(mini_models).text_to_image
-    image = TextToImage.load(local_folder(lookup(choice)), choice, "cpu").generate("a red cube", seed=1)
+    (image,) = load(mini_models).generate(["a red cube"], seeds=[1])
     assert image.shape == (3, choice.image_size, choice.image_size)
     assert image.dtype == torch.float32
     assert image.min() >= 0 and image.max() <= 1
 
 
 def test_an_image_depends_on_prompt_and_seed_only(model):
-    first = model.generate("a red cube", seed=1)
+    (first,) = model.generate(["a red cube"], seeds=[1])
     torch.manual_seed(99)
-    assert torch.equal(first, model.generate("a red cube", seed=1))
-    assert not torch.equal(first, model.generate("a red cube", seed=2))
-    assert not torch.equal(first, model.generate("a blue cube", seed=1))
+    assert torch.equal(first, model.generate(["a red cube"], seeds=[1])[0])
+    assert not torch.equal(first, model.generate(["a red cube"], seeds=[2])[0])
+    assert not torch.equal(first, model.generate(["a blue cube"], seeds=[1])[0])
+
+
+def test_an_image_does_not_depend_on_the_others(model):
+    prompts, seeds = ["a red cube", "a green cone", "a red cube", "x"], [1, 1, 7, 2**32 - 1]
+    together = model.generate(prompts, seeds)
+    for image, prompt, seed in zip(together, prompts, seeds, strict=True):
+        assert torch.allclose(image, model.generate([prompt], [seed])[0], atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 1e-2  # the same words, another seed
+
+
+def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
+    monkeypatch.setattr(text_to_image, "_KEPT_PROMPTS", 2)
+    model = load(mini_models)
+    encoded = []
+    encode = model._pipe.encode_prompt
+
+    def count(prompt=None, **more):
+        encoded.extend(prompt or [])
+        return encode(prompt, **more)
+
+    monkeypatch.setattr(model._pipe, "encode_prompt", count)
+    first = model.generate(["a", "b", "a"], [1, 1, 2])
+    assert encoded == ["a", "b"]
+    again = model.generate(["b", "a"], [1, 1])
+    assert encoded == ["a", "b"]
+    assert torch.allclose(again[1], first[0], atol=1e-4) and torch.allclose(again[0], first[1], atol=1e-4)
+    model.generate(["c", "d", "e"], [1, 1, 1])  # more than are kept
+    model.generate(["d"], [1])
+    assert encoded == ["a", "b", "c", "d", "e"]
+    model.generate(["a"], [1])
+    assert encoded[-1] == "a"
 
 
 @pytest.mark.parametrize("prompt", ["word " * 200, "\u6728 \U0001f996 {prompt} {0} %s", "x"])
 def test_unusual_prompts_are_only_prompts(model, prompt):
-    assert model.generate(prompt, seed=0).isfinite().all()
+    assert model.generate([prompt], seeds=[0])[0].isfinite().all()
 
 
 def test_the_image_can_be_a_training_target(model):
-    image = model.generate("a red cube", seed=1)
+    (image,) = model.generate(["a red cube"], seeds=[1])
     pixel = torch.zeros(3, 1, 1, requires_grad=True)
     ((pixel - image) ** 2).mean().backward()  # an inference-mode tensor would refuse
     assert pixel.grad is not None
+
+
+def test_four_bits_draw_nearly_the_same():
+    choice = Models.load(PROFILES["tiny"][0]).text_to_image  # trained weights: random ones would show little
+    prompts, seeds = ["a red cube", "a blue cone"], [1, 2]
+    cube, cone = TextToImage.load(Path(choice.model), choice, "cpu").generate(prompts, seeds)
+    choice = choice.model_copy(update={"quantization": "nf4"})
+    small_cube, small_cone = TextToImage.load(Path(choice.model), choice, "cpu").generate(prompts, seeds)
+    other = (cube - cone).abs().mean()
+    for large, small in ((cube, small_cube), (cone, small_cone)):
+        assert 0 < (large - small).abs().mean() < other / 10
+
+
+def test_four_bits_are_in_all_large_layers(mini_models):
+    pipe = load(mini_models, quantization="nf4")._pipe
+    for part in (
+        pipe.text_encoder_2.encoder,
+        pipe.transformer.transformer_blocks,
+        pipe.transformer.single_transformer_blocks,
+    ):
+        linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
+        assert linears and all(isinstance(module, Linear4bit) for module in linears)
+        assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)

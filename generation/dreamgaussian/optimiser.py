@@ -11,10 +11,10 @@ from torch import Tensor
 
 from generation.dreamgaussian.carve import carve
 from generation.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
-from generation.dreamgaussian.scene import Scene, View
-from generation.dreamgaussian.schedule import noise_level
+from generation.dreamgaussian.plan import draw_plan
+from generation.dreamgaussian.scene import Scene, Views
 from generation.settings import DreamGaussianOptions
-from generation.splats.cameras import orbit
+from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize
 
@@ -23,10 +23,8 @@ BALL_RADIUS = 0.5
 GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 # The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
 RINGS = ((5.0, 0.0), (20.0, 45.0))
-SAMPLED_AT_ONCE = 3  # of the sampled views, in each iteration
 SAMPLE_GUIDANCE = 3.0
 ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream's guidance alone
-CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
 
 RemoveBackground = Callable[[Tensor], Tensor]
 
@@ -49,53 +47,56 @@ class DreamGaussian:
         self._device = torch.device(device)
         self._remove_background = remove_background
 
+    def warm_up(self, scenes: int, progress: Callable[[str], None]) -> None:
+        """Compile what can be compiled, for up to so many scenes at once."""
+        o = self._options
+        if self._guidance and o.lambda_sd > 0:
+            self._guidance.warm_up(scenes * o.batch_size, o.guidance_scale, progress)
+        if self._image_guidance:
+            self._image_guidance.warm_up(scenes * o.batch_size * self._views, ZERO123_GUIDANCE, progress)
+
     def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
         """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
         o = self._options
         generator = torch.Generator().manual_seed(seed)
         cutout = cutout.to(self._device)
         colour, alpha = cutout[None, :3], cutout[None, 3:]
-        camera = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size)
-        reference = View(colour * alpha, alpha, camera.to(self._device))
+        known = Views(colour * alpha, alpha)
+        viewmats = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size).viewmats
         condition = image_condition = None
         if self._image_guidance:
             image_condition = self._image_guidance.prepare(cutout, -o.elevation)
         if self._guidance and (prompt or not self._image_guidance):
             condition = self._guidance.prepare(prompt, o.negative_prompt)
-        sampled = gaussians = None
+        gaussians = None
         if o.init == "views" and condition is not None:
             # Where there are no words, the picture alone says what to draw.
-            images, sampled = self._sample(condition, generator, reference=None if prompt else cutout)
+            images, alphas, around = self._sample(condition, generator, reference=None if prompt else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
-            gaussians = carve(images, sampled.alpha, sampled.cameras, extent, o.num_pts, generator)
+            gaussians = carve(images, alphas, around, extent, o.num_pts, generator)
+            sampled = Views(images * alphas, alphas).at(o.ref_size)
+            known = Views(
+                torch.cat([known.premultiplied, sampled.premultiplied]), torch.cat([known.alpha, sampled.alpha])
+            )
+            viewmats = torch.cat([viewmats, around.viewmats.cpu()])
         if gaussians is None:
             gaussians = self._ball(generator)
         if o.sh_degree:
             rest = gaussians.sh.new_zeros(len(gaussians), (o.sh_degree + 1) ** 2 - 1, 3)
             gaussians.sh = torch.cat([gaussians.sh, rest], 1)
-        return Scene(gaussians, reference, sampled, condition, o, generator, image_condition)
+        plan = draw_plan(o, viewmats, self._views, generator, self._device)
+        return Scene(gaussians, known, plan, condition, image_condition, o, seed)
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
-        o = self._options
-        losses, renders = [], []
-        for scene in scenes:
-            scene.iteration += 1
-            warm = scene.step_ratio if o.warmup_rgb_loss and scene.sampled is None else 1.0
-            # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
-            grey = float(torch.rand((), generator=scene.generator))
-            loss = warm * o.lambda_reference * _view_loss(scene.gaussians(), scene.reference, grey)
-            if scene.sampled is not None and o.lambda_views > 0:
-                pick = torch.randperm(len(scene.sampled.cameras), generator=scene.generator)[:SAMPLED_AT_ONCE]
-                loss = loss + o.lambda_views * _view_loss(scene.gaussians(), scene.sampled, grey, pick)
-            losses.append(loss)
-            renders.append(self._novel_views(scene))
+        renders = [_Render(scene) for scene in scenes]
+        losses = [_known_views_loss(*pair) for pair in zip(scenes, renders, strict=True)]
         losses += self._scores(scenes, renders)
-        torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
+        torch.stack(losses).sum().backward()
         for scene, render in zip(scenes, renders, strict=True):
-            scene.update(render["means2d"].grad, render["radii"], render["size"], render["size"])
+            scene.update(*render.pull())
 
-    def _scores(self, scenes: list[Scene], renders: list[dict]) -> list[Tensor]:
+    def _scores(self, scenes: list[Scene], renders: list[_Render]) -> list[Tensor]:
         """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""
         o, losses = self._options, []
         for guidance, weight, scale, conditions in (
@@ -107,48 +108,20 @@ class DreamGaussian:
                 continue
             each = [i for i in known for _ in range(o.batch_size * self._views // guidance.views)]
             score = guidance.loss(
-                torch.cat([renders[i]["images"] for i in known]),
-                torch.cat([renders[i]["poses"] for i in known]),
+                torch.cat([renders[i].novel for i in known]),
+                torch.cat([scenes[i].plan.poses[scenes[i].iteration] for i in known]),
                 torch.stack([known[i] for i in each]),
-                [self._noise_level(scenes[i]) for i in each],
-                [scenes[i].generator for i in each],
+                torch.stack([scenes[i].plan.noise_levels[scenes[i].iteration] for i in each]),
+                [scenes[i].noise for i in each],
                 scale,
             )
             losses.append(weight * score.sum())
         return losses
 
-    def _noise_level(self, scene: Scene) -> float:
-        most = 1.0 if scene.sampled is None else CARVED_NOISE
-        if self._options.anneal_timestep:
-            return noise_level(scene.step_ratio, most)
-        return most * float(torch.rand((), generator=scene.generator))
-
-    def _novel_views(self, scene: Scene) -> dict:
-        """Renders of `batch_size` draws of cameras, 90 degrees apart, at a random elevation and azimuth."""
-        o = self._options
-        size = o.render_size or (128 if scene.step_ratio < 0.3 else 256 if scene.step_ratio < 0.6 else 512)
-        above = -o.elevation
-        low, high = max(above - o.max_ver, -80.0), min(above - o.min_ver, 80.0)
-        draws = torch.rand(o.batch_size, 2, generator=scene.generator)
-        elevation = (low + (high - low) * draws[:, 0]).repeat_interleave(self._views)
-        around = 90.0 * torch.arange(self._views).repeat(o.batch_size)
-        azimuth = (360 * draws[:, 1]).repeat_interleave(self._views) + around
-        cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
-        if o.background == "random":
-            white = float(torch.rand((), generator=scene.generator)) > o.invert_bg_prob
-            background = torch.full((3,), float(white), device=self._device)
-        else:
-            background = torch.tensor(o.background, device=self._device)
-        rgb, _, info = rasterize(scene.gaussians(), cameras, size, size, background)
-        info["means2d"].retain_grad()
-        images = rgb.permute(0, 3, 1, 2).clamp(0, 1)
-        poses = cameras.camera_to_world
-        return {"images": images, "poses": poses, "size": size, "means2d": info["means2d"], "radii": info["radii"]}
-
     def _sample(
         self, condition: Tensor, generator: torch.Generator, reference: Tensor | None = None
-    ) -> tuple[Tensor, View]:
-        """Colours (V, 3, S, S) of what the prompt describes, drawn by the guidance, and their cut-outs.
+    ) -> tuple[Tensor, Tensor, Cameras]:
+        """Colours (V, 3, S, S) of what the prompt describes, drawn by the guidance, their alphas and cameras.
 
         With `reference` (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
         """
@@ -173,8 +146,7 @@ class DreamGaussian:
             first,
         )
         alpha = self._remove_background(images)
-        colour = foreground(images, alpha, behind.view(3, 1, 1))
-        return colour, View(colour * alpha, alpha, cameras)
+        return foreground(images, alpha, behind.view(3, 1, 1)), alpha, cameras
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
@@ -193,15 +165,35 @@ class DreamGaussian:
         return gaussians.to(self._device)
 
 
-def _view_loss(gaussians: Gaussians, view: View, grey: float, pick: Tensor | None = None) -> Tensor:
-    """Colour and mask loss over a grey background against known views; the mean over those picked."""
-    colour, alpha, cameras = view.premultiplied, view.alpha, view.cameras
-    if pick is not None:
-        colour, alpha, cameras = colour[pick], alpha[pick], cameras[pick]
-    height, width = colour.shape[-2:]
-    rgb, opacity, _ = rasterize(gaussians, cameras, width, height, torch.full((3,), grey, device=colour.device))
-    colour_error = F.mse_loss(rgb.permute(0, 3, 1, 2).clamp(0, 1), colour + (1 - alpha) * grey)
-    return COLOUR_WEIGHT * colour_error + MASK_WEIGHT * F.mse_loss(opacity.permute(0, 3, 1, 2), alpha)
+class _Render:
+    """What a scene looks like in this iteration, from all views in one call."""
+
+    def __init__(self, scene: Scene) -> None:
+        plan, i = scene.plan, scene.iteration
+        size = plan.sizes[i]
+        rgb, alpha, info = rasterize(scene.gaussians(), plan.cameras(i), size, size, plan.backgrounds[i])
+        info["means2d"].retain_grad()
+        colour = rgb.permute(0, 3, 1, 2).clamp(0, 1)
+        self._first_novel = plan.known.shape[1]
+        self.known = Views(colour[: self._first_novel], alpha[: self._first_novel].permute(0, 3, 1, 2))
+        self.background = plan.backgrounds[i, 0]  # of the known views
+        self.novel = colour[self._first_novel :]  # (V, 3, S, S)
+        self._means2d, self._radii = info["means2d"], info["radii"]
+
+    def pull(self) -> tuple[Tensor | None, Tensor]:
+        """How the loss pulls at the projected centres in the novel views (V, N, 2), and their radii (V, N)."""
+        grad = self._means2d.grad
+        return None if grad is None else grad[self._first_novel :], self._radii[self._first_novel :]
+
+
+def _known_views_loss(scene: Scene, render: _Render) -> Tensor:
+    """Colour and mask loss against the known views."""
+    wanted, weights = scene.known_views()
+    shown = render.known.at(wanted.alpha.shape[-1])
+    colour = wanted.premultiplied + (1 - wanted.alpha) * render.background.view(3, 1, 1)
+    error = COLOUR_WEIGHT * (shown.premultiplied - colour).square().mean((1, 2, 3))
+    error = error + MASK_WEIGHT * (shown.alpha - wanted.alpha).square().mean((1, 2, 3))
+    return (weights * error).sum()
 
 
 def foreground(images: Tensor, alphas: Tensor, backdrop: Tensor) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from generation.dreamgaussian.plan import Plan
 from generation.dreamgaussian.schedule import position_lr
 from generation.settings import DreamGaussianOptions
-from generation.splats.cameras import Cameras
 from generation.splats.densify import DensityControl
 from generation.splats.gaussians import Gaussians
 
@@ -19,33 +20,40 @@ MIN_OPACITY = 0.01
 
 
 @dataclass(frozen=True)
-class View:
-    """Cut-outs that the scene should look like, from known cameras."""
+class Views:
+    """Cut-outs that the scene should look like."""
 
-    premultiplied: Tensor  # (V, 3, H, W) colour times alpha
-    alpha: Tensor  # (V, 1, H, W) in 0..1
-    cameras: Cameras
+    premultiplied: Tensor  # (V, 3, S, S) colour times alpha
+    alpha: Tensor  # (V, 1, S, S) in 0..1
+
+    def at(self, size: int) -> Views:
+        """The same, `size` pixels wide and high."""
+        if size == self.alpha.shape[-1]:
+            return self
+        return Views(*(F.interpolate(t, size=(size, size), mode="area") for t in (self.premultiplied, self.alpha)))
 
 
 class Scene:
-    """Gaussians, their optimiser, what they should look like, and a random generator of their own."""
+    """Gaussians, their optimiser, what they should look like, and random generators of their own."""
 
     def __init__(
         self,
         gaussians: Gaussians,
-        reference: View,
-        sampled: View | None,
+        known: Views,
+        plan: Plan,
         condition: Tensor | None,
+        image_condition: Tensor | None,
         options: DreamGaussianOptions,
-        generator: torch.Generator,
-        image_condition: Tensor | None = None,
+        seed: int,
     ) -> None:
         """`condition` and `image_condition` are those of the guidances that look at it."""
-        self.reference = reference
-        self.sampled = sampled
+        device = gaussians.means.device
+        self.plan = plan
         self.condition = condition
         self.image_condition = image_condition
-        self.generator = generator
+        self.noise = torch.Generator(device).manual_seed(seed)
+        # Pixels of the known views to compare renders with, those at which neither side is made larger.
+        self._known = {size: known.at(min(size, known.alpha.shape[-1])) for size in set(plan.sizes)}
         self.iteration = 0
         self._options = options
         self._gaussians = gaussians
@@ -59,11 +67,11 @@ class Scene:
             "sh": options.feature_lr,
         }
         groups = [{"params": [t], "lr": rates[name], "name": name} for name, t in gaussians.tensors().items()]
-        self._optimiser = torch.optim.Adam(groups, lr=0.0, eps=1e-15)
+        self._optimiser = torch.optim.Adam(groups, lr=0.0, eps=1e-15, fused=True)
         self._density = DensityControl(
             gaussians,
             self._optimiser,
-            generator,
+            torch.Generator().manual_seed(seed),
             densify_grad_threshold=options.densify_grad_threshold,
             percent_dense=options.percent_dense,
             scene_extent=SCENE_EXTENT,
@@ -75,20 +83,24 @@ class Scene:
     def done(self) -> bool:
         return self.iteration >= self._options.iters
 
-    @property
-    def step_ratio(self) -> float:
-        return min(1.0, self.iteration / self._options.iters)
+    def known_views(self) -> tuple[Views, Tensor]:
+        """Those to compare this iteration's renders with, and the weights (K,) of their losses."""
+        i = self.iteration
+        views, which = self._known[self.plan.sizes[i]], self.plan.known[i]
+        return Views(views.premultiplied[which], views.alpha[which]), self.plan.weights[i]
 
     def gaussians(self) -> Gaussians:
         """The Gaussians as they are now; the tensors are the optimised ones, not copies."""
         return self._gaussians
 
-    def update(self, means2d_grad: Tensor | None, radii: Tensor, width: int, height: int) -> None:
+    def update(self, means2d_grad: Tensor | None, radii: Tensor) -> None:
         """One optimiser step from the gradients at hand, then density control when it is due.
 
-        `means2d_grad` (C, N, 2) and `radii` (C, N) are of the renders, `width` x `height`, that drive densification.
+        `means2d_grad` (C, N, 2) and `radii` (C, N) are of the renders that drive densification.
         """
         o = self._options
+        size = self.plan.sizes[self.iteration]
+        self.iteration += 1
         for group in self._optimiser.param_groups:
             if group["name"] == "means":
                 group["lr"] = position_lr(
@@ -98,7 +110,7 @@ class Scene:
         self._optimiser.zero_grad(set_to_none=True)
         if not o.density_start_iter <= self.iteration <= o.density_end_iter or means2d_grad is None:
             return
-        self._density.accumulate(means2d_grad, radii, width, height)
+        self._density.accumulate(means2d_grad, radii, size, size)
         if self.iteration % o.densification_interval == 0:
             self._density.densify_and_prune()
         if self.iteration % o.opacity_reset_interval == 0:

@@ -82,47 +82,58 @@ class DensityControl:
 
     @torch.no_grad()
     def accumulate(self, means2d_grad: Tensor, radii: Tensor, width: int, height: int) -> None:
-        """Note one step's gradients by `info["means2d"]` (C, N, 2), in pixels, and radii (C, N); 0 = not visible."""
-        to_device_units = means2d_grad.new_tensor([width / 2.0, height / 2.0])
+        """Note one step's gradients by `info["means2d"]` (C, N, 2), in pixels, and radii (C, N); 0 = not visible.
+
+        Called in every iteration, it never makes the host wait for the device.
+        """
+        x, y = means2d_grad.unbind(dim=-1)
         visible = radii > 0
-        self._pull += ((means2d_grad * to_device_units).norm(dim=-1) * visible).sum(dim=0)
+        self._pull += (torch.hypot(x * (width / 2.0), y * (height / 2.0)) * visible).sum(dim=0)
         self._seen += visible.sum(dim=0)
         self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
 
     @torch.no_grad()
     def densify_and_prune(self) -> Changes:
-        """Clone, split and remove by what was accumulated since the last call, and start accumulating anew."""
+        """Clone, split and remove by what was accumulated since the last call, and start accumulating anew.
+
+        What stays comes first, in order, a split Gaussian's first child in its place; clones and second children
+        follow. How many there are is all that the host waits for.
+        """
         g = self.gaussians
         n, device = len(g), g.means.device
         pull = self._pull / self._seen.clamp_min(1.0)
-        chosen = pull >= self.densify_grad_threshold
-        room = max(self.max_gaussians - n, 0)
-        if int(chosen.sum()) > room:
-            most_pulled = torch.argsort(pull, descending=True, stable=True)[:room]
-            chosen = torch.zeros_like(chosen).index_fill_(0, most_pulled, True)
-        large = g.log_scales.amax(dim=1) > math.log(self.percent_dense * self.scene_extent)
-        stays = torch.nonzero(~(chosen & large))[:, 0]
-        clones = torch.nonzero(chosen & ~large)[:, 0]
-        parents = torch.nonzero(chosen & large)[:, 0]
-        children = parents.repeat(2)
+        most_pulled = torch.argsort(pull, descending=True, stable=True)[: max(self.max_gaussians - n, 0)]
+        chosen = torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, most_pulled, True)
+        chosen &= pull >= self.densify_grad_threshold
+        largest = g.log_scales.amax(dim=1).exp()
+        split = chosen & (largest > self.percent_dense * self.scene_extent)
 
-        source = torch.cat([stays, clones, children])
-        rows = {name: tensor.detach()[source] for name, tensor in g.tensors().items()}
-        first_child = len(stays) + len(clones)
-        noise = torch.randn(len(children), 3, generator=self.generator, device=self.generator.device).to(device)
-        offsets = g.rotations()[children] @ (noise * g.log_scales[children].exp())[:, :, None]
-        rows["means"][first_child:] += offsets[:, :, 0]
-        rows["log_scales"][first_child:] -= math.log(SPLIT_SHRINK)
-
-        remove = rows["logit_opacities"].sigmoid() < self.min_opacity
-        remove |= rows["log_scales"].amax(dim=1) > math.log(MAX_EXTENT_SHARE * self.scene_extent)
+        largest = torch.where(split, largest / SPLIT_SHRINK, largest)
+        keep = g.logit_opacities.sigmoid() >= self.min_opacity
+        keep &= largest <= MAX_EXTENT_SHARE * self.scene_extent
+        keep_in_place = keep
         if self.max_screen_size is not None:
-            remove[: len(stays)] |= self._max_radii[stays] > self.max_screen_size
-        keep = torch.nonzero(~remove)[:, 0]
-        is_new = keep >= len(stays)
-        self._replace({name: value[keep] for name, value in rows.items()}, source[keep], is_new)
+            keep_in_place = keep & (split | (self._max_radii <= self.max_screen_size))
+        rows = torch.nonzero(torch.cat([keep_in_place, keep & chosen]))[:, 0]
+        source = rows % n
+        is_child = split[source]
+        cloned, parents = torch.stack([(chosen & ~split).sum(), split.sum()]).tolist()
+
+        values = {name: tensor.detach()[source] for name, tensor in g.tensors().items()}
+        offsets = self._offsets(Gaussians(**values))
+        values["means"] += torch.where(is_child[:, None], offsets, 0.0)
+        values["log_scales"] -= is_child[:, None] * math.log(SPLIT_SHRINK)
+        self._replace(values, source, (rows >= n) | is_child)
         self._clear()
-        return Changes(len(clones), len(parents), int(remove.sum()))
+        return Changes(cloned, parents, n + cloned + parents - len(rows))
+
+    def _offsets(self, gaussians: Gaussians) -> Tensor:
+        """A place (N, 3) for each Gaussian, relative to its centre, drawn from its own distribution."""
+        device = gaussians.means.device
+        seed = int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+        own = torch.Generator(device=device).manual_seed(seed)  # draws on the device: nothing is copied to it
+        noise = torch.randn(len(gaussians), 3, generator=own, device=device)
+        return (gaussians.rotations() @ (noise * gaussians.log_scales.exp())[:, :, None])[:, :, 0]
 
     @torch.no_grad()
     def reset_opacity(self) -> None:
@@ -141,9 +152,9 @@ class DensityControl:
             state = self.optimizer.state.pop(old, None)
             if state is not None:
                 for key, moment in state.items():
-                    if isinstance(moment, Tensor) and moment.shape == old.shape:
-                        state[key] = moment[source]
-                        state[key][is_new] = 0.0
+                    if isinstance(moment, Tensor) and moment.ndim:  # not the count of steps
+                        new = is_new.view(-1, *(1,) * (moment.ndim - 1))
+                        state[key] = moment[source].masked_fill_(new, 0.0)
                 self.optimizer.state[parameter] = state
             self._groups[name]["params"][0] = parameter
             setattr(self.gaussians, name, parameter)

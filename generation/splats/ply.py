@@ -26,20 +26,21 @@ def write(gaussians: Gaussians) -> bytes:
     """Serialise Gaussians of any spherical harmonics degree. Normals are written as zero."""
     gaussians.check()
     n, coefficients = gaussians.sh.shape[:2]
-    sh = gaussians.sh.detach().cpu()
-    columns = [
-        gaussians.means.detach().cpu(),
-        torch.zeros(n, 3),
-        sh[:, 0],
-        sh[:, 1:].transpose(1, 2).reshape(n, 3 * (coefficients - 1)),
-        gaussians.logit_opacities.detach().cpu()[:, None],
-        gaussians.log_scales.detach().cpu(),
-        gaussians.quats.detach().cpu(),
-    ]
-    table = torch.cat(columns, dim=1).numpy().astype("<f4", copy=False)
+    names = _property_names(coefficients)
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {n}"]
-    lines += [f"property float {name}" for name in _property_names(coefficients)]
-    return ("\n".join(lines) + "\n").encode("ascii") + _END + table.tobytes()
+    lines += [f"property float {name}" for name in names]
+    header = ("\n".join(lines) + "\n").encode("ascii") + _END
+
+    sh = gaussians.sh.detach()
+    table = torch.empty(n, len(names))
+    table[:, 0:3] = gaussians.means.detach()
+    table[:, 3:6] = 0.0
+    table[:, 6:9] = sh[:, 0]
+    table[:, 9:-8].view(n, 3, coefficients - 1).copy_(sh[:, 1:].transpose(1, 2))
+    table[:, -8] = gaussians.logit_opacities.detach()
+    table[:, -7:-4] = gaussians.log_scales.detach()
+    table[:, -4:] = gaussians.quats.detach()
+    return b"".join((header, table.numpy().astype("<f4", copy=False).data))
 
 
 def read(data: bytes, max_gaussians: int = 2_000_000) -> Gaussians:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,14 +23,19 @@ class Guidance(Protocol):
         images: Tensor,
         camera_to_world: Tensor,
         conditions: Tensor,
-        noise_levels: list[float],
+        noise_levels: Tensor,
         generators: list[torch.Generator],
         guidance_scale: float,
     ) -> Tensor:
         """Loss (S,) of renders `images` (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
 
-        `noise_levels` are in 0..1 (1 = pure noise), one a scene; noise is drawn from each scene's own generator.
+        `noise_levels` (S,) are in 0..1 (1 = pure noise); noise is drawn from each scene's own generator. Nothing in it
+        waits for the device.
         """
+        ...
+
+    def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
+        """On a GPU, compile and capture `loss` for up to so many scenes at once, at this scale; else nothing."""
         ...
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -41,10 +42,7 @@ def camera_embedding(camera_to_world: torch.Tensor, front_azimuth: float = 0.0) 
     `front_azimuth` (degrees) is where the camera stood that saw the front in training; here it stands at 0.
     """
     angle = math.radians(front_azimuth)
-    turn = torch.eye(4).to(camera_to_world)
-    turn[0, 0] = turn[2, 2] = math.cos(angle)
-    turn[0, 2], turn[2, 0] = math.sin(angle), -math.sin(angle)
-    m = (turn @ camera_to_world)[:, [0, 2, 1, 3]]
-    m[:, 1] = -m[:, 1]
-    m[:, :3, 3] = torch.nn.functional.normalize(m[:, :3, 3], dim=-1)
-    return m.flatten(1)
+    x, y, z, last = camera_to_world.unbind(1)  # the matrix's rows
+    x, z = math.cos(angle) * x + math.sin(angle) * z, math.cos(angle) * z - math.sin(angle) * x
+    m = torch.stack([x, -z, y, last], 1)
+    return torch.cat([m[:, :, :3], torch.cat([F.normalize(m[:, :3, 3:], dim=1), m[:, 3:, 3:]], 1)], 2).flatten(1)

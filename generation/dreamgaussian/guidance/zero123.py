@@ -8,6 +8,7 @@ embedding and mixed into it by one linear layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps
+from generation.dreamgaussian.guidance.captured import Captured, compile_regions, pieces
+from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps, with_gradient
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model, read_weights
@@ -49,6 +51,9 @@ class Zero123:
         self._processor = processor
         self._alphas = scheduler.alphas_cumprod.to(unet.device)
         self._stable = stable
+        side = IMAGE_SIZE // 2 ** (len(vae.config.block_out_channels) - 1)
+        self._latent_shape = (vae.config.latent_channels, side, side)
+        self._step = Captured(self._distil)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, stable: bool) -> Zero123:
@@ -77,20 +82,58 @@ class Zero123:
         images: Tensor,
         camera_to_world: Tensor,
         conditions: Tensor,
-        noise_levels: list[float],
+        noise_levels: Tensor,
         generators: list[torch.Generator],
         guidance_scale: float,
     ) -> Tensor:
         """See `Guidance.loss`. Its gradient is the guided noise less the noise that was added, times 1 - alpha."""
         images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
-        latents = self._encode(images) * self._vae.config.scaling_factor
-        t = torch.tensor(timesteps(noise_levels, len(self._alphas)), device=latents.device)
-        noise = draw_noise(generators, (1, *latents.shape[1:]), latents)
-        with torch.no_grad():
-            a = self._alphas[t].view(-1, 1, 1, 1).to(latents)
-            noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
-            predicted = self._guided_noise(noisy, t, camera_to_world, conditions, guidance_scale)
-        return distil(latents, (1 - a) * (predicted - noise), len(generators))
+        t = timesteps(noise_levels, len(self._alphas)).to(images.device)
+        noise = draw_noise(generators, (1, *self._latent_shape), images.device)
+        losses, gradient = self._step(
+            images.detach(), camera_to_world, conditions, t, noise, constants=(guidance_scale,)
+        )
+        return with_gradient(images, losses, gradient)
+
+    def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
+        """See `Guidance.warm_up`. A scene here is one view."""
+        device = self._unet.device
+        if device.type != "cuda":
+            return
+        compile_regions(self._unet)
+        compile_regions(self._vae)
+        condition = self.prepare(torch.ones(4, IMAGE_SIZE, IMAGE_SIZE, device=device), 0.0)
+        for count in range(1, scenes + 1):
+            progress(f"compiling Zero123 for {count} of {scenes} views at once")
+            inputs = (
+                torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
+                torch.eye(4, device=device).repeat(count, 1, 1),
+                condition.repeat(count, 1),
+                torch.full((count,), len(self._alphas) // 2, device=device),
+                torch.randn(count, *self._latent_shape, device=device),
+            )
+            self._step.capture(inputs, guidance_scale)
+
+    def _distil(
+        self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (S,), and their gradient by the images (S, 3, IMAGE_SIZE, IMAGE_SIZE)."""
+        results = []
+        for part in pieces(len(t)):
+            steps, added = t[part], noise[part].to(self._unet.dtype)
+            a = self._alphas[steps].view(-1, 1, 1, 1).to(added)
+            known, poses = conditions[part], camera_to_world[part]
+
+            def direction(latents: Tensor, a=a, added=added, steps=steps, poses=poses, known=known) -> Tensor:
+                noisy = a.sqrt() * latents + (1 - a).sqrt() * added
+                return (1 - a) * (self._guided_noise(noisy, steps, poses, known, scale) - added)
+
+            results.append(distil(images[part], self._scaled, direction, part.stop - part.start))
+        losses, gradients = zip(*results, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        return self._encode(images) * self._vae.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
         return self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist.mode()
@@ -104,11 +147,12 @@ class Zero123:
         cameras = camera_numbers(camera_to_world.to(conditions), elevations[:, 0], self._stable)
         words = self._projection(torch.cat([embeddings, cameras], 1).to(noisy))[:, None]
         views = views.reshape(noisy.shape).to(noisy)
-        both = self._unet(
+        (both,) = self._unet(
             torch.cat([noisy.repeat(2, 1, 1, 1), torch.cat([torch.zeros_like(views), views])], 1),
             t.repeat(2),
             torch.cat([torch.zeros_like(words), words]),
-        ).sample
+            return_dict=False,
+        )
         without, given = both.chunk(2)
         return without + scale * (given - without)
 

@@ -1,0 +1,225 @@
+"""Several engines as one: the least busy takes a request, and a request outlives the engine that it ran on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from generation.channel import Start
+from generation.engine import LATE, LOADING_RETRY_S, TIMEOUT_S, DeadlineExceeded, OnProgress, StageFailed, Unavailable
+from generation.remote import EngineLost, RemoteEngine
+from generation.results import Asset
+
+LOADER = "generation.profile_trace:load"
+#: How many engines a request may lose until it passes for what they are lost by.
+MAX_RUNS = 3
+
+log = logging.getLogger("generation.fleet")
+
+T = TypeVar("T")
+
+
+class _Place:
+    """What a request waits for: a place on one of the engines."""
+
+    def __init__(self, is_call: bool) -> None:
+        self.is_call = is_call
+        self.engine: RemoteEngine | None = None
+        self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Fleet:
+    """What an ``Engine`` is, over an engine process for each device. Every public method is for the asyncio thread.
+
+    Devices, as ``RemoteEngine`` names them, have ``generation.settings.Settings`` each, which go to the processes with
+    the loader ("module:function"). How many may wait is as the first device's say.
+    """
+
+    def __init__(self, devices: Mapping[str, Any], loader: str = LOADER) -> None:
+        self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
+        self._engines = [
+            RemoteEngine(device, settings.models.max_batch, Start(settings, loader), self._hand_out)
+            for device, settings in devices.items()
+        ]
+        self._max_queue = next(iter(devices.values())).max_queue
+        self._waiting: deque[_Place] = deque()
+        self._calls = 0  # waiting and in flight
+        self._mean_seconds = 30.0  # of a generation; follows what is measured
+        self._stopping = False
+        self._supervision: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._supervision = [self._loop.create_task(each.keep_running()) for each in self._engines]
+
+    def stop(self, timeout: float) -> None:
+        """Give up all requests and wait for the processes for at most ``timeout`` seconds. From another thread only."""
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(timeout)
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        self._turn_away()
+        for task in self._supervision:
+            task.cancel()
+        await asyncio.gather(*self._supervision, return_exceptions=True)
+
+    @property
+    def status(self) -> str:
+        """An engine that is ready is enough to be "ready", and one that loads for "loading"."""
+        states = ["failed"] if self._stopping else [each.status for each in self._engines]
+        return next(status for status in ("ready", "loading", "failed") if status in states)
+
+    @property
+    def reason(self) -> str:
+        if self._stopping:
+            return "shutting down"
+        others = [f"{each.device}: {each.reason}" for each in self._engines if each.status != "ready"]
+        ready = len(self._engines) - len(others)
+        return "; ".join([f"{ready} of {len(self._engines)} engines ready", *others])
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """Of one engine: all have the same. Empty until one is ready."""
+        return next((each.models for each in self._engines if each.models), [])
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting) + sum(each["queue_depth"] for each in self.health())
+
+    @property
+    def active(self) -> list[dict[str, Any]]:
+        """What runs now, as an ``Engine`` tells it."""
+        return [request for each in self.health() for request in each["active"]]
+
+    def health(self) -> list[dict[str, Any]]:
+        """An entry for each engine, as an ``Engine`` has it."""
+        return [each.health() for each in self._engines]
+
+    def check_admission(self) -> None:
+        """Raises Unavailable when ``generate`` would: with no engine ready, with the queue full."""
+        self._check_room(sum(not place.is_call for place in self._waiting))
+
+    def _check_room(self, waiting: int) -> None:
+        if self.status == "loading":
+            raise Unavailable(f"models are loading: {self.reason}", LOADING_RETRY_S)
+        if self.status != "ready":
+            raise self._no_engine()
+        if waiting >= self._max_queue:
+            self.totals["refused"] += 1
+            places = sum(each.capacity for each in self._engines if each.status == "ready")
+            next_place = math.ceil(self._mean_seconds / places)
+            raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
+
+    def _no_engine(self) -> Unavailable:
+        if self._stopping:
+            return Unavailable("the service is shutting down", None)
+        pause = min(each.next_start for each in self._engines) - time.monotonic()
+        return Unavailable(f"no engine works: {self.reason}", max(1, math.ceil(pause)))
+
+    async def generate(
+        self, prompt: str | None, image: Image.Image | None, seed: int, on_progress: OnProgress | None = None
+    ) -> Asset:
+        """As ``Engine.generate``."""
+
+        async def generate(remote: RemoteEngine) -> Asset:
+            started = time.monotonic()
+            asset = await remote.generate(prompt, image, seed, on_progress)
+            self._mean_seconds += (time.monotonic() - started - self._mean_seconds) / 4
+            return asset
+
+        self.check_admission()
+        self.totals["requests"] += 1
+        try:
+            asset = await self._run(False, generate)
+        except asyncio.CancelledError:
+            self.totals["cancelled"] += 1
+            raise
+        except Exception:
+            self.totals["failed"] += 1
+            raise
+        self.totals["delivered" if asset.report.rejected is None else "rejected"] += 1
+        return asset
+
+    async def call(self, function: Callable[[Any], T]) -> T:
+        """As ``Engine.call``, for a picklable function with a picklable result."""
+        self._check_room(self._calls)
+        self._calls += 1
+        try:
+            return await self._run(True, lambda remote: remote.call(function))
+        finally:
+            self._calls -= 1
+
+    async def _run(self, is_call: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
+        """``work`` on the least busy engine, and on others when that is lost meanwhile."""
+        lost: list[str] = []
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                while len(lost) < MAX_RUNS:
+                    async with self._place(is_call, first=bool(lost)) as remote:
+                        try:
+                            return await work(remote)
+                        except EngineLost as error:
+                            lost.append(f"{remote.device}: {error}")
+        except TimeoutError:
+            log.error("Generation failed: %s", LATE)
+            raise DeadlineExceeded(LATE) from None
+        log.error("Generation failed: every engine that it ran on was lost: %s", "; ".join(lost))
+        raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
+
+    @asynccontextmanager
+    async def _place(self, is_call: bool, first: bool) -> AsyncIterator[RemoteEngine]:
+        """A place on the engine with the least work, waited for behind those that wait already, or before them."""
+        if self._stopping:
+            raise self._no_engine()
+        place = _Place(is_call)
+        if first:
+            self._waiting.appendleft(place)
+        else:
+            self._waiting.append(place)
+        self._hand_out()
+        try:
+            await place.given
+            assert place.engine is not None
+            yield place.engine
+        finally:
+            if place in self._waiting:
+                self._waiting.remove(place)
+            if place.engine is not None:
+                _count(place, -1)
+                self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give places to those who wait, in their order; turn them away when no engine is left to wait for."""
+        for place in list(self._waiting):
+            engines = [each for each in self._engines if each.status == "ready" and (place.is_call or each.has_room)]
+            if engines and not place.given.done():
+                self._waiting.remove(place)
+                place.engine = min(engines, key=lambda each: each.load)
+                place.given.set_result(None)
+                _count(place, 1)
+        if not any(each.hopeful for each in self._engines):
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        for place in self._waiting:
+            if not place.given.done():
+                place.given.set_exception(self._no_engine())
+        self._waiting.clear()
+
+
+def _count(place: _Place, change: int) -> None:
+    assert place.engine is not None
+    if place.is_call:
+        place.engine.calls += change
+    else:
+        place.engine.generations += change

@@ -1,0 +1,39 @@
+"""How long a request takes from here, by what earlier ones took."""
+
+from __future__ import annotations
+
+_CHECKPOINTS = 10  # in each stage
+_WEIGHT = 0.25  # of the latest request in the mean: what runs beside them changes
+
+Checkpoint = tuple[str, str, int]  # kind of request, stage, tenth of it
+
+
+class TimeLeft:
+    """Mean seconds from each checkpoint to the end. Requests are told apart by kind, such as text and image."""
+
+    def __init__(self) -> None:
+        self.means: dict[Checkpoint, float] = {}
+
+    def begin(self, kind: str) -> Trip:
+        return Trip(self.means, kind)
+
+
+class Trip:
+    """One request on its way. Times are those of one clock, in seconds."""
+
+    def __init__(self, means: dict[Checkpoint, float], kind: str) -> None:
+        self._means, self._kind = means, kind
+        self._reached: dict[Checkpoint, float] = {}
+
+    def reached(self, stage: str, fraction: float, now: float) -> float | None:
+        """Seconds left; None where that is not known: nobody passed here and finished, or this one is late."""
+        checkpoint = self._kind, stage, int(fraction * _CHECKPOINTS)
+        since = now - self._reached.setdefault(checkpoint, now)
+        mean = self._means.get(checkpoint)
+        return None if mean is None or mean <= since else mean - since
+
+    def finished(self, now: float) -> None:
+        """It went through all stages: its times count for the next ones."""
+        for checkpoint, reached in self._reached.items():
+            mean = self._means.setdefault(checkpoint, now - reached)
+            self._means[checkpoint] = mean + (now - reached - mean) * _WEIGHT
