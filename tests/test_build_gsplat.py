@@ -47,7 +47,7 @@ needs_gcc = pytest.mark.skipif(
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, an empty gsplat 1.5.3 before an installed one, and a compiler that is all there."""
     monkeypatch.setattr(kernels, "CACHE", tmp_path / "cache")
-    kernels.load.cache_clear()
+    kernels._load.cache_clear()
     for file in build_gsplat.TOOLKIT:
         write(tmp_path / "cu13" / file)
     write(tmp_path / "packages/gsplat/__init__.py")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ CACHE = Path(__file__).resolve().parents[3] / ".cache" / "gsplat"
 MODULE = "gsplat_cuda"
 BUILD_COMMAND = ".venv/bin/python -m scripts.build_gsplat"
 OLDEST = (7, 5)  # compute capability; the compiler of CUDA 13 and torch's builds for it know nothing older
+_loading = threading.Lock()  # each GPU's engine has a thread, and the module can be made once only
 
 
 def capabilities() -> list[str]:
@@ -43,9 +45,14 @@ def find(architectures: list[str]) -> Path | None:
     return None
 
 
-@cache
 def load() -> None:
     """Give gsplat its compiled code. Raises RuntimeError with the command to run when there is none for these cards."""
+    with _loading:
+        _load()
+
+
+@cache
+def _load() -> None:
     architectures = capabilities()
     library = find(architectures)
     if library is None:
