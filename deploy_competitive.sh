@@ -18,11 +18,18 @@ usage: ./deploy_competitive.sh [flags]
 
   --profile auto|full|tiny     models: full needs a CUDA GPU and the weights, tiny comes with the repository (auto)
   --config PATH                optimisation config, a YAML with DreamGaussian's keys (the profile's)
+  --models PATH                models file: which checkpoint each stage loads (the profile's)
   --flux-steps N               steps of text to image (the profile's)
+  --max-gaussians N            most Gaussians that a splat may grow to (the config's)
   --validation-threshold X     lowest CLIP score worth submitting, 0..1 (0.6)
+  --gpus all|N,N               GPUs that the generation service uses (all)
   --host ADDRESS               where the generation service listens (127.0.0.1)
   --port N                     its port (10006)
+  --generation.endpoint URL .. services on other machines, used beside this one; may be repeated
   --workers N                  tasks that the miner works on at once (4)
+  --retries N                  other seeds tried, in time, for a rejected result, 0..10 (2)
+  --min-reward X               skip validators expected to accept fewer results per GPU second, 0..1 (0: skips none)
+  --metrics-port N             the miner's Prometheus metrics on 127.0.0.1; 0: none (10007)
   --network NAME               auto, rehearsal, finney, test or ws://ADDRESS (auto: finney when a wallet is named,
                                else rehearsal, which submits nothing to the Bittensor network)
   --wallet.name NAME           coldkey name
@@ -46,11 +53,16 @@ misuse() {
 
 profile=auto config="" flux_steps="" threshold=0.6 host=127.0.0.1 port=10006
 workers=4 network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
+models="" max_gaussians="" gpus="" endpoints=() retries="" min_reward="" metrics_port=""
 
 whole() { # FLAG VALUE LOWEST HIGHEST
     if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
         misuse "$1 $2: must be a whole number in $3..$4"
     fi
+}
+
+fraction() { # FLAG VALUE
+    [[ $2 =~ ^(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?)$ ]] || misuse "$1 $2: must be a number in 0..1"
 }
 
 arguments=()
@@ -80,8 +92,18 @@ while (($# > 0)); do
             ((${#blacklist[@]} > 0)) || misuse "--blacklist needs at least one UID or hotkey"
             continue
             ;;
-        --profile | --config | --flux-steps | --validation-threshold | --host | --port | --workers | --network | \
-            --wallet.name | --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
+        --generation.endpoint)
+            (($# > 0)) && [[ $1 != --* ]] || misuse "--generation.endpoint needs at least one URL"
+            while (($# > 0)) && [[ $1 != --* ]]; do
+                [[ $1 =~ ^https?://[^[:space:]]+$ ]] || misuse "--generation.endpoint $1: must be http://... or https://..."
+                endpoints+=("$1")
+                shift
+            done
+            continue
+            ;;
+        --profile | --config | --models | --flux-steps | --max-gaussians | --gpus | --validation-threshold | --host | \
+            --port | --workers | --retries | --min-reward | --metrics-port | --network | --wallet.name | \
+            --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
         *) misuse "unknown flag $flag" ;;
     esac
     value=${1-}
@@ -97,12 +119,25 @@ while (($# > 0)); do
             [[ -r $value ]] || misuse "--config $value: no such file"
             config=$value
             ;;
+        --models)
+            [[ $value == /* ]] || value=$caller/$value
+            [[ -r $value ]] || misuse "--models $value: no such file"
+            models=$value
+            ;;
         --flux-steps)
             whole "$flag" "$value" 1 50
             flux_steps=$value
             ;;
+        --max-gaussians)
+            whole "$flag" "$value" 1 2000000
+            max_gaussians=$value
+            ;;
+        --gpus)
+            [[ $value =~ ^(all|[0-9]{1,3}(,[0-9]{1,3})*)$ ]] || misuse "--gpus $value: must be all, or numbers as 0,1"
+            gpus=$value
+            ;;
         --validation-threshold)
-            [[ $value =~ ^(0(\.[0-9]+)?|\.[0-9]+|1(\.0+)?)$ ]] || misuse "$flag $value: must be a number in 0..1"
+            fraction "$flag" "$value"
             threshold=$value
             ;;
         --host) host=$value ;;
@@ -113,6 +148,18 @@ while (($# > 0)); do
         --workers)
             whole "$flag" "$value" 1 64
             workers=$value
+            ;;
+        --retries)
+            whole "$flag" "$value" 0 10
+            retries=$value
+            ;;
+        --min-reward)
+            fraction "$flag" "$value"
+            min_reward=$value
+            ;;
+        --metrics-port)
+            whole "$flag" "$value" 0 65535
+            metrics_port=$value
             ;;
         --network)
             [[ $value =~ ^(auto|rehearsal|finney|test|wss?://.+)$ ]] ||
@@ -150,7 +197,8 @@ url=http://$reach:$port
 processes=(generation_service miner)
 [[ $network != rehearsal ]] || processes=(generation_service rehearsal miner)
 flags=$(printf '%q ' "$profile" "$config" "$flux_steps" "$threshold" "$host" "$port" "$workers" "$network" \
-    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "${blacklist[@]}")
+    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "$models" "$max_gaussians" "$gpus" \
+    "$retries" "$min_reward" "$metrics_port" "${blacklist[@]}" "${endpoints[@]+"${endpoints[@]}"}")
 
 # ---- what is already there ----
 
@@ -206,6 +254,8 @@ problem=$("$python" scripts/probe.py port "$host" "$port") || die "$problem"
 extras=$(hardware_extras)
 # shellcheck disable=SC2086  # one word for each extra
 ensure_environment $extras
+[[ -z $extras ]] || .venv/bin/python -m scripts.build_gsplat || [[ $profile == tiny ]] ||
+    die "gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny"
 
 # ---- start ----
 
@@ -245,6 +295,9 @@ echo "Starting the generation service on $url ..."
 service=(--profile "$profile" --host "$host" --port "$port" --validation-threshold "$threshold")
 [[ -z $config ]] || service+=(--config "$config")
 [[ -z $flux_steps ]] || service+=(--flux-steps "$flux_steps")
+[[ -z $models ]] || service+=(--models "$models")
+[[ -z $max_gaussians ]] || service+=(--max-gaussians "$max_gaussians")
+[[ -z $gpus ]] || service+=(--gpus "$gpus")
 start generation_service "${service[@]}"
 started generation_service logs/generation_service.log \
     .venv/bin/python scripts/probe.py service "$url" "$(cat run/generation_service.pid)"
@@ -260,12 +313,16 @@ fi
 
 echo "Starting the miner ..."
 rm -f run/miner.status
-miner=(--network "$network" --netuid "$netuid" --workers "$workers" --generation.endpoint "$url"
+miner=(--network "$network" --netuid "$netuid" --workers "$workers"
+    --generation.endpoint "$url" "${endpoints[@]+"${endpoints[@]}"}"
     --validation-threshold "$threshold" --status-file run/miner.status --blacklist "${blacklist[@]}")
 [[ -z $wallet_name ]] || miner+=(--wallet.name "$wallet_name")
 [[ -z $wallet_hotkey ]] || miner+=(--wallet.hotkey "$wallet_hotkey")
 [[ -z $wallet_path ]] || miner+=(--wallet.path "$wallet_path")
 [[ -z $blacklist_file ]] || miner+=(--blacklist-file "$blacklist_file")
+[[ -z $retries ]] || miner+=(--retries "$retries")
+[[ -z $min_reward ]] || miner+=(--min-reward "$min_reward")
+[[ -z $metrics_port ]] || miner+=(--metrics-port "$metrics_port")
 start miner "${miner[@]}"
 started miner logs/miner.log .venv/bin/python scripts/probe.py status run/miner.status "$(cat run/miner.pid)" "$START_S"
 

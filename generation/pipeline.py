@@ -120,9 +120,8 @@ class Pipeline:
             }
             for stage, entry in entries.items()
         ]
-        if device == "cpu":
-            progress("compiling the rasteriser, or loading it from its cache")
-            warm_up()
+        progress("compiling the rasteriser, or loading it from its cache")
+        warm_up(device)
         dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove, image_guidance)
         pipeline = cls(
             text_to_image, background, dreamgaussian, self_check, settings.options, device, about, models.max_batch

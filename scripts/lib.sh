@@ -67,11 +67,16 @@ has_gpu() {
     nvidia-smi -L 2>/dev/null | grep -q GPU
 }
 
-# Prints the optional dependencies that this machine's hardware asks for. gsplat compiles its kernels on first use.
+# Prints the optional dependencies that this machine's hardware asks for, after a look at what pip can not install.
 hardware_extras() {
     has_gpu || return 0
-    command -v c++ >/dev/null || command -v g++ >/dev/null ||
+    command -v g++ >/dev/null ||
         die "no C++ compiler: gsplat needs one for the GPU found here; on Debian and Ubuntu: apt install g++"
+    local python=.venv/bin/python header
+    [[ -x $python ]] || python=$(find_python) || exit 1
+    header=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"] + "/Python.h")')
+    [[ -e $header ]] || die "no $header: gsplat and torch.compile need it for the GPU found here;" \
+        "on Debian and Ubuntu: apt install $(basename "$(dirname "$header")")-dev"
     echo gpu
 }
 

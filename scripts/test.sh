@@ -10,6 +10,7 @@ source scripts/lib.sh
 extras=$(hardware_extras)
 # shellcheck disable=SC2086  # one word for each extra
 ensure_environment dev $extras
+[[ -z $extras ]] || .venv/bin/python -m scripts.build_gsplat
 
 .venv/bin/ruff check .
 .venv/bin/mypy

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import bittensor as bt
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,6 +90,12 @@ def test_a_submission_s_answer_is_taken_whatever_it_says(answer: dict[str, Any])
 def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
     with suppress(ValueError):
         assert isinstance(parse(body), dict)
+
+
+@pytest.mark.parametrize("body", ["", "[]", "{}}", '{"task": 3}', '{"cooldown_until": "never"}', '{"task": {"id": 1}}'])
+def test_a_pull_s_malformed_answer_is_refused(body: str) -> None:
+    with pytest.raises(ValueError):
+        fill(PullTask(), parse(body.encode()))
 
 
 names = st.sampled_from([bt.Keypair.create_from_uri(f"//{name}").ss58_address for name in ("a", "b", "c")])

@@ -56,6 +56,11 @@ time.sleep(0.5)
 open("run/miner.status", "w").write(json.dumps(dict(status="ready")))
 time.sleep(1000)
 """
+BUILD = """
+import os
+open("builds", "a").write("build_gsplat" + chr(10))
+if os.path.exists("break-build"): raise SystemExit("build_gsplat: the compiler failed")
+"""
 HOTKEY = "5" + "F" * 47
 
 
@@ -108,6 +113,7 @@ def make_clone(path: Path) -> Clone:
     clone.write("generation/serve_competitive.py", SERVICE)
     clone.write("neurons/rehearsal.py", REHEARSAL)
     clone.write("neurons/serve_miner_competitive.py", MINER)
+    clone.write("scripts/build_gsplat.py", BUILD)
     clone.write("pip.py", PIP)
     (path / ".venv/bin").mkdir(parents=True)
     (path / ".venv/bin/python").symlink_to(sys.executable)
@@ -188,6 +194,26 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
+    models = tmp_path / "my models.yaml"
+    models.write_text("{}\n")
+    result = clone.deploy(
+        "--gpus", "0,1", "--max-gaussians", "60000", "--models", str(models), "--retries", "0", "--min-reward", ".5",
+        "--metrics-port", "0", "--generation.endpoint", "http://10.0.0.2:10006", "https://far/a",
+        "--generation.endpoint=http://10.0.0.3:1", "--workers", "8",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    service = (clone.path / "service-arguments").read_text().split("\n")
+    assert service[-6:] == ["--models", str(models), "--max-gaussians", "60000", "--gpus", "0,1"]
+    miner = (clone.path / "miner-arguments").read_text().split("\n")
+    assert miner[miner.index("--generation.endpoint") :][:5] == [
+        "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "http://10.0.0.2:10006", "https://far/a",
+        "http://10.0.0.3:1",
+    ]  # fmt: skip
+    assert miner[-6:] == ["--retries", "0", "--min-reward", ".5", "--metrics-port", "0"]
+    refused(clone.deploy("--generation.endpoint", "http://10.0.0.2:10006"), "other flags")
+
+
 def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
     assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
@@ -208,6 +234,14 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--blacklist", "x"], ["--blacklist x"]),
         (["--flux-steps"], ["--flux-steps", "needs a value"]),
         (["--turbo"], ["unknown flag --turbo"]),
+        (["--retries", "11"], ["--retries 11", "0..10"]),
+        (["--min-reward", "2"], ["--min-reward 2", "0..1"]),
+        (["--metrics-port", "65536"], ["--metrics-port 65536", "0..65535"]),
+        (["--generation.endpoint", "--workers", "2"], ["--generation.endpoint", "at least one"]),
+        (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint b:1", "http://"]),
+        (["--gpus", "0,"], ["--gpus 0,", "all"]),
+        (["--max-gaussians", "0"], ["--max-gaussians 0", "1..2000000"]),
+        (["--models", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
     ],
 )
 def test_wrong_flags_are_one_line(clone: Clone, arguments: list[str], parts: list[str]) -> None:
@@ -218,7 +252,8 @@ def test_wrong_flags_are_one_line(clone: Clone, arguments: list[str], parts: lis
 def test_help_names_every_flag(clone: Clone) -> None:
     text = clone.run("deploy_competitive.sh", "--help").stdout
     for flag in ("flux-steps", "config", "validation-threshold", "port", "host", "workers", "profile", "network",
-                 "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help"):  # fmt: skip
+                 "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help", "models", "gpus",
+                 "max-gaussians", "retries", "min-reward", "metrics-port", "generation.endpoint"):  # fmt: skip
         assert f"--{flag}" in text
 
 
@@ -333,6 +368,35 @@ def test_a_missing_compiler_matters_with_a_gpu_only(clone: Clone) -> None:
     stub(clone, "g++", "exit 0")
     assert clone.deploy(PATH=f"{clone.path / 'stubs'}:{tools}").returncode == 0
     assert (clone.path / "pip-calls").read_text().splitlines()[-1].endswith("-c constraints.txt -e .[gpu]")
+    assert (clone.path / "builds").read_text().splitlines() == ["build_gsplat"]  # with the GPU only
+
+
+def with_gpu(clone: Clone) -> str:
+    """A PATH with a card and a C++ compiler, as far as the deploy script can see."""
+    stub(clone, "g++", "exit 0")
+    return stub(clone, "nvidia-smi", "echo 'GPU 0: NVIDIA'")
+
+
+def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> None:
+    clone.write("break-build")
+    result = clone.deploy(PATH=with_gpu(clone))
+    assert result.returncode != 0
+    assert "the compiler failed" in result.stderr and "gsplat, which a GPU needs, is not built" in result.stderr
+    assert not list((clone.path / "run").glob("*.pid"))
+    assert clone.deploy("--profile", "tiny", PATH=with_gpu(clone)).returncode == 0
+
+
+def test_a_gpu_needs_python_h(clone: Clone) -> None:
+    # An interpreter whose headers are not there.
+    (clone.path / ".venv/bin/python").unlink()
+    clone.write(
+        ".venv/bin/python",
+        f'#!/bin/sh\ncase $2 in *sysconfig*) echo /x/python3.12/Python.h ;; *) exec {sys.executable} "$@" ;; esac\n',
+    )
+    (clone.path / ".venv/bin/python").chmod(0o755)
+    refused(
+        clone.deploy(PATH=with_gpu(clone)), "no /x/python3.12/Python.h", "torch.compile", "apt install python3.12-dev"
+    )
 
 
 def test_the_environment_is_installed_once_for_each_need_and_change(clone: Clone) -> None:

@@ -22,7 +22,7 @@ from neurons import logging_setup, ply, spz
 from neurons.chain import Metagraph, Neuron
 from neurons.miner import generators, options, submitter, task_manager
 from neurons.miner.clock import ValidatorClocks
-from neurons.miner.dendrite import MAX_ANSWER_BYTES, DateListener, ValidatorDendrite
+from neurons.miner.dendrite import DateListener
 from neurons.miner.events import Event
 from neurons.miner.generator import (
     AttemptFailed,
@@ -495,58 +495,6 @@ async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch)
         watching.cancel()
 
 
-# --- the dendrite
-
-
-async def call_axon(handler: Handler) -> PullTask:
-    runner, url = await serve(handler)
-    axon = Neuron(1, VALIDATORS[0].hotkey, "127.0.0.1", int(url.rsplit(":", 1)[1]), 1e4, True).axon_info()
-    try:
-        async with ValidatorDendrite(KEYPAIR) as dendrite:
-            response = await dendrite.call(axon, PullTask(), timeout=5, deserialize=False)
-            return response
-    finally:
-        await runner.cleanup()
-
-
-async def test_a_good_answer_is_taken() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        assert request.path == "/PullTask"
-        assert request.headers["bt_header_dendrite_hotkey"] == KEYPAIR.ss58_address
-        return web.json_response({"task": {"id": "1", "prompt": "p"}}, headers={"bt_header_axon_status_code": "200"})
-
-    response = await call_axon(handler)
-    assert response.is_success and response.task == TextTask(id="1", prompt="p")
-
-
-async def test_a_flood_is_cut_off() -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.json_response({"task": {"id": "1", "prompt": "x" * (MAX_ANSWER_BYTES + 1)}})
-
-    response = await call_axon(handler)
-    assert not response.is_success and response.task is None
-
-
-async def test_a_redirect_is_not_followed() -> None:
-    paths = []
-
-    async def handler(request: web.Request) -> web.Response:
-        paths.append(request.path)
-        return web.Response(status=307, headers={"Location": "/elsewhere"})
-
-    assert not (await call_axon(handler)).is_success
-    assert paths == ["/PullTask"]
-
-
-@pytest.mark.parametrize("body", ["", "[]", "{}}", '{"task": 3}', '{"cooldown_until": "never"}', '{"task": {"id": 1}}'])
-async def test_malformed_answers_are_failures(body: str) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        return web.Response(text=body, content_type="application/json")
-
-    response = await call_axon(handler)
-    assert not response.is_success and response.task is None
-
-
 # --- command line and log
 
 
@@ -564,6 +512,9 @@ def test_networks_and_wallets() -> None:
     assert options.parse(["--blacklist", "180", "7", hotkey]).blacklist == frozenset({7, 180, hotkey})
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert options.parse(["--generation.endpoint", *urls]).endpoints == tuple(urls)
+    repeated = [word for url in (*urls, urls[0]) for word in ("--generation.endpoint", url)]
+    assert options.parse(repeated).endpoints == tuple(urls)
+    assert options.parse([]).endpoints == ("http://127.0.0.1:10006",)
 
 
 @pytest.mark.parametrize(

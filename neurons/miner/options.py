@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> MinerOptions:
         wallet_path=path.expanduser(),
         netuid=args.netuid,
         workers=args.workers,
-        endpoints=tuple(dict.fromkeys(args.endpoints)),
+        endpoints=tuple(dict.fromkeys(args.endpoints or [DEFAULT_ENDPOINT])),
         retries=args.retries,
         blacklist=frozenset(args.blacklist),
         blacklist_file=args.blacklist_file,
@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         dest="endpoints",
         type=_endpoint,
         nargs="+",
+        action="extend",
         metavar="URL",
-        default=[DEFAULT_ENDPOINT],
-        help="generation services",
+        help=f"generation services; may be repeated (default: {DEFAULT_ENDPOINT})",
     )
     add("--retries", type=_integer(0, 10), default=2, help="other seeds tried, in time, for a rejected result")
     add(

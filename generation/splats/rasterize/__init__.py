@@ -52,12 +52,14 @@ def rasterize(
     return backend.rasterize(gaussians, cameras, width, height, background)
 
 
-def warm_up() -> None:
+def warm_up(device: str = "cpu") -> None:
     """Compile the CPU kernels, or load them from numba's cache, by rendering one Gaussian there and back.
 
-    It takes about 15 s the first time on a machine, under 1 s after that.
+    It takes about 15 s the first time on a machine, under 1 s after that. On a GPU it loads gsplat's compiled code;
+    raises RuntimeError with the command to run when that is not there.
     """
     one = Gaussians(torch.zeros(1, 3), torch.ones(1, 4), torch.zeros(1, 3), torch.zeros(1), torch.zeros(1, 1, 3))
+    one = one.to(device)
     one.means.requires_grad_()
     rgb, alpha, _ = rasterize(one, orbit(0.0, 0.0, 2.0, 50.0, 8, 8), 8, 8, torch.ones(3))
     (rgb.sum() + alpha.sum()).backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import Gaussians
+from generation.splats.rasterize import kernels
 
 
 def rasterize(
@@ -19,8 +20,9 @@ def rasterize(
         from gsplat import rasterization
     except ImportError as error:
         raise ImportError(
-            "rasterising on a GPU needs gsplat, which is not installed: pip install gsplat==1.5.3"
+            "rasterising on a GPU needs gsplat, which is not installed: pip install -c constraints.txt -e '.[gpu]'"
         ) from error
+    kernels.load()
     rgb, alpha, meta = rasterization(
         means=gaussians.means,
         quats=gaussians.quats,
