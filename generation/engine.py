@@ -255,7 +255,7 @@ class Engine:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
         running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
-        while (work := self._next()) is not None:
+        while (work := self._next(min(self._max_batch, pipeline.limit.now))) is not None:
             call, admitted = work
             if call is not None:
                 self._run_call(pipeline, call)
@@ -268,14 +268,17 @@ class Engine:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self) -> tuple[_Call | None, list[_Generation]] | None:
-        """A call, and the generations for which there is room now. Waits when nothing runs. None when stopping."""
+    def _next(self, most: int) -> tuple[_Call | None, list[_Generation]] | None:
+        """A call, and the generations that may join now, with ``most`` running. Waits when nothing runs.
+
+        None when stopping.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
             if self._stopping:
                 return None
             call = self._calls.popleft() if self._calls else None
-            room = min(self._max_batch - len(self._active), len(self._generations))
+            room = max(0, min(most - len(self._active), len(self._generations)))
             admitted = [self._generations.popleft() for _ in range(room)]
             self._active = self._active + admitted
             return call, admitted

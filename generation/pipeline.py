@@ -81,7 +81,6 @@ class Pipeline:
         from generation.dreamgaussian import DreamGaussian, MVDream, Zero123
 
         _quiet_libraries()
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
         models, device = settings.models, settings.device
         choices = models.needed(settings.options)
         entries = {stage: lookup(choice) for stage, choice in choices.items()}
@@ -139,6 +138,7 @@ class Pipeline:
         """
         if not self._device.startswith("cuda"):
             return
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
         torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
         self._dreamgaussian.warm_up(self.limit.most, progress)
         progress("compiling text to image, or loading it from its cache")

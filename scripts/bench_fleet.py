@@ -32,6 +32,7 @@ class StandIn:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
+        self.limit = SimpleNamespace(now=STAND_IN_BATCH)
 
     def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Any:
         return SimpleNamespace(request=request, ticks=0, outcome=None)
@@ -51,14 +52,6 @@ def load_stand_in(settings: Any, progress: Callable[[str], None]) -> StandIn:
 def stand_in_settings(seconds: float) -> Any:
     models = SimpleNamespace(max_batch=STAND_IN_BATCH)
     return SimpleNamespace(models=models, max_queue=10_000, validation_threshold=0.0, device="cpu", stand_in=seconds)
-
-
-def load_full_size(settings: Any, progress: Callable[[str], None]) -> Any:
-    from scripts import full_size
-
-    pipeline = full_size.load(settings, progress)
-    pipeline.warm_up(progress)
-    return pipeline
 
 
 def full_settings() -> Any:
@@ -88,8 +81,8 @@ async def measure(devices: list[str], settings: Any, loader: str, requests: int,
     began = time.perf_counter()
     fleet.start()
     try:
-        while any(each["status"] != "ready" for each in fleet.health()):
-            if fleet.status == "failed" or time.perf_counter() - began > READY_S:
+        while (states := {each["status"] for each in fleet.health()}) != {"ready"}:
+            if "failed" in states or time.perf_counter() - began > READY_S:
                 raise SystemExit(f"the fleet can not be used: {fleet.reason}")
             await asyncio.sleep(0.05)
         print(f"engines: {len(devices)}, ready after {time.perf_counter() - began:.1f} s", flush=True)
@@ -113,7 +106,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32, help="best a multiple of --in-flight")
     parser.add_argument("--in-flight", type=int, default=8, help="enough to fill both engines")
     models = parser.add_mutually_exclusive_group()
-    models.add_argument("--loader", default="scripts.bench_fleet:load_full_size", metavar="MODULE:FUNCTION")
+    models.add_argument("--loader", default="scripts.full_size:load", metavar="MODULE:FUNCTION")
     models.add_argument("--stand-in", type=float, metavar="SECONDS", help="no GPU, no models: this long for a request")
     args = parser.parse_args()
     if args.stand_in is None:

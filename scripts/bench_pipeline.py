@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -27,6 +28,7 @@ from generation.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, DreamGaussianOptions, Settings
 
 PROMPTS = ("a red cube", "a wooden chair", "a green boat", "a stone tower", "a blue vase", "a brass lamp")
+NUMBERS = itertools.count()
 ULTRA_STEPS = 2  # of FLUX
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
 FLOORS_MS = {"UNet": 1.9, "encoder there and back": 3.0}
@@ -39,20 +41,26 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
+    parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
 
+    if args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     started = time.perf_counter()
     pipeline, settings = load(args)
+    most = min(args.in_flight, pipeline.limit.most)
     say(
         f"{device_name(settings.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores; "
         f"config {settings.config.name}"
     )
     say(f"models ready after {time.perf_counter() - started:.1f} s")
+    say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
     if not args.no_eager:
-        one_by_one(pipeline, 1)  # what is found out once, such as the fastest convolutions
-        figures["eager"] = one_by_one(pipeline, max(1, args.requests - 1))
+        one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
+        figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
     pipeline.warm_up(say)
@@ -61,14 +69,17 @@ def main() -> None:
     reset_peak()
     figures["one"] = one_by_one(pipeline, args.requests)
     show("one request", figures["one"], figures.get("eager"))
-    figures["several"] = in_flight(pipeline, 2 * args.requests + 2, args.in_flight)
-    show(f"{args.in_flight} in flight", figures["several"], figures.get("eager"))
+    figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
+    show(f"{most} in flight", figures["several"], figures.get("eager"))
     figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
     show("ultra-fast, one request", figures["ultra"])
     if settings.device.startswith("cuda"):
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB")
-        figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, args.in_flight})}
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
+        say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+        figures["neighbours"] = neighbours(pipeline, most)
+        figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
@@ -76,38 +87,47 @@ def main() -> None:
 def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
-        settings = Settings.resolve({"profile": args.profile})
+        memory = int(args.memory_gib * 2**30) if args.memory_gib else None
+        settings = Settings.resolve({"profile": args.profile}, memory)
         return Pipeline.load(settings, say, warm=False), settings
     from scripts import full_size
 
-    settings = full_size.settings()
-    return full_size.load(settings, say), settings
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    return full_size.load(settings, say, warm=False), settings
+
+
+def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
+    """The same models under another optimisation config."""
+    other = copy.copy(pipeline)
+    other._options = options
+    sculptor = pipeline._dreamgaussian
+    other._dreamgaussian = DreamGaussian(
+        sculptor._guidance, options, sculptor._device, sculptor._remove_background, sculptor._image_guidance
+    )
+    return other
 
 
 def ultra_fast(pipeline: Pipeline) -> Pipeline:
     """The same models under the ultra-fast config, with fewer steps of FLUX."""
-    fast = copy.copy(pipeline)
-    tiny = "tiny" if pipeline._options.init == "views" else "text"
-    fast._options = DreamGaussianOptions.load(CONFIGS / f"{tiny}_mv_ultra_fast.yaml")
-    sculptor = pipeline._dreamgaussian
-    fast._dreamgaussian = DreamGaussian(
-        sculptor._guidance, fast._options, sculptor._device, sculptor._remove_background, sculptor._image_guidance
-    )
+    kind = "tiny" if pipeline._options.init == "views" else "text"
+    fast = with_options(pipeline, DreamGaussianOptions.load(CONFIGS / f"{kind}_mv_ultra_fast.yaml"))
     fast._text_to_image = copy.copy(pipeline._text_to_image)
     steps = min(ULTRA_STEPS, pipeline._text_to_image._options.steps)
     fast._text_to_image._options = pipeline._text_to_image._options.model_copy(update={"steps": steps})
     return fast
 
 
-def request(number: int) -> Request:
-    return Request(PROMPTS[number % len(PROMPTS)], None, seed=number, threshold=0.0)
+def request() -> Request:
+    """One like no other: prompts that were seen before are not encoded again."""
+    number = next(NUMBERS)
+    return Request(f"{PROMPTS[number % len(PROMPTS)]}, number {number}", None, seed=number, threshold=0.0)
 
 
 def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
     seconds, reports = [], []
-    for number in range(count):
+    for _ in range(count):
         started = time.perf_counter()
-        (outcome,) = pipeline.generate([request(number)])
+        (outcome,) = pipeline.generate([request()])
         synchronise()
         seconds.append(time.perf_counter() - started)
         reports.append(report(outcome))
@@ -116,7 +136,7 @@ def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
 
 def in_flight(pipeline: Pipeline, count: int, most: int) -> dict[str, Any]:
     """`count` requests, `most` at once, as the engine runs them: the next joins when one is done."""
-    waiting = [pipeline.begin(request(number)) for number in range(count)]
+    waiting = [pipeline.begin(request()) for _ in range(count)]
     running: list[Job] = []
     reports = []
     started = time.perf_counter()
@@ -163,6 +183,20 @@ def show(name: str, case: dict[str, Any], eager: dict[str, Any] | None = None) -
         say(f"  rejected: {reason}")
 
 
+def neighbours(pipeline: Pipeline, scenes: int) -> dict[str, float]:
+    """How far a scene among others is from the same one alone after one step: the share of values that differ by more
+    than 0.001, by field. The first step of Adam is as long for the smallest gradient as for the largest."""
+    dg, size = pipeline._dreamgaussian, pipeline._options.ref_size
+    cutout = torch.rand(4, size, size, generator=torch.Generator().manual_seed(0))
+    alone, *among = (dg.start(cutout, "a red cube", seed) for seed in (0, *range(scenes)))
+    dg.step([alone])
+    dg.step(among)
+    pairs = zip(alone.gaussians().tensors().items(), among[0].gaussians().tensors().values(), strict=True)
+    shares = {name: float(((a - b).abs() > 1e-3).float().mean()) for (name, a), b in pairs}
+    say(f"alone and among {scenes - 1} others, values that differ by over 0.001 after a step: {shares}")
+    return shares
+
+
 def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     """Milliseconds of one iteration of so many scenes, by part; on a GPU, in the middle of their optimisation."""
     dg, options = pipeline._dreamgaussian, pipeline._options
@@ -191,10 +225,10 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
 
     def unet(latents: Any, t: Any, poses: Any, words: Any) -> tuple[Any, ...]:
         with torch.no_grad():
-            return (guidance._guided_noise(guidance._denoiser, latents, t, poses, words, 50.0),)
+            return (guidance._guided_noise(latents, t, poses, words, 50.0),)
 
     def encoder(images: Any, latents: Any) -> tuple[Any, ...]:
-        return distil(images, guidance._encoder, lambda _: latents, scenes)
+        return distil(images, guidance._latents, lambda _: latents, scenes)
 
     result = {
         "UNet": replayed_ms(unet, latents.to(guidance._unet.dtype), t, poses, words),

@@ -79,7 +79,7 @@ def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = 
     with on(device, dtype):
         clip = _clip_text(768, 12, 12)
         vae = _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
-    return FluxPipeline(
+    pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=vae,
         text_encoder=clip,
@@ -88,6 +88,8 @@ def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = 
         tokenizer_2=T5TokenizerFast.from_pretrained(TINY / "flux/tokenizer_2", model_max_length=512),
         transformer=transformer,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _draw(model: nn.Module, blocks: list[nn.Module], device: str, quantization: Quantization) -> None:
@@ -158,17 +160,21 @@ def settings(device: str = "cuda", memory: int | None = None) -> Settings:
     )  # fmt: skip
 
 
-def load(settings: Settings, progress: Callable[[str], None] = lambda text: None) -> Pipeline:
-    """Every model of the full profile, as the settings say, on their device."""
+def load(settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True) -> Pipeline:
+    """Every model of the full profile, as the settings say, on their device; warmed up, too."""
     models, device = settings.models, settings.device
     progress("drawing the weights of FLUX.1-schnell")
     text_to_image = TextToImage(flux(device, models.text_to_image.quantization), models.text_to_image, device)
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     dreamgaussian = DreamGaussian(mvdream(device), settings.options, device, background.remove)
-    return Pipeline(
-        text_to_image, background, dreamgaussian, clip(device), settings.options, device, [], models.max_batch
+    self_check = clip(device)
+    pipeline = Pipeline(
+        text_to_image, background, dreamgaussian, self_check, settings.options, device, [], models.max_batch
     )
+    if warm:
+        pipeline.warm_up(progress)
+    return pipeline
 
 
 def _vae(latent_channels: int, **more: Any) -> AutoencoderKL:

@@ -21,6 +21,7 @@ class Pipeline:
     """
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
+    limit = SimpleNamespace(now=64)  # what memory allows
 
     def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Any:
         return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, outcome=None)

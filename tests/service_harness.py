@@ -28,6 +28,7 @@ class StandInPipeline:
     """Makes ``ply\\n<prompt> <seed>``. Other prompts: "hold" (takes ticks until ``go``), "crash", "exit", "reject"."""
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
+    limit = SimpleNamespace(now=64)  # what memory allows
 
     def __init__(self) -> None:
         self.go = threading.Event()

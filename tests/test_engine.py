@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -160,6 +161,18 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
         assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
         counted = service.engine.health()[0]["ticks"]
         assert counted == {str(size): sum(len(tick) == size for tick in ticks) for size in (1, 2, 3)}
+
+
+def test_full_memory_lets_fewer_join() -> None:
+    with serving(max_queue=8, max_batch=3) as service:
+        service.pipeline.limit = SimpleNamespace(now=1)
+        held = [hold(service) for _ in range(2)]
+        wait_until(lambda: len(service.engine.active) == 1 and service.engine.queue_depth == 1)
+        service.pipeline.go.set()
+        for thread, answers in held:
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        assert max(map(len, service.pipeline.ticks)) == 1
 
 
 @pytest.fixture

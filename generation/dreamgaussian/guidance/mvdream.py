@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.dreamgaussian.guidance.captured import Captured, for_compiler, pieces
+from generation.dreamgaussian.guidance.captured import Captured, compile_regions, pieces
 from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps, with_gradient
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.weights.latent_diffusion import load_unet
@@ -46,9 +46,6 @@ class MVDream:
         self._alphas = scheduler.alphas_cumprod.to(unet.device)
         self._latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        # What `loss` runs: compiled forms after `warm_up` on a GPU.
-        self._encoder: Callable[[Tensor], Tensor] = self._latents
-        self._denoiser: Callable[..., tuple[Tensor]] = unet
         self._step = Captured(self._distil)
 
     @classmethod
@@ -110,10 +107,8 @@ class MVDream:
         device = self._unet.device
         if device.type != "cuda":
             return
-        for_compiler(self._unet)
-        for_compiler(self._vae)
-        self._encoder = torch.compile(self._latents, dynamic=False)
-        self._denoiser = torch.compile(self._unet, dynamic=False)
+        compile_regions(self._unet)
+        compile_regions(self._vae)
         condition = self.prepare("", "")
         for count in range(1, scenes + 1):
             progress(f"compiling MVDream for {count} of {scenes} scenes at once")
@@ -139,9 +134,9 @@ class MVDream:
 
             def direction(latents: Tensor, a=a, added=added, steps=steps, poses=poses, words=words) -> Tensor:
                 noisy = a.sqrt() * latents + (1 - a).sqrt() * added
-                return self._guided_noise(self._denoiser, noisy, steps, poses, words, scale) - added
+                return self._guided_noise(noisy, steps, poses, words, scale) - added
 
-            results.append(distil(images[views], self._encoder, direction, scenes.stop - scenes.start))
+            results.append(distil(images[views], self._latents, direction, scenes.stop - scenes.start))
         losses, gradients = zip(*results, strict=True)
         return torch.cat(losses), torch.cat(gradients)
 
@@ -168,7 +163,7 @@ class MVDream:
                 if known is not None:
                     latents[:1] = self._scheduler.add_noise(known, noise_of_known, t[None])
                 every = t.to(latents.device).expand(views)
-                noise = self._guided_noise(self._unet, latents, every, camera_to_world, condition[None], guidance_scale)
+                noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
                 latents = self._scheduler.step(noise, t, latents).prev_sample
         finally:
             self._joint.views = self.views
@@ -190,7 +185,6 @@ class MVDream:
 
     def _guided_noise(
         self,
-        denoiser: Callable[..., tuple[Tensor]],
         noisy: Tensor,
         t: Tensor,
         camera_to_world: Tensor,
@@ -200,7 +194,7 @@ class MVDream:
         """Classifier-free guidance: noise without the text, plus `scale` times what the text adds."""
         words = conditions.to(noisy).repeat_interleave(len(noisy) // len(conditions), 0)  # (S * V, 2, L, C)
         cameras = camera_embedding(camera_to_world, self._front_azimuth).to(noisy)
-        (both,) = denoiser(
+        (both,) = self._unet(
             noisy.repeat(2, 1, 1, 1),
             t.repeat(2),
             torch.cat([words[:, 0], words[:, 1]]),

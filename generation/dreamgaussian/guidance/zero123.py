@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from generation.dreamgaussian.guidance.captured import Captured, for_compiler, pieces
+from generation.dreamgaussian.guidance.captured import Captured, compile_regions, pieces
 from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps, with_gradient
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet
@@ -53,9 +53,6 @@ class Zero123:
         self._stable = stable
         side = IMAGE_SIZE // 2 ** (len(vae.config.block_out_channels) - 1)
         self._latent_shape = (vae.config.latent_channels, side, side)
-        # What `loss` runs: compiled forms after `warm_up` on a GPU.
-        self._encoder: Callable[[Tensor], Tensor] = self._encode
-        self._denoiser: Callable[..., tuple[Tensor]] = unet
         self._step = Captured(self._distil)
 
     @classmethod
@@ -103,10 +100,8 @@ class Zero123:
         device = self._unet.device
         if device.type != "cuda":
             return
-        for_compiler(self._unet)
-        for_compiler(self._vae)
-        self._encoder = torch.compile(self._encode, dynamic=False)
-        self._denoiser = torch.compile(self._unet, dynamic=False)
+        compile_regions(self._unet)
+        compile_regions(self._vae)
         condition = self.prepare(torch.ones(4, IMAGE_SIZE, IMAGE_SIZE, device=device), 0.0)
         for count in range(1, scenes + 1):
             progress(f"compiling Zero123 for {count} of {scenes} views at once")
@@ -138,7 +133,7 @@ class Zero123:
         return torch.cat(losses), torch.cat(gradients)
 
     def _scaled(self, images: Tensor) -> Tensor:
-        return self._encoder(images) * self._vae.config.scaling_factor
+        return self._encode(images) * self._vae.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
         return self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist.mode()
@@ -152,7 +147,7 @@ class Zero123:
         cameras = camera_numbers(camera_to_world.to(conditions), elevations[:, 0], self._stable)
         words = self._projection(torch.cat([embeddings, cameras], 1).to(noisy))[:, None]
         views = views.reshape(noisy.shape).to(noisy)
-        (both,) = self._denoiser(
+        (both,) = self._unet(
             torch.cat([noisy.repeat(2, 1, 1, 1), torch.cat([torch.zeros_like(views), views])], 1),
             t.repeat(2),
             torch.cat([torch.zeros_like(words), words]),

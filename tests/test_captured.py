@@ -1,0 +1,89 @@
+"""What makes the guidance fast leaves what it computes as it is. Graphs themselves need a GPU: see bench_pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generation.dreamgaussian import MVDream, Zero123
+from generation.dreamgaussian.guidance.captured import (
+    COMPILED_SIZES,
+    Captured,
+    ChannelwiseGroupNorm,
+    compile_regions,
+    pieces,
+)
+from generation.dreamgaussian.guidance.distillation import with_gradient
+from generation.splats.cameras import orbit
+
+
+@given(st.integers(1, 40))
+def test_pieces_cover_all_scenes_in_compiled_sizes(scenes):
+    cuts = pieces(scenes)
+    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(scenes))
+    assert {cut.stop - cut.start for cut in cuts} <= set(COMPILED_SIZES)
+    assert len(cuts) <= scenes // max(COMPILED_SIZES) + 2
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 8, 9)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_normalisation_from_channels_is_group_normalisation(shape, biased):
+    torch.manual_seed(0)
+    plain = torch.nn.GroupNorm(4, shape[1])
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    added = torch.nn.Parameter(torch.randn(shape[1])) if biased else None
+    x = torch.randn(shape) * 3 + 2
+    before = x if added is None else x + added.view(1, -1, *(1,) * (len(shape) - 2))
+    assert torch.allclose(ChannelwiseGroupNorm(plain, added)(x), plain(before), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mvdream", "zero123"])
+def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
+    folder = mini_models.parent / kind
+    guidance = (
+        MVDream.load(folder, "cpu", torch.float32)
+        if kind == "mvdream"
+        else Zero123.load(folder, "cpu", torch.float32, stable=False)
+    )
+    for model in (guidance._vae, guidance._unet):
+        for parameter in model.parameters():  # no bias is zero, no scale is one
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    views = 3 * guidance.views
+    images = torch.rand(views, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    poses = orbit(10.0, torch.arange(views) * 90.0, 2.5, 49.1, 8, 8).camera_to_world
+    if kind == "mvdream":
+        conditions = torch.stack([guidance.prepare(text, "") for text in ("a", "b", "c")])
+    else:
+        conditions = torch.stack([guidance.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)])
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = images.clone().requires_grad_()
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        loss = guidance.loss(pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
+        loss.sum().backward()
+        return loss.detach(), pixels.grad
+
+    before = loss_and_gradient()
+    compile_regions(guidance._unet)
+    compile_regions(guidance._vae)
+    with torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
+        after = loss_and_gradient()
+    for a, b in zip(before, after, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+def test_shapes_that_were_not_captured_are_computed():
+    double = Captured(lambda x, factor: (factor * x,))
+    assert double(torch.ones(2), constants=(2.0,))[0].tolist() == [2.0, 2.0]
+
+
+def test_a_known_gradient_is_weighted_by_scene():
+    images = torch.zeros(4, 3, 2, 2, requires_grad=True)
+    gradient = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    losses = with_gradient(images, torch.tensor([1.0, 2.0]), gradient)
+    assert losses.tolist() == [1.0, 2.0]
+    (losses * torch.tensor([1.0, 10.0])).sum().backward()
+    assert images.grad[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
