@@ -151,12 +151,12 @@ def settings(device: str = "cuda", memory: int | None = None) -> Settings:
     """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own)."""
     models_file, config = PROFILES["full"]
     models = Models.load(models_file)
-    memory_class, memory_reason = choose(models.memory_classes, memory or gpu_memory(), None)
+    memory_class, memory_reason = choose(models.memory_classes, memory or gpu_memory((0,)), None)
     return Settings(
         profile="full", profile_reason="random weights", device=device, config=config,
         options=DreamGaussianOptions.load(config), models=models.fitted(memory_class), host="127.0.0.1", port=10006,
         memory_class=memory_class.name if memory_class else None, memory_reason=memory_reason,
-        validation_threshold=0.0, log_file=ROOT / "logs" / "full_size.log", max_queue=16, profile_trace=None,
+        validation_threshold=0.0, log_file=ROOT / "logs" / "full_size.log", max_queue=16, gpus=(0,), profile_trace=None,
     )  # fmt: skip
 
 

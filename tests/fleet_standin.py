@@ -61,6 +61,9 @@ class Pipeline:
             word = f"{request.image.mode} {request.image.size}"
         return Asset(f"{os.getpid()} {word} {request.seed}".encode(), report, gaussians=object())  # type: ignore[arg-type]
 
+    def validate(self, ply: bytes, prompt: Any) -> Any:
+        raise ValueError("not a PLY")
+
 
 def load(settings: Any, progress: Callable[[str], None]) -> Pipeline:
     """``settings.broken`` is the path of a file; while it is there, loading fails."""

@@ -16,6 +16,7 @@ import uvicorn
 
 from generation.api import create_app
 from generation.engine import Engine
+from generation.fleet import Fleet
 from generation.pipeline import Asset, Cancelled, GateResult, Job, Report, Request, Scores
 from generation.serve_competitive import Server
 
@@ -101,19 +102,28 @@ def serving(
     engine = Engine(
         (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch, 0.6
     )
+    with serving_engine(engine, max_queue) as (url, server):
+        service = Service(engine, pipeline, server, url)
+        try:
+            if load is None:
+                wait_until(lambda: engine.status == "ready")
+            yield service
+        finally:
+            pipeline.go.set()
+            service.client.close()
+
+
+@contextlib.contextmanager
+def serving_engine(engine: Engine | Fleet, max_queue: int) -> Iterator[tuple[str, uvicorn.Server]]:
+    """The URL of a service around ``engine``, and its server."""
     app = create_app(engine, settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    service = Service(engine, pipeline, server, f"http://127.0.0.1:{listener.getsockname()[1]}")
     try:
-        if load is None:
-            wait_until(lambda: engine.status == "ready")
-        yield service
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
     finally:
-        pipeline.go.set()
-        service.client.close()
         server.should_exit = True
         thread.join(PATIENCE_S)
         listener.close()

@@ -3,18 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -23,58 +14,8 @@ from PIL import Image
 from generation import fleet as fleet_module
 from generation import remote
 from generation.engine import DeadlineExceeded, StageFailed, Unavailable
-from generation.fleet import Fleet
 from tests import fleet_standin
-
-PATIENCE_S = 30.0
-ROOT = Path(__file__).resolve().parents[1]
-DEVICES = ("first", "second")
-
-
-def settings(folder: Path, max_queue: int = 3, max_batch: int = 2) -> Any:
-    models = SimpleNamespace(max_batch=max_batch)
-    values = {"models": models, "max_queue": max_queue, "broken": str(folder / "broken")}
-    return SimpleNamespace(**values, validation_threshold=0.6, device="cpu")
-
-
-@asynccontextmanager
-async def starting(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> AsyncIterator[Fleet]:
-    fleet = Fleet(devices, settings(folder, **limits), "tests.fleet_standin:load")
-    fleet.start()
-    try:
-        yield fleet
-    finally:
-        await asyncio.to_thread(fleet.stop, PATIENCE_S)
-        assert children() == []
-
-
-@asynccontextmanager
-async def running(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> AsyncIterator[Fleet]:
-    async with starting(folder, devices, **limits) as fleet:
-        await until(lambda: states(fleet) == ["ready"] * len(devices))
-        yield fleet
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def states(fleet: Fleet) -> list[str]:
-    return [each["status"] for each in fleet.health()]
-
-
-def children() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if "generation.engine_process" in each.cmdline()]
-
-
-def ask(fleet: Fleet, prompt: str, seed: int = 1) -> asyncio.Task[Any]:
-    return asyncio.create_task(fleet.generate(prompt, None, seed))
-
-
-def pid_of(asset: Any) -> int:
-    return int(asset.ply.split()[0])
+from tests.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states, until
 
 
 @pytest.fixture(autouse=True)
@@ -205,24 +146,6 @@ async def test_one_that_loads_is_enough_and_health_tells_of_the_other(tmp_path: 
         assert len({pid_of(asset) for asset in await asyncio.gather(*requests)}) == 1
 
 
-async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CHECK_S", 0.4)
-    monkeypatch.setattr(remote, "SILENT_CHECKS", 3)
-    monkeypatch.setattr(remote, "ENDING_S", 0.1)
-    go = tmp_path / "go"
-    async with running(tmp_path) as fleet:
-        requests = [ask(fleet, f"hold {go}", seed) for seed in range(2)]
-        await until(lambda: len(fleet.active) == 2)
-        stopped = children()[0]
-        stopped.suspend()
-        await until(lambda: any("said nothing" in each["reason"] for each in fleet.health()))
-        go.touch()
-        assets = await asyncio.gather(*requests)
-        assert stopped.pid not in {pid_of(asset) for asset in assets}
-        await until(lambda: states(fleet) == ["ready", "ready"])
-        assert not psutil.pid_exists(stopped.pid)
-
-
 async def test_a_cancelled_request_stops_in_its_process_and_frees_its_place(tmp_path: Path) -> None:
     async with running(tmp_path, devices=("only",), max_batch=1) as fleet:
         held, waiting = ask(fleet, f"hold {tmp_path / 'never'}"), ask(fleet, "b")
@@ -290,61 +213,3 @@ async def test_a_fleet_that_loads_says_when_to_return(tmp_path: Path) -> None:
         with pytest.raises(Unavailable, match="loading") as refused:
             await ask(fleet, "a")
         assert refused.value.retry_after is not None
-
-
-async def test_the_processes_log_into_the_services_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    async with running(tmp_path, devices=("only",)) as fleet:
-        await ask(fleet, "a")
-        with pytest.raises(StageFailed):
-            await ask(fleet, "crash")
-    records = {record.getMessage(): record for record in caplog.records}
-    assert records["CLIP Score: 0.75"].name == "generation.engine[only]"
-    trace = records["A request failed"].exc_text
-    assert trace is not None and "RuntimeError: the stage broke" in trace
-    assert all(line.startswith("    | ") for line in trace.splitlines())
-
-
-PARENT = """
-import asyncio, sys
-from pathlib import Path
-from tests.test_fleet import children, running
-
-async def main():
-    async with running(Path(sys.argv[1])):
-        print(*(child.pid for child in children()), flush=True)
-        await asyncio.sleep(600)
-
-asyncio.run(main())
-"""
-
-
-def test_a_killed_service_leaves_no_engines_behind(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PARENT, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
-        for pid in pids:  # a signal to the whole group is for the service to answer
-            os.kill(pid, signal.SIGTERM)
-        parent.kill()
-    deadline = time.monotonic() + PATIENCE_S
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """A zombie that nobody has waited for is not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_a_process_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    assert remote._environment("cpu")["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"

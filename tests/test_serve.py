@@ -13,8 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from generation.engine import Engine
+from generation.fleet import Fleet
 from generation.logging_setup import SingleLineFormatter, setup_logging
-from generation.serve_competitive import listen, main
+from generation.serve_competitive import listen, main, make_engine
+from generation.settings import Settings
 from tests.service_harness import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +60,18 @@ def test_the_socket_listens_at_once(host: str) -> None:
         pytest.skip(f"{host} is not on this machine")
     with listener, socket.create_connection((host, listener.getsockname()[1]), timeout=5):
         pass
+
+
+def test_several_gpus_get_an_engine_each_and_one_stays_in_the_process(tmp_path: Path) -> None:
+    one = Settings.resolve({"profile": "tiny", "profile_trace": tmp_path / "trace"})
+    for gpus in ((), (0,)):
+        assert isinstance(make_engine(one.model_copy(update={"gpus": gpus})), Engine)
+    fleet = make_engine(one.model_copy(update={"gpus": (1, 0)}))
+    assert isinstance(fleet, Fleet)
+    assert [(each["device"], each["status"]) for each in fleet.health()] == [
+        ("cuda:1", "loading"),
+        ("cuda:0", "loading"),
+    ]
 
 
 def record(message: str, *arguments: object, exc_info: object = None) -> logging.LogRecord:

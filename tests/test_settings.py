@@ -181,6 +181,32 @@ def test_prompt_template_must_have_its_place(tmp_path):
         Models.load(write(tmp_path, text))
 
 
+@pytest.mark.parametrize(
+    ("asked", "count", "numbers"),
+    [("all", 0, ()), ("all", 1, (0,)), ("all", 3, (0, 1, 2)), ("1", 2, (1,)), ("1,0", 2, (1, 0))],
+)
+def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(settings, "gpu_memory", lambda gpus: None)
+    assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "words"),
+    [
+        ("2", 2, "'2'.* are 2, numbered from 0"),
+        ("0", 0, "'0'.* are none that CUDA can use"),
+        ("0,0", 2, "'0,0': names a GPU twice"),
+        ("0,", 2, "gpus: '0,'"),
+        ("-1", 2, "gpus: '-1'"),
+    ],
+)
+def test_gpus_that_can_not_be_used_are_named_with_how_many_there_are(monkeypatch, asked, count, words):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(SettingsError, match=words):
+        Settings.resolve({"profile": "tiny", "gpus": asked})
+
+
 class TestResolve:
     @pytest.fixture
     def machine(self, monkeypatch):
