@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +70,26 @@ class BackgroundRemover:
             antialias=True,
         )
         x = (x - _MEAN.to(x)) / _STD.to(x)
-        # The published code mixes masks in float32 into its attention: in half precision it needs autocast's help.
-        half = parameter.dtype if parameter.dtype != torch.float32 else torch.float16
-        with torch.autocast(parameter.device.type, half, enabled=parameter.dtype != torch.float32):
+        with default_dtype(parameter.dtype):
             logits = self._net(x.to(parameter.dtype))[-1]  # from coarse to fine; the last is the finest
         alpha = F.interpolate(
             logits.float().sigmoid(), size=images.shape[-2:], mode="bilinear", align_corners=False, antialias=True
         )
         return alpha.clamp(0, 1).to(images.device)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The published code makes its attention masks in the default type, which must be that of the weights then.
+
+    Autocast would do, too, but computes the deformable convolutions in float32, in twice the memory.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def recentre(image: torch.Tensor, alpha: torch.Tensor, size: int, border_ratio: float = 0.2) -> torch.Tensor:

@@ -61,6 +61,8 @@ class Pipeline:
     ) -> None:
         #: how many requests may run together: fewer for a while when the GPU's memory was full
         self.limit = BatchLimit(max_batch)
+        # A picture needs more memory in one stage than in another, and scenes are what fills it.
+        self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
         self._text_to_image = text_to_image
         self._background = background
         self._dreamgaussian = dreamgaussian
@@ -187,7 +189,7 @@ class Pipeline:
         done: list[tuple[Job, T]] = []
         try:
             with record_function(stage):  # its name in a trace
-                done = list(zip(jobs, in_batches(self.limit, jobs, work), strict=True))
+                done = list(zip(jobs, in_batches(self._stage_limits.get(stage, self.limit), jobs, work), strict=True))
         except Exception as error:
             alone = jobs if len(jobs) > 1 else []
             if not alone and jobs:

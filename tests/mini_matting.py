@@ -1,4 +1,5 @@
-"""A background remover's modelling file in the manner of RMBG-2.0's: it asks tensors for values while it is built."""
+"""A background remover's modelling file in the manner of RMBG-2.0's: it asks tensors for values while it is built, and
+makes a mask in the default type."""
 
 import torch
 from torch import nn
@@ -23,5 +24,6 @@ class MiniMatting(PreTrainedModel):
         self.head = nn.Conv2d(config.width, 1, 1)
 
     def forward(self, images):
-        fine = self.head(torch.relu(self.conv(images)))
+        mask = torch.zeros(images.shape[-2:], device=images.device)
+        fine = self.head(torch.relu(self.conv(images)) + mask)
         return [nn.functional.avg_pool2d(fine, 2), fine]

@@ -32,6 +32,13 @@ def test_alpha_has_the_images_size(choice, no_network):
     assert alpha.min() >= 0 and alpha.max() <= 1
 
 
+def test_half_precision_is_near(choice, no_network):
+    folder, image = local_folder(lookup(choice)), torch.rand(1, 3, 64, 64)
+    half = BackgroundRemover.load(folder, choice.model_copy(update={"dtype": "float16"}), "cpu").remove(image)
+    assert torch.allclose(half, BackgroundRemover.load(folder, choice, "cpu").remove(image), atol=5e-3)
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_loading_fills_the_net_with_the_files_weights(choice, folder):
     weights = load_file(folder / "model.safetensors")
     weights["head.weight"] *= 0
