@@ -22,6 +22,7 @@ usage: ./deploy_competitive.sh [flags]
   --flux-steps N               steps of text to image (the profile's)
   --max-gaussians N            most Gaussians that a splat may grow to (the config's)
   --validation-threshold X     lowest CLIP score worth submitting, 0..1 (0.6)
+  --memory-class NAME          what runs at once and in how many bits, a class of the models file (by the GPU's memory)
   --gpus all|N,N               GPUs that the generation service uses (all)
   --host ADDRESS               where the generation service listens (127.0.0.1)
   --port N                     its port (10006)
@@ -53,7 +54,7 @@ misuse() {
 
 profile=auto config="" flux_steps="" threshold=0.6 host=127.0.0.1 port=10006
 workers=4 network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
-models="" max_gaussians="" gpus="" endpoints=() retries="" min_reward="" metrics_port=""
+models="" max_gaussians="" memory_class="" gpus="" endpoints=() retries="" min_reward="" metrics_port=""
 
 whole() { # FLAG VALUE LOWEST HIGHEST
     if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
@@ -101,8 +102,8 @@ while (($# > 0)); do
             done
             continue
             ;;
-        --profile | --config | --models | --flux-steps | --max-gaussians | --gpus | --validation-threshold | --host | \
-            --port | --workers | --retries | --min-reward | --metrics-port | --network | --wallet.name | \
+        --profile | --config | --models | --flux-steps | --max-gaussians | --memory-class | --gpus | \
+            --validation-threshold | --host | --port | --workers | --retries | --min-reward | --metrics-port | --network | --wallet.name | \
             --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
         *) misuse "unknown flag $flag" ;;
     esac
@@ -129,9 +130,10 @@ while (($# > 0)); do
             flux_steps=$value
             ;;
         --max-gaussians)
-            whole "$flag" "$value" 1 2000000
+            whole "$flag" "$value" 7000 2000000
             max_gaussians=$value
             ;;
+        --memory-class) memory_class=$value ;;
         --gpus)
             [[ $value =~ ^(all|[0-9]{1,3}(,[0-9]{1,3})*)$ ]] || misuse "--gpus $value: must be all, or numbers as 0,1"
             gpus=$value
@@ -197,7 +199,7 @@ url=http://$reach:$port
 processes=(generation_service miner)
 [[ $network != rehearsal ]] || processes=(generation_service rehearsal miner)
 flags=$(printf '%q ' "$profile" "$config" "$flux_steps" "$threshold" "$host" "$port" "$workers" "$network" \
-    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "$models" "$max_gaussians" "$gpus" \
+    "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "$models" "$max_gaussians" "$memory_class" "$gpus" \
     "$retries" "$min_reward" "$metrics_port" "${blacklist[@]}" "${endpoints[@]+"${endpoints[@]}"}")
 
 # ---- what is already there ----
@@ -297,6 +299,7 @@ service=(--profile "$profile" --host "$host" --port "$port" --validation-thresho
 [[ -z $flux_steps ]] || service+=(--flux-steps "$flux_steps")
 [[ -z $models ]] || service+=(--models "$models")
 [[ -z $max_gaussians ]] || service+=(--max-gaussians "$max_gaussians")
+[[ -z $memory_class ]] || service+=(--memory-class "$memory_class")
 [[ -z $gpus ]] || service+=(--gpus "$gpus")
 start generation_service "${service[@]}"
 started generation_service logs/generation_service.log \
