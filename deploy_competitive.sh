@@ -103,8 +103,8 @@ while (($# > 0)); do
             continue
             ;;
         --profile | --config | --models | --flux-steps | --max-gaussians | --memory-class | --gpus | \
-            --validation-threshold | --host | --port | --workers | --retries | --min-reward | --metrics-port | --network | --wallet.name | \
-            --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
+            --validation-threshold | --host | --port | --workers | --retries | --min-reward | --metrics-port | \
+            --network | --wallet.name | --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
         *) misuse "unknown flag $flag" ;;
     esac
     value=${1-}
