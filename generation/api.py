@@ -140,6 +140,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "profile": settings.profile,
             "profile_reason": settings.profile_reason,
             "device": settings.device,
+            "memory_class": settings.memory_class,
+            "memory_reason": settings.memory_reason,
             "models": engine.models,
             "queue_depth": engine.queue_depth,
             "max_queue": settings.max_queue,
