@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 GIB = 2**30
 
 Quantization = Literal["none", "nf4"]
+RestingPlace = Literal["gpu", "cpu"]
 
 
 class MemoryClass(BaseModel):
@@ -20,6 +21,7 @@ class MemoryClass(BaseModel):
     name: str = Field(min_length=1)
     least_gib: float = Field(ge=0, le=10_000)
     quantization: Quantization = "none"  # of FLUX's transformer and T5
+    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yaml import YAMLError
 
-from generation.memory_class import MemoryClass, Quantization, choose, gpu_memory
+from generation.memory_class import MemoryClass, Quantization, RestingPlace, choose, gpu_memory
 
 log = logging.getLogger("generation.settings")
 
@@ -144,6 +144,7 @@ class TextToImageModel(ModelChoice):
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
     prompt_template: str = Field("{prompt}", max_length=1024)
     quantization: Quantization = "none"  # of the transformer and T5
+    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
 
     @property
     def precision(self) -> str:
@@ -193,7 +194,8 @@ class Models(_Schema):
         """The same with what a memory class says."""
         if memory_class is None:
             return self
-        text_to_image = self.text_to_image.model_copy(update={"quantization": memory_class.quantization})
+        fitting = {"quantization": memory_class.quantization, "t5_rests_on": memory_class.t5_rests_on}
+        text_to_image = self.text_to_image.model_copy(update=fitting)
         return self.model_copy(update={"max_batch": memory_class.max_batch, "text_to_image": text_to_image})
 
     def needed(self, options: DreamGaussianOptions) -> dict[str, ModelChoice]:

@@ -27,6 +27,7 @@ class TextToImage:
         self._device = device
         #: of T5 and of CLIP, on the CPU, the latest asked for last
         self._embeddings: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._rest()
 
     @classmethod
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
@@ -94,9 +95,13 @@ class TextToImage:
         known = self._embeddings
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if unknown:
-            words, pooled, _ = self._pipe.encode_prompt(
-                unknown, prompt_2=None, max_sequence_length=self._options.max_sequence_length
-            )
+            try:
+                self._pipe.text_encoder_2.to(self._device)
+                words, pooled, _ = self._pipe.encode_prompt(
+                    unknown, None, self._device, max_sequence_length=self._options.max_sequence_length
+                )
+            finally:
+                self._rest()
             for prompt, of_t5, of_clip in zip(unknown, words, pooled, strict=True):
                 known[prompt] = of_t5.cpu(), of_clip.cpu()
         for prompt in prompts:
@@ -106,3 +111,8 @@ class TextToImage:
             known.popitem(last=False)
         words, pooled = (torch.stack(each).to(self._device) for each in zip(*found, strict=True))
         return words, pooled
+
+    def _rest(self) -> None:
+        """Bring T5 to where it waits for the next prompts that are not known."""
+        if self._options.t5_rests_on == "cpu":
+            self._pipe.text_encoder_2.to("cpu")

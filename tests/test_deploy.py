@@ -198,7 +198,8 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     models = tmp_path / "my models.yaml"
     models.write_text("{}\n")
     result = clone.deploy(
-        "--gpus", "0,1", "--max-gaussians", "60000", "--memory-class", "24gb", "--models", str(models), "--retries", "0", "--min-reward", ".5",
+        "--gpus", "0,1", "--max-gaussians", "60000", "--memory-class", "24gb", "--models", str(models),
+        "--retries", "0", "--min-reward", ".5",
         "--metrics-port", "0", "--generation.endpoint", "http://10.0.0.2:10006", "https://far/a",
         "--generation.endpoint=http://10.0.0.3:1", "--workers", "8",
     )  # fmt: skip
@@ -254,7 +255,8 @@ def test_help_names_every_flag(clone: Clone) -> None:
     text = clone.run("deploy_competitive.sh", "--help").stdout
     for flag in ("flux-steps", "config", "validation-threshold", "port", "host", "workers", "profile", "network",
                  "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help", "models", "gpus",
-                 "max-gaussians", "memory-class", "retries", "min-reward", "metrics-port", "generation.endpoint"):  # fmt: skip
+                 "max-gaussians", "memory-class", "retries", "min-reward", "metrics-port",
+                 "generation.endpoint"):  # fmt: skip
         assert f"--{flag}" in text
 
 

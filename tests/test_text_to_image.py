@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from transformers import T5EncoderModel
 
 from generation import text_to_image
 from generation.settings import PROFILES, Models
@@ -50,9 +51,9 @@ def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     encoded = []
     encode = model._pipe.encode_prompt
 
-    def count(prompt=None, **more):
+    def count(prompt=None, *rest, **more):
         encoded.extend(prompt or [])
-        return encode(prompt, **more)
+        return encode(prompt, *rest, **more)
 
     monkeypatch.setattr(model._pipe, "encode_prompt", count)
     first = model.generate(["a", "b", "a"], [1, 1, 2])
@@ -100,3 +101,18 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
         assert linears and all(isinstance(module, Linear4bit) for module in linears)
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
+
+
+def test_a_resting_t5_is_on_the_device_only_while_it_encodes(mini_models, monkeypatch):
+    """The moves alone: without a GPU there is nowhere to go."""
+    moves: list[str] = []
+    plain = load(mini_models).generate(["a red cube"], [1])[0]
+    monkeypatch.setattr(T5EncoderModel, "to", lambda model, place, *_, **__: moves.append(str(place)) or model)
+    model = load(mini_models, t5_rests_on="cpu")
+    loaded = len(moves)
+    assert moves[-1] == "cpu"
+    monkeypatch.setattr(model, "_device", "cpu:0")
+    assert torch.allclose(model.generate(["a red cube"], [1])[0], plain, atol=1e-5)
+    assert moves[loaded:] == ["cpu:0", "cpu"]
+    model.generate(["a red cube"], [2])  # known: it goes on resting
+    assert len(moves) == loaded + 2

@@ -90,8 +90,8 @@ class DreamGaussian:
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
         renders = [_Render(scene) for scene in scenes]
-        losses = [_known_views_loss(*pair) for pair in zip(scenes, renders, strict=True)]
-        losses += self._scores(scenes, renders)
+        losses = self._scores(scenes, renders)  # first: a GPU is busy with it while the rest is asked for
+        losses += [_known_views_loss(*pair) for pair in zip(scenes, renders, strict=True)]
         torch.stack(losses).sum().backward()
         for scene, render in zip(scenes, renders, strict=True):
             scene.update(*render.pull())
