@@ -1,9 +1,13 @@
 """Fixtures that more than one test file uses."""
 
 import logging
+import signal
 from pathlib import Path
 
 import pytest
+
+# Whoever runs the tests in the background ignores SIGINT, and so would every process that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
