@@ -145,6 +145,51 @@ def test_a_neighbours_failure_leaves_no_trace(pipeline):
     assert pipeline.generate([ask("red", seed=9), ask("red collapse")])[0].ply == alone
 
 
+class TestFullMemory:
+    """A GPU's memory is played by an error above a number of requests at once."""
+
+    def test_scenes_begin_again_fewer_at_once(self, pipeline, sculptor, monkeypatch):
+        step = sculptor.step
+
+        def full(scenes: list[Scene]) -> None:
+            if len(scenes) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            step(scenes)
+
+        monkeypatch.setattr(sculptor, "step", full)
+        alone = pipeline.generate([ask("red", seed=1)])[0].ply
+        outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
+        assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
+        assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+
+    def test_pictures_are_made_fewer_at_once_and_scenes_are_not(self, pipeline, sculptor, monkeypatch):
+        remove, sizes = pipeline._background.remove, []
+
+        def full(images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(len(images))
+            return remove(images)
+
+        monkeypatch.setattr(pipeline._background, "remove", full)
+        outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
+        assert all(outcome.ply for outcome in outcomes)
+        assert sizes == [1, 1, 1] and pipeline.limit.now == 4 and max(sculptor.batches) == 3
+
+    def test_one_that_does_not_fit_fails_alone(self, pipeline, sculptor, monkeypatch):
+        start = sculptor.start
+
+        def full(cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
+            if "huge" in prompt:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return start(cutout, prompt, seed)
+
+        monkeypatch.setattr(sculptor, "start", full)
+        huge, small = pipeline.generate([ask("red huge"), ask("red")])
+        assert isinstance(huge, torch.OutOfMemoryError) and small.ply
+        assert pipeline.generate([ask("red")])[0].ply
+
+
 class TestRejections:
     def reject(self, pipeline, prompt: str, **more):
         (asset,) = pipeline.generate([ask(prompt, **more)])
