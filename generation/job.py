@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,8 @@ class Job:
     scene_began: float = 0.0  # on time.perf_counter()
     alone: bool = False  # a step together with others failed: whose fault it was is unknown
     gaussians: Gaussians | None = None
+    behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
+    put_back: bool = False  # it has had that chance
     outcome: Asset | Exception | None = None
 
     def advance(self, stage: str, fraction: float) -> None:
@@ -39,6 +41,11 @@ class Job:
         if self.request.deadline is not None and time.monotonic() > self.request.deadline:
             raise TimeoutError(f"the deadline passed in stage {stage}")
         self.progress(stage, fraction)
+
+    @property
+    def waits(self) -> bool:
+        self.behind = [other for other in self.behind if other.outcome is None]
+        return bool(self.behind)
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason

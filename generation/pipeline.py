@@ -164,19 +164,36 @@ class Pipeline:
         All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
         and its outcome does not depend on the others.
         """
-        fresh = [job for job in jobs if job.scene is None]
-        for job, image in self._run("text_to_image", fresh, self._draw):
+        running = [job for job in jobs if not job.waits]
+        for job in jobs:
+            if job.waits:
+                job.wanted("queued")
+        fresh = [job for job in running if job.scene is None]
+        for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
-        for job, cutout in self._run("background", fresh, self._cut_out):
+        for job, cutout in self._run("background", [job for job in fresh if job.cutout is None], self._cut_out):
             if isinstance(cutout, Tensor):
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
         self._begin_scenes(fresh)
-        self._step([job for job in jobs if job.outcome is None])
-        finished = [job for job in jobs if job.gaussians is not None]
+        self._step([job for job in running if job.outcome is None])
+        finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
+        self._put_back(running)
+
+    def _put_back(self, running: list[Job]) -> None:
+        """Let those for which memory was full beside others try once more when the others are done."""
+        full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
+        going_on = [job for job in running if job.outcome is None]
+        for job in full:
+            if len(running) == 1 or job.put_back:
+                continue
+            job.outcome, job.scene, job.gaussians = None, None, None
+            job.put_back, job.behind = True, list(going_on)
+            going_on.append(job)  # of several, one after the other
+            self.limit.out_of_memory(len(running))
 
     def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
         """The stage's result for each job that it could be done for; timed. The others have their outcome.

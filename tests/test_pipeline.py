@@ -176,7 +176,41 @@ class TestFullMemory:
         assert all(outcome.ply for outcome in outcomes)
         assert sizes == [1, 1, 1] and pipeline.limit.now == 4 and max(sculptor.batches) == 3
 
-    def test_one_that_does_not_fit_fails_alone(self, pipeline, sculptor, monkeypatch):
+    def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
+        start, tries, others = sculptor.start, [], [ask("red", seed=seed) for seed in (1, 2)]
+        finished = []
+
+        def full(cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
+            if prompt == "red large":
+                tries.append(len(finished))
+                if len(finished) < len(others):
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return start(cutout, prompt, seed)
+
+        monkeypatch.setattr(sculptor, "start", full)
+        jobs = [pipeline.begin(request) for request in (others[0], ask("red large", seed=3), others[1])]
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+            finished = [job for job in jobs if job.outcome is not None]
+        assert all(job.outcome.ply for job in jobs) and tries == [0, 2]
+
+    def test_several_that_do_not_fit_are_made_one_after_the_other(self, pipeline, sculptor, monkeypatch):
+        step = sculptor.step
+
+        def full(scenes: list[Scene]) -> None:
+            if len([job for job in jobs if job.scene is not None and job.outcome is None]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            step(scenes)
+
+        monkeypatch.setattr(sculptor, "step", full)
+        pipeline.limit.now = 1  # each is stepped by itself, with the other's scene in memory
+        jobs = [pipeline.begin(ask("red", seed=seed)) for seed in (1, 2)]
+        for _ in range(100):
+            if unfinished := [job for job in jobs if job.outcome is None]:
+                pipeline.tick(unfinished)
+        assert all(job.outcome.ply for job in jobs)
+
+    def test_one_that_does_not_fit_by_itself_fails_alone(self, pipeline, sculptor, monkeypatch):
         start = sculptor.start
 
         def full(cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
