@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from generation.splats.cameras import orbit
-from generation.splats.gaussians import Gaussians
+from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import gsplat as wrapper
 from scripts import fidelity_gpu
 
@@ -49,6 +49,12 @@ def test_arguments_and_results(monkeypatch):
     assert torch.equal(asked["opacities"], gaussians.logit_opacities.sigmoid())
     assert asked["viewmats"].shape == (2, 4, 4) and asked["backgrounds"].shape == (2, 3)
     assert (asked["near_plane"], asked["eps2d"], asked["rasterize_mode"]) == (0.01, 0.3, "classic")
+    assert asked["colors"] is gaussians.sh
+
+    plain = scene(6, 1)
+    wrapper.rasterize(plain, cameras, 9, 8, torch.ones(2, 3))
+    assert asked["sh_degree"] is None and asked["colors"].shape == (6, 3)  # colours themselves
+    assert torch.equal(asked["colors"], (0.5 + SH_C0 * plain.sh[:, 0]).clamp_min(0))
 
 
 def test_missing_gsplat_says_what_to_install(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from generation.splats.cameras import Cameras
-from generation.splats.gaussians import Gaussians
+from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import kernels
 
 
@@ -23,13 +23,18 @@ def rasterize(
             "rasterising on a GPU needs gsplat, which is not installed: pip install -c constraints.txt -e '.[gpu]'"
         ) from error
     kernels.load()
+    degree: int | None = math.isqrt(gaussians.sh.shape[1]) - 1
+    colours = gaussians.sh
+    if degree == 0:
+        # The same from all sides: no harmonics, for which gsplat inverts the cameras, and waits for the GPU to have it.
+        degree, colours = None, (0.5 + SH_C0 * gaussians.sh[:, 0]).clamp_min(0.0)
     rgb, alpha, meta = rasterization(
         means=gaussians.means,
         quats=gaussians.quats,
         scales=gaussians.log_scales.exp(),
         opacities=gaussians.logit_opacities.sigmoid(),
-        colors=gaussians.sh,
-        sh_degree=math.isqrt(gaussians.sh.shape[1]) - 1,
+        colors=colours,
+        sh_degree=degree,
         viewmats=cameras.viewmats,
         Ks=cameras.Ks,
         width=width,
