@@ -96,7 +96,7 @@ class ChannelwiseGroupNorm(nn.Module):
         mean = (means + added).view(n, self.groups, -1).mean(-1)
         variance = squares.view(n, self.groups, -1).mean(-1) - mean.square()
         each = c // self.groups
-        scale = (variance + self.eps).rsqrt().repeat_interleave(each, 1) * self.weight.float()
+        scale = (variance.clamp_min(0) + self.eps).rsqrt().repeat_interleave(each, 1) * self.weight.float()
         shift = self.bias.float() + (added - mean.repeat_interleave(each, 1)) * scale
         channels = (n, c) + (1,) * len(pixels)
         return (wide * scale.view(channels) + shift.view(channels)).to(x.dtype)
