@@ -107,6 +107,7 @@ class Engine:
         self._ticks: Counter[int] = Counter()  # by the number of requests in them
         self._load = load
         self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
+        self._at_once = max_batch
         self._calls: deque[_Call] = deque()
         self._generations: deque[_Generation] = deque()
         self._active: list[_Generation] = []
@@ -145,7 +146,8 @@ class Engine:
         """One entry, of JSON's own types; where there are several engines, there is one for each.
 
         ``memory`` is that of ``generation.memory.measure`` after the latest tick, null on a CPU. ``ticks`` counts the
-        ticks so far by the number of requests that shared them.
+        ticks so far by the number of requests that shared them. ``at_once`` is how many requests may run together
+        now: fewer than it began with when memory was full.
         """
         return [
             {
@@ -155,6 +157,7 @@ class Engine:
                 "reason": self.reason,
                 "active": self.active,
                 "queue_depth": self.queue_depth,
+                "at_once": self._at_once,
                 "memory": self._memory,
                 "ticks": {str(size): count for size, count in sorted(dict(self._ticks).items())},
             }
@@ -255,7 +258,7 @@ class Engine:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
         running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
-        while (work := self._next(min(self._max_batch, pipeline.limit.now))) is not None:
+        while (work := self._next(pipeline.limit.now)) is not None:
             call, admitted = work
             if call is not None:
                 self._run_call(pipeline, call)
@@ -268,8 +271,8 @@ class Engine:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self, most: int) -> tuple[_Call | None, list[_Generation]] | None:
-        """A call, and the generations that may join now, with ``most`` running. Waits when nothing runs.
+    def _next(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
+        """A call, and the generations that may join now, with ``fitting`` in memory at once. Waits when nothing runs.
 
         None when stopping.
         """
@@ -278,7 +281,8 @@ class Engine:
             if self._stopping:
                 return None
             call = self._calls.popleft() if self._calls else None
-            room = max(0, min(most - len(self._active), len(self._generations)))
+            self._at_once = min(self._max_batch, fitting)
+            room = max(0, min(self._at_once - len(self._active), len(self._generations)))
             admitted = [self._generations.popleft() for _ in range(room)]
             self._active = self._active + admitted
             return call, admitted

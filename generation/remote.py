@@ -194,6 +194,7 @@ class RemoteEngine:
         if isinstance(message, State):
             joins = self.status != "ready" and message.health["status"] == "ready"
             self._health, self.models = message.health, message.models
+            self.capacity = message.health["at_once"]
             if joins:
                 self._ready_since = time.monotonic()
                 self._changed()
@@ -219,7 +220,15 @@ class RemoteEngine:
 
     def _set(self, status: str, reason: str) -> None:
         idle = {"active": [], "queue_depth": 0, "memory": None}
-        self._health = {"name": "", "ticks": {}, **self._health, **idle, "status": status, "reason": reason}
+        self._health = {
+            "name": "",
+            "ticks": {},
+            "at_once": self.capacity,
+            **self._health,
+            **idle,
+            "status": status,
+            "reason": reason,
+        }
 
 
 def _failure(message: Failure) -> Exception:

@@ -168,6 +168,7 @@ def test_full_memory_lets_fewer_join() -> None:
         service.pipeline.limit = SimpleNamespace(now=1)
         held = [hold(service) for _ in range(2)]
         wait_until(lambda: len(service.engine.active) == 1 and service.engine.queue_depth == 1)
+        assert service.engine.health()[0]["at_once"] == 1
         service.pipeline.go.set()
         for thread, answers in held:
             thread.join(PATIENCE_S)
