@@ -108,6 +108,7 @@ class Engine:
         self._load = load
         self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
         self._at_once = max_batch
+        self._step_began: float | None = None  # on time.monotonic()
         self._calls: deque[_Call] = deque()
         self._generations: deque[_Generation] = deque()
         self._active: list[_Generation] = []
@@ -147,7 +148,8 @@ class Engine:
 
         ``memory`` is that of ``generation.memory.measure`` after the latest tick, null on a CPU. ``ticks`` counts the
         ticks so far by the number of requests that shared them. ``at_once`` is how many requests may run together
-        now: fewer than it began with when memory was full.
+        now: fewer than it began with when memory was full. ``step_seconds`` is for how long the current tick or call
+        has been under way, null between them.
         """
         return [
             {
@@ -158,6 +160,7 @@ class Engine:
                 "active": self.active,
                 "queue_depth": self.queue_depth,
                 "at_once": self._at_once,
+                "step_seconds": None if (began := self._step_began) is None else round(time.monotonic() - began, 1),
                 "memory": self._memory,
                 "ticks": {str(size): count for size, count in sorted(dict(self._ticks).items())},
             }
@@ -260,11 +263,13 @@ class Engine:
         running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
         while (work := self._next(pipeline.limit.now)) is not None:
             call, admitted = work
+            self._step_began = time.monotonic()
             if call is not None:
                 self._run_call(pipeline, call)
             running += [(generation, self._begin(pipeline, generation)) for generation in admitted]
             if running:
                 running = self._tick(pipeline, running)
+            self._step_began = None
             del work, call, admitted  # a finished image or splat must not live on while the thread waits
 
     def _progress(self, text: str) -> None:

@@ -29,6 +29,8 @@ STEADY_S = 600.0
 #: A process in rotation that says nothing for so long hangs, and is killed: a look every CHECK_S, so many in a row.
 CHECK_S = 2.0
 SILENT_CHECKS = 30
+#: A step of an engine that takes so long will never end: its GPU hangs.
+STUCK_S = 120.0
 #: What an idle process gets to end in when its socket closes.
 ENDING_S = 2.0
 
@@ -195,6 +197,9 @@ class RemoteEngine:
             joins = self.status != "ready" and message.health["status"] == "ready"
             self._health, self.models = message.health, message.models
             self.capacity = message.health["at_once"]
+            if (message.health["step_seconds"] or 0.0) > STUCK_S:
+                self._break(f"a step has taken over {STUCK_S:g} s")
+                return
             if joins:
                 self._ready_since = time.monotonic()
                 self._changed()
@@ -203,9 +208,7 @@ class RemoteEngine:
             record = logging.makeLogRecord({**message.record, "name": f"{name}[{self.device}]"})
             logging.getLogger(name).handle(record)
         elif isinstance(message, Broken):
-            self._broken = message.reason
-            self._set("failed", message.reason)
-            self._channel.close()
+            self._break(message.reason)
         elif message.number in self._asked:
             future, on_progress = self._asked[message.number]
             if future.done():
@@ -218,8 +221,14 @@ class RemoteEngine:
             else:
                 future.set_exception(_failure(message))
 
+    def _break(self, reason: str) -> None:
+        """Out of rotation at once; the process is ended by whoever watches it."""
+        self._broken = reason
+        self._set("failed", reason)
+        self._channel.close()
+
     def _set(self, status: str, reason: str) -> None:
-        idle = {"active": [], "queue_depth": 0, "memory": None}
+        idle = {"active": [], "queue_depth": 0, "memory": None, "step_seconds": None}
         self._health = {
             "name": "",
             "ticks": {},

@@ -10,7 +10,7 @@ accepted, rate   by the validator's feedback; of all results that were sent
 mean score       the validator's, of accepted and declined results
 reward           accepted x rating, as the validator last said
 s per task       of the generation services' time
-of the ceiling   of one accepted result per 300 s
+of the ceiling   of one accepted result per 300 s; over 100 % in a rehearsal, whose clock runs faster
 violations       pulls that were answered with a cooldown
 penalty minutes  waits after results that were declined
 """

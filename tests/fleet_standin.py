@@ -6,6 +6,7 @@ It shows what a fleet makes of engines that work, fail and die; it says nothing 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from generation.results import Asset, Report, Request
 
 
 class Pipeline:
-    """Prompts are "WORD [PATH]". ``hold``: takes ticks until PATH is there. ``die``: ends the process, the first time
+    """Prompts are "WORD [PATH]". ``hold``: takes ticks until PATH is there. ``hang``: never comes back, the first time
+    that PATH is not there. ``die``: ends the process, the first time
     that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
     ``crash``: some other error. ``reject``: no splat. Anything else is made at once.
     """
@@ -43,6 +45,9 @@ class Pipeline:
                 Path(path).with_suffix(".cancelled").touch()
                 raise RuntimeError("given up")
             return None
+        if word == "hang" and not Path(path).exists():
+            Path(path).touch()
+            threading.Event().wait()
         if word in ("die", "cuda") and not Path(path).exists():
             Path(path).touch()
             if word == "die":

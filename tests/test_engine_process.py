@@ -34,6 +34,18 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)
 
 
+async def test_a_step_that_never_ends_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "STUCK_S", 0.5)
+    monkeypatch.setattr(remote, "ENDING_S", 0.1)
+    async with running(tmp_path) as fleet:
+        before = {child.pid for child in children()}
+        request = ask(fleet, f"hang {tmp_path / 'hung'}", 1)
+        await until(lambda: any("a step has taken over 0.5 s" in each["reason"] for each in fleet.health()))
+        assert (await request).ply.endswith(b" hang 1")  # by the other
+        await until(lambda: states(fleet) == ["ready", "ready"])
+        assert len({child.pid for child in children()} - before) == 1
+
+
 async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
     monkeypatch.setattr(remote, "SILENT_CHECKS", 3)
