@@ -44,8 +44,7 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        self.behind = [other for other in self.behind if other.outcome is None]
-        return bool(self.behind)
+        return any(other.outcome is None for other in self.behind)
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason

@@ -29,7 +29,7 @@ from generation.self_check import (
     fit_to_frame,
     neighbour_ssim,
     to_tensor,
-)  # fmt: skip
+)
 from generation.settings import ROOT, DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.rasterize import warm_up

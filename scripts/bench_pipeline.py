@@ -245,7 +245,7 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
 
 def replayed_ms(function: Any, *inputs: torch.Tensor) -> float:
     captured = Captured(function)
-    captured.capture(inputs)
+    captured.capture(*inputs)
     (graph,) = (each.graph for each in captured._graphs.values())
     times = []
     for _ in range(20):

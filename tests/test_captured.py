@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generation.dreamgaussian import MVDream, Zero123
-from generation.dreamgaussian.guidance.captured import (
-    COMPILED_SIZES,
-    Captured,
-    ChannelwiseGroupNorm,
-    compile_regions,
-    pieces,
-)
+from generation.dreamgaussian.guidance.captured import COMPILED_SIZES, Captured, pieces
+from generation.dreamgaussian.guidance.compiled import ChannelwiseGroupNorm, compile_regions
 from generation.dreamgaussian.guidance.distillation import with_gradient
 from generation.splats.cameras import orbit
 

@@ -85,7 +85,7 @@ class DreamGaussian:
             rest = gaussians.sh.new_zeros(len(gaussians), (o.sh_degree + 1) ** 2 - 1, 3)
             gaussians.sh = torch.cat([gaussians.sh, rest], 1)
         plan = draw_plan(o, viewmats, self._views, generator, self._device)
-        return Scene(gaussians, known, plan, condition, image_condition, o, seed)
+        return Scene(gaussians, known, plan, condition, image_condition, o, generator)
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""

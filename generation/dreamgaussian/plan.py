@@ -47,13 +47,13 @@ def draw_plan(
     o = options
     sampled = len(known) - 1
     ratio = torch.arange(1, o.iters + 1) / o.iters
-    draws = torch.rand(o.iters, 4 + 2 * o.batch_size, generator=generator)
+    draws = torch.rand(o.iters, 3 + 2 * o.batch_size, generator=generator)
     grey, white, level = draws[:, 0], draws[:, 1] > o.invert_bg_prob, draws[:, 2]
     above = -o.elevation
     low, high = max(above - o.max_ver, -80.0), min(above - o.min_ver, 80.0)
-    elevation = (low + (high - low) * draws[:, 4 : 4 + o.batch_size]).repeat_interleave(views, 1)
+    elevation = (low + (high - low) * draws[:, 3 : 3 + o.batch_size]).repeat_interleave(views, 1)
     around = 90.0 * torch.arange(views).repeat(o.batch_size)
-    azimuth = (360 * draws[:, 4 + o.batch_size :]).repeat_interleave(views, 1) + around
+    azimuth = (360 * draws[:, 3 + o.batch_size :]).repeat_interleave(views, 1) + around
     novel = orbit(elevation.flatten(), azimuth.flatten(), o.radius, o.fovy, 1, 1)
     novel_viewmats = novel.viewmats.view(o.iters, -1, 4, 4)
 

@@ -44,14 +44,18 @@ class Scene:
         condition: Tensor | None,
         image_condition: Tensor | None,
         options: DreamGaussianOptions,
-        seed: int,
+        generator: torch.Generator,
     ) -> None:
-        """`condition` and `image_condition` are those of the guidances that look at it."""
+        """`condition` and `image_condition` are those of the guidances that look at it.
+
+        `generator` draws the seed of the guidance's noise, which is made where the Gaussians are, and goes on with what
+        the density control needs.
+        """
         device = gaussians.means.device
         self.plan = plan
         self.condition = condition
         self.image_condition = image_condition
-        self.noise = torch.Generator(device).manual_seed(seed)
+        self.noise = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
         # Pixels of the known views to compare renders with, those at which neither side is made larger.
         self._known = {size: known.at(min(size, known.alpha.shape[-1])) for size in set(plan.sizes)}
         self.iteration = 0
@@ -71,7 +75,7 @@ class Scene:
         self._density = DensityControl(
             gaussians,
             self._optimiser,
-            torch.Generator().manual_seed(seed),
+            generator,
             densify_grad_threshold=options.densify_grad_threshold,
             percent_dense=options.percent_dense,
             scene_extent=SCENE_EXTENT,

@@ -1,4 +1,4 @@
-"""Score distillation (Poole et al. 2022, https://arxiv.org/abs/2209.14988): what the guidances share."""
+"""Score distillation (Poole et al. 2022, https://arxiv.org/abs/2209.14988) with a latent diffusion model."""
 
 from __future__ import annotations
 
@@ -6,10 +6,120 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+
+from generation.dreamgaussian.guidance.captured import Captured, pieces
+from generation.dreamgaussian.guidance.compiled import compile_regions
 
 # Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
 MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
+
+
+class Distillation:
+    """What the guidances share: `Guidance.loss` and `warm_up` from what a model says of noisy latents.
+
+    The gradient of the loss by the latents is the guided noise less the noise that was added, times `_weight`.
+    """
+
+    views = 1
+
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler, image_size: int
+    ) -> None:
+        """`image_size`: pixels of what the models were trained at."""
+        self.image_size = image_size
+        self._unet = unet.eval().requires_grad_(False)
+        self._vae = vae.eval().requires_grad_(False)
+        self._alphas = scheduler.alphas_cumprod.to(unet.device)
+        side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        self._latent_shape = (vae.config.latent_channels, side, side)
+        self._step = Captured(self._distil)
+
+    def _guided_noise(
+        self, noisy: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float
+    ) -> Tensor:
+        """Classifier-free guidance: noise without the condition, plus `scale` times what that adds."""
+        raise NotImplementedError
+
+    def _any_condition(self) -> Tensor:
+        """A condition of one scene, for its shape."""
+        raise NotImplementedError
+
+    def _weight(self, alphas: Tensor) -> Tensor | float:
+        """Of the gradient, by the share of signal in the noisy latents."""
+        return 1.0
+
+    def loss(
+        self,
+        images: Tensor,
+        camera_to_world: Tensor,
+        conditions: Tensor,
+        noise_levels: Tensor,
+        generators: list[torch.Generator],
+        guidance_scale: float,
+    ) -> Tensor:
+        """See `Guidance.loss`."""
+        images = self._resize(images)
+        t = timesteps(noise_levels, len(self._alphas)).to(images.device)
+        noise = draw_noise(generators, (self.views, *self._latent_shape), images.device)
+        losses, gradient = self._step(
+            images.detach(), camera_to_world, conditions, t, noise, constants=(guidance_scale,)
+        )
+        return with_gradient(images, losses, gradient) / self.views
+
+    def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
+        """See `Guidance.warm_up`."""
+        device = self._unet.device
+        if device.type != "cuda":
+            return
+        compile_regions(self._unet)
+        compile_regions(self._vae)
+        condition = self._any_condition()
+        for count in range(1, scenes + 1):
+            progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
+            images = self.views * count
+            self._step.capture(
+                torch.rand(images, 3, self.image_size, self.image_size, device=device),
+                torch.eye(4, device=device).repeat(images, 1, 1),
+                torch.stack([condition] * count),
+                torch.full((count,), len(self._alphas) // 2, device=device),
+                torch.randn(images, *self._latent_shape, device=device),
+                constants=(guidance_scale,),
+            )
+
+    def _distil(
+        self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses (S,), and their gradient by the images (S * views, 3, image_size, image_size)."""
+        results = []
+        for scenes in pieces(len(t)):
+            views = slice(scenes.start * self.views, scenes.stop * self.views)
+            steps, added = t[scenes].repeat_interleave(self.views), noise[views].to(self._unet.dtype)
+            a = self._alphas[steps].view(-1, 1, 1, 1).to(added)
+            known, poses = conditions[scenes], camera_to_world[views]
+
+            def direction(latents: Tensor, a=a, added=added, steps=steps, poses=poses, known=known) -> Tensor:
+                noisy = a.sqrt() * latents + (1 - a).sqrt() * added
+                return self._weight(a) * (self._guided_noise(noisy, steps, poses, known, scale) - added)
+
+            results.append(distil(images[views], self._latents, direction, scenes.stop - scenes.start))
+        losses, gradients = zip(*results, strict=True)
+        return torch.cat(losses), torch.cat(gradients)
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """As they are denoised, of images of the model's size."""
+        return self._encode(images) * self._vae.config.scaling_factor
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist.mode()
 
 
 def timesteps(levels: Tensor, count: int) -> Tensor:

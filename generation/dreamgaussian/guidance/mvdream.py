@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.dreamgaussian.guidance.captured import Captured, compile_regions, pieces
-from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps, with_gradient
+from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
@@ -20,7 +17,7 @@ from generation.weights.strict import load_model
 TEXTS_KEPT = 64  # of 160 kB each, at full size
 
 
-class MVDream:
+class MVDream(Distillation):
     """Score distillation (Poole et al. 2022) on four views at once, and multi-view sampling with DDIM."""
 
     views = 4
@@ -35,18 +32,13 @@ class MVDream:
         front_azimuth: float = 0.0,
     ) -> None:
         """`front_azimuth`: see `camera_embedding`."""
-        self._unet = unet.eval().requires_grad_(False)
-        self._vae = vae.eval().requires_grad_(False)
+        super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
         self._text_encoder = text_encoder.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
         self._texts: dict[str, Tensor] = {}
         self._joint = join_views(unet, self.views)
-        self._alphas = scheduler.alphas_cumprod.to(unet.device)
-        self._latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-        self._step = Captured(self._distil)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
@@ -84,61 +76,8 @@ class MVDream:
             del self._texts[next(iter(self._texts))]
         return states
 
-    def loss(
-        self,
-        images: Tensor,
-        camera_to_world: Tensor,
-        conditions: Tensor,
-        noise_levels: Tensor,
-        generators: list[torch.Generator],
-        guidance_scale: float,
-    ) -> Tensor:
-        """See `Guidance.loss`. Its gradient by the latents is the guided noise less the noise that was added."""
-        images = self._resize(images)
-        t = timesteps(noise_levels, len(self._alphas)).to(images.device)
-        noise = draw_noise(generators, (self.views, *self._latent_shape), images.device)
-        losses, gradient = self._step(
-            images.detach(), camera_to_world, conditions, t, noise, constants=(guidance_scale,)
-        )
-        return with_gradient(images, losses, gradient) / self.views
-
-    def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
-        """See `Guidance.warm_up`."""
-        device = self._unet.device
-        if device.type != "cuda":
-            return
-        compile_regions(self._unet)
-        compile_regions(self._vae)
-        condition = self.prepare("", "")
-        for count in range(1, scenes + 1):
-            progress(f"compiling MVDream for {count} of {scenes} scenes at once")
-            inputs = (
-                torch.rand(self.views * count, 3, self.image_size, self.image_size, device=device),
-                torch.eye(4, device=device).repeat(self.views * count, 1, 1),
-                condition.repeat(count, 1, 1, 1),
-                torch.full((count,), len(self._alphas) // 2, device=device),
-                torch.randn(self.views * count, *self._latent_shape, device=device),
-            )
-            self._step.capture(inputs, guidance_scale)
-
-    def _distil(
-        self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Losses (S,), and their gradient by the images (S * views, 3, H, W), whose size is the model's."""
-        results = []
-        for scenes in pieces(len(t)):
-            views = slice(scenes.start * self.views, scenes.stop * self.views)
-            steps, added = t[scenes].repeat_interleave(self.views), noise[views].to(self._unet.dtype)
-            a = self._alphas[steps].view(-1, 1, 1, 1).to(added)
-            words, poses = conditions[scenes], camera_to_world[views]
-
-            def direction(latents: Tensor, a=a, added=added, steps=steps, poses=poses, words=words) -> Tensor:
-                noisy = a.sqrt() * latents + (1 - a).sqrt() * added
-                return self._guided_noise(noisy, steps, poses, words, scale) - added
-
-            results.append(distil(images[views], self._latents, direction, scenes.stop - scenes.start))
-        losses, gradients = zip(*results, strict=True)
-        return torch.cat(losses), torch.cat(gradients)
+    def _any_condition(self) -> Tensor:
+        return self.prepare("", "")
 
     @torch.no_grad()
     def sample(
@@ -155,7 +94,7 @@ class MVDream:
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = latents.to(self._unet.device, self._unet.dtype)
         self._scheduler.set_timesteps(steps)
-        known = None if first is None else self._encode(first[None].to(latents))
+        known = None if first is None else self._latents(self._resize(first[None].to(latents)))
         noise_of_known = latents[:1].clone()
         try:
             self._joint.views = views
@@ -170,19 +109,6 @@ class MVDream:
         images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        return self._latents(self._resize(images))
-
-    def _resize(self, images: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        if images.shape[-2:] == size:
-            return images
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-    def _latents(self, images: Tensor) -> Tensor:
-        posterior = self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist
-        return posterior.mode() * self._vae.config.scaling_factor
-
     def _guided_noise(
         self,
         noisy: Tensor,
@@ -191,7 +117,7 @@ class MVDream:
         conditions: Tensor,
         scale: float,
     ) -> Tensor:
-        """Classifier-free guidance: noise without the text, plus `scale` times what the text adds."""
+        """See `Distillation`: the condition is the text."""
         words = conditions.to(noisy).repeat_interleave(len(noisy) // len(conditions), 0)  # (S * V, 2, L, C)
         cameras = camera_embedding(camera_to_world, self._front_azimuth).to(noisy)
         (both,) = self._unet(

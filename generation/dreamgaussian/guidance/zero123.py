@@ -8,17 +8,14 @@ embedding and mixed into it by one linear layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from generation.dreamgaussian.guidance.captured import Captured, compile_regions, pieces
-from generation.dreamgaussian.guidance.distillation import distil, draw_noise, timesteps, with_gradient
+from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model, read_weights
@@ -28,10 +25,8 @@ CAMERA_NUMBERS = 4
 PROJECTIONS = ("clip_camera_projection", "cc_projection")  # the folder's names in DreamGaussian's and diffusers' layout
 
 
-class Zero123:
+class Zero123(Distillation):
     """Score distillation on single views, each against the reference view."""
-
-    views = 1
 
     def __init__(
         self,
@@ -44,16 +39,11 @@ class Zero123:
         stable: bool,
     ) -> None:
         """`stable`: the fourth number of a camera is the known view's polar angle, not a change of distance."""
-        self._unet = unet.eval().requires_grad_(False)
-        self._vae = vae.eval().requires_grad_(False)
+        super().__init__(unet, vae, scheduler, IMAGE_SIZE)
         self._image_encoder = image_encoder.eval().requires_grad_(False)
         self._projection = projection.requires_grad_(False)
         self._processor = processor
-        self._alphas = scheduler.alphas_cumprod.to(unet.device)
         self._stable = stable
-        side = IMAGE_SIZE // 2 ** (len(vae.config.block_out_channels) - 1)
-        self._latent_shape = (vae.config.latent_channels, side, side)
-        self._step = Captured(self._distil)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, stable: bool) -> Zero123:
@@ -70,78 +60,23 @@ class Zero123:
     def prepare(self, cutout: Tensor, elevation: float) -> Tensor:
         """See `ImageGuidance.prepare`. A vector: `elevation`, CLIP embedding and latents of the view over white."""
         image = (cutout[:3] * cutout[3:] + 1 - cutout[3:])[None]
-        image = F.interpolate(image, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
+        image = self._resize(image)
         pixels = self._processor(images=list((image.cpu() * 255).byte()), return_tensors="pt").pixel_values
         embedding = self._image_encoder(pixels.to(self._unet.device, self._unet.dtype)).image_embeds
         latents = self._encode(image.to(self._unet.device))  # not scaled, unlike those that are denoised
         known = torch.tensor([elevation], device=latents.device)
         return torch.cat([known, embedding.flatten().float(), latents.flatten().float()])
 
-    def loss(
-        self,
-        images: Tensor,
-        camera_to_world: Tensor,
-        conditions: Tensor,
-        noise_levels: Tensor,
-        generators: list[torch.Generator],
-        guidance_scale: float,
-    ) -> Tensor:
-        """See `Guidance.loss`. Its gradient is the guided noise less the noise that was added, times 1 - alpha."""
-        images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
-        t = timesteps(noise_levels, len(self._alphas)).to(images.device)
-        noise = draw_noise(generators, (1, *self._latent_shape), images.device)
-        losses, gradient = self._step(
-            images.detach(), camera_to_world, conditions, t, noise, constants=(guidance_scale,)
-        )
-        return with_gradient(images, losses, gradient)
+    def _any_condition(self) -> Tensor:
+        return self.prepare(torch.ones(4, IMAGE_SIZE, IMAGE_SIZE, device=self._unet.device), 0.0)
 
-    def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
-        """See `Guidance.warm_up`. A scene here is one view."""
-        device = self._unet.device
-        if device.type != "cuda":
-            return
-        compile_regions(self._unet)
-        compile_regions(self._vae)
-        condition = self.prepare(torch.ones(4, IMAGE_SIZE, IMAGE_SIZE, device=device), 0.0)
-        for count in range(1, scenes + 1):
-            progress(f"compiling Zero123 for {count} of {scenes} views at once")
-            inputs = (
-                torch.rand(count, 3, IMAGE_SIZE, IMAGE_SIZE, device=device),
-                torch.eye(4, device=device).repeat(count, 1, 1),
-                condition.repeat(count, 1),
-                torch.full((count,), len(self._alphas) // 2, device=device),
-                torch.randn(count, *self._latent_shape, device=device),
-            )
-            self._step.capture(inputs, guidance_scale)
-
-    def _distil(
-        self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Losses (S,), and their gradient by the images (S, 3, IMAGE_SIZE, IMAGE_SIZE)."""
-        results = []
-        for part in pieces(len(t)):
-            steps, added = t[part], noise[part].to(self._unet.dtype)
-            a = self._alphas[steps].view(-1, 1, 1, 1).to(added)
-            known, poses = conditions[part], camera_to_world[part]
-
-            def direction(latents: Tensor, a=a, added=added, steps=steps, poses=poses, known=known) -> Tensor:
-                noisy = a.sqrt() * latents + (1 - a).sqrt() * added
-                return (1 - a) * (self._guided_noise(noisy, steps, poses, known, scale) - added)
-
-            results.append(distil(images[part], self._scaled, direction, part.stop - part.start))
-        losses, gradients = zip(*results, strict=True)
-        return torch.cat(losses), torch.cat(gradients)
-
-    def _scaled(self, images: Tensor) -> Tensor:
-        return self._encode(images) * self._vae.config.scaling_factor
-
-    def _encode(self, images: Tensor) -> Tensor:
-        return self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist.mode()
+    def _weight(self, alphas: Tensor) -> Tensor:
+        return 1 - alphas
 
     def _guided_noise(
         self, noisy: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float
     ) -> Tensor:
-        """Classifier-free guidance: noise without the known view, plus `scale` times what the view adds."""
+        """See `Distillation`: the condition is the known view."""
         width = self._projection.out_features
         elevations, embeddings, views = conditions.split([1, width, conditions.shape[1] - 1 - width], 1)
         cameras = camera_numbers(camera_to_world.to(conditions), elevations[:, 0], self._stable)
