@@ -22,16 +22,14 @@ from typing import Any
 import torch
 
 from generation.dreamgaussian import DreamGaussian
-from generation.dreamgaussian.guidance.captured import Captured
-from generation.dreamgaussian.guidance.distillation import distil
+from generation.dreamgaussian.guidance.fused import fuse
 from generation.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, DreamGaussianOptions, Settings
+from scripts.bench_guidance import FLOORS_MS, capture_parts, replayed_ms
 
 PROMPTS = ("a red cube", "a wooden chair", "a green boat", "a stone tower", "a blue vase", "a brass lamp")
 NUMBERS = itertools.count()
 ULTRA_STEPS = 2  # of FLUX
-# Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
-FLOORS_MS = {"UNet": 1.9, "encoder there and back": 3.0}
 
 
 def main() -> None:
@@ -41,6 +39,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
+    parser.add_argument("--fused", action="store_true", help="guidance/fused.py, which the service does not use yet")
     parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -62,6 +61,10 @@ def main() -> None:
         one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
+    if args.fused:
+        guidance = pipeline._dreamgaussian._guidance
+        fuse(guidance._unet)
+        fuse(guidance._vae)
     started = time.perf_counter()
     pipeline.warm_up(say)
     figures["warm_up_s"] = time.perf_counter() - started
@@ -214,48 +217,16 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
         cpu.append(1e3 * (time.perf_counter() - begin))
         synchronise()
         wall.append(1e3 * (time.perf_counter() - begin))
-    views = guidance.views * scenes
-    images = torch.rand(views, 3, guidance.image_size, guidance.image_size, device=pipeline._device)
-    latents = torch.randn(views, *guidance._latent_shape, device=pipeline._device)
-    poses, t = (
-        torch.eye(4, device=pipeline._device).repeat(views, 1, 1),
-        torch.full((views,), 500, device=pipeline._device),
-    )
-    words = guidance.prepare("", "").repeat(scenes, 1, 1, 1)
-
-    def unet(latents: Any, t: Any, poses: Any, words: Any) -> tuple[Any, ...]:
-        with torch.no_grad():
-            return (guidance._guided_noise(latents, t, poses, words, 50.0),)
-
-    def encoder(images: Any, latents: Any) -> tuple[Any, ...]:
-        return distil(images, guidance._latents, lambda _: latents, scenes)
-
-    result = {
-        "UNet": replayed_ms(unet, latents.to(guidance._unet.dtype), t, poses, words),
-        "encoder there and back": replayed_ms(encoder, images, latents),
-        "iteration": statistics.median(wall),
-        "iteration, CPU alone": statistics.median(cpu),
-    }
-    result["rest"] = result["iteration"] - result["UNet"] - result["encoder there and back"]
+    graphs = capture_parts(guidance, scenes)
+    result = {part: replayed_ms(graph) for part, graph in graphs.items()}
+    guided = sum(result.values())
+    result["iteration"] = statistics.median(wall)
+    result["iteration, CPU alone"] = statistics.median(cpu)
+    result["rest"] = result["iteration"] - guided
     for part, ms in result.items():
         floor = FLOORS_MS.get(part, 0) * scenes
         say(f"  {scenes} scene(s), {part}: {ms:.1f} ms" + (f", {ms / floor:.1f} times its floor" if floor else ""))
     return result
-
-
-def replayed_ms(function: Any, *inputs: torch.Tensor) -> float:
-    captured = Captured(function)
-    captured.capture(*inputs)
-    (graph,) = (each.graph for each in captured._graphs.values())
-    times = []
-    for _ in range(20):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
 
 
 def device_name(device: str) -> str:

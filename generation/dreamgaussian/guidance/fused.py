@@ -1,0 +1,146 @@
+"""Diffusers' convolutional models around the kernels of `normalise`, with fewer passes over images in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
+
+
+def fuse(model: AutoencoderKL | UNet2DConditionModel) -> None:
+    """Replace what is between the convolutions of a UNet, or of an autoencoder's encoder; results stay, up to rounding.
+
+    The parameters are frozen by it: gradients reach the input alone. Raises ValueError for a block of another kind than
+    Stable Diffusion's models have.
+    """
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    convolutional = model.encoder if isinstance(model, AutoencoderKL) else model
+    for module in list(convolutional.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ResnetBlock2D):
+                setattr(module, name, ResidualBlock(child))
+            elif isinstance(child, Downsample2D) and child.padding == 0:
+                setattr(module, name, Downsample(child))
+    convolutional.conv_norm_out, convolutional.conv_act = Normalisation(convolutional.conv_norm_out), nn.Identity()
+
+
+class ResidualBlock(nn.Module):
+    """A `ResnetBlock2D` as Stable Diffusion's models have it."""
+
+    def __init__(self, plain: ResnetBlock2D) -> None:
+        super().__init__()
+        usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "skip_time_act": False}
+        other = [name for name, value in usual.items() if getattr(plain, name) != value]
+        if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
+            raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
+        self.time, self.shortcut = plain.time_emb_proj, plain.conv_shortcut
+        self.norms = _norm(plain.norm1), _norm(plain.norm2)
+        self.weights = plain.conv1.weight.detach(), plain.conv2.weight.detach()
+        # Added in the second normalisation, as what the time step adds is; and with the shortcut.
+        self.between, self.last = plain.conv1.bias.detach(), plain.conv2.bias.detach()
+        if self.time is not None:
+            self.time.bias.data += self.between
+        if self.shortcut is not None:
+            self.last = self.last + self.shortcut.bias.detach()
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        added = self.between if self.time is None or temb is None else self.time(F.silu(temb))
+        x = x.contiguous(memory_format=torch.channels_last)
+        skipped = None if self.shortcut is None else self.shortcut.weight.detach()
+        result: Tensor = _Residual.apply(x, added, self.norms, self.weights, skipped, self.last)
+        return result
+
+
+class Normalisation(nn.Module):
+    """Group normalisation, then SiLU."""
+
+    def __init__(self, plain: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = _norm(plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Normalise.apply(x.contiguous(memory_format=torch.channels_last), self.norm)
+        return result
+
+
+class Downsample(nn.Module):
+    """A convolution with stride 2 of an image with a row and a column of zeros after the last, but without that copy.
+
+    A convolution takes zeros on all sides into account by itself: with two of them, the first row and column of what it
+    gives are too many.
+    """
+
+    def __init__(self, plain: Downsample2D) -> None:
+        super().__init__()
+        self.conv = plain.conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2] // 2, x.shape[-1] // 2
+        return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=2)[:, :, 1 : h + 1, 1 : w + 1]
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        added: Tensor,
+        norms: tuple[Norm, Norm],
+        weights: tuple[Tensor, Tensor],
+        skipped: Tensor | None,
+        last: Tensor,
+    ) -> Tensor:
+        outer = measure(x, norms[0])
+        middle = F.conv2d(normalise(x, outer), weights[0], padding=1)
+        inner = measure(middle, norms[1], added)
+        result = F.conv2d(normalise(middle, inner), weights[1], padding=1)
+        ctx.save_for_backward(x, middle, *outer, *inner)
+        ctx.frozen = norms, weights, skipped
+        return add(result, x if skipped is None else F.conv2d(x, skipped), last)
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = outward
+        x, middle, *statistics = ctx.saved_tensors
+        norms, weights, skipped = ctx.frozen
+        inner = _through(gradient, middle, weights[1])
+        inner = normalise_back(inner, middle, Statistics(*statistics[4:]), norms[1])
+        outer = _through(inner, x, weights[0])
+        around = gradient if skipped is None else _through(gradient, x, skipped)
+        return normalise_back(outer, x, Statistics(*statistics[:4]), norms[0], around), None, None, None, None, None
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        statistics = measure(x, norm)
+        ctx.save_for_backward(x, *statistics)
+        ctx.norm = norm
+        return normalise(x, statistics)
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+        x, *statistics = ctx.saved_tensors
+        return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
+
+
+def _through(gradient: Tensor, like: Tensor, weight: Tensor) -> Tensor:
+    """The gradient by what a convolution of `weight` took, an image of the width and height of `like`."""
+    n, _, h, w = like.shape
+    padding = weight.shape[-1] // 2
+    taken = like.new_empty(1).expand(n, weight.shape[1], h, w)  # its shape is all that counts
+    result: Tensor = torch.ops.aten.convolution_backward(
+        gradient, taken, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+    )[0]
+    return result
+
+
+def _norm(plain: nn.GroupNorm) -> Norm:
+    return Norm(plain.weight.detach(), plain.bias.detach(), plain.num_groups, plain.eps)

@@ -1,0 +1,306 @@
+"""Group normalisation with SiLU of channels-last images, there and back, in Triton kernels that read memory in order.
+
+With channels last a group is a sliver of each pixel, and sums by group read a quarter of every memory sector. These
+kernels take sums by channel, over chunks of the pixels, and the last program of a sample makes the groups' figures of
+them: two kernels each way, which read the image twice and write it once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHANNELS = 64  # of a program: 128 bytes in half precision, and a divisor of the widths that full-size models have
+PIXELS = 64  # of a program at a time
+PROGRAMS = 512  # in all, as a target: some for each processor of a large GPU
+MAX_CHUNKS = 64  # of a sample: its last program adds them up alone
+FINISHING = 1024  # values that it does so with at a time
+
+
+class Norm(NamedTuple):
+    """Of what is to be normalised."""
+
+    weight: Tensor  # (C,)
+    bias: Tensor  # (C,)
+    groups: int
+    eps: float
+
+
+class Statistics(NamedTuple):
+    """Of each sample and channel (N, C), in float32; x is what was measured, without what was `added` to it."""
+
+    scale: Tensor  # the result is x * scale + shift
+    shift: Tensor
+    inverse: Tensor  # (x + offset) * inverse has mean 0 and variance 1 in its group
+    offset: Tensor
+
+
+def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
+    """The statistics of x (N, C, H, W) + `added` (C,) or (N, C), which so costs no pass of its own."""
+    n, c, pixels = _sizes(x)
+    chunks, blocks = _chunks(n, c, pixels)
+    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
+    result = Statistics(*x.new_empty(4, n, c, dtype=torch.float32))
+    _measure[_grid(chunks, c, n)](
+        *(x, partial, _counters(x), norm.weight, norm.bias, norm.weight if added is None else added, *result),
+        *(pixels, c, norm.groups, norm.eps),
+        ADDED=0 if added is None else added.ndim, BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    )  # fmt: skip
+    return result
+
+
+def normalise(x: Tensor, statistics: Statistics) -> Tensor:
+    """SiLU of the normalised x (N, C, H, W)."""
+    n, c, pixels = _sizes(x)
+    result = torch.empty_like(x)
+    grid = _grid(triton.cdiv(pixels, PIXELS), c, n)
+    _normalise[grid](x, result, statistics.scale, statistics.shift, pixels, c, **_BLOCK)
+    return result
+
+
+def normalise_back(
+    gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None
+) -> Tensor:
+    """The gradient by x, where `gradient` is that by `normalise(x, statistics)`; plus `around`, that of another way."""
+    n, c, pixels = _sizes(x)
+    chunks, blocks = _chunks(n, c, pixels)
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
+    by_x, constant = x.new_empty(2, n, c, dtype=torch.float32)
+    _measure_back[_grid(chunks, c, n)](
+        *(gradient, x, partial, _counters(x), norm.weight, *statistics, by_x, constant),
+        *(pixels, c, norm.groups), BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    )  # fmt: skip
+    result = torch.empty_like(x)
+    other = x if around is None else around.contiguous(memory_format=torch.channels_last)
+    _normalise_back[_grid(triton.cdiv(pixels, PIXELS), c, n)](
+        *(gradient, x, other, result, statistics.scale, statistics.shift, by_x, constant, pixels, c),
+        AROUND=around is not None, **_BLOCK,
+    )  # fmt: skip
+    return result
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + y + bias, of x and y (N, C, H, W) and bias (C,)."""
+    n, c, pixels = _sizes(x)
+    result = torch.empty_like(x)
+    _add[_grid(triton.cdiv(n * pixels, PIXELS), c, 1)](x, y, bias, result, n * pixels, c, **_BLOCK)
+    return result
+
+
+_BLOCK = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
+_COUNTERS: dict[torch.device, Tensor] = {}
+_MAX_SAMPLES = 4096
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Samples, channels and pixels of each. Raises ValueError when x is not laid out as the kernels read it."""
+    n, c, h, w = x.shape
+    if not x.is_contiguous(memory_format=torch.channels_last) or n > _MAX_SAMPLES:
+        raise ValueError(f"{tuple(x.shape)} with strides {x.stride()}: expected channels last, {_MAX_SAMPLES} samples")
+    return n, c, h * w
+
+
+def _grid(blocks: int, c: int, n: int) -> tuple[int, int, int]:
+    return blocks, triton.cdiv(c, CHANNELS), n
+
+
+def _chunks(n: int, c: int, pixels: int) -> tuple[int, int]:
+    """How many chunks a sample's pixels are cut into, and how many blocks of pixels are in each."""
+    blocks = triton.cdiv(pixels, PIXELS)
+    wanted = triton.cdiv(PROGRAMS, n * triton.cdiv(c, CHANNELS))
+    each = triton.cdiv(blocks, min(wanted, MAX_CHUNKS, blocks))
+    return triton.cdiv(blocks, each), each
+
+
+def _counters(x: Tensor) -> Tensor:
+    """Of the programs of each sample that are done; zero between kernels. Made once: a graph keeps its address."""
+    if x.device not in _COUNTERS:
+        _COUNTERS[x.device] = torch.zeros(_MAX_SAMPLES, dtype=torch.int32, device=x.device)
+    return _COUNTERS[x.device]
+
+
+def _finishing(c: int, groups: int, chunks: int) -> dict[str, int]:
+    all_groups, each = triton.next_power_of_2(groups), triton.next_power_of_2(c // groups)
+    at_once = max(1, FINISHING // (all_groups * each))
+    return {
+        "GROUPS": all_groups,
+        "EACH": each,
+        "CHUNKS": chunks,
+        "AT_ONCE": min(at_once, triton.next_power_of_2(chunks)),
+    }
+
+
+@triton.jit
+def _block(pixel, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Places of a block of pixels and channels in a sample's memory, which of them exist, and the channels."""
+    rows = pixel + tl.arange(0, PIXELS)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    exist = (rows < pixels)[:, None] & (channels < c)[None, :]
+    return rows[:, None] * c + channels[None, :], exist, channels
+
+
+@triton.jit
+def _is_last(counter, programs):  # type: ignore[no-untyped-def]
+    """Whether all other programs of the sample have stored what they found; the counter is zero again then."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _added_up(partial, c, places, exist, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Both sums over all chunks, at the channels `places` (1, G, E)."""
+    which = tl.arange(0, AT_ONCE)[:, None, None]
+    first = tl.zeros((places.shape[1], places.shape[2]), tl.float32)
+    second = tl.zeros((places.shape[1], places.shape[2]), tl.float32)
+    for begin in range(0, CHUNKS, AT_ONCE):
+        at = partial + (begin + which) * (2 * c) + places
+        here = exist & (begin + which < CHUNKS)
+        # Other processors wrote them: past this one's own cache.
+        first += tl.sum(tl.load(at, here, 0.0, cache_modifier=".cg"), 0)
+        second += tl.sum(tl.load(at + c, here, 0.0, cache_modifier=".cg"), 0)
+    return first, second
+
+
+@triton.jit
+def _measure(  # type: ignore[no-untyped-def]
+    x, partial, counters, weight, bias, added, scale, shift, inverse, offset,
+    pixels, c, groups, eps,
+    ADDED: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr,
+    AT_ONCE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(0) * BLOCKS * PIXELS
+    x += n * pixels * c
+    partial += n * CHUNKS * 2 * c
+    values = tl.zeros((CHANNELS,), tl.float32)
+    squares = tl.zeros((CHANNELS,), tl.float32)
+    for block in range(BLOCKS):
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
+        each = tl.load(x + places, exist, 0.0).to(tl.float32)
+        values += tl.sum(each, 0)
+        squares += tl.sum(each * each, 0)
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mine = partial + tl.program_id(0) * 2 * c + channels
+    tl.store(mine, values, channels < c)
+    tl.store(mine + c, squares, channels < c)
+    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
+        each_count = c // groups
+        group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
+        at, exist = group * each_count + member, (group < groups) & (member < each_count)
+        first, second = _added_up(partial, c, at[None], exist[None], CHUNKS, AT_ONCE)
+        constant = tl.zeros((GROUPS, EACH), tl.float32)
+        if ADDED == 1:
+            constant = tl.load(added + at, exist, 0.0).to(tl.float32)
+        if ADDED == 2:
+            constant = tl.load(added + n * c + at, exist, 0.0).to(tl.float32)
+        count = pixels * each_count
+        mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
+        square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
+        inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
+        offset_here = constant - mean
+        scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
+        shift_here = tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here
+        tl.store(scale + n * c + at, scale_here, exist)
+        tl.store(shift + n * c + at, shift_here, exist)
+        tl.store(inverse + n * c + at, inverse_here, exist)
+        tl.store(offset + n * c + at, offset_here, exist)
+
+
+@triton.jit
+def _normalise(  # type: ignore[no-untyped-def]
+    x, result, scale, shift, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
+    b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
+    z = tl.load(x + n * pixels * c + places, exist, 0.0).to(tl.float32) * a + b
+    tl.store(result + n * pixels * c + places, (z * tl.sigmoid(z)).to(result.dtype.element_ty), exist)
+
+
+@triton.jit
+def _before_silu(gradient, x, scale, shift):  # type: ignore[no-untyped-def]
+    """The gradient by SiLU's input, x * scale + shift, of that by its output."""
+    z = x * scale + shift
+    s = tl.sigmoid(z)
+    return gradient * s * (1 + z * (1 - s))
+
+
+@triton.jit
+def _measure_back(  # type: ignore[no-untyped-def]
+    gradient, x, partial, counters, weight, scale, shift, inverse, offset, by_x, constant,
+    pixels, c, groups,
+    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(0) * BLOCKS * PIXELS
+    x += n * pixels * c
+    gradient += n * pixels * c
+    partial += n * CHUNKS * 2 * c
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
+    b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
+    gradients = tl.zeros((CHANNELS,), tl.float32)
+    products = tl.zeros((CHANNELS,), tl.float32)
+    for block in range(BLOCKS):
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
+        value = tl.load(x + places, exist, 0.0).to(tl.float32)
+        inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
+        gradients += tl.sum(inner, 0)
+        products += tl.sum(inner * value, 0)
+    mine = partial + tl.program_id(0) * 2 * c + channels
+    tl.store(mine, gradients, channels < c)
+    tl.store(mine + c, products, channels < c)
+    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
+        each_count = c // groups
+        group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
+        at, exist = group * each_count + member, (group < groups) & (member < each_count)
+        first, second = _added_up(partial, c, at[None], exist[None], CHUNKS, AT_ONCE)
+        w = tl.load(weight + at, exist, 0.0).to(tl.float32)
+        r = tl.load(inverse + n * c + at, exist, 0.0)
+        o = tl.load(offset + n * c + at, exist, 0.0)
+        count = pixels * each_count
+        mean = (tl.sum(w * first, 1) / count)[:, None]
+        along = (tl.sum(w * r * (second + o * first), 1) / count)[:, None]  # with the normalised x
+        tl.store(by_x + n * c + at, -r * r * along, exist)
+        tl.store(constant + n * c + at, -r * mean - r * r * along * o, exist)
+
+
+@triton.jit
+def _normalise_back(  # type: ignore[no-untyped-def]
+    gradient, x, around, result, scale, shift, by_x, constant, pixels, c,
+    AROUND: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    places += n * pixels * c
+    a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
+    b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
+    k = tl.load(by_x + n * c + channels, channels < c, 0.0)[None, :]
+    d = tl.load(constant + n * c + channels, channels < c, 0.0)[None, :]
+    value = tl.load(x + places, exist, 0.0).to(tl.float32)
+    inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
+    out = inner * a + value * k + d
+    if AROUND:
+        out += tl.load(around + places, exist, 0.0).to(tl.float32)
+    tl.store(result + places, out.to(result.dtype.element_ty), exist)
+
+
+@triton.jit
+def _add(  # type: ignore[no-untyped-def]
+    x, y, bias, result, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    places, exist, channels = _block(tl.program_id(0).to(tl.int64) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    each = tl.load(bias + channels, channels < c, 0.0).to(tl.float32)[None, :]
+    total = tl.load(x + places, exist, 0.0).to(tl.float32) + tl.load(y + places, exist, 0.0).to(tl.float32) + each
+    tl.store(result + places, total.to(result.dtype.element_ty), exist)
