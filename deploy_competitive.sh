@@ -27,7 +27,7 @@ usage: ./deploy_competitive.sh [flags]
   --host ADDRESS               where the generation service listens (127.0.0.1)
   --port N                     its port (10006)
   --generation.endpoint URL .. services on other machines, used beside this one; may be repeated
-  --workers N                  tasks that the miner works on at once (4)
+  --workers N                  tasks that the miner works on at once (as many as the services do, at least 4)
   --retries N                  other seeds tried, in time, for a rejected result, 0..10 (2)
   --min-reward X               skip validators expected to accept fewer results per GPU second, 0..1 (0: skips none)
   --metrics-port N             the miner's Prometheus metrics on 127.0.0.1; 0: none (10007)
@@ -53,7 +53,7 @@ misuse() {
 # ---- flags ----
 
 profile=auto config="" flux_steps="" threshold=0.6 host=127.0.0.1 port=10006
-workers=4 network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
+workers="" network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
 models="" max_gaussians="" memory_class="" gpus="" endpoints=() retries="" min_reward="" metrics_port=""
 
 whole() { # FLAG VALUE LOWEST HIGHEST
@@ -211,7 +211,7 @@ summary() {
         echo "  rehearsal network   $LOOPBACK_VALIDATORS validators on loopback (PID $(cat run/rehearsal.pid))," \
             "log: logs/rehearsal.log"
     fi
-    echo "  miner               $workers workers on network $network (PID $(cat run/miner.pid)), log: logs/miner.log"
+    echo "  miner               $(cat run/workers) workers on network $network (PID $(cat run/miner.pid)), log: logs/miner.log"
     [[ $network != rehearsal ]] ||
         echo "*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***"
     echo "Next:"
@@ -316,6 +316,8 @@ fi
 
 echo "Starting the miner ..."
 rm -f run/miner.status
+[[ -n $workers ]] || workers=$(.venv/bin/python scripts/probe.py workers "$url" "${endpoints[@]+"${endpoints[@]}"}")
+printf '%s\n' "$workers" >run/workers
 miner=(--network "$network" --netuid "$netuid" --workers "$workers"
     --generation.endpoint "$url" "${endpoints[@]+"${endpoints[@]}"}"
     --validation-threshold "$threshold" --status-file run/miner.status --blacklist "${blacklist[@]}")

@@ -68,8 +68,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_engine(settings: Settings) -> Engine | Fleet:
-    """One engine in this process, where it is on the CPU or the first GPU; else each GPU's in a process of its own."""
-    if settings.gpus not in ((), (0,)):
+    """An engine process for each GPU; on the CPU, one engine in this process."""
+    if settings.gpus:
         untraced = settings.model_copy(update={"profile_trace": None})
         return Fleet({f"cuda:{gpu}": untraced if i else settings for i, gpu in enumerate(settings.gpus)})
 

@@ -4,6 +4,7 @@ probe.py port HOST PORT           exit 0 when the port is free, else one line th
 probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
 probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
 probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}
+probe.py workers URL...           print how many workers keep these services busy
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 LOADING_S = 1800  # full-size weights from a slow disk
+WORKERS = 4  # at least, and for a service that does not tell
+MAX_WORKERS = 64
 
 
 def alive(pid: int) -> bool:
@@ -66,16 +70,33 @@ def port_holder(port: int) -> str | None:
     return None
 
 
+def health_of(url: str) -> dict[str, Any]:
+    """What the service says of itself. Raises OSError or ValueError when it does not."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{url}/health", timeout=10) as answer:
+        health: dict[str, Any] = json.load(answer)
+    return health
+
+
+def workers_for(urls: list[str]) -> int:
+    """One for each request that the services work on at once, within limits."""
+    places = 0
+    for url in urls:
+        try:
+            places += sum(int(engine["at_once"]) for engine in health_of(url.rstrip("/"))["engines"])
+        except (OSError, ValueError, LookupError, TypeError):
+            places += WORKERS
+    return min(max(places, WORKERS), MAX_WORKERS)
+
+
 def wait_for_service(url: str, pid: int) -> str | None:
     """Print the service's progress until it is ready (None), or return why it is not."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     started, told = time.monotonic(), ""
     while time.monotonic() - started < LOADING_S:
         if not alive(pid):
             return "the generation service ended while it was starting"
         try:
-            with opener.open(f"{url}/health", timeout=10) as answer:
-                health = json.load(answer)
+            health = health_of(url)
         except (OSError, ValueError):
             time.sleep(0.2)
             continue
@@ -118,6 +139,9 @@ def read_status(path: Path) -> str:
 
 
 def main(command: str, *arguments: str) -> int:
+    if command == "workers":
+        print(workers_for(list(arguments)))
+        return 0
     if command == "port":
         problem = check_port(arguments[0], int(arguments[1]))
     elif command == "service":

@@ -34,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         status = "failed" if os.path.exists("break-service") else "ready"
         if time.monotonic() - started < 0.5: status = "loading"
         body = dict(status=status, reason="weights of clip" , profile="tiny", profile_reason="no CUDA GPU found")
+        if os.path.exists("engines"): body["engines"] = json.load(open("engines"))
         self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
     def log_message(self, *args): pass
 open("logs/generation_service.log", "w").write("a line of the log\\n")
@@ -214,6 +215,34 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ]  # fmt: skip
     assert miner[-6:] == ["--retries", "0", "--min-reward", ".5", "--metrics-port", "0"]
     refused(clone.deploy("--generation.endpoint", "http://10.0.0.2:10006"), "other flags")
+
+
+@pytest.mark.parametrize(
+    ("engines", "workers"),
+    [
+        ("[]", 4),
+        ('[{"at_once": 1}]', 4),
+        ('[{"at_once": 4}, {"at_once": 3}]', 7),
+        ('[{"at_once": 99}]', 64),
+        ("[1]", 4),
+    ],
+)
+def test_as_many_workers_as_the_services_have_places(clone: Clone, engines: str, workers: int) -> None:
+    clone.write("engines", engines)
+    result = clone.deploy()
+    assert result.returncode == 0, result.stderr
+    miner = (clone.path / "miner-arguments").read_text().split("\n")
+    assert miner[miner.index("--workers") + 1] == str(workers)
+    assert f" {workers} workers " in result.stdout
+    assert f" {workers} workers " in clone.deploy().stdout
+
+
+def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone) -> None:
+    clone.write("engines", '[{"at_once": 5}]')
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        other = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        assert " 9 workers " in clone.deploy("--generation.endpoint", other).stdout
 
 
 def test_a_wallet_means_finney(clone: Clone) -> None:

@@ -62,16 +62,17 @@ def test_the_socket_listens_at_once(host: str) -> None:
         pass
 
 
-def test_several_gpus_get_an_engine_each_and_one_stays_in_the_process(tmp_path: Path) -> None:
-    one = Settings.resolve({"profile": "tiny", "profile_trace": tmp_path / "trace"})
-    for gpus in ((), (0,)):
-        assert isinstance(make_engine(one.model_copy(update={"gpus": gpus})), Engine)
-    fleet = make_engine(one.model_copy(update={"gpus": (1, 0)}))
+@pytest.mark.parametrize("gpus", [(0,), (1, 0)])
+def test_each_gpu_gets_an_engine_in_a_process_of_its_own(gpus: tuple[int, ...], tmp_path: Path) -> None:
+    settings = Settings.resolve({"profile": "tiny", "profile_trace": tmp_path / "trace"})
+    fleet = make_engine(settings.model_copy(update={"gpus": gpus}))
     assert isinstance(fleet, Fleet)
-    assert [(each["device"], each["status"]) for each in fleet.health()] == [
-        ("cuda:1", "loading"),
-        ("cuda:0", "loading"),
-    ]
+    assert [(each["device"], each["status"]) for each in fleet.health()] == [(f"cuda:{n}", "loading") for n in gpus]
+
+
+def test_on_the_cpu_the_engine_is_in_the_service_itself() -> None:
+    settings = Settings.resolve({"profile": "tiny"})
+    assert isinstance(make_engine(settings.model_copy(update={"gpus": ()})), Engine)
 
 
 def record(message: str, *arguments: object, exc_info: object = None) -> logging.LogRecord:
