@@ -2,10 +2,11 @@
 
 For each prompt the real pipeline makes a splat; the judge (trained apart, on exact renders) names shape and colour
 from 8 views all round; the service's own gates and CLIP threshold decide, for the right prompt and for three wrong
-ones: wrong in shape and colour, in the shape alone, in the colour alone.
+ones: wrong in shape and colour, in the shape alone, in the colour alone. With --images the prompts are pictures: exact
+renders of those objects from the front, on white.
 Writes evaluation.json, contact.png (8 views of every splat) and gallery.png to the output folder.
 
-    python -m scripts.evaluate_tiny OUT_FOLDER [--prompts 48] [--config configs/tiny_mv_fast.yaml]
+    python -m scripts.evaluate_tiny OUT_FOLDER [--prompts 48] [--images] [--config configs/tiny_mv_fast.yaml]
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
 from generation.pipeline import Asset, Pipeline, Request
@@ -27,23 +30,33 @@ from generation.splats import ply
 from scripts.contact_sheet import VIEWS, all_round
 from scripts.tiny_pack import judge
 from scripts.tiny_pack.captions import ObjectSpec, caption, evaluation_specs
+from scripts.tiny_pack.data import front_cameras, render_pool
+from scripts.tiny_pack.render import composite
 from scripts.tiny_pack.shapes import COLOURS, SHAPES
 
 TILE = 96
+PICTURE = 256  # pixels of an image prompt
 
 
-def wrong_prompts(spec: ObjectSpec, rng: random.Random) -> dict[str, str]:
-    """A prompt with another shape and colour, one with another shape, one with another colour."""
+def wrong_specs(spec: ObjectSpec, rng: random.Random) -> dict[str, ObjectSpec]:
+    """Another shape and colour, another shape, another colour."""
     shape = rng.choice([s for s in SHAPES if s != spec.shape])
     colour = rng.choice([c for c in COLOURS if c != spec.colour])
     wrong = {"both": (shape, colour), "shape": (shape, spec.colour), "colour": (spec.shape, colour)}
-    return {kind: caption(ObjectSpec(*pair), rng, plain=True) for kind, pair in wrong.items()}
+    return {kind: ObjectSpec(*pair) for kind, pair in wrong.items()}
+
+
+def pictures(specs: list[ObjectSpec], seed: int) -> list[Image.Image]:
+    """Exact renders from the front, on white."""
+    pool = render_pool(len(specs), front_cameras, PICTURE, "cpu", seed, specs=specs)
+    return [to_pil_image(composite(rgba.float() / 255, 1.0)) for rgba in pool.rgba[:, 0]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--images", action="store_true", help="pictures in place of words")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -53,12 +66,24 @@ def main() -> None:
     judging = judge.load()
     rng = random.Random(args.seed)
     specs = evaluation_specs(args.prompts)
+    texts, wrong, wrong_texts = [], [], []
+    for spec in specs:
+        texts.append(caption(spec, rng, plain=True))
+        wrong.append(wrong_specs(spec, rng))
+        wrong_texts.append({kind: caption(other, rng, plain=True) for kind, other in wrong[-1].items()})
+    images, wrong_images = [], []
+    if args.images:
+        drawn = iter(pictures([*specs, *(other for each in wrong for other in each.values())], args.seed))
+        images = [next(drawn) for _ in specs]
+        wrong_images = [{kind: next(drawn) for kind in each} for each in wrong]
     rows: list[dict] = []
     tiles = []
-    for i, spec in enumerate(specs):
-        prompt = caption(spec, rng, plain=True)
+    for i, (spec, prompt) in enumerate(zip(specs, texts, strict=True)):
         began = time.perf_counter()
-        (outcome,) = pipeline.generate([Request(prompt, None, args.seed, threshold, None)])
+        request = (
+            Request(None, images[i], args.seed, threshold) if images else Request(prompt, None, args.seed, threshold)
+        )
+        (outcome,) = pipeline.generate([request])
         seconds = time.perf_counter() - began
         if not isinstance(outcome, Asset) or outcome.gaussians is None:
             reason = outcome.report.rejected if isinstance(outcome, Asset) else repr(outcome)
@@ -70,8 +95,8 @@ def main() -> None:
         tiles.append(F.interpolate(views, size=TILE, mode="area"))
         shape, colour = judging.name(F.interpolate(views, size=judge.SIZE, mode="area"))
         splat = ply.write(fit_to_frame(outcome.gaussians))
-        wrong = wrong_prompts(spec, rng)
-        wrong_scores = {kind: pipeline.validate(splat, text).score for kind, text in wrong.items()}
+        others = wrong_images[i] if images else wrong_texts[i]
+        wrong_scores = {kind: pipeline.validate(splat, other).score for kind, other in others.items()}
         row = {
             "prompt": prompt,
             "passed": outcome.report.rejected is None,
@@ -80,7 +105,7 @@ def main() -> None:
             "judged": f"{colour} {shape}",
             "shape_right": shape == spec.shape,
             "colour_right": colour == spec.colour,
-            "wrong_prompts": wrong,
+            "wrong_prompts": wrong_texts[i],
             "wrong_scores": wrong_scores,
             "seconds": round(seconds, 1),
             "stages": {k: round(v, 2) for k, v in outcome.report.seconds.items()},
@@ -88,7 +113,7 @@ def main() -> None:
         rows.append(row)
         print(
             f"{i + 1}/{len(specs)} {prompt}: score {row['score']:.2f}, judged {row['judged']}, "
-            f"as {wrong['both']!r} {wrong_scores['both']:.2f}, {seconds:.1f} s",
+            f"as {wrong_texts[i]['both']!r} {wrong_scores['both']:.2f}, {seconds:.1f} s",
             flush=True,
         )
     count = len(rows)

@@ -154,9 +154,25 @@ def test_guidance_keeps_a_known_first_view(guidance: MVDream) -> None:
     first = torch.rand(3, guidance.image_size, guidance.image_size, generator=g)
     free = guidance.sample(condition, poses(2), torch.Generator().manual_seed(1), 10, 1.0)
     bound = guidance.sample(condition, poses(2), torch.Generator().manual_seed(1), 10, 1.0, first=first)
-    known = guidance._encode(first[None])
-    assert (guidance._encode(bound[:1]) - known).abs().mean() < (guidance._encode(free[:1]) - known).abs().mean()
+    kept = guidance._vae.decode(guidance._encode(first[None])).sample / 2 + 0.5
+    assert torch.allclose(bound[:1], kept.clamp(0, 1), atol=1e-4)
     assert not torch.allclose(bound[1:], free[1:], atol=1e-4)  # the others see it
+
+
+def test_a_known_first_view_has_no_noise_in_any_step(guidance: MVDream, monkeypatch) -> None:
+    first = torch.rand(3, guidance.image_size, guidance.image_size, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def guided_noise(latents, t, *_):
+        seen.append((latents[:1].clone(), t.clone()))
+        return torch.ones_like(latents)
+
+    monkeypatch.setattr(guidance, "_guided_noise", guided_noise)
+    guidance.sample(guidance.prepare("", ""), poses(2), torch.Generator().manual_seed(1), 4, 1.0, first=first)
+    assert len(seen) == 4
+    assert all(torch.equal(latents, seen[0][0]) for latents, _ in seen)
+    assert all(t[0] == 0 for _, t in seen)
+    assert [int(t[1]) for _, t in seen] == [750, 500, 250, 0]  # the others have the step that is under way
 
 
 def test_the_outline_has_the_inside_s_colour_and_not_the_backdrop_s() -> None:

@@ -30,10 +30,15 @@ def front_cameras(n: int, g: torch.Generator):
 def two_rings(n: int, g: torch.Generator):
     """Eight views: two rings of four, 90 degrees apart, each at an elevation and a start of its own.
 
-    Half of the pairs are set off by 45 degrees, a quarter are at one elevation.
+    Half of the pairs are set off by 45 degrees, a quarter are at one elevation. Half of the objects are seen from the
+    front first, from as high as pictures are taken.
     """
     elevation = (torch.rand(n, 2, generator=g) * 95 - 20).repeat_interleave(4, 1)
     start = (torch.rand(n, 2, generator=g) * 360).repeat_interleave(4, 1)
+    front = torch.rand(n, 1, generator=g) < 0.5
+    first = torch.arange(8) < 4
+    elevation = torch.where(front & first, FRONT_ELEVATION + torch.rand(n, 1, generator=g) * 20 - 10, elevation)
+    start = torch.where(front & first, 0.0, start)
     aligned = torch.rand(n, 1, generator=g) < 0.5
     start = torch.where(aligned, start[:, :1] + torch.tensor([0.0] * 4 + [45.0] * 4), start)
     level = torch.rand(n, 1, generator=g) < 0.25

@@ -1,7 +1,8 @@
 """Train the multi-view guidance of the pack (`python -m scripts.tiny_pack.train_mvdream`).
 
 A latent diffusion model (DDPM, noise prediction) of four views, or eight, that attend to each other, given the text
-and the cameras (Shi et al. 2023, "MVDream"); a tenth of the captions is dropped for classifier-free guidance.
+and the cameras (Shi et al. 2023, "MVDream"); a tenth of the captions is dropped for classifier-free guidance. In some
+of the sets of eight the first view is a known picture: it comes without noise, at time step 0, and without words.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .train_flux import tokens
 from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
 CAPTIONS = 6
+# How often there are eight views with the first one known, eight, and four.
+KINDS = {"known": 0.5, "eight": 0.25, "four": 0.25}
 
 
 class TextAndUNet(torch.nn.Module):
@@ -31,11 +34,10 @@ class TextAndUNet(torch.nn.Module):
         self.joint = join_views(self.unet)
 
     def forward(self, noisy, t, ids, cameras):
-        """Noise (S, V, 4, h, w) in latents of S scenes; ids (S, L), cameras (S, V, 16), t (S,)."""
+        """Noise (S, V, 4, h, w) in latents of S scenes; ids (S, L), cameras (S, V, 16), t (S, V)."""
         views = noisy.shape[1]
         words = self.text(ids).last_hidden_state.repeat_interleave(views, 0)
-        t = t.repeat_interleave(views, 0)
-        out = self.unet(noisy.flatten(0, 1), t, words, class_labels=cameras.flatten(0, 1)).sample
+        out = self.unet(noisy.flatten(0, 1), t.flatten(), words, class_labels=cameras.flatten(0, 1)).sample
         return out.view_as(noisy)
 
 
@@ -72,26 +74,30 @@ def main() -> None:
     model.to(args.device)
     forward = {4: compiled(model, args), 8: compiled(model, args)}
     batch = args.batch or 128
-    step = 0
+    kinds, shares = list(KINDS), torch.tensor(list(KINDS.values()))
 
     def loss() -> torch.Tensor:
-        nonlocal step
-        step += 1
-        shown = 8 if step % 2 else 4
+        kind = kinds[int(torch.multinomial(shares, 1))]
+        shown = 4 if kind == "four" else 8
         scenes = batch if shown == 4 else batch // 2
         model.joint.views = shown
         i = torch.randint(n, (scenes,), device=args.device)
         first = 4 * int(torch.randint(2, ())) if shown == 4 else 0
         x0, camera = latents[i, first : first + shown], cameras[i, first : first + shown]
         words = ids[i, torch.randint(CAPTIONS, (scenes,), device=args.device)]
-        dropped = torch.rand(scenes, 1, device=args.device) < 0.1
+        dropped = torch.rand(scenes, 1, device=args.device) < (1.0 if kind == "known" else 0.1)
         words = torch.where(dropped, empty, words)
-        t = torch.randint(1000, (scenes,), device=args.device)
-        a = alphas[t].view(-1, 1, 1, 1, 1)
+        t = torch.randint(1000, (scenes, 1), device=args.device).repeat(1, shown)
+        a = alphas[t].view(scenes, shown, 1, 1, 1)
         noise = torch.randn_like(x0)
+        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        drawn = slice(0, None)
+        if kind == "known":
+            drawn = slice(1, None)
+            noisy[:, 0], t[:, 0] = x0[:, 0], 0
         with autocast(args):
-            predicted = forward[shown](a.sqrt() * x0 + (1 - a).sqrt() * noise, t, words, camera)
-        return torch.mean((predicted.float() - noise) ** 2)
+            predicted = forward[shown](noisy, t, words, camera)
+        return torch.mean((predicted.float() - noise)[:, drawn] ** 2)
 
     best, run = fit("mvdream", model, loss, args, lr=2e-4 if args.tune else 7e-4)
     best.unet.half().save_pretrained(folder / "unet")

@@ -59,8 +59,8 @@ class TextGuidance(Guidance, Protocol):
     ) -> Tensor:
         """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
 
-        With `first` (3, S, S) the first view is known, and the others are drawn to go with it: at each step it is put
-        in with that step's noise.
+        With `first` (3, S, S) the first view is known, and the others are drawn to go with it, by a model that was
+        trained for that: it sees this view without noise, at time step 0.
         """
         ...
 

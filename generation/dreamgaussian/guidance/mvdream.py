@@ -94,16 +94,15 @@ class MVDream(Distillation):
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = latents.to(self._unet.device, self._unet.dtype)
         self._scheduler.set_timesteps(steps)
-        known = None if first is None else self._latents(self._resize(first[None].to(latents)))
-        noise_of_known = latents[:1].clone()
+        known = latents[:0] if first is None else self._latents(self._resize(first[None].to(latents)))
         try:
             self._joint.views = views
             for t in self._scheduler.timesteps:
-                if known is not None:
-                    latents[:1] = self._scheduler.add_noise(known, noise_of_known, t[None])
-                every = t.to(latents.device).expand(views)
+                every = t.to(latents.device).repeat(views)
+                latents[: len(known)], every[: len(known)] = known, 0
                 noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
                 latents = self._scheduler.step(noise, t, latents).prev_sample
+            latents[: len(known)] = known
         finally:
             self._joint.views = self.views
         images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
