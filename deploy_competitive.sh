@@ -16,7 +16,8 @@ usage() {
     cat <<'USAGE'
 usage: ./deploy_competitive.sh [flags]
 
-  --profile auto|full|tiny     models: full needs a CUDA GPU and the weights, tiny comes with the repository (auto)
+  --profile auto|full|tiny     models: full needs a CUDA GPU and the weights, tiny comes with the repository (auto:
+                               full where it can be; on any network but the rehearsal, full or not at all)
   --config PATH                optimisation config, a YAML with DreamGaussian's keys (the profile's)
   --models PATH                models file: which checkpoint each stage loads (the profile's)
   --flux-steps N               steps of text to image (the profile's)
@@ -188,6 +189,8 @@ if [[ $network == auto ]]; then
     if [[ -n $wallet_name ]]; then network=finney; else network=rehearsal; fi
 fi
 [[ $network == rehearsal || -n $wallet_name ]] || misuse "--network $network needs --wallet.name"
+# What the tiny models make earns nothing there but penalties: only who asks for them gets them.
+[[ $network == rehearsal || $profile != auto ]] || profile=full
 
 case $host in # where to reach a service that listens there
     0.0.0.0) reach=127.0.0.1 ;;
@@ -253,10 +256,11 @@ fi
 python=.venv/bin/python
 [[ -x $python ]] || python=$(find_python)
 problem=$("$python" scripts/probe.py port "$host" "$port") || die "$problem"
-extras=$(hardware_extras)
+extras=""
+[[ $profile == tiny ]] || extras=$(hardware_extras)
 # shellcheck disable=SC2086  # one word for each extra
 ensure_environment $extras
-[[ -z $extras ]] || .venv/bin/python -m scripts.build_gsplat || [[ $profile == tiny ]] ||
+[[ -z $extras ]] || .venv/bin/python -m scripts.build_gsplat ||
     die "gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny"
 
 # ---- start ----

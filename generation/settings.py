@@ -268,6 +268,8 @@ class Settings(_Schema):
         gpus = _choose_gpus(arguments.gpus)
         memory = memory or gpu_memory(gpus)
         profile, reason, device = _choose_profile(arguments, options, memory)
+        if device == "cpu":
+            gpus, memory = (), None
         models_file, config = PROFILES[profile]
         models_file = arguments.models or models_file
         models = Models.load(models_file)
@@ -307,14 +309,21 @@ def _choose_profile(
     """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
+    from generation.splats.rasterize import kernels
     from generation.weights import missing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def tiny(why: str) -> tuple[Literal["tiny"], str, str]:
+        if device == "cpu" or kernels.is_built():
+            return "tiny", why, device
+        return "tiny", f"{why}; on the CPU, for gsplat is not built for the GPU", "cpu"
+
     if arguments.models is not None:
         profile: Literal["full", "tiny"] = "full" if arguments.profile == "full" else "tiny"
         return profile, f"models file {arguments.models} given", device
     if arguments.profile == "tiny":
-        return "tiny", "profile tiny asked for", device
+        return tiny("profile tiny asked for")
     models_file, config = PROFILES["full"]
     models = Models.load(models_file)
     absent = missing(models.needed(options or DreamGaussianOptions.load(config)).values())
@@ -325,11 +334,11 @@ def _choose_profile(
     if device == "cpu":
         return "tiny", "no CUDA GPU found, so the embedded tiny models run on the CPU", device
     if absent:
-        return "tiny", f"a CUDA GPU is there, but not the full-size weights: {'; '.join(absent)}", device
+        return tiny(f"a CUDA GPU is there, but not the full-size weights: {'; '.join(absent)}")
     try:
         choose(models.memory_classes, memory, arguments.memory_class)
     except ValueError as error:
-        return "tiny", f"all full-size weights are there, but {error}", device
+        return tiny(f"all full-size weights are there, but {error}")
     return "full", "a CUDA GPU and all full-size weights are there", device
 
 

@@ -3,7 +3,7 @@
 probe.py port HOST PORT           exit 0 when the port is free, else one line that says who holds it
 probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
 probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
-probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}
+probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}; PID may go on without
 probe.py workers URL...           print how many workers keep these services busy
 """
 
@@ -114,7 +114,10 @@ def wait_for_service(url: str, pid: int) -> str | None:
 
 
 def wait_for_file(path: Path, pid: int, seconds: float, status: bool) -> str | None:
-    """None once ``path`` is there (and says that it is ready, when it holds a status), else why not."""
+    """None once ``path`` is there (and says that it is ready, when it holds a status), else why not.
+
+    A process with a status that is not ready in time is left to go on: it says what it waits for.
+    """
     deadline, told = time.monotonic() + seconds, ""
     while True:
         state = read_status(path) if status else ("ready" if path.exists() else "")
@@ -125,8 +128,11 @@ def wait_for_file(path: Path, pid: int, seconds: float, status: bool) -> str | N
             print(f"  {told}", flush=True)
         if not alive(pid):
             return "the process ended while it was starting"
+        if time.monotonic() > deadline and told:
+            print(f"  still after {seconds:.0f} s: {told}; it goes on trying", flush=True)
+            return None
         if time.monotonic() > deadline:
-            return f"not ready within {seconds:.0f} s" + (f": {told}" if told else "")
+            return f"not ready within {seconds:.0f} s"
         time.sleep(0.1)
 
 

@@ -242,6 +242,8 @@ def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone
 def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
     assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
+    # What the toy models make would earn penalties there.
+    assert (clone.path / "service-arguments").read_text().startswith("--profile\nfull\n")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +411,9 @@ def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> N
     assert result.returncode != 0
     assert "the compiler failed" in result.stderr and "gsplat, which a GPU needs, is not built" in result.stderr
     assert not list((clone.path / "run").glob("*.pid"))
+    (clone.path / "builds").unlink()
     assert clone.deploy("--profile", "tiny", PATH=with_gpu(clone)).returncode == 0
+    assert not (clone.path / "builds").exists()
 
 
 def test_a_gpu_needs_python_h(clone: Clone) -> None:

@@ -13,6 +13,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import bittensor as bt
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from neurons.chain import Metagraph, Neuron
 from neurons.miner import generators, options, submitter, task_manager
 from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import DateListener
-from neurons.miner.events import Event
+from neurons.miner.events import Event, Generation
 from neurons.miner.generator import (
     AttemptFailed,
     EndpointUnavailable,
@@ -111,6 +112,7 @@ class Bench:
         self.network = FakeNetwork()
         self.generator = FakeGenerator()
         self.totals: Counter[str] = Counter()
+        self.events: list[Event] = []
         self.spool = Spool(folder)
         self.directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset({180})))
         self.directory.update(Metagraph(17, tuple(validators)))
@@ -132,6 +134,7 @@ class Bench:
         self.workers: list[asyncio.Task[None]] = []
 
     def record(self, event: Event) -> None:
+        self.events.append(event)
         self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
 
     async def run_until(self, condition: Callable[[], bool]) -> None:
@@ -283,7 +286,46 @@ async def test_a_failed_validation_is_said(bench: Bench, caplog: pytest.LogCaptu
     assert any("Validation failed: validator [1]" in record.getMessage() for record in caplog.records)
 
 
+async def test_a_task_that_would_be_tried_again_stays_open_at_a_stop(bench: Bench) -> None:
+    bench.retries = 2
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def generate(task: Task, seed: int) -> Generated:
+        began.set()
+        await go_on.wait()
+        return Generated(b"", 0.41, "1", "score 0.41 under 0.60")
+
+    bench.generator.generate = generate  # type: ignore[method-assign]
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(began.is_set)
+    closing = asyncio.create_task(bench.manager.close())
+    await asyncio.sleep(0.01)
+    go_on.set()
+    await closing
+    await asyncio.gather(*bench.workers)
+    assert bench.totals["generation rejected"] == 1
+    assert bench.network.submissions == []  # an empty result would end the task
+
+
+async def test_only_the_time_at_a_service_counts(bench: Bench) -> None:
+    bench.retries = 1
+    bench.generator.result = AttemptFailed("500", "http://a", 3.5)
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["submission empty"] == 1)
+    generations = [event for event in bench.events if isinstance(event, Generation)]
+    assert [(each.seconds, each.endpoint) for each in generations] == [(3.5, "http://a")] * 2
+
+
 # --- submission and spool
+
+
+async def test_a_spooled_result_that_can_not_be_sent_does_not_hold_up_the_first_round(tmp_path: Path) -> None:
+    Spool(tmp_path).put(SpooledResult(VALIDATORS[0].hotkey, TextTask(id="id-1", prompt="p"), b"result"))
+    bench = Bench(tmp_path, VALIDATORS[:1])
+    bench.network.submission_statuses = [500] * 100
+    await bench.run_until(bench.manager.first_round_done.is_set)
+    assert bench.totals["submission accepted"] == 0
+    await bench.stop()
 
 
 async def test_submissions_are_repeated_until_answered(
@@ -395,8 +437,8 @@ async def ask_service(handler: Handler, task: Task) -> Generated:
     try:
         async with GenerationService(url) as service:
             generated = await service.generate(task, 5)
-            assert generated.endpoint == url
-            return replace(generated, endpoint="")
+            assert generated.endpoint == url and 0 < generated.seconds < 5
+            return replace(generated, endpoint="", seconds=0.0)
     finally:
         await runner.cleanup()
 
@@ -409,6 +451,36 @@ async def test_a_generated_splat_comes_with_its_score() -> None:
         return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})
 
     assert await ask_service(handler, TextTask(id="1", prompt="größer")) == Generated(PLY, 0.76, "5", "")
+
+
+async def test_line_breaks_are_no_reason_to_lose_a_task() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        assert (await request.post())["prompt"] == "a red cube, on a table"
+        return web.Response(body=PLY)
+
+    assert (await ask_service(handler, TextTask(id="1", prompt=" a red\r\ncube,\ton a  table\n"))).ply == PLY
+
+
+@pytest.mark.parametrize("call", ["health", "generate"])
+async def test_an_endpoint_that_takes_no_connection_is_not_there(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is gone without a word: packets are dropped, nothing is refused."""
+
+    async def nobody(*_: object, **__: object) -> object:
+        raise aiohttp.ConnectionTimeoutError("Connection timeout to host")
+
+    monkeypatch.setattr(aiohttp.ClientSession, "_request", nobody)
+    async with GenerationService("http://10.0.0.1:9") as service:
+        with pytest.raises(EndpointUnavailable, match="no connection in time"):
+            await (service.health() if call == "health" else service.generate(TextTask(id="1", prompt="p"), 1))
+
+
+async def test_a_failed_attempt_says_where_and_for_how_long() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=500)
+
+    with pytest.raises(AttemptFailed) as failed:
+        await ask_service(handler, TextTask(id="1", prompt="p"))
+    assert failed.value.endpoint.startswith("http://127.0.0.1:") and 0 < failed.value.seconds < 5
 
 
 async def test_an_image_task_is_uploaded() -> None:
@@ -459,7 +531,7 @@ async def test_other_answers_end_the_task_or_the_attempt(failure: type[Exception
         TextTask(id="1", prompt=""),
         TextTask(id="1", prompt="x" * 1025),
         TextTask(id="1", prompt="a\x1b[2Jb"),
-        TextTask(id="1", prompt="a\nb"),
+        TextTask(id="1", prompt=" \n\t"),
         TextTask(id="1", prompt="\x9b"),
         ImageTask(id="1", prompt="no base64"),
     ],

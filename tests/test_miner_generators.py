@@ -180,6 +180,18 @@ def test_an_endpoint_that_fails_at_everything_is_left_out() -> None:
     with_pool(test)
 
 
+def test_an_attempt_is_over_when_one_endpoint_failed_and_the_other_went() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.append(AttemptFailed("500"))
+        second.outcomes.append(EndpointUnavailable("gone"))
+        with pytest.raises(AttemptFailed, match="500"):
+            await pool.generate(TASK, 1)
+        assert len(first.asked) == len(second.asked) == 1
+        assert pool.ready.is_set()  # the first can take the next attempt
+
+    with_pool(test)
+
+
 def test_a_task_at_fault_is_no_endpoint_s_fault() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         first.outcomes.append(GenerationFailed("422"))

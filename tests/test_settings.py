@@ -6,6 +6,7 @@ import torch
 
 from generation import settings, weights
 from generation.settings import CONFIGS, DreamGaussianOptions, Models, Settings, SettingsError
+from generation.splats.rasterize import kernels
 
 # The keys of upstream's configs/text_mv.yaml and their values, in an order of our own.
 UPSTREAM = """
@@ -187,6 +188,8 @@ def test_prompt_template_must_have_its_place(tmp_path):
 )
 def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(kernels, "is_built", lambda: True)
     monkeypatch.setattr(settings, "gpu_memory", lambda gpus: None)
     assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
 
@@ -212,12 +215,22 @@ class TestResolve:
     def machine(self, monkeypatch):
         """Pretends a machine with or without a GPU and the full-size weights."""
 
-        def pretend(gpu: bool, absent: list[str], gib: float = 24) -> None:
+        def pretend(gpu: bool, absent: list[str], gib: float = 24, built: bool = True) -> None:
             monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
             monkeypatch.setattr(settings, "gpu_memory", lambda gpus: int(gib * 2**30) if gpu else None)
             monkeypatch.setattr(weights, "missing", lambda models: absent)
+            monkeypatch.setattr(settings, "_choose_gpus", lambda asked: (0,) if gpu else ())
+            monkeypatch.setattr(kernels, "is_built", lambda: built)
 
         return pretend
+
+    @pytest.mark.parametrize("asked", [{"profile": "tiny"}, {}])
+    @pytest.mark.parametrize(("built", "device", "gpus"), [(True, "cuda", (0,)), (False, "cpu", ())])
+    def test_the_tiny_profile_takes_the_gpu_only_where_gsplat_is(self, machine, asked, built, device, gpus):
+        machine(True, ["flux is not here"], built=built)
+        resolved = Settings.resolve(asked)
+        assert (resolved.profile, resolved.device, resolved.gpus) == ("tiny", device, gpus)
+        assert ("gsplat is not built" in resolved.profile_reason) is not built
 
     @pytest.mark.parametrize(
         ("gpu", "absent", "profile", "words"),

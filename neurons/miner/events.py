@@ -44,8 +44,8 @@ class Pull:
 class Generation:
     """One attempt at one task, when it is over: a task that is tried with three seeds makes three of these.
 
-    `seconds`: the endpoint's time as seen from here. `score`: by the self-check, as the validators score.
-    `size`: bytes of the packed result. `endpoint`: address of the service.
+    `seconds`: for how long the endpoint had the task, 0 where none had it. `score`: by the self-check, as the
+    validators score. `size`: bytes of the packed result. `endpoint`: address of the service.
     """
 
     validator: Neuron

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import math
+import time
 import unicodedata
 from dataclasses import dataclass
 
@@ -20,8 +21,12 @@ MAX_HEALTH_BYTES = 1 << 20
 REQUEST_TIMEOUT_S = 900.0
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
+HEALTH_CONNECT_TIMEOUT_S = 3.0
+# Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
+KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
+NO_CONNECTION = "not reachable (no connection in time)"
 
 
 class GenerationFailed(Exception):
@@ -29,7 +34,15 @@ class GenerationFailed(Exception):
 
 
 class AttemptFailed(Exception):
-    """The service failed at this task; another attempt, or another service, may do better."""
+    """The service failed at this task; another attempt, or another service, may do better.
+
+    `endpoint`: which service, and `seconds`: how long it had the task.
+    """
+
+    def __init__(self, reason: str, endpoint: str = "", seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.endpoint = endpoint
+        self.seconds = seconds
 
 
 class EndpointUnavailable(Exception):
@@ -42,13 +55,17 @@ class EndpointUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Generated:
-    """The service's answer: a PLY, or b"" when its own checks reject the result."""
+    """The service's answer: a PLY, or b"" when its own checks reject the result.
+
+    `endpoint`: which service, and `seconds`: how long it had the task.
+    """
 
     ply: bytes
     score: float | None
     seed: str
     rejected: str
     endpoint: str = ""
+    seconds: float = 0.0
 
 
 def prompt_problem(prompt: str) -> str | None:
@@ -70,7 +87,8 @@ class GenerationService:
 
     async def __aenter__(self) -> GenerationService:
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
-        self._session = aiohttp.ClientSession(timeout=timeout)
+        connector = aiohttp.TCPConnector(keepalive_timeout=KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -84,10 +102,12 @@ class GenerationService:
         """
         assert self._session is not None
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self.endpoint}/health", timeout=timeout) as response:
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
                 return str(body["status"])[:40]
+        except aiohttp.ConnectionTimeoutError as error:
+            raise EndpointUnavailable(NO_CONNECTION) from error
         except TimeoutError:
             return None
         except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError) as error:
@@ -96,15 +116,19 @@ class GenerationService:
     async def generate(self, task: Task, seed: int) -> Generated:
         """The splat of one task. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
         assert self._session is not None
-        form = _form(task, seed)
+        form, started = _form(task, seed), time.monotonic()
+
+        def failed(reason: str) -> AttemptFailed:
+            return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
+
         try:
             async with self._session.post(f"{self.endpoint}/generate/", data=form) as response:
                 if response.status == 503:
                     raise EndpointUnavailable("busy (503)", _retry_after(response))
                 if response.status != 200:
                     message = (await response.content.read(500)).decode(errors="replace")
-                    failure = AttemptFailed if response.status >= 500 else GenerationFailed
-                    raise failure(f"service answered {response.status}: {quoted(message)}")
+                    reason = f"service answered {response.status}: {quoted(message)}"
+                    raise failed(reason) if response.status >= 500 else GenerationFailed(reason)
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
                 return Generated(
@@ -113,9 +137,12 @@ class GenerationService:
                     headers.get("X-Seed", "?"),
                     headers.get("X-Rejected", ""),
                     self.endpoint,
+                    time.monotonic() - started,
                 )
+        except aiohttp.ConnectionTimeoutError as error:
+            raise EndpointUnavailable(NO_CONNECTION) from error
         except TimeoutError as error:
-            raise AttemptFailed(f"no answer within {REQUEST_TIMEOUT_S:.0f} s") from error
+            raise failed(f"no answer within {REQUEST_TIMEOUT_S:.0f} s") from error
         except aiohttp.ClientError as error:
             raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
 
@@ -129,10 +156,11 @@ def _form(task: Task, seed: int) -> aiohttp.FormData:
             raise GenerationFailed(f"image prompt is not base64 ({error})") from error
         form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")
         return form
-    problem = prompt_problem(task.prompt)
+    prompt = " ".join(task.prompt.split())  # a line break is no reason to lose the task
+    problem = prompt_problem(prompt)
     if problem is not None:
         raise GenerationFailed(f"prompt {problem}")
-    form.add_field("prompt", task.prompt)
+    form.add_field("prompt", prompt)
     return form
 
 

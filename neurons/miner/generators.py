@@ -133,9 +133,12 @@ class GeneratorPool:
         Raises GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
         """
         failed: list[_Endpoint] = []
+        failure: AttemptFailed | None = None
         while True:
             endpoint = self._least_busy(failed)
             if endpoint is None:
+                if failure is not None:
+                    raise failure
                 await self._until_ready()
                 continue
             begun, finished = endpoint.pace.begin(), False
@@ -147,8 +150,7 @@ class GeneratorPool:
             except AttemptFailed as error:
                 self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
                 failed.append(endpoint)
-                if self._least_busy(failed) is None:
-                    raise
+                failure = error
             else:
                 endpoint.failures = 0
                 return generated

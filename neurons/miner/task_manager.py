@@ -205,6 +205,7 @@ class AsyncTaskManager:
                 log.info("Validator [%d]: submitting a spooled result, %s", validator.uid, quoted(task.id))
                 assignment = Assignment(validator, task, self._threshold, self._now())
                 self._submitter.submit(assignment, entry.result)
+                self._mark_asked(hotkey)  # its validator may be away for long, and the miner works all the same
                 ask_again_at = await assignment.settled
         return ask_again_at
 

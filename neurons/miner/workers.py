@@ -25,6 +25,10 @@ SEED_BITS = 32
 log = logging.getLogger(__name__)
 
 
+class TaskLeft(Exception):
+    """Nothing is submitted: the task stays open, and its validator gives it out again."""
+
+
 class Generator(Protocol):
     async def generate(self, task: Task, seed: int) -> Generated: ...
 
@@ -54,19 +58,18 @@ class Worker:
             result = None
             try:
                 result = await self._produce(assignment)
-            except ServiceUnavailable as error:
+            except TaskLeft as error:
                 uid = assignment.validator.uid
                 log.error("Generation failed for validator [%d]: %s; the task stays open", uid, error)
             finally:
                 self._manager.finished(assignment)
                 if result is None:
-                    # Its validator gives it out again.
                     assignment.settle(self._now() + DEFAULT_PAUSE_S)
             if result is not None:
                 self._submitter.submit(assignment, result)
 
     async def _produce(self, assignment: Assignment) -> bytes:
-        """The compressed splat, or b"" where submitting one would be in vain. Raises ServiceUnavailable.
+        """The compressed splat, or b"" where submitting one would be in vain. Raises TaskLeft.
 
         An unacceptable result costs ten minutes of cooldown, an empty one costs none.
         """
@@ -79,29 +82,34 @@ class Worker:
                 log.info("Generated for validator [%d]: %d bytes in %.1f s", uid, event.size, event.seconds)
                 return result
             in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
-            again = event.outcome != "given_up" and attempt < self._retries and in_time and not self._manager.closed
+            again = event.outcome != "given_up" and attempt < self._retries and in_time
+            stopping = again and self._manager.closed
             log.warning(
                 "%s for validator [%d]: %s; %s",
                 "Validation failed" if event.outcome == "rejected" else "Generation failed",
                 uid,
                 event.reason,
-                "trying another seed" if again else "submitting nothing",
+                "stopping" if stopping else "trying another seed" if again else "submitting nothing",
             )
+            if stopping:
+                raise TaskLeft("the miner stops")
             if not again:
                 break
         return b""
 
     async def _attempt(self, assignment: Assignment) -> tuple[bytes, Generation]:
         """One generation, and what became of it: given_up when another attempt would end the same way."""
-        validator, task, started = assignment.validator, assignment.task, self._now()
+        validator, task = assignment.validator, assignment.task
 
         def over(outcome: GenerationOutcome, reason: str = "", size: int = 0) -> Generation:
-            score, endpoint = (None, "") if generated is None else (generated.score, generated.endpoint)
-            return Generation(validator, task, outcome, self._now() - started, score, size, endpoint, reason)
+            score = None if generated is None else generated.score
+            seconds, endpoint = (0.0, "") if done is None else (done.seconds, done.endpoint)
+            return Generation(validator, task, outcome, seconds, score, size, endpoint, reason)
 
         generated: Generated | None = None
+        done: Generated | AttemptFailed | None = None  # by a service, which says how long it took
         try:
-            generated = await self._generator.generate(task, secrets.randbits(SEED_BITS))
+            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS))
             if generated.score is not None:
                 seed = quoted(generated.seed)
                 log.info("CLIP Score: %.2f (validator [%d], seed %s)", generated.score, validator.uid, seed)
@@ -113,10 +121,11 @@ class Worker:
         except GenerationFailed as error:
             return b"", over("given_up", str(error))
         except AttemptFailed as error:
+            done = error
             return b"", over("failed", str(error))
         except ServiceUnavailable as error:
             self._record(over("endpoint", str(error)))
-            raise
+            raise TaskLeft(str(error)) from error
         except Exception as error:
             # Whatever went wrong with this task must not take the worker along.
             log.exception("Generation failed for validator [%d]", validator.uid)

@@ -45,6 +45,14 @@ def find(architectures: list[str]) -> Path | None:
     return None
 
 
+def is_built() -> bool:
+    """Whether gsplat is installed and built for the cards that are here."""
+    try:
+        return find(capabilities()) is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def load() -> None:
     """Give gsplat its compiled code. Raises RuntimeError with the command to run when there is none for these cards."""
     with _loading:
