@@ -163,16 +163,19 @@ def test_a_known_first_view_has_no_noise_in_any_step(guidance: MVDream, monkeypa
     first = torch.rand(3, guidance.image_size, guidance.image_size, generator=torch.Generator().manual_seed(0))
     seen = []
 
-    def guided_noise(latents, t, *_):
-        seen.append((latents[:1].clone(), t.clone()))
-        return torch.ones_like(latents)
+    def guided(both, t, *_):
+        seen.append((both.clone(), t.clone()))
+        return torch.ones_like(both[0])
 
-    monkeypatch.setattr(guidance, "_guided_noise", guided_noise)
+    monkeypatch.setattr(guidance, "_guided", guided)
     guidance.sample(guidance.prepare("", ""), poses(2), torch.Generator().manual_seed(1), 4, 1.0, first=first)
     assert len(seen) == 4
-    assert all(torch.equal(latents, seen[0][0]) for latents, _ in seen)
-    assert all(t[0] == 0 for _, t in seen)
-    assert [int(t[1]) for _, t in seen] == [750, 500, 250, 0]  # the others have the step that is under way
+    for step, (both, t) in zip((750, 500, 250, 0), seen, strict=True):
+        assert torch.equal(both[1, 0], seen[0][0][1, 0])  # as it is, at step 0, where the model is to see it
+        assert t[1].tolist() == [0, *[step] * 7]
+        assert torch.equal(both[0, 1:], both[1, 1:])
+        assert not torch.equal(both[0, 0], both[1, 0])  # and lost in noise like the others where it is not
+        assert t[0].tolist() == [step] * 8
 
 
 def test_the_outline_has_the_inside_s_colour_and_not_the_backdrop_s() -> None:

@@ -60,7 +60,7 @@ class TextGuidance(Guidance, Protocol):
         """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
 
         With `first` (3, S, S) the first view is known, and the others are drawn to go with it, by a model that was
-        trained for that: it sees this view without noise, at time step 0.
+        trained for that: it sees this view without noise, at time step 0, and the guidance is towards that, too.
         """
         ...
 

@@ -95,14 +95,17 @@ class MVDream(Distillation):
         latents = latents.to(self._unet.device, self._unet.dtype)
         self._scheduler.set_timesteps(steps)
         known = latents[:0] if first is None else self._latents(self._resize(first[None].to(latents)))
+        count, noise_of_known = len(known), latents[: len(known)].clone()
         try:
             self._joint.views = views
             for t in self._scheduler.timesteps:
-                every = t.to(latents.device).repeat(views)
-                latents[: len(known)], every[: len(known)] = known, 0
-                noise = self._guided_noise(latents, every, camera_to_world, condition[None], guidance_scale)
+                at = t.to(latents.device).repeat(2, views)
+                latents[:count] = self._scheduler.add_noise(known, noise_of_known, t[None])
+                both = latents.repeat(2, 1, 1, 1, 1)
+                both[1, :count], at[1, :count] = known, 0
+                noise = self._guided(both, at, camera_to_world, condition[None], guidance_scale)
                 latents = self._scheduler.step(noise, t, latents).prev_sample
-            latents[: len(known)] = known
+            latents[:count] = known
         finally:
             self._joint.views = self.views
         images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
@@ -117,14 +120,18 @@ class MVDream(Distillation):
         scale: float,
     ) -> Tensor:
         """See `Distillation`: the condition is the text."""
-        words = conditions.to(noisy).repeat_interleave(len(noisy) // len(conditions), 0)  # (S * V, 2, L, C)
-        cameras = camera_embedding(camera_to_world, self._front_azimuth).to(noisy)
-        (both,) = self._unet(
-            noisy.repeat(2, 1, 1, 1),
-            t.repeat(2),
+        return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
+
+    def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
+        """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the condition, and with it."""
+        words = conditions.to(both).repeat_interleave(both.shape[1] // len(conditions), 0)  # (S * V, 2, L, C)
+        cameras = camera_embedding(camera_to_world, self._front_azimuth).to(both)
+        (noise,) = self._unet(
+            both.flatten(0, 1),
+            t.flatten(),
             torch.cat([words[:, 0], words[:, 1]]),
             class_labels=cameras.repeat(2, 1),
             return_dict=False,
         )
-        without, given = both.chunk(2)
+        without, given = noise.chunk(2)
         return without + scale * (given - without)
