@@ -258,6 +258,9 @@ def test_answered_outcomes() -> None:
     assert answered_outcome(1, None) == "unrated"
     assert answered_outcome(1, Feedback(validation_failed=True)) == "failed"
     assert answered_outcome(1, Feedback()) == "accepted"
+    assert answered_outcome(0, Feedback(), judged=False) == "empty"
+    assert answered_outcome(1, Feedback(), judged=False) == "unrated"
+    assert answered_outcome(1, Feedback(validation_failed=True), judged=False) == "failed"
 
 
 def test_standings(path: Path) -> None:

@@ -201,6 +201,11 @@ async def test_validators_check_senders_signatures_and_tasks(service: StandInSer
         assert answer.is_success and answer.feedback.validation_failed
         assert answer.cooldown_until > 0 and service.scored == 0
 
+        repetition = make_submission(task, result, validator.hotkey, keypair)
+        repetition.cooldown_until = 5
+        answer = await call(keypair, repetition)
+        assert answer.is_success and answer.feedback is not None and answer.cooldown_until == 0
+
         state = validator.rules.miners[network.miner_hotkey]
         await until(lambda: validator.rules.reason_to_refuse(network.miner_hotkey) is not None)
         late = await call(keypair, make_submission(task, result, validator.hotkey, keypair))
