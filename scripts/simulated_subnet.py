@@ -139,7 +139,8 @@ class StandInService:
         return "ready"
 
     async def generate(self, task: Task, seed: int) -> Generated:
+        began = now()
         async with self._slots:
             await asyncio.sleep(self._seconds)
         self.generated += 1
-        return Generated(SPLAT, 0.8, str(seed), "")
+        return Generated(SPLAT, 0.8, str(seed), "", self.endpoint, now() - began)
