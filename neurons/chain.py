@@ -17,6 +17,8 @@ from typing import Any
 import bittensor as bt
 
 FETCH_TIMEOUT_S = 60.0
+# On top of it: the chain's client can swallow the cancellation that a time-out is, and then its thread never ends.
+GIVE_UP_S = 30.0
 MAX_NETWORK_FILE_BYTES = 1 << 20
 
 
@@ -54,7 +56,7 @@ async def fetch(network: str, netuid: int) -> Metagraph:
     """The metagraph of `netuid` from the chain at `network` (finney, test, or a ws:// or wss:// address).
 
     In a thread with an event loop of its own: decoding a metagraph is work that nobody else should wait for. The thread
-    is left behind when the caller is cancelled. Raises MetagraphUnavailable.
+    is left behind when the caller is cancelled, or when it does not end. Raises MetagraphUnavailable.
     """
     loop = asyncio.get_running_loop()
     fetched: asyncio.Future[Metagraph] = loop.create_future()
@@ -78,7 +80,12 @@ async def fetch(network: str, netuid: int) -> Metagraph:
             loop.call_soon_threadsafe(deliver, result)
 
     threading.Thread(target=work, name="metagraph", daemon=True).start()
-    return await fetched
+    limit = FETCH_TIMEOUT_S + GIVE_UP_S
+    try:
+        async with asyncio.timeout(limit):
+            return await fetched
+    except TimeoutError as error:
+        raise MetagraphUnavailable(f"{network}: reading subnet {netuid} has not ended in {limit:.0f} s") from error
 
 
 async def _fetch(network: str, netuid: int) -> Metagraph:

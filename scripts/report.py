@@ -1,8 +1,9 @@
 """What the miner earned in the last hours: a table by validator, and a plot.
 
-python -m scripts.report [--ledger data/ledger.sqlite] [--plot data/report.png] [--hours 4]
+python -m scripts.report [--ledger data/NETWORK-NETUID-HOTKEY/ledger.sqlite] [--plot data/report.png] [--hours 4]
 
-Reads the ledger only, so it may run at any time beside the miner. A rehearsal's is data/rehearsal/ledger.sqlite.
+Reads the ledger only, so it may run at any time beside the miner. Without --ledger it takes the one with the newest
+entry of those in data, a rehearsal's only when there is no other, and says which.
 What the columns say:
 
 tasks            pulled, each counted once
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from neurons.miner.options import LEDGER
+from neurons.miner.options import DATA, LEDGER_NAME, REHEARSAL_STATE
 from neurons.miner.standings import WINDOW_S, Standing, connect, standings
 
 # The validators' cooldown: one task in this time is the most that each gives to a miner.
@@ -81,23 +82,45 @@ class Report:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ledger", type=Path, default=LEDGER)
+    parser.add_argument("--ledger", type=Path)
     parser.add_argument("--plot", type=Path, default=Path("data/report.png"))
     parser.add_argument("--hours", type=float, default=WINDOW_S / 3600)
     args = parser.parse_args(arguments)
     if not 0 < args.hours <= 168:
         parser.error("--hours: more than 0, at most 168")
-    try:
-        report = read(args.ledger, time.time(), args.hours * 3600)
-    except sqlite3.Error as error:
-        print(f"No ledger to read at {args.ledger}: {error}", file=sys.stderr)
+    found = [args.ledger] if args.ledger else ledgers()
+    if not found:
+        print(f"No ledger to read: there is no {DATA}/*/{LEDGER_NAME}; see --ledger", file=sys.stderr)
         return 1
+    path, *others = found
+    try:
+        report = read(path, time.time(), args.hours * 3600)
+    except sqlite3.Error as error:
+        print(f"No ledger to read at {path}: {error}", file=sys.stderr)
+        return 1
+    print(f"Ledger: {path}")
+    for other in others:
+        print(f"  another, for --ledger: {other}")
     console = Console()
     console.print(table(report))
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(report, args.plot)
     console.print(f"Plot: {args.plot}", highlight=False)
     return 0
+
+
+def ledgers() -> list[Path]:
+    """Of all miners that were started in this folder, in the order of their newest entries, a rehearsal's last."""
+    found = DATA.glob(f"*/{LEDGER_NAME}")
+    return sorted(found, key=lambda path: (path.parent != REHEARSAL_STATE, _newest_entry(path)), reverse=True)
+
+
+def _newest_entry(path: Path) -> float:
+    try:
+        with closing(connect(path)) as connection:
+            return float(connection.execute("SELECT max(at) FROM pulls").fetchone()[0] or 0.0)
+    except sqlite3.Error:
+        return 0.0
 
 
 def read(path: Path, until: float, window: float) -> Report:

@@ -81,12 +81,13 @@ class SimulatedValidator:
         miner = MINER.ss58_address
         if self.rules.reason_to_refuse(miner) is not None:
             return 403
+        synapse.cooldown_until = 0  # which it stays for a resubmission
         if self.rules.begin_validation(miner, synapse.task_id) is not None:
             self.held.append((now(), self.clock() - self.rules.miners[miner].assigned_at))
             await asyncio.sleep(self.behaviour.validation)
             self.accepted += self.rules.finish_validation(miner, SCORE if synapse.results else None)
+            synapse.cooldown_until = self.rules.cooldown_until(miner)
         synapse.feedback = self.rules.feedback(miner)
-        synapse.cooldown_until = self.rules.cooldown_until(miner)
         return 200
 
 
@@ -138,7 +139,8 @@ class StandInService:
         return "ready"
 
     async def generate(self, task: Task, seed: int) -> Generated:
+        began = now()
         async with self._slots:
             await asyncio.sleep(self._seconds)
         self.generated += 1
-        return Generated(SPLAT, 0.8, str(seed), "")
+        return Generated(SPLAT, 0.8, str(seed), "", self.endpoint, now() - began)

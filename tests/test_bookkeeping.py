@@ -16,7 +16,7 @@ from neurons.miner import standings
 from neurons.miner.bookkeeping import Bookkeeping
 from neurons.miner.clock import steady_time
 from neurons.miner.competitive_miner import CompetitiveMiner
-from neurons.miner.options import LEDGER, REHEARSAL_STATE, parse
+from neurons.miner.options import REHEARSAL_STATE, parse
 from neurons.miner.policy import EXPLORATION_INTERVAL_S
 from tests.ledger_events import NOW, one_task, validator, write
 from tests.test_miner_rehearsal import StandInService, accepted, options, start_network, until
@@ -69,7 +69,8 @@ async def test_everything_that_happened_is_in_the_ledger(tmp_path: Path) -> None
         finally:
             await asyncio.to_thread(network.__exit__)
 
-    found = standings.read(settings.ledger, steady_time())
+    ledger = settings.ledger_of(network.miner_hotkey)
+    found = standings.read(ledger, steady_time())
     assert set(found) == {first.hotkey, second.hotkey} and unrewarding.pulls == 0
     for theirs in (first, second):
         ours = found[theirs.hotkey]
@@ -81,7 +82,7 @@ async def test_everything_that_happened_is_in_the_ledger(tmp_path: Path) -> None
         assert ours.reward == pytest.approx(1500 * ours.accepted)
         assert 0 < ours.gpu_s < 60 and 0 < ours.cooling_share < 1
     assert sum(each.generated for each in found.values()) == len(service.prompts)
-    with closing(sqlite3.connect(settings.ledger)) as connection:
+    with closing(sqlite3.connect(ledger)) as connection:
         endpoints = connection.execute("SELECT DISTINCT endpoint, score FROM generations").fetchall()
         whole = connection.execute(
             "SELECT count(*) FROM submissions JOIN generations USING (task_id) JOIN pulls USING (task_id)"
@@ -99,7 +100,22 @@ def scrape(port: int) -> str:
 
 
 def test_a_rehearsal_has_a_ledger_of_its_own() -> None:
-    assert parse([]).ledger == REHEARSAL_STATE / "ledger.sqlite"
-    assert parse(["--rehearsal.state", "elsewhere"]).ledger == Path("elsewhere/ledger.sqlite")
-    assert parse(["--wallet.name", "mine"]).ledger == LEDGER
-    assert parse(["--ledger", "here"]).ledger == Path("here")
+    assert parse([]).ledger_of("5M") == REHEARSAL_STATE / "ledger.sqlite"
+    assert parse(["--rehearsal.state", "elsewhere"]).ledger_of("5M") == Path("elsewhere/ledger.sqlite")
+    assert parse(["--rehearsal.state", "elsewhere"]).spool_of("5M") == Path("elsewhere/spool")
+
+
+def test_ledger_and_spool_are_one_hotkey_s_on_one_network() -> None:
+    mine = parse(["--wallet.name", "mine"])
+    assert mine.ledger_of("5M") == Path("data/finney-17-5M/ledger.sqlite")
+    assert mine.spool_of("5M") == Path("data/finney-17-5M/spool")
+    others = (
+        parse(["--wallet.name", "mine", "--netuid", "18"]).spool_of("5M"),
+        parse(["--wallet.name", "mine", "--network", "test"]).spool_of("5M"),
+        parse(["--wallet.name", "mine", "--network", "wss://node.example:443/../.."]).spool_of("5M"),
+        mine.spool_of("5N"),
+    )
+    assert len({mine.spool_of("5M"), *others}) == 5
+    assert {path.parent.parent for path in others} == {Path("data")}
+    named = parse(["--wallet.name", "mine", "--ledger", "here", "--spool", "there"])
+    assert (named.ledger_of("5M"), named.spool_of("5M")) == (Path("here"), Path("there"))

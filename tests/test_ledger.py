@@ -258,6 +258,9 @@ def test_answered_outcomes() -> None:
     assert answered_outcome(1, None) == "unrated"
     assert answered_outcome(1, Feedback(validation_failed=True)) == "failed"
     assert answered_outcome(1, Feedback()) == "accepted"
+    assert answered_outcome(0, Feedback(), judged=False) == "empty"
+    assert answered_outcome(1, Feedback(), judged=False) == "unrated"
+    assert answered_outcome(1, Feedback(validation_failed=True), judged=False) == "failed"
 
 
 def test_standings(path: Path) -> None:
@@ -312,6 +315,15 @@ def test_services_work_side_by_side(path: Path) -> None:
 def test_a_task_that_is_given_out_again_is_one_task(path: Path) -> None:
     write(path, [(NOW - 20, PULL), (NOW - 10, PULL)])
     assert standings.read(path, NOW)["hotkey1"].tasks == 1
+
+
+def test_a_result_of_which_nothing_is_told_was_sent_and_no_more(path: Path) -> None:
+    told = Feedback(current_miner_reward=3000.0)
+    unrated = Submission(validator(1), "t", "unrated", 2.0, 1000, told, NOW + 330)
+    write(path, [*one_task(1, NOW - 300), (NOW, unrated)])
+    found = standings.read(path, NOW)["hotkey1"]
+    assert (found.submitted, found.accepted, found.declined, found.empty) == (2, 1, 0, 0)
+    assert (found.mean_score, found.reward, found.penalty_s) == (0.7, 3000.0, 0.0)
 
 
 def test_only_a_generation_in_the_window(path: Path) -> None:

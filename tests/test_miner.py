@@ -58,6 +58,7 @@ class FakeNetwork:
         self.submission_statuses: list[int | None] = []  # next answers; None is no connection, then 200 for ever
         self.feedback: Feedback | None = Feedback(task_fidelity_score=0.75, current_miner_reward=0.02)
         self.cooldown = 300
+        self.repetitions: list[bool] = []  # which of the next submissions get feedback and nothing else
         self.on_date: DateListener = lambda *_: None
 
     async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
@@ -73,7 +74,8 @@ class FakeNetwork:
         status = self.submission_statuses.pop(0) if self.submission_statuses else 200
         if status == 200:
             synapse.feedback = self.feedback
-            synapse.cooldown_until = int(time.time()) + self.cooldown
+            repetition = self.repetitions.pop(0) if self.repetitions else False
+            synapse.cooldown_until = 0 if repetition else int(time.time()) + self.cooldown
         return _with_status(synapse, status)
 
 
@@ -345,6 +347,48 @@ async def test_a_refusal_is_final(bench: Bench, tmp_path: Path) -> None:
     bench.network.answers = {1: [task_for(1)]}
     await bench.run_until(lambda: bench.totals["submission refused"] == 1)
     assert len(bench.network.submissions) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submitter, "DEFAULT_PAUSE_S", 0.01)
+    monkeypatch.setattr(submitter, "TASK_COOLDOWN_S", 0.0, raising=False)
+    monkeypatch.setattr("neurons.miner.clock.DEFAULT_PAUSE_S", 0.01)
+
+
+async def test_a_result_that_got_feedback_alone_is_not_made_again(
+    bench: Bench, no_pauses: None, tmp_path: Path
+) -> None:
+    bench.network.answers = {1: [task_for(1), task_for(1)]}
+    bench.network.repetitions = [True]
+    await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
+    assert [submission.task_id for submission in bench.network.submissions] == ["id-1", "id-1"]
+    assert len(bench.generator.tasks) == 1
+    assert bench.totals["submission unrated"] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("answer", [task_for(2), PullTask(cooldown_until=2**33), PullTask()])
+async def test_a_result_that_got_feedback_alone_is_forgotten_when_it_is_not_asked_for(
+    bench: Bench, no_pauses: None, tmp_path: Path, answer: PullTask
+) -> None:
+    bench.network.answers = {1: [task_for(1), answer]}
+    bench.network.repetitions = [True]
+    await bench.run_until(lambda: bench.network.pulls.count(1) >= 2)
+    await asyncio.sleep(0.1)
+    assert [task.id for task in bench.generator.tasks].count("id-1") == 1
+    assert bench.spool.get(VALIDATORS[0].hotkey, TextTask(id="id-1", prompt="prompt 1")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_failed_validation_needs_no_cooldown_to_be_believed(
+    bench: Bench, no_pauses: None, tmp_path: Path
+) -> None:
+    bench.network.feedback = Feedback(validation_failed=True)
+    bench.network.answers = {1: [task_for(1), None]}
+    bench.network.repetitions = [True]
+    await bench.run_until(lambda: bench.totals["submission failed"] == 1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -260,6 +260,30 @@ def test_a_result_whose_answer_was_lost_is_no_way_around_the_cooldown(tmp_path: 
     in_virtual_time(test)
 
 
+@pytest.mark.parametrize("tasks_before", [0, 1])
+def test_a_resubmission_that_gets_feedback_alone_is_no_way_around_the_cooldown(
+    tmp_path: Path, tasks_before: int
+) -> None:
+    async def test() -> None:
+        network = Network([Behaviour()], limits())
+        async with mining(network, tmp_path) as miner:
+            await asyncio.sleep(10 + 300 * tasks_before)  # the next task is in work
+            network.deaf = True
+            await asyncio.sleep(16)  # the answer to the first submission is lost; a later one comes within the lock
+            network.deaf = False
+            await asyncio.sleep(30)
+            assert miner.count(Submission, "unrated") == 1
+            assert miner.count(Submission, "accepted") == tasks_before
+            assert network.validators[0].accepted == tasks_before + 1
+            await asyncio.sleep(HOUR)
+            assert miner.count(Submission, "unrated") == 1
+            assert network.validators[0].accepted == 1 + miner.count(Submission, "accepted") >= 10
+            assert len(list(tmp_path.iterdir())) <= 1  # what is in hand right now
+        assert violations(network) == 0
+
+    in_virtual_time(test)
+
+
 def test_a_validator_that_answers_nothing_any_more_is_given_up(tmp_path: Path) -> None:
     async def test() -> None:
         network = Network([Behaviour()], limits())

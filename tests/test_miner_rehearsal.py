@@ -19,12 +19,13 @@ import pytest
 from aiohttp import web
 
 from neurons import ply, spz
-from neurons.chain import Neuron
+from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner.competitive_miner import CompetitiveMiner
 from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.options import MinerOptions
+from neurons.miner.spool import LOCK_NAME, hold
 from neurons.protocol import PullTask, SubmitResults, make_submission
-from neurons.rehearsal.network import RehearsalNetwork, load_prompts
+from neurons.rehearsal.network import RehearsalNetwork, load_prompts, make_wallet
 from neurons.rehearsal.rules import Limits
 from neurons.rehearsal.validator import RehearsalValidator
 
@@ -142,7 +143,7 @@ async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, ca
     for validator in (first, second):
         assert [state.violations for state in validator.rules.miners.values()] == [0]
     assert set(service.prompts) <= set(PROMPTS) and service.scored >= 4
-    assert list(settings.spool.iterdir()) == []
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [LOCK_NAME]
     assert not settings.status_file.exists()  # type: ignore[union-attr]
     lines = [record.getMessage() for record in caplog.records]
     for expected in (
@@ -155,6 +156,46 @@ async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, ca
         "Feedback from [1]: Score=0.81, Reward=",
     ):
         assert any(expected in line for line in lines), expected
+
+
+async def test_a_spool_has_one_miner(service: StandInService, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network = await start_network(tmp_path, service.endpoint, validators=1)
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "half.tmp").touch()
+    try:
+        (tmp_path / "link").symlink_to(tmp_path / "spool")
+        with hold(tmp_path / "link"):
+            miner = CompetitiveMiner(options(tmp_path, service.endpoint))
+            assert await asyncio.wait_for(miner.run(), 10) == 1
+        assert (tmp_path / "spool" / "half.tmp").exists() and network.validators[0].pulls == 0
+        (problem,) = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
+        assert problem.startswith(f"Spool {tmp_path / 'spool'} is in use by another miner")
+        miner = CompetitiveMiner(options(tmp_path, service.endpoint))
+        running = asyncio.create_task(miner.run())
+        await until(lambda: network.validators[0].pulls > 0)
+        miner.stop()
+        assert await asyncio.wait_for(running, 25) == 0
+    finally:
+        await asyncio.to_thread(network.__exit__)
+
+
+async def test_each_hotkey_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def unreachable(network: str, netuid: int) -> Metagraph:
+        raise MetagraphUnavailable("nobody there")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("neurons.chain.fetch", unreachable)
+    hotkeys = [make_wallet(tmp_path / "wallets", name).hotkey.ss58_address for name in ("a", "b")]
+    miners = [
+        CompetitiveMiner(MinerOptions("ws://[::1]:9944", "rehearsal", name, tmp_path / "wallets", metrics_port=0))
+        for name in ("a", "b")
+    ]
+    running = [asyncio.create_task(miner.run()) for miner in miners]
+    locks = {Path(f"data/ws-1-9944-17-{hotkey}/spool/{LOCK_NAME}") for hotkey in hotkeys}
+    await until(lambda: set(Path("data").glob("*/*/*")) == locks)
+    for miner in miners:
+        miner.stop()
+    assert await asyncio.gather(*running) == [0, 0]
 
 
 async def test_a_low_score_costs_the_penalty(service: StandInService, tmp_path: Path) -> None:
@@ -200,6 +241,11 @@ async def test_validators_check_senders_signatures_and_tasks(service: StandInSer
         answer = await call(keypair, forged)
         assert answer.is_success and answer.feedback.validation_failed
         assert answer.cooldown_until > 0 and service.scored == 0
+
+        repetition = make_submission(task, result, validator.hotkey, keypair)
+        repetition.cooldown_until = 5
+        answer = await call(keypair, repetition)
+        assert answer.is_success and answer.feedback is not None and answer.cooldown_until == 0
 
         state = validator.rules.miners[network.miner_hotkey]
         await until(lambda: validator.rules.reason_to_refuse(network.miner_hotkey) is not None)

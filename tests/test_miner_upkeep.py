@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -242,6 +244,27 @@ async def test_a_metagraph_that_takes_long_holds_nobody_up(monkeypatch: pytest.M
         longest = max(longest, time.monotonic() - before)
     assert (await fetching).neurons == (VALIDATOR,)
     assert longest < 0.4
+
+
+async def test_a_reader_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    async def swallows(network: str, netuid: int) -> Metagraph:
+        while not over.is_set():
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        raise MetagraphUnavailable("too late")
+
+    monkeypatch.setattr(chain, "_fetch", swallows)
+    monkeypatch.setattr(chain, "FETCH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(chain, "GIVE_UP_S", 0.1, raising=False)
+    try:
+        async with asyncio.timeout(5):
+            with pytest.raises(MetagraphUnavailable, match="finney: reading subnet 17 has not ended"):
+                await chain.fetch("finney", 17)
+    finally:
+        over.set()
+    await asyncio.sleep(0.1)  # what it delivers now is for nobody
 
 
 # --- the spool's limits

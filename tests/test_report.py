@@ -84,6 +84,28 @@ def test_no_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (tmp_path / "none").exists() and not (tmp_path / "plot.png").exists()
 
 
+def test_the_newest_ledger_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 1
+    assert "No ledger to read" in capsys.readouterr().err
+    now = time.time()
+    practice, older, newer = (
+        Path(f"data/{name}/ledger.sqlite") for name in ("rehearsal", "finney-17-5N", "test-17-5A")
+    )
+    write(practice, one_task(1, now - 100))
+    assert report.main([]) == 0
+    assert f"Ledger: {practice}\n" in capsys.readouterr().out
+    write(newer, one_task(2, now - 200))
+    write(older, one_task(3, now - 300))
+    assert report.main([]) == 0
+    assert f"Ledger: {newer}\n" in (said := capsys.readouterr().out)
+    assert "2 hotke" in said and said.index(str(newer)) < said.index(str(older)) < said.index(str(practice))
+    assert report.main(["--ledger", str(older)]) == 0
+    assert f"Ledger: {older}\n" in (said := capsys.readouterr().out) and str(newer) not in said
+
+
 def test_while_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     writer = Ledger(tmp_path / "l")
     writer.start()

@@ -20,7 +20,7 @@ from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.generator import GenerationService
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.options import REHEARSAL, MinerOptions
-from neurons.miner.spool import Spool
+from neurons.miner.spool import Spool, SpoolInUse, hold
 from neurons.miner.status import IdleLog, StatusFile, snapshot
 from neurons.miner.submitter import Submitter
 from neurons.miner.supervisor import keep_running
@@ -46,7 +46,6 @@ class CompetitiveMiner:
         self._options = options
         self._stopping = asyncio.Event()
         self._status = StatusFile(options.status_file, options.network)
-        self._books = Bookkeeping(options.ledger, options.metrics_port, options.min_reward)
 
     def stop(self) -> None:
         if not self._stopping.is_set():
@@ -54,29 +53,36 @@ class CompetitiveMiner:
         self._stopping.set()
 
     async def run(self) -> int:
-        """The process' exit status: 0 after `stop`, 1 when there is no key to mine with."""
+        """The process' exit status: 0 after `stop`, 1 when there is no key to mine with, or another miner with it."""
         try:
             if await self._network_is_there():
                 keypair = self._load_keypair()
                 if keypair is None:
                     return 1
-                await self._mine(keypair)
+                with hold(self._options.spool_of(keypair.ss58_address)):
+                    await self._mine(keypair)
+        except SpoolInUse as error:
+            log.critical("%s", error)
+            return 1
         finally:
             self._status.remove()
         log.info("Stopped")
         return 0
 
     async def _mine(self, keypair: bt.Keypair) -> None:
-        options, books = self._options, self._books
+        options = self._options
+        ledger, folder = options.ledger_of(keypair.ss58_address), options.spool_of(keypair.ss58_address)
         log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
+        log.info("Ledger %s, spool %s", ledger, folder)
         if options.network == REHEARSAL:
             log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")
         async with AsyncExitStack() as stack:
+            books = Bookkeeping(ledger, options.metrics_port, options.min_reward)
             clocks = ValidatorClocks()
             dendrite = await stack.enter_async_context(ValidatorDendrite(keypair, clocks.answered))
             services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
             pool = GeneratorPool(services)
-            spool = Spool(options.spool)
+            spool = Spool(folder)
             blacklist = Blacklist(options.blacklist, options.blacklist_file)
             blacklist.reload()
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
@@ -104,7 +110,7 @@ class CompetitiveMiner:
             for number in range(1, options.workers + 1):
                 worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
                 workers.append(_start(f"Worker {number}", worker.run))
-            report = functools.partial(self._report_status, directory, manager, pool, synchroniser)
+            report = functools.partial(self._report_status, books, directory, manager, pool, synchroniser)
             background = [
                 _start("Watching the generation services", pool.watch),
                 _start("Following the chain", synchroniser.follow_chain),
@@ -158,6 +164,7 @@ class CompetitiveMiner:
 
     async def _report_status(
         self,
+        books: Bookkeeping,
         directory: ValidatorDirectory,
         manager: AsyncTaskManager,
         pool: GeneratorPool,
@@ -177,10 +184,10 @@ class CompetitiveMiner:
                 validators=len(directory.eligible),
                 queued=manager.queued,
                 working=len(manager.working),
-                totals=dict(self._books.totals),
+                totals=dict(books.totals),
             )
             idle_log.update(manager, len(directory.eligible))
-            self._books.show(snapshot(directory, manager, pool, self._books.backlog))
+            books.show(snapshot(directory, manager, pool, books.backlog))
             await asyncio.sleep(STATUS_INTERVAL_S)
 
 

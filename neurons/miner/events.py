@@ -18,8 +18,8 @@ PullOutcome = Literal["task", "cooldown", "refused", "failed"]
 # generated: goes out. rejected: the self-check said no. failed: no splat. endpoint: the service was at fault, the task
 # moves on. given_up: out of time or stopping before there was a result.
 GenerationOutcome = Literal["generated", "rejected", "failed", "endpoint", "given_up"]
-# accepted, failed: by the validator's feedback. unrated: answered without feedback. empty: answered, nothing was in it.
-# refused: by the axon. given_up: no answer after all attempts.
+# accepted, failed: by the validator's feedback. unrated: answered, and not told what became of it: without feedback, or
+# for a repetition. empty: answered, nothing was in it. refused: by the axon. given_up: no answer after all attempts.
 SubmissionOutcome = Literal["accepted", "failed", "unrated", "empty", "refused", "given_up"]
 
 
@@ -79,10 +79,10 @@ Event = Pull | Generation | Submission
 Recorder = Callable[[Event], None]
 
 
-def answered_outcome(size: int, feedback: Feedback | None) -> SubmissionOutcome:
-    """The outcome of a submission of `size` bytes that the validator answered."""
+def answered_outcome(size: int, feedback: Feedback | None, judged: bool = True) -> SubmissionOutcome:
+    """The outcome of a submission of `size` bytes that the validator answered. `judged`: this time, by the answer."""
     if size == 0:
         return "empty"
-    if feedback is None:
-        return "unrated"
-    return "failed" if feedback.validation_failed else "accepted"
+    if feedback is not None and feedback.validation_failed:
+        return "failed"
+    return "accepted" if feedback is not None and judged else "unrated"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,21 @@ NETUID = 17
 DEFAULT_BLACKLIST = (180,)
 DEFAULT_ENDPOINT = "http://127.0.0.1:10006"
 REHEARSAL = "rehearsal"
-LEDGER = Path("data/ledger.sqlite")
+DATA = Path("data")
+LEDGER_NAME = "ledger.sqlite"
+SPOOL_NAME = "spool"
 METRICS_PORT = 10007
-REHEARSAL_STATE = Path("data/rehearsal")
+REHEARSAL_STATE = DATA / "rehearsal"
 REHEARSAL_WALLET = "rehearsal"
 REHEARSAL_HOTKEY = "miner"
 
 
 @dataclass(frozen=True)
 class MinerOptions:
-    """What one miner process runs with. `network` is rehearsal, finney, test, or a chain's ws:// address."""
+    """What one miner process runs with. `network` is rehearsal, finney, test, or a chain's ws:// address.
+
+    `spool` and `ledger` where they are named; `spool_of` and `ledger_of` say where they are in any case.
+    """
 
     network: str
     wallet_name: str
@@ -36,13 +42,27 @@ class MinerOptions:
     blacklist: frozenset[int | str] = frozenset(DEFAULT_BLACKLIST)
     blacklist_file: Path | None = None
     validation_threshold: float = 0.6
-    spool: Path = Path("data/spool")
-    ledger: Path = LEDGER
+    spool: Path | None = None
+    ledger: Path | None = None
     metrics_port: int = METRICS_PORT
     min_reward: float = 0.0
     rehearsal_state: Path = REHEARSAL_STATE
     log_file: Path = Path("logs/miner.log")
     status_file: Path | None = None
+
+    def spool_of(self, hotkey: str) -> Path:
+        return self.spool or self._home(hotkey) / SPOOL_NAME
+
+    def ledger_of(self, hotkey: str) -> Path:
+        return self.ledger or self._home(hotkey) / LEDGER_NAME
+
+    def _home(self, hotkey: str) -> Path:
+        """For what is this hotkey's on this network alone: cooldowns, and results that it has to sign."""
+        if self.network == REHEARSAL:
+            # Its wallet is in there, too, and nothing that was practice may look like earnings.
+            return self.rehearsal_state
+        network = re.sub(r"[^A-Za-z0-9.]+", "-", self.network)
+        return DATA / f"{network}-{self.netuid}-{hotkey}"
 
 
 def parse(argv: list[str]) -> MinerOptions:
@@ -72,8 +92,7 @@ def parse(argv: list[str]) -> MinerOptions:
         blacklist_file=args.blacklist_file,
         validation_threshold=args.validation_threshold,
         spool=args.spool,
-        # Nothing that was practice may look like earnings.
-        ledger=args.ledger or (args.rehearsal_state / LEDGER.name if network == REHEARSAL else LEDGER),
+        ledger=args.ledger,
         metrics_port=args.metrics_port,
         min_reward=args.min_reward,
         rehearsal_state=args.rehearsal_state,
@@ -121,12 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--blacklist-file", type=Path, default=None, help="more of them, one a line; read again when it changes")
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
-    add("--spool", type=Path, default=Path("data/spool"), help="folder of results on their way")
-    add(
-        "--ledger",
-        type=Path,
-        help=f"database of what happened, for scripts.report; {LEDGER}, or {LEDGER.name} in the rehearsal's folder",
-    )
+    home = f"in {DATA}/NETWORK-NETUID-HOTKEY or in the rehearsal's folder unless named"
+    add("--spool", type=Path, help=f"folder of results on their way, of one miner alone; {home}")
+    add("--ledger", type=Path, help=f"database of what happened, for scripts.report; {home}")
     add("--metrics-port", type=_integer(0, 65535), default=METRICS_PORT, help="Prometheus on 127.0.0.1; 0: none")
     add(
         "--min-reward",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +22,30 @@ MAX_AGE_S = 3600.0
 # Many times what can be on its way: one result per validator, 256 neurons on the subnet.
 MAX_ENTRIES = 512
 MAX_BYTES = 4 << 30
+LOCK_NAME = "lock"
 
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
 log = logging.getLogger(__name__)
+
+
+class SpoolInUse(Exception):
+    """Another miner has the spool; the message says so in a line."""
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keeps other miners off the spool in `folder`: they would hand in these results as theirs. Raises SpoolInUse.
+
+    The lock is gone with its process, however that ends; its file stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SpoolInUse(f"Spool {folder} is in use by another miner: stop that one, or name another") from error
+        yield
 
 
 @dataclass(frozen=True)

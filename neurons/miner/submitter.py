@@ -15,11 +15,13 @@ from neurons.miner.clock import DEFAULT_PAUSE_S, ValidatorClocks
 from neurons.miner.events import Recorder, Submission, SubmissionOutcome, answered_outcome
 from neurons.miner.spool import MAX_AGE_S, Spool, SpooledResult
 from neurons.miner.validators import ValidatorDirectory
-from neurons.protocol import SUBMIT_TIMEOUT_S, SubmitResults, make_submission
+from neurons.protocol import SUBMIT_TIMEOUT_S, SubmitResults, Task, make_submission
 
 # After a submission without an answer: doubled with each one in a row.
 FIRST_RETRY_S = 2.0
 MAX_RETRY_S = 60.0
+# The validators' default, of one that has not yet told of a cooldown.
+TASK_COOLDOWN_S = 300.0
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
@@ -55,12 +57,19 @@ class Submitter:
         self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
         self._last_waits: dict[str, float] = {}  # hotkey -> seconds of the latest cooldown
+        self._unjudged: set[tuple[str, str]] = set()  # (hotkey, task id) of answered results that are kept
 
     def submit(self, assignment: Assignment, result: bytes) -> None:
         """Starts handing in `result` (`.spz`, or b"" for nothing) and returns at once."""
         delivery = asyncio.create_task(self._deliver(assignment, result))
         self._under_way.add(delivery)
         delivery.add_done_callback(self._finished)
+
+    def pulled(self, hotkey: str, task: Task | None) -> None:
+        """To be called with what a pull was answered: a result is not kept for a validator that does not ask for it."""
+        for kept_for, task_id in list(self._unjudged):
+            if kept_for == hotkey and (task is None or task.id != task_id):
+                self._forget(hotkey, task_id)
 
     async def drain(self, timeout: float) -> None:
         """Waits for the submissions under way; after `timeout` seconds leaves them to the spool."""
@@ -88,22 +97,37 @@ class Submitter:
                 log.error("Spool: %s; the result for validator [%d] is in memory alone", error, uid)
             started = self._now()
             response = await self._send(assignment, result)
-            self._spool.remove(hotkey, task.id)
             outcome, reason = self._judge(assignment, response, len(result))
             feedback = None
             if response is not None and response.is_success:
                 feedback = response.feedback
-                ask_again_at = self._clocks.next_pull_at(hotkey, response.cooldown_until)
-                self._last_waits[hotkey] = ask_again_at - self._now()
-            elif hotkey in self._last_waits:
-                # Refused, perhaps for having been taken before, with an answer that was lost: then there is a cooldown.
-                ask_again_at = self._now() + self._last_waits[hotkey] + DEFAULT_PAUSE_S
+            if response is not None and _is_for_a_repetition(response) and outcome != "failed":
+                # Perhaps the validator broke while it judged: then it hands the task out again.
+                self._unjudged.add((hotkey, task.id))
+            else:
+                self._forget(hotkey, task.id)
+            ask_again_at = self._ask_again_at(hotkey, response)
             seconds = self._now() - started
             self._record(
                 Submission(assignment.validator, task.id, outcome, seconds, len(result), feedback, ask_again_at, reason)
             )
         finally:
             assignment.settle(self._now() + DEFAULT_PAUSE_S if ask_again_at is None else ask_again_at)
+
+    def _forget(self, hotkey: str, task_id: str) -> None:
+        self._spool.remove(hotkey, task_id)
+        self._unjudged.discard((hotkey, task_id))
+
+    def _ask_again_at(self, hotkey: str, response: SubmitResults | None) -> float | None:
+        """Our time from which the validator may be asked again; None where nothing is known of it."""
+        if response is not None and response.is_success and response.cooldown_until > 0:
+            ask_again_at = self._clocks.next_pull_at(hotkey, response.cooldown_until)
+            self._last_waits[hotkey] = ask_again_at - self._now()
+            return ask_again_at
+        if (response is not None and response.is_success) or hotkey in self._last_waits:
+            # Taken before, or refused for that, with an answer that was lost: then there is a cooldown.
+            return self._now() + self._last_waits.get(hotkey, TASK_COOLDOWN_S) + DEFAULT_PAUSE_S
+        return None
 
     async def _send(self, assignment: Assignment, result: bytes) -> SubmitResults | None:
         """The validator's answer, be it a refusal; None when there was none for as long as a task can matter."""
@@ -146,6 +170,9 @@ class Submitter:
             log.warning("Validator [%d] took %s, and its answer is not readable: %s", uid, task_id, status_of(response))
             return answered_outcome(size, None), status_of(response)
         feedback = response.feedback
+        repetition = _is_for_a_repetition(response)
+        if repetition:
+            log.warning("Validator [%d] had %s before, and does not say what became of it", uid, task_id)
         if feedback is None:
             return answered_outcome(size, None), ""
         log.info(
@@ -159,12 +186,17 @@ class Submitter:
         )
         if feedback.validation_failed:
             log.warning("Validation failed: validator [%d] did not accept %s", uid, task_id)
-        return answered_outcome(size, feedback), ""
+        return answered_outcome(size, feedback, judged=not repetition), ""
 
 
 def _is_answer(response: bt.Synapse) -> bool:
     """Whether the validator has the result (200, readable or not), or its axon said a no that it would say again."""
     return response.is_success or _status_code(response) in (200, 400, 403, 404)
+
+
+def _is_for_a_repetition(response: SubmitResults) -> bool:
+    """A result that the validator has already gets feedback and no cooldown, be it judged or still being judged."""
+    return response.is_success and response.cooldown_until <= 0
 
 
 def _status_code(response: bt.Synapse) -> int | None:

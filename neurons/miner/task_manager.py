@@ -215,6 +215,7 @@ class AsyncTaskManager:
             validator.axon_info(), PullTask(), timeout=PULL_TIMEOUT_S, deserialize=False
         )
         if response.is_success:
+            self._submitter.pulled(validator.hotkey, response.task)
             return response
         log.warning("Pull from validator [%d] failed: %s", validator.uid, status_of(response))
         self._record(Pull(validator, "failed", self._now() - sent, reason=status_of(response)))

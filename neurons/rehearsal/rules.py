@@ -107,7 +107,10 @@ class Rules:
         return None
 
     def begin_validation(self, hotkey: str, task_id: str) -> TextTask | None:
-        """Locks the miner's assigned task and returns it; None for a resubmission or another task's result."""
+        """Locks the miner's assigned task and returns it.
+
+        None for a resubmission or another task's result, which get feedback and nothing else: no cooldown either.
+        """
         miner = self.miners[hotkey]
         if self._is_locked(miner) or miner.task is None or miner.task.id != task_id:
             return None

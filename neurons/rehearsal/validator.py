@@ -78,6 +78,7 @@ class RehearsalValidator:
     async def _submit_results(self, synapse: SubmitResults) -> SubmitResults:
         hotkey = _sender(synapse)
         failed = False
+        synapse.cooldown_until = 0  # which it stays for a resubmission
         task = self.rules.begin_validation(hotkey, synapse.task_id or (synapse.task.id if synapse.task else ""))
         if task is None:
             log.info("[%d] resubmission by %s", self.uid, hotkey)
@@ -98,8 +99,8 @@ class RehearsalValidator:
             accepted = self.rules.finish_validation(hotkey, score)
             failed = score is not None and not accepted
             self._log_verdict(hotkey, task.prompt, score, accepted, reason)
+            synapse.cooldown_until = self.rules.cooldown_until(hotkey)
         synapse.feedback = self.rules.feedback(hotkey, validation_failed=failed)
-        synapse.cooldown_until = self.rules.cooldown_until(hotkey)
         synapse.results = ""  # what came in need not go back
         return synapse
 
