@@ -341,8 +341,11 @@ def ready(url: str) -> dict[str, Any] | None:
         try:
             with http.open(f"{url}/health", timeout=10) as answer:
                 about = json.load(answer)
-            if about["status"] != "loading":
-                return about if about["status"] == "ready" and "profile" in about else None
+            if about["status"] == "ready":
+                return about if "profile" in about else None
+            # An engine that was lost is started again: a second service would only be in its way.
+            if about["status"] != "loading" and "to be started again" not in about["reason"]:
+                return None
         except (OSError, ValueError, KeyError, TypeError):
             return None
         time.sleep(0.5)

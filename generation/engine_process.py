@@ -20,6 +20,7 @@ from generation.results import Asset
 
 STATE_INTERVAL_S = 0.2
 FLUSH_S = 5.0
+LOST_MARKS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUDNN_STATUS_EXECUTION_FAILED")
 
 log = logging.getLogger("generation.engine_process")
 
@@ -33,9 +34,12 @@ class LogForwarder(logging.Handler):
         self._formatter = SingleLineFormatter()
 
     def emit(self, record: logging.LogRecord) -> None:
-        attributes = {name: getattr(record, name) for name in ("name", "levelno", "levelname", "created", "msecs")}
-        trace = self._formatter.formatException(record.exc_info) if record.exc_info else None
-        self._channel.send(Log({**attributes, "msg": record.getMessage(), "exc_text": trace}))
+        try:
+            attributes = {name: getattr(record, name) for name in ("name", "levelno", "levelname", "created", "msecs")}
+            trace = self._formatter.formatException(record.exc_info) if record.exc_info else None
+            self._channel.send(Log({**attributes, "msg": record.getMessage(), "exc_text": trace}))
+        except Exception:
+            self.handleError(record)  # a line that can not be made is no reason for its writer to fail
 
 
 class EngineProcess:
@@ -114,7 +118,7 @@ def _lost_device(error: BaseException | None) -> str | None:
     while error is not None:
         text = str(error)
         passes = "out of memory" in text or "ALLOC_FAILED" in text
-        if any(mark in text for mark in ("CUDA error", "Triton Error [CUDA]")) and not passes:
+        if any(mark in text for mark in LOST_MARKS) and not passes:
             found = describe(error).splitlines()[0]
         error = error.__cause__ or error.__context__
     return found

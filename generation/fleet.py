@@ -28,10 +28,11 @@ T = TypeVar("T")
 
 
 class _Place:
-    """What a request waits for: a place on one of the engines."""
+    """What a request waits for: a place on one of the engines; ``alone``: on one that runs nothing else meanwhile."""
 
-    def __init__(self, is_call: bool) -> None:
+    def __init__(self, is_call: bool, alone: bool) -> None:
         self.is_call = is_call
+        self.alone = alone
         self.engine: RemoteEngine | None = None
         self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -160,12 +161,15 @@ class Fleet:
             self._calls -= 1
 
     async def _run(self, is_call: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
-        """``work`` on the least busy engine, and on others when that is lost meanwhile."""
+        """``work`` on the least busy engine, and again when that is lost meanwhile.
+
+        Again is alone: whose fault it was is unknown, and those beside it must not be lost with it once more.
+        """
         lost: list[str] = []
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 while len(lost) < MAX_RUNS:
-                    async with self._place(is_call, first=bool(lost)) as remote:
+                    async with self._place(is_call, again=bool(lost)) as remote:
                         try:
                             return await work(remote)
                         except EngineLost as error:
@@ -177,12 +181,12 @@ class Fleet:
         raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
 
     @asynccontextmanager
-    async def _place(self, is_call: bool, first: bool) -> AsyncIterator[RemoteEngine]:
+    async def _place(self, is_call: bool, again: bool) -> AsyncIterator[RemoteEngine]:
         """A place on the engine with the least work, waited for behind those that wait already, or before them."""
         if self._stopping:
             raise self._no_engine()
-        place = _Place(is_call)
-        if first:
+        place = _Place(is_call, alone=again and not is_call)
+        if again:
             self._waiting.appendleft(place)
         else:
             self._waiting.append(place)
@@ -200,8 +204,12 @@ class Fleet:
 
     def _hand_out(self) -> None:
         """Give places to those who wait, in their order; turn them away when no engine is left to wait for."""
+        held_back = False
         for place in list(self._waiting):
-            engines = [each for each in self._engines if each.status == "ready" and (place.is_call or each.has_room)]
+            if held_back and not place.is_call:
+                continue  # or no engine would ever be free for the one that runs alone
+            engines = [each for each in self._engines if each.status == "ready" and _is_for(each, place)]
+            held_back = held_back or (place.alone and not engines)
             if engines and not place.given.done():
                 self._waiting.remove(place)
                 place.engine = min(engines, key=lambda each: each.load)
@@ -217,9 +225,14 @@ class Fleet:
         self._waiting.clear()
 
 
+def _is_for(engine: RemoteEngine, place: _Place) -> bool:
+    return place.is_call or (engine.has_room and not (place.alone and engine.generations))
+
+
 def _count(place: _Place, change: int) -> None:
     assert place.engine is not None
     if place.is_call:
         place.engine.calls += change
     else:
         place.engine.generations += change
+        place.engine.alone = place.alone and change > 0

@@ -21,11 +21,9 @@ from generation.channel import Broken, Call, Cancel, Channel, Failure, Generate,
 from generation.engine import LATE, DeadlineExceeded, OnProgress, StageFailed
 from generation.results import Asset
 
-#: Before a process that ended is started again: doubled with each time in a row, in seconds.
+#: Before a process that ended is started again, in seconds: doubled with each one in a row that answered nothing.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-#: In rotation for this long, and the pauses begin anew.
-STEADY_S = 600.0
 #: A process in rotation that says nothing for so long hangs, and is killed: a look every CHECK_S, so many in a row.
 CHECK_S = 2.0
 SILENT_CHECKS = 30
@@ -52,6 +50,7 @@ class RemoteEngine:
         self.device = device
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
+        self.alone = False  # whether the generation in flight is to have no others beside it
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
@@ -60,7 +59,8 @@ class RemoteEngine:
         self._changed = changed
         self._health: dict[str, Any] = {}  # as the engine's entry, but for the device
         self._set("loading", "starting")
-        self._ready_since: float | None = None  # on time.monotonic()
+        self._was_ready = self._answered = False  # in this life
+        self._lost = 0  # requests, with this life
         self._channel: Channel
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
@@ -83,7 +83,7 @@ class RemoteEngine:
 
     @property
     def has_room(self) -> bool:
-        return self.generations < self.capacity
+        return self.generations < self.capacity and not self.alone
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
@@ -120,31 +120,31 @@ class RemoteEngine:
         pause = FIRST_PAUSE_S
         while True:
             self._set("loading", "starting")
-            self.hopeful, self._ready_since = True, None
+            self.hopeful, self._was_ready, self._answered, self._lost = True, False, False, 0
             reason = "the service is shutting down"
             try:
                 reason = await self._live()
             finally:
-                lost = self._lose(reason)
-            self.hopeful = self._ready_since is not None
-            if self._ready_since is not None and time.monotonic() - self._ready_since >= STEADY_S:
+                self._lose(reason)
+            self.hopeful = self._was_ready
+            if self._answered:
                 pause = FIRST_PAUSE_S
             self.next_start = time.monotonic() + pause
             self._set("failed", f"{reason}; to be started again")
             log.error(
-                "Engine on %s is out of rotation: %s. Its %d requests run elsewhere; it is started again in %.0f s",
-                self.device, reason, lost, pause,
+                "Engine on %s is out of rotation: %s. Its %d requests run again; it is started again in %.0f s",
+                self.device, reason, self._lost, pause,
             )  # fmt: skip
             self._changed()
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_S)
 
-    def _lose(self, reason: str) -> int:
-        """Tell those who wait for an answer that none will come; how many they are."""
+    def _lose(self, reason: str) -> None:
+        """Tell those who wait for an answer that none will come."""
         waiting = [future for future, _ in self._asked.values() if not future.done()]
         for future in waiting:
             future.set_exception(EngineLost(reason))
-        return len(waiting)
+        self._lost += len(waiting)
 
     async def _live(self) -> str:
         """From the start of a process to its end; the cause of that in words."""
@@ -189,9 +189,11 @@ class RemoteEngine:
                     await ended.wait()
             silent = silent + 1 if self.status == "ready" and not self._heard else 0
         if silent == SILENT_CHECKS:
-            self._broken = f"its process said nothing for {SILENT_CHECKS * CHECK_S:.0f} s"
+            self._break(f"its process said nothing for {SILENT_CHECKS * CHECK_S:.0f} s")
 
     def _take(self, message: Any) -> None:
+        if self._broken:
+            return  # what was still on its way
         self._heard = True
         if isinstance(message, State):
             joins = self.status != "ready" and message.health["status"] == "ready"
@@ -201,7 +203,7 @@ class RemoteEngine:
                 self._break(f"a step has taken over {STUCK_S:g} s")
                 return
             if joins:
-                self._ready_since = time.monotonic()
+                self._was_ready = True
                 self._changed()
         elif isinstance(message, Log):
             name = message.record["name"]
@@ -217,15 +219,18 @@ class RemoteEngine:
                 if on_progress is not None:
                     on_progress(message.stage, message.fraction)
             elif isinstance(message, Outcome):
+                self._answered = True
                 future.set_result(message.value)
             else:
                 future.set_exception(_failure(message))
 
     def _break(self, reason: str) -> None:
-        """Out of rotation at once; the process is ended by whoever watches it."""
+        """Out of rotation at once, for a process may take long to end; whoever watches it ends it."""
         self._broken = reason
         self._set("failed", reason)
+        self._lose(reason)
         self._channel.close()
+        self._changed()
 
     def _set(self, status: str, reason: str) -> None:
         idle = {"active": [], "queue_depth": 0, "memory": None, "step_seconds": None}

@@ -320,8 +320,8 @@ def _choose_profile(
         return "tiny", f"{why}; on the CPU, for gsplat is not built for the GPU", "cpu"
 
     if arguments.models is not None:
-        profile: Literal["full", "tiny"] = "full" if arguments.profile == "full" else "tiny"
-        return profile, f"models file {arguments.models} given", device
+        why = f"models file {arguments.models} given"
+        return ("full", why, device) if arguments.profile == "full" else tiny(why)
     if arguments.profile == "tiny":
         return tiny("profile tiny asked for")
     models_file, config = PROFILES["full"]
@@ -346,7 +346,8 @@ def _choose_gpus(asked: str) -> tuple[int, ...]:
     """Numbers of GPUs as torch counts them. Raises SettingsError when there are not so many."""
     import torch
 
-    count = torch.cuda.device_count()
+    # A driver that is too old shows its cards all the same.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "all":
         return tuple(range(count))
     numbers = tuple(int(number) for number in asked.split(","))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import logging
 import os
 import signal
@@ -12,16 +13,21 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from generation import api, remote
+from generation.channel import Start
 from generation.engine import StageFailed
+from generation.engine_process import LogForwarder, _lost_device
 from generation.fleet import Fleet
 from generation.settings import Settings
 from generation.splats import ply
+from scripts import virtual_time
 from tests.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, states, until
 from tests.service_harness import serving_engine
 
@@ -62,6 +68,81 @@ async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytes
         assert stopped.pid not in {pid_of(asset) for asset in assets}
         await until(lambda: states(fleet) == ["ready", "ready"])
         assert not psutil.pid_exists(stopped.pid)
+
+
+async def test_a_silent_engine_is_out_of_rotation_before_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver can keep a process from ending long after it was killed."""
+    monkeypatch.setattr(remote, "CHECK_S", 0.4)
+    monkeypatch.setattr(remote, "SILENT_CHECKS", 3)
+    finish, may_end = remote._finish, asyncio.Event()
+
+    async def late(process: subprocess.Popen[bytes]) -> None:
+        await may_end.wait()
+        await finish(process)
+
+    monkeypatch.setattr(remote, "_finish", late)
+    go = tmp_path / "go"
+    async with running(tmp_path) as fleet:
+        requests = [ask(fleet, f"hold {go}", seed) for seed in range(2)]
+        await until(lambda: len(fleet.active) == 2)
+        go.touch()
+        stopped = children()[0]
+        stopped.suspend()
+        try:
+            # The stand-in may have answered before it was stopped; then nothing is lost and all the same it is out.
+            await until(lambda: "failed" in states(fleet))
+            assert len(await asyncio.gather(*requests)) == 2
+            assert (await ask(fleet, "a")).report.device != fleet.health()[states(fleet).index("failed")]["device"]
+            assert psutil.pid_exists(stopped.pid)
+        finally:
+            may_end.set()
+        await until(lambda: states(fleet) == ["ready", "ready"])
+
+
+def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 5.0)
+    engine = remote.RemoteEngine("cuda:0", 1, Start(None, ""), lambda: None)
+    answers = iter([True, True, False, False, False, True, True])
+    starts: list[float] = []
+
+    async def live() -> str:
+        starts.append(asyncio.get_running_loop().time())
+        engine._answered = next(answers)
+        return "it broke"
+
+    monkeypatch.setattr(engine, "_live", live)
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        virtual_time.run(engine.keep_running())
+    assert [round(b - a) for a, b in itertools.pairwise(starts)] == [5, 5, 10, 20, 40, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("CUDA driver error: unspecified launch failure", True),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
+        ("CUDA driver error: out of memory", False),
+        ("CUBLAS_STATUS_ALLOC_FAILED when calling", False),
+        ("shapes do not match", False),
+    ],
+)
+def test_errors_that_a_device_does_not_come_back_from(text: str, lost: bool) -> None:
+    wrapped = StageFailed("the stage broke")
+    wrapped.__cause__ = RuntimeError(text)
+    assert (_lost_device(wrapped) is not None) is lost
+
+
+def test_a_line_that_can_not_be_made_does_not_fail_its_writer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    sent: list[Any] = []
+    logger = logging.Logger("library")
+    logger.addHandler(LogForwarder(SimpleNamespace(send=sent.append)))  # type: ignore[arg-type]
+    logger.warning("deprecated", FutureWarning)
+    logger.warning("all is well")
+    assert [each.record["msg"] for each in sent] == ["all is well"]
 
 
 async def test_the_processes_log_into_the_services_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from generation import fleet as fleet_module
 from generation import remote
 from generation.engine import DeadlineExceeded, StageFailed, Unavailable
+from generation.fleet import Fleet
 from tests import fleet_standin
 from tests.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states, until
 
@@ -88,6 +90,43 @@ async def test_a_request_that_every_engine_fails_at_is_given_up(tmp_path: Path) 
             await ask(fleet, "always")
         await until(lambda: states(fleet) == ["ready", "ready"])
         assert (await ask(fleet, "a")).ply
+
+
+async def test_on_one_engine_the_neighbours_of_what_kills_it_are_answered(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    async with running(tmp_path, ("only",), max_queue=8, max_batch=4) as fleet:
+        neighbours = [ask(fleet, f"hold {go}", seed) for seed in range(3)]
+        await until(lambda: len(fleet.active) == 3)
+        culprit = ask(fleet, "always")
+        await until(lambda: states(fleet) == ["failed"])
+        later = asyncio.create_task(_when_ready(fleet))
+        go.touch()
+        assert sorted(asset.report.seed for asset in await asyncio.gather(*neighbours)) == [0, 1, 2]
+        with pytest.raises(StageFailed, match="every engine that it ran on was lost"):
+            await culprit
+        assert (await later).ply
+        await until(lambda: states(fleet) == ["ready"])
+        assert fleet.totals["delivered"] == 4 and fleet.totals["failed"] == 1
+
+
+async def _when_ready(fleet: Fleet) -> Any:
+    """A request that comes while others run alone."""
+    await until(lambda: fleet.status == "ready")
+    return await ask(fleet, "a")
+
+
+async def test_what_runs_again_has_its_engine_for_itself(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    async with running(tmp_path, ("only",), max_queue=8, max_batch=4) as fleet:
+        again = [ask(fleet, f"hold {go}", seed) for seed in range(2)]
+        await until(lambda: len(fleet.active) == 2)
+        children()[0].kill()
+        await until(lambda: states(fleet) == ["ready"] and len(fleet.active) == 1)
+        new = ask(fleet, "a")
+        await until(lambda: fleet.queue_depth == 2)
+        assert len(fleet.active) == 1
+        go.touch()
+        assert len(await asyncio.gather(*again, new)) == 3
 
 
 async def test_out_of_memory_fails_the_request_alone(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_a_first_request_that_is_given_up_is_traced_so_far(tmp_path: Path, laste
     assert ticks_in(path) == list(range(1, min(lasted, FIRST_TICKS) + 1))
 
 
+def test_a_first_request_that_is_put_back_is_traced_on(tmp_path: Path) -> None:
+    """For which memory was full beside others: it has lost its scene when its turn comes again."""
+    job, pipeline = new_job(), Traced(Multiplying(), tmp_path / "trace.gz")
+    for _ in range(FIRST_TICKS + 2):
+        pipeline.tick([job])
+    job.scene = None
+    run(pipeline, job)
+    assert FIRST_TICKS + 3 in ticks_in(tmp_path / "trace.gz")  # its first one anew
+
+
 def test_a_tick_that_breaks_ends_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Traced(Multiplying(), tmp_path / "trace")
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):

@@ -194,6 +194,13 @@ def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
     assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
 
 
+def test_cards_behind_a_driver_that_is_too_old_are_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resolved = Settings.resolve({"profile": "tiny"})
+    assert (resolved.device, resolved.gpus) == ("cpu", ())
+
+
 @pytest.mark.parametrize(
     ("asked", "count", "words"),
     [
@@ -206,6 +213,7 @@ def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
 )
 def test_gpus_that_can_not_be_used_are_named_with_how_many_there_are(monkeypatch, asked, count, words):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     with pytest.raises(SettingsError, match=words):
         Settings.resolve({"profile": "tiny", "gpus": asked})
 

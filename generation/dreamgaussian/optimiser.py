@@ -127,13 +127,14 @@ class DreamGaussian:
         """
         o = self._options
         behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
-        elevation = torch.tensor([e for e, _ in RINGS]).repeat_interleave(4)
-        azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS])
+        # The reference view belongs to the upper ring: from there alone, undersides would come to a point.
+        rings = RINGS if reference is None else ((-o.elevation, RINGS[0][1]), (RINGS[0][0], RINGS[1][1]))
+        elevation = torch.tensor([e for e, _ in rings]).repeat_interleave(4)
+        azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in rings])
         assert self._guidance is not None  # a config that samples views asks for it
         size = self._guidance.image_size
         first = None
         if reference is not None:
-            elevation[:4] = -o.elevation
             first = reference[:3] * reference[3:] + behind.view(3, 1, 1) * (1 - reference[3:])
             first = F.interpolate(first[None], size=(size, size), mode="area")[0]
         cameras = orbit(elevation, azimuth, o.radius, o.fovy, size, size).to(self._device)
