@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 LICENCE = "MIT"
+# Of a run that another one started from.
+KEPT = ("script", "seed", "device", "objects", "batch", "steps", "minutes", "final_loss")
 PACK = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
 
@@ -137,7 +139,7 @@ def write_card(
         before = json.loads(path.read_text())
         more["started_from"] = [
             *before.get("started_from", []),
-            {k: before[k] for k in ("script", "seed", "steps", "minutes", "device", "final_loss") if k in before},
+            {k: before[k] for k in KEPT if k in before},
         ]
         script = f"{script} --tune"
     card = {
@@ -147,6 +149,7 @@ def write_card(
         "script": script,
         "seed": args.seed,
         "device": args.device,
+        **{k: v for k, v in (("objects", args.objects), ("batch", args.batch)) if v is not None},
         **run,
         "quality": quality,
         **more,

@@ -156,18 +156,22 @@ def _is_last(counter, programs):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _added_up(partial, c, places, exist, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both sums over all chunks, at the channels `places` (1, G, E)."""
+def _added_up(  # type: ignore[no-untyped-def]
+    partial, c, groups, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """All channels by groups (G, E), which of them exist, and both sums of each over all chunks."""
+    group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
+    channels, exist = group * (c // groups) + member, (group < groups) & (member < c // groups)
     which = tl.arange(0, AT_ONCE)[:, None, None]
-    first = tl.zeros((places.shape[1], places.shape[2]), tl.float32)
-    second = tl.zeros((places.shape[1], places.shape[2]), tl.float32)
+    first = tl.zeros((GROUPS, EACH), tl.float32)
+    second = tl.zeros((GROUPS, EACH), tl.float32)
     for begin in range(0, CHUNKS, AT_ONCE):
-        at = partial + (begin + which) * (2 * c) + places
-        here = exist & (begin + which < CHUNKS)
+        places = partial + (begin + which) * (2 * c) + channels[None]
+        here = exist[None] & (begin + which < CHUNKS)
         # Other processors wrote them: past this one's own cache.
-        first += tl.sum(tl.load(at, here, 0.0, cache_modifier=".cg"), 0)
-        second += tl.sum(tl.load(at + c, here, 0.0, cache_modifier=".cg"), 0)
-    return first, second
+        first += tl.sum(tl.load(places, here, 0.0, cache_modifier=".cg"), 0)
+        second += tl.sum(tl.load(places + c, here, 0.0, cache_modifier=".cg"), 0)
+    return channels, exist, first, second
 
 
 @triton.jit
@@ -193,16 +197,13 @@ def _measure(  # type: ignore[no-untyped-def]
     tl.store(mine, values, channels < c)
     tl.store(mine + c, squares, channels < c)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        each_count = c // groups
-        group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
-        at, exist = group * each_count + member, (group < groups) & (member < each_count)
-        first, second = _added_up(partial, c, at[None], exist[None], CHUNKS, AT_ONCE)
+        at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         constant = tl.zeros((GROUPS, EACH), tl.float32)
         if ADDED == 1:
             constant = tl.load(added + at, exist, 0.0).to(tl.float32)
         if ADDED == 2:
             constant = tl.load(added + n * c + at, exist, 0.0).to(tl.float32)
-        count = pixels * each_count
+        count = pixels * (c // groups)
         mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
         square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
         inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
@@ -262,14 +263,11 @@ def _measure_back(  # type: ignore[no-untyped-def]
     tl.store(mine, gradients, channels < c)
     tl.store(mine + c, products, channels < c)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        each_count = c // groups
-        group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
-        at, exist = group * each_count + member, (group < groups) & (member < each_count)
-        first, second = _added_up(partial, c, at[None], exist[None], CHUNKS, AT_ONCE)
+        at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         w = tl.load(weight + at, exist, 0.0).to(tl.float32)
         r = tl.load(inverse + n * c + at, exist, 0.0)
         o = tl.load(offset + n * c + at, exist, 0.0)
-        count = pixels * each_count
+        count = pixels * (c // groups)
         mean = (tl.sum(w * first, 1) / count)[:, None]
         along = (tl.sum(w * r * (second + o * first), 1) / count)[:, None]  # with the normalised x
         tl.store(by_x + n * c + at, -r * r * along, exist)
