@@ -127,8 +127,6 @@ def read(path: Path, until: float, window: float) -> Report:
     """Raises sqlite3.Error."""
     since = until - window
     with closing(connect(path)) as connection:
-        # One state of the file for all queries.
-        connection.execute("BEGIN")
         found = standings(connection, until, window)
         uids = {standing.hotkey: standing.uid for standing in found.values()}
         accepted, declined = defaultdict(list), []

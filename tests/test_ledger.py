@@ -341,6 +341,23 @@ def test_reading_while_it_is_written(path: Path, started: Ledger) -> None:
     assert standings.read(path, NOW)["hotkey1"].tasks == 2
 
 
+def test_what_is_written_between_two_queries_is_not_half_read(path: Path, started: Ledger) -> None:
+    written = 0
+
+    def write_another(_: str = "") -> None:
+        nonlocal written
+        written += 1
+        started.record(Pull(validator(written), "task", 0.2, "id"))
+        wait_until(lambda: started.backlog == 0)
+
+    write_another()
+    with closing(standings.connect(path)) as connection:
+        connection.execute("SELECT * FROM pulls").fetchone()
+        connection.set_trace_callback(write_another)  # before each query
+        assert set(standings.standings(connection, NOW)) == {"hotkey1"}
+    assert len(standings.read(path, NOW)) == written > 3
+
+
 def test_no_ledger_to_read(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.OperationalError):
         standings.read(tmp_path / "none.sqlite", NOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,8 +147,8 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
         workers = [Worker(manager, pool, submitter, books.record, retries=0, now=now) for _ in range(4)]
         manager.sync()
         parts = asyncio.gather(pool.watch(), books.follow_standings(), *(worker.run() for worker in workers))
-        await asyncio.wait([parts], timeout=WINDOW_S)
-        parts.cancel()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(parts, WINDOW_S)
         await manager.close()
         await books.close()
         found = read(folder / "ledger.sqlite", now())

@@ -68,9 +68,10 @@ def read(path: Path, until: float, window: float = WINDOW_S) -> dict[str, Standi
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """For reading alone. Raises sqlite3.Error, also when there is no file."""
+    """For reading alone; all queries see one state of the file. Raises sqlite3.Error, also when there is no file."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     connection.row_factory = sqlite3.Row
+    connection.execute("BEGIN")
     return connection
 
 
