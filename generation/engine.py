@@ -249,7 +249,7 @@ class Engine:
         try:
             pipeline = self._load(self._progress)
             self._device_name, self._memory = memory.device_name(self._device), memory.measure(self._device)
-        except Exception as error:
+        except BaseException as error:  # even a loader that calls sys.exit() must not end in silence
             log.exception("Loading failed")
             self.status, self.reason = "failed", f"loading failed: {describe(error)}"
             return
@@ -295,7 +295,7 @@ class Engine:
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:
             outcome = job.function(pipeline)
-        except BaseException as error:  # even a stage that calls sys.exit() must not end the only thread
+        except BaseException as error:  # as above, of a stage
             outcome = error
         _settle(job, outcome)
 

@@ -27,8 +27,10 @@ MAX_PAUSE_S = 300.0
 #: A process in rotation that says nothing for so long hangs, and is killed: a look every CHECK_S, so many in a row.
 CHECK_S = 2.0
 SILENT_CHECKS = 30
-#: A step of an engine that takes so long will never end: its GPU hangs.
+#: A step of an engine that takes so long will never end: its GPU hangs. (On a CPU, models of full size take longer.)
 STUCK_S = 120.0
+#: Neither will a start. The longest one known compiles for six minutes.
+LOADING_S = 1800.0
 #: What an idle process gets to end in when its socket closes.
 ENDING_S = 2.0
 
@@ -181,13 +183,15 @@ class RemoteEngine:
 
     async def _watch(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
         """Until it ends, or hangs."""
-        silent = 0
+        silent, started = 0, time.monotonic()
         while not ended.is_set() and process.poll() is None and silent < SILENT_CHECKS:
             self._heard = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
                     await ended.wait()
             silent = silent + 1 if self.status == "ready" and not self._heard else 0
+            if self.status == "loading" and time.monotonic() - started > LOADING_S:
+                self._break(f"it was not ready after {LOADING_S:g} s, at: {self.reason}")
         if silent == SILENT_CHECKS:
             self._break(f"its process said nothing for {SILENT_CHECKS * CHECK_S:.0f} s")
 
@@ -199,7 +203,7 @@ class RemoteEngine:
             joins = self.status != "ready" and message.health["status"] == "ready"
             self._health, self.models = message.health, message.models
             self.capacity = message.health["at_once"]
-            if (message.health["step_seconds"] or 0.0) > STUCK_S:
+            if self.device != "cpu" and (message.health["step_seconds"] or 0.0) > STUCK_S:
                 self._break(f"a step has taken over {STUCK_S:g} s")
                 return
             if joins:

@@ -28,7 +28,7 @@ from generation.fleet import Fleet
 from generation.settings import Settings
 from generation.splats import ply
 from scripts import virtual_time
-from tests.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, states, until
+from tests.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, starting, states, until
 from tests.service_harness import serving_engine
 
 REAL_PATIENCE_S = 400.0  # with real models, on a busy machine
@@ -50,6 +50,28 @@ async def test_a_step_that_never_ends_ends_its_process(tmp_path: Path, monkeypat
         assert (await request).ply.endswith(b" hang 1")  # by the other
         await until(lambda: states(fleet) == ["ready", "ready"])
         assert len({child.pid for child in children()} - before) == 1
+
+
+async def test_a_start_that_never_ends_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "LOADING_S", 1.0)
+    monkeypatch.setattr(remote, "CHECK_S", 0.1)
+    monkeypatch.setattr(remote, "ENDING_S", 0.1)
+    broken = tmp_path / "broken"
+    broken.write_text("hang")
+    async with starting(tmp_path, ("only",)) as fleet:
+        await until(lambda: "it was not ready after 1 s, at:" in fleet.reason)
+        monkeypatch.setattr(remote, "LOADING_S", PATIENCE_S)
+        broken.unlink()
+        await until(lambda: states(fleet) == ["ready"])
+
+
+async def test_a_loader_that_exits_is_a_failed_start(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("exit")
+    async with starting(tmp_path, ("only",)) as fleet:
+        await until(lambda: "loading failed: SystemExit: 3" in fleet.reason)
+        broken.unlink()
+        await until(lambda: states(fleet) == ["ready"])
 
 
 async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
