@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import diffusers
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -133,9 +133,9 @@ class Pipeline:
         return pipeline
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """On a GPU, compile what is compiled and make one request, so that no later one pays for what comes first.
+        """On a GPU, compile what is compiled and make a first splat, so that no later one pays for what comes first.
 
-        Raises what the request fails with.
+        Raises what that fails with.
         """
         if not self._device.startswith("cuda"):
             return
@@ -145,9 +145,15 @@ class Pipeline:
         progress("compiling text to image, or loading it from its cache")
         self._text_to_image.warm_up(self.limit.most)
         progress("making a first splat, to warm up")
-        (outcome,) = self.generate([Request("a red cube", None, seed=0, threshold=0.0)])
-        if isinstance(outcome, Exception):
-            raise outcome
+        requests = [Request("a red cube", None, seed=0, threshold=0.0)]
+        if self._options.init == "views":  # where a picture is encoded, and views are drawn around it
+            disc = Image.new("RGB", (256, 256), "white")
+            ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
+            requests.append(Request(None, disc, seed=0, threshold=0.0))
+        for request in requests:
+            (outcome,) = self.generate([request])
+            if isinstance(outcome, Exception):
+                raise outcome
 
     def begin(
         self,

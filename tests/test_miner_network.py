@@ -69,11 +69,15 @@ class Miner:
         self.directory.update(network.metagraph())
         self.spool = Spool(folder)
         self.pool = GeneratorPool(services, now)
+        self.worth_asking_at = dict.fromkeys(self.directory.eligible, 0.0)
         self.breaks: type[Event] | None = None  # breaks whoever records the next one of these
         record = self._record
         self.submitter = Submitter(network, self.directory, clocks, MINER, self.spool, record)
         self.manager = AsyncTaskManager(
-            network, self.directory, clocks, self.submitter, self.spool, self.pool, record, workers=4, threshold=0.6
+            *(network, self.directory, clocks, self.submitter, self.spool, self.pool, record),
+            workers=4,
+            threshold=0.6,
+            worth_asking_at=self.worth_asking_at.__getitem__,
         )
         self.workers = [Worker(self.manager, self.pool, self.submitter, record, retries=retries, now=now)] * 4
         self.tasks: list[asyncio.Task[None]] = []
@@ -491,3 +495,26 @@ def test_services_that_come_and_go_lose_no_task(tmp_path: Path) -> None:
         assert violations(network) == 0
 
     in_virtual_time(test)
+
+
+def test_a_judgement_that_is_taken_back_costs_a_minute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Early ones rest on little; what the next tasks show of the validator counts."""
+
+    async def test() -> None:
+        network = Network([Behaviour()] * 2, limits())
+        condemned, other = network.validators
+        miner = Miner(network, tmp_path, [StandInService(20.0, 4)])
+        miner.worth_asking_at[condemned.hotkey] = now() + HOUR
+        miner.start()
+        await asyncio.sleep(600)
+        assert len(condemned.held) == 0 and len(other.held) == 2
+        assert miner.manager.cooldowns[condemned.hotkey] == miner.worth_asking_at[condemned.hotkey]
+        miner.worth_asking_at[condemned.hotkey] = 0.0
+        await asyncio.sleep(100)
+        assert len(condemned.held) == 1
+        await miner.kill()
+
+    with caplog.at_level(logging.INFO):
+        in_virtual_time(test)
+    said = [record.getMessage() for record in caplog.records if "earns too little" in record.getMessage()]
+    assert said == ["Validator [0] skipped: it earns too little; tried in 3600 s"]

@@ -51,11 +51,12 @@ class Policy:
         if standing is None:
             return PRIOR_ACCEPTED / PRIOR_TASKS / self._typical_s
         probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.submitted)
-        seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + standing.submitted)
+        # By tasks worked on: the newest is not submitted yet, and would make all that came before it look dear.
+        seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + standing.attempted)
         return probability / seconds
 
 
 def _gpu_s_per_task(standings: Collection[Standing]) -> float | None:
     """Over all validators together."""
-    seconds, tasks = sum(each.gpu_s for each in standings), sum(each.submitted for each in standings)
+    seconds, tasks = sum(each.gpu_s for each in standings), sum(each.attempted for each in standings)
     return seconds / tasks if seconds and tasks else None

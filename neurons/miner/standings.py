@@ -18,6 +18,7 @@ class Standing:
     """One validator over the window. Times are in seconds; means are None where there is nothing to average.
 
     `submitted` counts every result that left for the validator, whatever became of it: the tasks that it cost us.
+    `attempted` counts the tasks that a generation service spent time on, `generated` and `rejected` the attempts.
     `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
     generation services' time, rejected and failed attempts included: while a service has several tasks, be they worked
     on together or one after the other, each is charged its share.
@@ -32,6 +33,7 @@ class Standing:
     early: int = 0
     failures: int = 0
     violations: int = 0
+    attempted: int = 0
     generated: int = 0
     rejected: int = 0
     gpu_s: float = 0.0
@@ -102,11 +104,13 @@ def standings(connection: sqlite3.Connection, until: float, window: float = WIND
     return result
 
 
+_SPENT = "outcome IN ('generated', 'rejected', 'failed') AND seconds > 0"
 _COUNTS = {
     "pulls": "count(*) AS pulls, count(DISTINCT CASE outcome WHEN 'task' THEN task_id END) AS tasks, "
     "sum(outcome = 'cooldown') AS early, sum(outcome = 'failed') AS failures, "
     "max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
-    "generations": "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected",
+    "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted, "
+    "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected",
     "submissions": "count(*) AS submitted, sum(outcome = 'accepted') AS accepted, "
     "sum(outcome = 'failed') AS declined, sum(outcome = 'empty') AS empty, "
     "avg(CASE WHEN outcome IN ('accepted', 'failed') THEN score END) AS mean_score, "
@@ -120,7 +124,7 @@ def _gpu_seconds(connection: sqlite3.Connection, since: float, until: float) -> 
     ends: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for row in connection.execute(
         "SELECT endpoint, at - seconds AS start, at, id, hotkey FROM generations "
-        "WHERE at > ? AND at <= ? AND outcome IN ('generated', 'rejected', 'failed') AND seconds > 0",
+        f"WHERE at > ? AND at <= ? AND {_SPENT}",
         (since, until),
     ):
         ends[row["endpoint"]] += [(at, row["id"], row["hotkey"]) for at in (row["start"], row["at"])]

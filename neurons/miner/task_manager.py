@@ -26,6 +26,8 @@ from neurons.protocol import PULL_TIMEOUT_S, PullTask
 FIRST_RETRY_S = 5.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
+# How often it is asked whether a validator that is left alone is worth a pull.
+RECONSIDER_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +158,7 @@ class AsyncTaskManager:
         while True:
             # For a poller that starts anew: after a fault, or when the validator has been away for a while.
             self._known_cooldowns[hotkey] = ask_again_at
-            await self._sleep_until(hotkey, max(ask_again_at, self._patience(hotkey)))
+            await self._sleep_until(hotkey, ask_again_at)
             await self._generators.ready.wait()
             if self._admission.is_full:
                 self._mark_asked(hotkey)
@@ -186,14 +188,6 @@ class AsyncTaskManager:
                     ask_again_at = await self._work_off(validator, response, place)
             finally:
                 place.leave()
-
-    def _patience(self, hotkey: str) -> float:
-        """The unix time from which the validator is worth asking. Says in the log when that is not now."""
-        at, now = self._worth_asking_at(hotkey), self._now()
-        validator = self._directory.eligible.get(hotkey)
-        if at > now and validator is not None:
-            log.info("Validator [%d] skipped: it earns too little; tried again in %.0f s", validator.uid, at - now)
-        return at
 
     async def _resubmit(self, hotkey: str) -> float:
         """Hands in what an earlier run left in the spool for this validator."""
@@ -257,13 +251,21 @@ class AsyncTaskManager:
         finally:
             del self._places[assignment]
 
-    async def _sleep_until(self, hotkey: str, unix_time: float) -> None:
-        self.cooldowns[hotkey] = unix_time
-        if unix_time > self._now():
-            self._mark_asked(hotkey)
+    async def _sleep_until(self, hotkey: str, ask_again_at: float) -> None:
+        """Until it may be asked, and is worth it: of which more is known from one look to the next."""
+        skipped = False
         try:
-            while (left := unix_time - self._now()) > 0:
-                await asyncio.sleep(left)
+            while True:
+                now, worth_asking_at = self._now(), self._worth_asking_at(hotkey)
+                at = self.cooldowns[hotkey] = max(ask_again_at, worth_asking_at)
+                if at <= now:
+                    return
+                self._mark_asked(hotkey)
+                validator = self._directory.eligible.get(hotkey)
+                if at > ask_again_at and not skipped and validator is not None:
+                    skipped = True
+                    log.info("Validator [%d] skipped: it earns too little; tried in %.0f s", validator.uid, at - now)
+                await asyncio.sleep(min(at - now, RECONSIDER_S))
         finally:
             self.cooldowns.pop(hotkey, None)
 
