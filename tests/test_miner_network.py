@@ -27,7 +27,7 @@ from neurons.miner.supervisor import keep_running
 from neurons.miner.task_manager import AsyncTaskManager
 from neurons.miner.validators import Eligibility, ValidatorDirectory
 from neurons.miner.workers import Worker
-from neurons.protocol import SubmitResults, Task
+from neurons.protocol import PULL_TIMEOUT_S, SubmitResults, Task
 from neurons.rehearsal.rules import Limits
 from scripts import virtual_time
 from scripts.bench_miner import AIM, ALL_GOOD, BASE, MIXED, PROMISE, Case, ceiling, simulate
@@ -325,16 +325,23 @@ def test_a_validator_that_moved_is_asked_and_answered_at_its_new_address(tmp_pat
     in_virtual_time(test)
 
 
-def test_a_dead_validator_that_moves_is_asked_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("after", [1.0, PULL_TIMEOUT_S + 60])
+def test_a_dead_validator_that_moves_is_asked_at_once(tmp_path: Path, after: float) -> None:
+    """Or when the pull that is under way to its old address has failed."""
+
     async def test() -> None:
         network = Network([Behaviour(dead=True)], limits())
         async with mining(network, tmp_path) as miner:
             await asyncio.sleep(HOUR)
+            calls = len(network.calls)
+            while len(network.calls) == calls:
+                await asyncio.sleep(1)
+            await asyncio.sleep(after)
             neuron = replace(network.validators[0].neuron, ip="127.0.0.2")
             before = len(network.calls)
             miner.directory.update(Metagraph(17, (neuron,)))
             miner.manager.sync()
-            await asyncio.sleep(1)
+            await asyncio.sleep(1 if after > PULL_TIMEOUT_S else PULL_TIMEOUT_S)
             assert len(network.calls) == before + 1
 
     in_virtual_time(test)

@@ -174,6 +174,8 @@ class AsyncTaskManager:
                 self._mark_asked(hotkey)
                 if response is None:
                     place.leave()
+                    if self._has_moved(validator):
+                        continue
                     await self._back_off(hotkey, min(FIRST_RETRY_S * 2**failures, MAX_RETRY_S))
                     failures = min(failures + 1, 10)
                 elif response.task is None:
@@ -268,6 +270,10 @@ class AsyncTaskManager:
                 await asyncio.sleep(min(at - now, RECONSIDER_S))
         finally:
             self.cooldowns.pop(hotkey, None)
+
+    def _has_moved(self, validator: Neuron) -> bool:
+        now = self._directory.eligible.get(validator.hotkey, validator)
+        return (now.ip, now.port) != (validator.ip, validator.port)
 
     async def _back_off(self, hotkey: str, seconds: float) -> None:
         """Waits, with jitter, unless the validator moves to another address meanwhile."""
