@@ -27,7 +27,7 @@ MAX_PAUSE_S = 300.0
 #: A process in rotation that says nothing for so long hangs, and is killed: a look every CHECK_S, so many in a row.
 CHECK_S = 2.0
 SILENT_CHECKS = 30
-#: A step of an engine that takes so long will never end: its GPU hangs. (On a CPU, models of full size take longer.)
+#: A step of an engine that takes so long will never end: its GPU hangs.
 STUCK_S = 120.0
 #: Neither will a start. The longest one known compiles for six minutes.
 LOADING_S = 1800.0
@@ -203,7 +203,7 @@ class RemoteEngine:
             joins = self.status != "ready" and message.health["status"] == "ready"
             self._health, self.models = message.health, message.models
             self.capacity = message.health["at_once"]
-            if self.device != "cpu" and (message.health["step_seconds"] or 0.0) > STUCK_S:
+            if (message.health["step_seconds"] or 0.0) > STUCK_S:
                 self._break(f"a step has taken over {STUCK_S:g} s")
                 return
             if joins:
