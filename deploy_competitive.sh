@@ -265,12 +265,15 @@ ensure_environment $extras
 
 # ---- start ----
 
-# start NAME ARGUMENT...: what a process prints beside its log (a crash of the interpreter, say) goes to run/NAME.out.
+# start NAME ARGUMENT...: with a keeper that runs it again when it crashes later. What a process prints beside its log (a
+# crash of the interpreter, say) goes to run/NAME.out.
 start() {
     local name=$1 detach=()
     shift
+    rm -f "run/$name.up"
     command -v setsid >/dev/null && detach=(setsid)
-    PYTHONUNBUFFERED=1 "${detach[@]}" nohup .venv/bin/python -m "$(module_of "$name")" "$@" \
+    PYTHONUNBUFFERED=1 "${detach[@]}" nohup .venv/bin/python scripts/keep_running.py "run/$name.up" "logs/$name.log" \
+        .venv/bin/python -m "$(module_of "$name")" "$@" \
         </dev/null >"run/$name.out" 2>&1 9>&- &
     printf '%s\n' $! >"run/$name.pid"
 }
@@ -279,7 +282,10 @@ start() {
 started() {
     local name=$1 log=$2
     shift 2
-    "$@" && return
+    if "$@"; then
+        touch "run/$name.up"
+        return
+    fi
     echo "--- the last lines of $log and run/$name.out:" >&2
     tail -n 12 "$log" "run/$name.out" >&2 2>/dev/null || true
     die "$name did not start: see above"

@@ -39,5 +39,5 @@ found=(run/*.pid)
 stop miner 25
 stop rehearsal 27
 stop generation_service 30
-rm -f run/flags run/url run/miner.status
+rm -f run/flags run/url run/miner.status run/*.up
 ((${#found[@]} > 0)) || echo "nothing was running"

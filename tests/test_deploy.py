@@ -12,10 +12,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["deploy_competitive.sh", "stop_competitive.sh", "scripts/lib.sh", "scripts/probe.py"]
+SCRIPTS = [
+    "deploy_competitive.sh",
+    "stop_competitive.sh",
+    "scripts/lib.sh",
+    "scripts/probe.py",
+    "scripts/keep_running.py",
+]
 FILES = ["pyproject.toml", "constraints.txt"]
 
 PIP = """
@@ -289,6 +296,24 @@ def test_a_busy_port_is_named_with_its_holder(clone: Clone) -> None:
     with socket.create_server(("127.0.0.1", clone.port)):
         refused(clone.deploy(), f"port {clone.port}", f"PID {os.getpid()}")
     assert not list((clone.path / "run").glob("*.pid"))
+
+
+def test_a_process_that_crashes_is_started_again(clone: Clone) -> None:
+    assert clone.deploy().returncode == 0
+    miner = psutil.Process(clone.pid("miner"))
+    (before,) = miner.children()
+    (clone.path / "run/miner.status").unlink()
+    before.kill()
+    until = time.monotonic() + 60
+    while not (clone.path / "run/miner.status").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert [child.pid for child in miner.children()] != [before.pid]
+    assert "The process ended (SIGKILL); it is started again in 2 s" in (clone.path / "logs/miner.log").read_text()
+    assert "Already running" in clone.deploy().stdout
+    (again,) = miner.children()
+    assert clone.stop().returncode == 0
+    assert not again.is_running()
 
 
 def test_a_dead_process_behind_a_stale_pid_file(clone: Clone) -> None:
