@@ -57,7 +57,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     _add_error_handlers(app)
     app.state.events = events  # to be closed before the server waits for its open answers
     # Bodies are read before a request is admitted; not too many big ones at once.
-    scoring_bodies = asyncio.Semaphore(4)
+    scoring_bodies = asyncio.Semaphore(2)
 
     @app.post("/generate", include_in_schema=False)
     @app.post(

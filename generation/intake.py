@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import io
-import json
 import re
 import secrets
 import threading
@@ -18,6 +17,7 @@ from fastapi import Request
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from generation.logging_setup import escape
@@ -29,6 +29,7 @@ MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_SIDE = 4096  # pixels
 IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 MAX_DATA_CHARACTERS = 64 * 1024 * 1024  # a splat in base64
+MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest prompt takes 12 kB
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
 MAX_READ_S = 60.0  # for a whole body
@@ -86,9 +87,14 @@ async def read_form(request: Request) -> tuple[str | None, Image.Image | None, i
     _check_content_type(request, ("multipart/form-data", "application/x-www-form-urlencoded"))
     try:
         async with asyncio.timeout(MAX_READ_S):
-            form = await request.form(max_files=len(FORM_FIELDS), max_fields=16, max_part_size=MAX_FORM_BYTES)
+            form = await request.form(max_files=len(FORM_FIELDS), max_fields=16, max_part_size=MAX_TEXT_BYTES)
     except TimeoutError:
         raise ApiError(408, "body", f"the request's body took longer than {MAX_READ_S:.0f} s", MAX_READ_S) from None
+    except HTTPException as error:
+        if "exceeded maximum size" not in error.detail:
+            raise
+        message = f"over {MAX_PROMPT_CHARACTERS} characters: a text field is over {MAX_TEXT_BYTES} bytes"
+        raise ApiError(422, "prompt", message, MAX_PROMPT_CHARACTERS) from None
     try:
         return await _check_form(form)
     finally:
@@ -176,7 +182,10 @@ def _decode_image(data: bytes, field: str) -> Image.Image:
             raise ApiError(422, field, size, f"{MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels")
         image.load()
         transparent = "A" in image.getbands() or "transparency" in image.info
-        image = ImageOps.exif_transpose(image).convert("RGBA" if transparent else "RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # of which convert() would take the lowest 255 of 65535 levels
+            image = image.point(lambda level: level * (1 / 256)).convert("L")
+        image = image.convert("RGBA" if transparent else "RGB")
     except ApiError:
         raise
     except Image.DecompressionBombError:
@@ -209,14 +218,14 @@ async def read_score_request(request: Request) -> ScoreRequest:
     except TimeoutError:
         raise ApiError(408, "body", f"the request's body took longer than {MAX_READ_S:.0f} s", MAX_READ_S) from None
     try:
-        return await asyncio.to_thread(lambda: ScoreRequest.model_validate(json.loads(body)))
+        return await asyncio.to_thread(ScoreRequest.model_validate_json, body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
+        if first["type"] == "json_invalid":
+            raise ApiError(400, "body", "not JSON") from None
         limit = {key: value for key, value in first.get("ctx", {}).items() if isinstance(value, int | float)}
         field = ".".join(str(part) for part in first["loc"]) or "body"
         raise ApiError(422, field, first["msg"], limit or None) from None
-    except (ValueError, RecursionError):
-        raise ApiError(400, "body", "not JSON") from None
 
 
 def decode_base64(text: str, field: str) -> bytes:

@@ -50,7 +50,7 @@ def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | Non
         return None, "the models file has no memory classes"
     if memory is None:
         return None, "no CUDA GPU found"
-    has = f"the GPU has {memory / GIB:.1f} GiB of memory"
+    has = f"the GPU has {memory / GIB:.2f} GiB of memory"
     for each in sorted(classes, key=lambda c: c.least_gib, reverse=True):
         if memory >= each.least_gib * GIB:
             return each, f"{has}, and {each.name} needs {each.least_gib:g}"

@@ -54,7 +54,10 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before the slow imports: clients wait instead of being refused. Raises OSError."""
+    """A listening socket, before the slow imports: clients wait instead of being refused. Raises OSError.
+
+    Also UnicodeError, for what can be no host's name.
+    """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         listener = listen(arguments.host, arguments.port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         log.error("Can not listen on %s port %d: %s", arguments.host, arguments.port, error)
         return 1
     try:

@@ -146,14 +146,17 @@ def progress(line: str, seconds: float) -> str | None:
     return f"  [{found[1]:>{len(found[2])}}/{found[2]}] {seconds // 60:.0f}:{seconds % 60:02.0f}  {what}"
 
 
-def run(command: list[str], variables: dict[str, str], log: Path) -> int:
-    """Run the build with its output in ``log`` and its progress on the terminal; its exit status."""
+def run(command: list[str], variables: dict[str, str], log: Path, lock: int) -> int:
+    """Run the build with its output in ``log`` and its progress on the terminal; its exit status.
+
+    It holds the file descriptor ``lock``, too: no other begins while it lives, whatever becomes of this process.
+    """
     started = time.monotonic()
     with (
         log.open("w") as file,
         subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", start_new_session=True,
+            text=True, errors="replace", start_new_session=True, pass_fds=[lock],
         ) as child,
     ):  # fmt: skip
         assert child.stdout is not None
@@ -193,7 +196,7 @@ def build(architectures: list[str]) -> Path:
         )
         started = time.monotonic()
         call = "import sys; from scripts.build_gsplat import compile_sources; compile_sources(sys.argv[1])"
-        if run([sys.executable, "-c", call, str(work)], variables, folder / "build.log") != 0:
+        if run([sys.executable, "-c", call, str(work)], variables, folder / "build.log", ours.fileno()) != 0:
             raise BuildError(reason(folder / "build.log", variables["MAX_JOBS"]))
         library = folder / f"{kernels.MODULE}.so"
         os.replace(work / library.name, library)  # only a whole one, which has been imported, is ever there
@@ -229,7 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         help="compute capabilities to compile for (default: those of the cards that are here)",
     )
     arguments = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal, too, must not leave compilers behind
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         if arguments.arch:
             architectures = sorted(set(arguments.arch), key=float)

@@ -36,8 +36,8 @@ def check_port(host: str, port: int) -> str | None:
     """None when it can be listened on, else why not."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        return f"--host {host}: {error.strerror or error}"
+    except (OSError, UnicodeError) as error:
+        return f"--host {host}: {getattr(error, 'strerror', None) or error}"
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

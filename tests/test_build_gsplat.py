@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,8 @@ import pytest
 
 from generation.splats.rasterize import kernels
 from scripts import build_gsplat
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SOURCE = """
 #include <Python.h>
@@ -115,7 +118,9 @@ def test_gsplat_gets_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_progress_of_a_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = ["[1/12] /x/nvcc -O3 -c /x/csrc/AdamCUDA.cu -o AdamCUDA.cuda.o", "a warning", "[12/12] c++ a.o -o b.so"]
-    assert build_gsplat.run([sys.executable, "-c", f"print({chr(10).join(lines)!r})"], {}, tmp_path / "log") == 0
+    with (tmp_path / "lock").open("w") as lock:
+        command = [sys.executable, "-c", f"print({chr(10).join(lines)!r})"]
+        assert build_gsplat.run(command, {}, tmp_path / "log", lock.fileno()) == 0
     told = capsys.readouterr().out.splitlines()
     assert [line.split() for line in told] == [["[", "1/12]", "0:00", "AdamCUDA.cu"], ["[12/12]", "0:00", "linking"]]
     assert (tmp_path / "log").read_text().splitlines() == lines
@@ -129,11 +134,46 @@ def test_an_interrupted_build_leaves_no_process(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(build_gsplat, "progress", interrupt)
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        build_gsplat.run([sys.executable, "-c", child], {}, tmp_path / "log")
+    with (tmp_path / "lock").open("w") as lock, pytest.raises(KeyboardInterrupt):
+        build_gsplat.run([sys.executable, "-c", child], {}, tmp_path / "log", lock.fileno())
     assert time.monotonic() - started < 50
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "log").read_text()), 0)
+
+
+def test_a_closed_terminal_ends_a_build_and_its_compilers(tmp_path: Path) -> None:
+    child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    program = f"""
+import sys
+from pathlib import Path
+from scripts import build_gsplat
+def build(_):
+    with open({str(tmp_path / "lock")!r}, "w") as lock:
+        build_gsplat.run([sys.executable, "-c", {child!r}], {{}}, Path({str(tmp_path / "log")!r}), lock.fileno())
+build_gsplat.kernels.find = lambda _: None
+build_gsplat.build = build
+sys.exit(build_gsplat.main(["--arch", "8.9"]))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    pid = tmp_path / "child"
+    try:
+        until = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()):
+            assert time.monotonic() < until and parent.poll() is None
+            time.sleep(0.02)
+        parent.send_signal(signal.SIGHUP)
+        assert parent.wait(50) == 128 + signal.SIGHUP
+    finally:
+        parent.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_a_build_holds_its_lock_as_long_as_it_lives(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        child = f"import os; print(os.fstat({lock.fileno()}).st_ino)"
+        build_gsplat.run([sys.executable, "-c", child], {}, tmp_path / "log", lock.fileno())
+    assert int((tmp_path / "log").read_text()) == (tmp_path / "lock").stat().st_ino
 
 
 def refused(capsys: pytest.CaptureFixture[str], *parts: str) -> None:

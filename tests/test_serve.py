@@ -45,6 +45,14 @@ def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b", "x" * 70])
+def test_a_host_that_is_none_is_one_line(tmp_path: Path, host: str) -> None:
+    result = run("--host", host, "--log-file", str(tmp_path / "log"))
+    assert result.returncode == 1
+    assert f"Can not listen on {host} port 10006: " in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_help_tells_the_defaults() -> None:
     result = run("--help")
     assert result.returncode == 0

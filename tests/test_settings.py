@@ -262,7 +262,7 @@ class TestResolve:
             (44.4, "48gb", "bfloat16", 4),  # an L40S
             (39.5, "24gb", "nf4 and bfloat16", 4),
             (24, "24gb", "nf4 and bfloat16", 4),
-            (22.5, "24gb", "nf4 and bfloat16", 4),  # an L4
+            (21.9, "24gb", "nf4 and bfloat16", 4),  # an L4
             (16, "16gb", "nf4 and bfloat16", 1),
             (15.6, "16gb", "nf4 and bfloat16", 1),  # an RTX 4080
         ],
@@ -271,7 +271,7 @@ class TestResolve:
         machine(True, [], gib)
         resolved = Settings.resolve({})
         assert (resolved.profile, resolved.memory_class) == ("full", name)
-        assert f"{gib:.1f} GiB" in resolved.memory_reason
+        assert f"{gib:.2f} GiB" in resolved.memory_reason
         assert resolved.models.text_to_image.precision == precision
         assert resolved.models.max_batch == max_batch
         assert resolved.models.background.precision == "float16"
@@ -290,8 +290,8 @@ class TestResolve:
         machine(True, [], gib=11.9)
         resolved = Settings.resolve({})
         assert (resolved.profile, resolved.memory_class) == ("tiny", None)
-        assert "11.9 GiB" in resolved.profile_reason and "15" in resolved.profile_reason
-        with pytest.raises(SettingsError, match=r"models_full\.yaml: the GPU has 11\.9 GiB of memory, at least 15"):
+        assert "11.90 GiB" in resolved.profile_reason and "15" in resolved.profile_reason
+        with pytest.raises(SettingsError, match=r"models_full\.yaml: the GPU has 11\.90 GiB of memory, at least 15"):
             Settings.resolve({"profile": "full"})
 
     @pytest.mark.parametrize(
