@@ -181,6 +181,7 @@ while (($# > 0)); do
             ;;
         --blacklist-file)
             [[ $value == /* ]] || value=$caller/$value
+            [[ -r $value ]] || misuse "--blacklist-file $value: no such file"
             blacklist_file=$value
             ;;
     esac
@@ -218,17 +219,14 @@ summary() {
     [[ $network != rehearsal ]] ||
         echo "*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***"
     echo "Next:"
-    echo "  tail -f logs/miner.log       tasks, scores and feedback as they come"
+    echo "  tail -F logs/miner.log       tasks, scores and feedback as they come"
     echo "  curl -F 'prompt=a red cube' $url/generate/ -o cube.ply"
     echo "  ./test_competitive.py        check everything"
     echo "  ./stop_competitive.sh        stop everything"
 }
 
-mkdir -p run logs data
-if command -v flock >/dev/null; then
-    exec 9>run/deploy.lock
-    flock -n 9 || die "another deploy is at work in $PWD"
-fi
+mkdir -p logs data
+lock_deploy
 
 alive=0
 dead=""
@@ -246,6 +244,9 @@ if ((alive > 0)); then
     [[ -e run/flags && $(<run/flags) == "$flags" ]] ||
         die "already running with other flags. Stop it first: ./stop_competitive.sh"
     ((alive == ${#processes[@]})) || die "only a part of it is running. Stop it first: ./stop_competitive.sh"
+    for name in "${processes[@]}"; do
+        ! crashed "$name" || die "$name crashed and waits to be started again: see logs/$name.log and run/$name.out"
+    done
     echo "Already running; nothing to do."
     summary
     exit 0
@@ -294,11 +295,12 @@ started() {
 abort() {
     local code=$?
     trap - EXIT
-    ((code == 0)) || ./stop_competitive.sh >/dev/null 2>&1 9>&- || true
+    exec 9>&- # for the stop script
+    ((code == 0)) || ./stop_competitive.sh >/dev/null 2>&1 || true
     exit "$code"
 }
 trap abort EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM HUP
 
 printf '%s\n' "$flags" >run/flags
 printf '%s\n' "$url" >run/url

@@ -32,6 +32,7 @@ stop() { # NAME SECONDS: by when it must have ended, counted from the script's s
     rm -f "run/$name.pid"
 }
 
+lock_deploy
 SECONDS=0
 shopt -s nullglob
 found=(run/*.pid)

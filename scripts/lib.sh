@@ -52,7 +52,7 @@ ensure_environment() {
             die "too little disk: $((free_kb / 1024 / 1024)) GB free in $PWD, the install needs $INSTALL_GB GB"
         fi
         echo "Making the environment in .venv with $("$python" --version) ..."
-        "$python" -m venv .venv || die "could not make the environment in $PWD/.venv"
+        "$python" -m venv --clear .venv || die "could not make the environment in $PWD/.venv"
     fi
     echo "Installing the packages of constraints.txt (minutes, when they are not there yet) ..."
     .venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}" ||
@@ -64,7 +64,7 @@ ensure_environment() {
 }
 
 has_gpu() {
-    nvidia-smi -L 2>/dev/null | grep -q GPU
+    [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]]
 }
 
 # Prints the optional dependencies that this machine's hardware asks for, after a look at what pip can not install.
@@ -82,6 +82,14 @@ hardware_extras() {
 
 # ---- processes ----
 
+# One deploy or stop at a time. The lock is held by file descriptor 9, until it is closed.
+lock_deploy() {
+    mkdir -p run
+    command -v flock >/dev/null || return 0
+    exec 9>>run/deploy.lock
+    flock -n 9 || die "a deploy or stop is at work in $PWD: wait for it, or end it with Ctrl-C where it runs"
+}
+
 module_of() {
     case $1 in
         generation_service) echo generation.serve_competitive ;;
@@ -96,6 +104,14 @@ running() {
     pid=$(cat "run/$1.pid" 2>/dev/null) || return 1
     [[ $pid =~ ^[0-9]+$ ]] || return 1
     [[ $(readlink "/proc/$pid/cwd" 2>/dev/null) == "$(pwd -P)" ]] || return 1
-    tr '\0' '\n' 2>/dev/null <"/proc/$pid/cmdline" | grep -qxF "$(module_of "$1")" || return 1
+    # Not grep -q: it does not read to the end, and what writes to it would fail then.
+    tr '\0' '\n' 2>/dev/null <"/proc/$pid/cmdline" | grep -xF "$(module_of "$1")" >/dev/null || return 1
     printf '%s\n' "$pid"
+}
+
+# Whether what runs under NAME is a keeper alone, whose process crashed and is to be started again.
+crashed() {
+    local pid
+    pid=$(running "$1") || return 1
+    [[ -r /proc/$pid/task/$pid/children && -z $(<"/proc/$pid/task/$pid/children") ]]
 }

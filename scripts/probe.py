@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def port_holder(port: int) -> str | None:
 
 
 def health_of(url: str) -> dict[str, Any]:
-    """What the service says of itself. Raises OSError or ValueError when it does not."""
+    """What the service says of itself. Raises OSError, HTTPException or ValueError when it does not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(f"{url}/health", timeout=10) as answer:
         health: dict[str, Any] = json.load(answer)
@@ -84,7 +85,7 @@ def workers_for(urls: list[str]) -> int:
     for url in urls:
         try:
             places += sum(int(engine["at_once"]) for engine in health_of(url.rstrip("/"))["engines"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):
             places += WORKERS
     return min(max(places, WORKERS), MAX_WORKERS)
 
@@ -97,7 +98,7 @@ def wait_for_service(url: str, pid: int) -> str | None:
             return "the generation service ended while it was starting"
         try:
             health = health_of(url)
-        except (OSError, ValueError):
+        except (OSError, HTTPException, ValueError):
             time.sleep(0.2)
             continue
         if health["status"] == "ready":

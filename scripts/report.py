@@ -94,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     path, *others = found
     try:
-        report = read(path, time.time(), args.hours * 3600)
+        # The miner's clock does not follow when this machine's is set back.
+        report = read(path, max(time.time(), _newest_entry(path)), args.hours * 3600)
     except sqlite3.Error as error:
         print(f"No ledger to read at {path}: {error}", file=sys.stderr)
         return 1

@@ -43,6 +43,13 @@ async def test_policy_and_cooldowns_outlive_a_restart(tmp_path: Path) -> None:
     assert books.policy.ask_at(validator(1).hotkey) == 0
 
 
+async def test_cooldowns_outlive_a_clock_that_was_set_back(tmp_path: Path) -> None:
+    """By two hours: when the wait began is unknown, so it begins now."""
+    path = tmp_path / "ledger.sqlite"
+    write(path, one_task(1, NOW + 7200, wait=280))
+    assert await Bookkeeping(path, 0, 0.0, now=lambda: NOW).cooldowns() == {validator(1).hotkey: NOW + 280}
+
+
 async def test_a_first_start_knows_nothing_and_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     books = Bookkeeping(tmp_path / "ledger.sqlite", 0, least_reward=0.02)
     assert await books.cooldowns() == {}

@@ -39,7 +39,7 @@ open("service-arguments", "w").write(chr(10).join(sys.argv[1:]))
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         status = "failed" if os.path.exists("break-service") else "ready"
-        if time.monotonic() - started < 0.5: status = "loading"
+        if time.monotonic() - started < (60 if os.path.exists("slow-service") else 0.5): status = "loading"
         body = dict(status=status, reason="weights of clip" , profile="tiny", profile_reason="no CUDA GPU found")
         if os.path.exists("engines"): body["engines"] = json.load(open("engines"))
         self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
@@ -183,7 +183,7 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     result = clone.deploy(
         "--profile=tiny", "--flux-steps", "2", "--config", str(config), "--validation-threshold", "0.7",
         "--workers", "3", "--netuid", "18", "--blacklist", "180", HOTKEY, "--network", "test",
-        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", "/etc/blacklist",
+        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", str(config),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "REHEARSAL" not in result.stdout
@@ -198,7 +198,7 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
         "--network", "test", "--netuid", "18", "--workers", "3",
         "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "--validation-threshold", "0.7",
         "--status-file", "run/miner.status", "--blacklist", "180", HOTKEY,
-        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", "/etc/blacklist",
+        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", str(config),
     ]  # fmt: skip
 
 
@@ -246,6 +246,13 @@ def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone
         assert " 9 workers " in clone.deploy("--generation.endpoint", other).stdout
 
 
+@pytest.mark.parametrize("endpoint", ["http://10.0.0.2:1000g", "https://miner:secret@nowhere.invalid/"])
+def test_an_endpoint_that_is_none_does_not_end_the_deployment(clone: Clone, endpoint: str) -> None:
+    result = clone.deploy("--generation.endpoint", endpoint)
+    assert result.returncode == 0, result.stderr
+    assert " 8 workers " in result.stdout
+
+
 def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
     assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
@@ -266,6 +273,7 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--network", "finney"], ["needs --wallet.name"]),
         (["--blacklist"], ["--blacklist", "at least one"]),
         (["--blacklist", "x"], ["--blacklist x"]),
+        (["--blacklist-file=~/nobody"], ["--blacklist-file", "~/nobody: no such file"]),
         (["--flux-steps"], ["--flux-steps", "needs a value"]),
         (["--turbo"], ["unknown flag --turbo"]),
         (["--retries", "11"], ["--retries 11", "0..10"]),
@@ -314,6 +322,39 @@ def test_a_process_that_crashes_is_started_again(clone: Clone) -> None:
     (again,) = miner.children()
     assert clone.stop().returncode == 0
     assert not again.is_running()
+
+
+def test_one_that_crashes_again_and_again_is_no_running_one(clone: Clone) -> None:
+    assert clone.deploy().returncode == 0
+    miner = psutil.Process(clone.pid("miner"))
+    clone.write("break-miner")
+    miner.children()[0].kill()
+    log = clone.path / "logs/miner.log"
+    while not (log.exists() and "exit status 1" in log.read_text()):
+        time.sleep(0.05)
+    while (again := clone.deploy()).returncode == 0:
+        pass  # a look at it in the moments in which it lives
+    refused(again, "miner crashed", "see logs/miner.log and run/miner.out")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: Clone, how: signal.Signals) -> None:
+    clone.write("slow-service")
+    deploy = subprocess.Popen(
+        [clone.path / "deploy_competitive.sh", "--port", str(clone.port)],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    while not (clone.path / "service-arguments").exists():
+        time.sleep(0.02)
+    service = psutil.Process(clone.pid("generation_service"))
+    refused(clone.stop(), "a deploy or stop is at work")
+    os.killpg(deploy.pid, how)
+    assert deploy.wait(60) == 130
+    assert not alive(service.pid)
+    assert not list((clone.path / "run").glob("*.pid"))
+    assert "nothing was running" in clone.stop().stdout
 
 
 def test_a_dead_process_behind_a_stale_pid_file(clone: Clone) -> None:
@@ -400,6 +441,18 @@ def test_too_little_disk(clone: Clone) -> None:
     assert not (clone.path / ".venv").exists()
 
 
+def test_an_environment_whose_python_is_gone_is_made_anew(clone: Clone) -> None:
+    python = clone.path / ".venv/bin/python3"
+    for link in (python, python.with_name("python")):
+        link.unlink(missing_ok=True)
+        link.symlink_to("/usr/bin/python-of-an-older-release")
+    path = stub(clone, "df", "echo header; echo fs 1 1 99999999 1% /")
+    result = clone.deploy(PATH=path)
+    assert "Making the environment" in result.stdout
+    assert "could not make the environment" not in result.stderr
+    assert python.exists()
+
+
 def test_no_fitting_python(clone: Clone) -> None:
     shutil.rmtree(clone.path / ".venv")
     for name in ("python3", "python3.11", "python3.12", "python"):
@@ -425,9 +478,9 @@ def test_a_missing_compiler_matters_with_a_gpu_only(clone: Clone) -> None:
 
 
 def with_gpu(clone: Clone) -> str:
-    """A PATH with a card and a C++ compiler, as far as the deploy script can see."""
+    """A PATH with eight cards, told slowly, and a C++ compiler, as far as the deploy script can see."""
     stub(clone, "g++", "exit 0")
-    return stub(clone, "nvidia-smi", "echo 'GPU 0: NVIDIA'")
+    return stub(clone, "nvidia-smi", 'for n in 0 1 2 3 4 5 6 7; do echo "GPU $n: NVIDIA"; sleep 0.005; done')
 
 
 def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> None:

@@ -92,7 +92,9 @@ def test_what_is_no_entry(text: str) -> None:
 def test_the_file_is_read_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "blacklist"
     blacklist = Blacklist([180], file)
-    assert not blacklist.reload() and 180 in blacklist and 7 not in blacklist
+    assert blacklist.reload() is blacklist.reload() is False
+    assert caplog.text.count("not there, so nobody is left out by it") == 1
+    assert 180 in blacklist and 7 not in blacklist
     file.write_text(f"# those who pay nothing\n7\n\n{HOTKEY} # why\nnonsense \x1b[2J\n")
     assert blacklist.reload()
     assert 7 in blacklist and HOTKEY in blacklist and 180 in blacklist
@@ -106,6 +108,7 @@ def test_the_file_is_read_when_it_changes(tmp_path: Path, caplog: pytest.LogCapt
     assert blacklist.reload()
     assert 8 not in blacklist and 180 in blacklist
     assert not blacklist.reload()
+    assert caplog.text.count("not there, so nobody is left out by it") == 2
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"7\n" * MAX_FILE_BYTES])

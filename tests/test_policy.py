@@ -84,6 +84,14 @@ def test_a_task_on_its_way_to_its_validator_makes_nobody_dear() -> None:
     assert start.ask_at("judged") == start.ask_at("good") == 0.0
 
 
+def test_one_that_repeats_its_ids_makes_nobody_dear() -> None:
+    """What is one task by its id was submitted 40 times."""
+    repeats = replace(standing(0, 40), attempted=1)
+    judged = Policy(0.036)
+    judged.update({"good": replace(GOOD, attempted=1, submitted=1, accepted=1, gpu_s=TASK_S), "judged": repeats})
+    assert judged.ask_at("good") == 0.0
+
+
 def test_nothing_known_skips_nobody() -> None:
     fresh = Policy(1.0)
     assert fresh.ask_at("judged") == 0.0

@@ -14,6 +14,8 @@ MAX_UID = 65535
 # SS58 in base58, without checking its checksum: a mistyped hotkey is nobody's.
 _HOTKEY = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,49}")
 
+_ABSENT = (0.0, -1)
+
 log = logging.getLogger(__name__)
 
 
@@ -42,7 +44,7 @@ class Blacklist:
     def reload(self) -> bool:
         """Reads the file when it has changed; whether the blacklist is another one now.
 
-        A file that can not be read leaves the blacklist as it was; one that is not there is empty.
+        A file that can not be read leaves the blacklist as it was; one that is not there is empty, with a warning.
         """
         if self._file is None:
             return False
@@ -67,9 +69,10 @@ class Blacklist:
         try:
             status = file.stat()
         except FileNotFoundError:
-            if self._seen is None:
+            if self._seen == _ABSENT:
                 return None
-            self._seen = None
+            self._seen = _ABSENT
+            log.warning("Blacklist %s: not there, so nobody is left out by it", file)
             return ""
         seen = status.st_mtime, status.st_size
         if seen == self._seen:

@@ -78,10 +78,11 @@ class Bookkeeping:
 
 
 def _cooldowns(path: Path, now: float) -> dict[str, float]:
-    # The column beside max() is that of the newest row.
-    query = """SELECT hotkey, at + wait, max(at) FROM
+    # The column beside max() is that of the newest row. One from the future is from before the clock was set back: when
+    # its wait began is unknown, so it begins now.
+    query = """SELECT hotkey, min(at, :now) + wait, max(at) FROM
         (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
-        WHERE at BETWEEN :now - :longest AND :now GROUP BY hotkey"""
+        WHERE at >= :now - :longest GROUP BY hotkey"""
     with closing(standings.connect(path)) as connection:
         rows = connection.execute(query, {"now": now, "longest": MAX_COOLDOWN_S}).fetchall()
     return {hotkey: min(until, now + MAX_COOLDOWN_S) for hotkey, until, _ in rows if until is not None and until > now}

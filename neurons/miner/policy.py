@@ -52,11 +52,16 @@ class Policy:
             return PRIOR_ACCEPTED / PRIOR_TASKS / self._typical_s
         probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.submitted)
         # By tasks worked on: the newest is not submitted yet, and would make all that came before it look dear.
-        seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + standing.attempted)
+        seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + _tasks(standing))
         return probability / seconds
 
 
 def _gpu_s_per_task(standings: Collection[Standing]) -> float | None:
     """Over all validators together."""
-    seconds, tasks = sum(each.gpu_s for each in standings), sum(each.attempted for each in standings)
+    seconds, tasks = sum(each.gpu_s for each in standings), sum(_tasks(each) for each in standings)
     return seconds / tasks if seconds and tasks else None
+
+
+def _tasks(standing: Standing) -> int:
+    """Those that cost GPU time. By their ids there may be fewer than were submitted: the ids are a stranger's words."""
+    return max(standing.attempted, standing.submitted)

@@ -11,6 +11,7 @@ from pathlib import Path
 from neurons.miner.options import REHEARSAL_STATE
 
 MAX_VALIDATORS = 64
+ANNOUNCE_INTERVAL_S = 1.0
 
 log = logging.getLogger("neurons.rehearsal")
 
@@ -56,12 +57,13 @@ def main() -> int:
         sys.exit(f"argument --hostile: {unknown[0]!r} is none of all, {', '.join(HABITS)}")
     logging_setup.configure(args.log_file)
     stop_signals = {signal.SIGTERM, signal.SIGINT}
-    # Blocked before any thread starts, so that sigwait below gets them and nobody else.
+    # Blocked before any thread starts, so that sigtimedwait below gets them and nobody else.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     limits = Limits().compressed(args.time_scale)
     with RehearsalNetwork(args.state, args.endpoint, args.validators, limits, load_prompts(), hostile) as network:
         log.info("%d validators; a task every %.0f s from each", len(network.validators), limits.task_cooldown)
-        signal.sigwait(stop_signals)
+        while signal.sigtimedwait(stop_signals, ANNOUNCE_INTERVAL_S) is None:
+            network.announce()
         log.info("Stopping")
     return 0
 

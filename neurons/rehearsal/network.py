@@ -47,6 +47,7 @@ class RehearsalNetwork:
         hostile: Sequence[str] = (),
     ) -> None:
         self._file = state / "network.json"
+        self._told = b""
         # Gone until the validators listen: a miner must not find the ports of an earlier run.
         self._file.unlink(missing_ok=True)
         wallets = state / "wallets"
@@ -74,15 +75,28 @@ class RehearsalNetwork:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise RuntimeError("the validators did not start")
             time.sleep(0.01)
-        chain.save(self._metagraph(), self._file)
+        self._tell()
         for validator in self.validators:
             log.info("Validator [%d] %s listens on 127.0.0.1:%d", validator.uid, validator.hotkey, validator.port)
         for villain in self.hostile:
             log.info("Validator [%d] %s listens on 127.0.0.1:%d", villain.uid, villain.kind, villain.port)
         return self
 
+    def announce(self) -> None:
+        """Tells miners of these validators, unless another rehearsal in this folder has told them of its own.
+
+        To be called every now and then: that one ends, and takes back what it told.
+        """
+        if not self._file.exists():
+            self._tell()
+
+    def _tell(self) -> None:
+        chain.save(self._metagraph(), self._file)
+        self._told = self._file.read_bytes()
+
     def __exit__(self, *_: object) -> None:
-        self._file.unlink(missing_ok=True)
+        if self._file.exists() and self._file.read_bytes() == self._told:
+            self._file.unlink()
         for validator in self._all():
             validator.stop()
         self._thread.join(timeout=10)
