@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from neurons import ply, spz
+from neurons import chain, ply, spz
 from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner.competitive_miner import CompetitiveMiner
 from neurons.miner.dendrite import ValidatorDendrite
@@ -118,6 +118,26 @@ async def until(condition: Any, seconds: float = 40) -> None:
 
 def accepted(validator: RehearsalValidator) -> int:
     return sum(len(miner.accepted) for miner in validator.rules.miners.values())
+
+
+async def test_a_rehearsal_beside_another_gives_way_and_comes_back(tmp_path: Path) -> None:
+    first, later = [RehearsalNetwork(tmp_path, "http://127.0.0.1:9", count, LIMITS, PROMPTS) for count in (1, 2)]
+
+    def told() -> list[int]:
+        return [neuron.uid for neuron in chain.load(tmp_path / "network.json").neurons if neuron.serving]
+
+    await asyncio.to_thread(first.__enter__)
+    try:
+        assert told() == [1]
+        await asyncio.to_thread(later.__enter__)
+        first.announce()
+        assert told() == [1, 180]
+        await asyncio.to_thread(later.__exit__)
+        first.announce()
+        assert told() == [1]
+    finally:
+        await asyncio.to_thread(first.__exit__)
+    assert not (tmp_path / "network.json").exists()
 
 
 async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

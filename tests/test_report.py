@@ -76,6 +76,13 @@ def test_empty_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert matplotlib.image.imread(tmp_path / "new" / "plot.png").shape[2] == 4
 
 
+def test_a_clock_that_was_set_back_hides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ahead = time.time() + 7200
+    write(tmp_path / "l", [event for i in range(7) for event in one_task(3, ahead - 100 * i)])
+    assert report.main(["--ledger", str(tmp_path / "l"), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert ["all", "1", "7"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+
+
 def test_no_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for path in (tmp_path / "none", tmp_path / "empty"):
         (tmp_path / "empty").touch()
