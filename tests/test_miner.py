@@ -586,6 +586,21 @@ async def test_prompts_that_are_not_fit_never_reach_the_service(task: Task) -> N
             await service.generate(task, 1)
 
 
+async def test_a_password_in_an_address_is_used_and_never_shown() -> None:
+    seen: list[str] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request.headers["Authorization"])
+        return web.json_response({"status": "ready"})
+
+    runner, url = await serve(handler)
+    async with GenerationService(url.replace("://", "://miner:secret@")) as service:
+        assert await service.health() == "ready"
+        assert service.endpoint == url
+    await runner.cleanup()
+    assert seen == [aiohttp.BasicAuth("miner", "secret").encode()]
+
+
 async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generators, "HEALTH_INTERVAL_S", 0.01)
     status = "loading"
@@ -643,6 +658,9 @@ def test_networks_and_wallets() -> None:
         ["--blacklist", "x"],
         ["--retries", "-1"],
         ["--generation.endpoint", "file:///etc/passwd"],
+        ["--generation.endpoint", "http://10.0.0.2:1000g"],
+        ["--generation.endpoint", "http://:10006"],
+        ["--generation.endpoint", "http://[10006"],
         ["--work", "4"],
     ],
 )

@@ -9,6 +9,7 @@ import math
 import time
 import unicodedata
 from dataclasses import dataclass
+from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
@@ -79,10 +80,15 @@ def prompt_problem(prompt: str) -> str | None:
 
 
 class GenerationService:
-    """One generation service at `endpoint` (http://host:port). To be used as an async context manager."""
+    """One generation service at `url` (http://host:port). To be used as an async context manager.
 
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint.rstrip("/")
+    `endpoint` is how it is named to people: the URL without the user and the password that may be in it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        parts = urlsplit(self._url)
+        self.endpoint = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> GenerationService:
@@ -103,7 +109,7 @@ class GenerationService:
         assert self._session is not None
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
-            async with self._session.get(f"{self.endpoint}/health", timeout=timeout) as response:
+            async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
                 return str(body["status"])[:40]
         except aiohttp.ConnectionTimeoutError as error:
@@ -122,7 +128,7 @@ class GenerationService:
             return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
 
         try:
-            async with self._session.post(f"{self.endpoint}/generate/", data=form) as response:
+            async with self._session.post(f"{self._url}/generate/", data=form) as response:
                 if response.status == 503:
                     raise EndpointUnavailable("busy (503)", _retry_after(response))
                 if response.status != 200:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from neurons.miner.blacklist import parse_entry
 
@@ -183,4 +184,10 @@ def _fraction(text: str) -> float:
 def _endpoint(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text!r} is no http:// or https:// address")
+    try:
+        parts = urlsplit(text)
+        if not parts.hostname or parts.port == 0:
+            raise ValueError("no host, or port 0")
+    except ValueError as error:  # the text may hold a password
+        raise argparse.ArgumentTypeError(f"no address: {error}") from error
     return text
