@@ -204,6 +204,15 @@ def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypa
     download.check_disk([plan])
 
 
+def test_a_full_disk_holds_what_is_there(cache, monkeypatch):
+    Usage = namedtuple("Usage", "free")
+    plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 5, "d" * 64, True),))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage(free=0))
+    plan.blobs.mkdir(parents=True)
+    (plan.blobs / plan.files[0].digest).write_bytes(b"whole")
+    download.check_disk([plan])
+
+
 class TestLock:
     def test_an_unpinned_download_stays_at_its_commit(self, hub, cache):
         assert not MVDREAM.pinned

@@ -134,7 +134,10 @@ def wanted(names: list[str], patterns: tuple[str, ...]) -> list[str]:
 
 def check_disk(plans: list[Plan]) -> None:
     """Raises WeightsError when the cache's disk has no room for what is still to be fetched."""
-    needed = sum(each.remaining() for each in plans) + RESERVE
+    remaining = sum(each.remaining() for each in plans)
+    if remaining == 0:
+        return
+    needed = remaining + RESERVE
     cache = Path(constants.HF_HUB_CACHE)
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
