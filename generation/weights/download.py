@@ -27,7 +27,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
 from generation.weights.lock import Lock, LockedFile, cache_folder, read_lock, write_lock
-from generation.weights.registry import Entry, WeightsError
+from generation.weights.registry import Entry, WeightsError, wanted
 
 #: what stays free on the disk after a download, in bytes
 RESERVE = 10**9
@@ -113,23 +113,6 @@ def plan(entry: Entry) -> Plan:
     if absent:
         raise WeightsError(f"{entry.name}: {page} at {info.sha} has no file {', '.join(absent)}")
     return Plan(entry, info.sha, tuple(there[name] for name in names))
-
-
-def wanted(names: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """The names that match a pattern, without other copies of the same weights.
-
-    Of a folder with safetensors the pickles are left out, and a variant (``model.fp16.safetensors``) beside its plain
-    file (``model.safetensors``).
-    """
-    matching = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    safe = {name.rpartition("/")[0] for name in matching if name.endswith(".safetensors")}
-
-    def is_copy(name: str) -> bool:
-        pickled = name.endswith((".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"))
-        plain = re.sub(r"\.[^./]+(\.safetensors|\.bin)$", r"\1", name)
-        return (pickled and name.rpartition("/")[0] in safe) or (plain != name and plain in matching)
-
-    return [name for name in matching if not is_copy(name)]
 
 
 def check_disk(plans: list[Plan]) -> None:
