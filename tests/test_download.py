@@ -20,7 +20,7 @@ from generation.settings import ROOT
 from generation.weights import WeightsError, download, loading
 from generation.weights.lock import lock_path
 from generation.weights.registry import REGISTRY, Entry, wanted
-from tests.fake_hub import Hub, Repository, serve
+from tests.fake_hub import LARGE, Hub, Repository, digest, serve
 
 # Weights that the hub keeps outside of git, in a form that can be looked at.
 WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
@@ -159,6 +159,46 @@ def test_a_damaged_file_of_another_download_is_replaced(hub, cache):
     assert "deleted: run this again" in run(hub, cache, "--only", "birefnet").stderr
     assert run(hub, cache, "--only", "birefnet").returncode == 0
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.fixture
+def whole(cache) -> download.Plan:
+    """BiRefNet, fetched by someone else: all of it is in the hub's cache, and no lock."""
+    repository = birefnet()
+    files = tuple(
+        download._File(name, len(content), digest(content), len(content) >= LARGE)
+        for name, content in repository.files.items()
+        if name != "pytorch_model.bin"
+    )
+    plan = download.Plan(BIREFNET, repository.commit, files)
+    plan.blobs.mkdir(parents=True)
+    folder = plan.blobs.parent / "snapshots" / plan.commit
+    folder.mkdir(parents=True)
+    for file in files:
+        (plan.blobs / file.digest).write_bytes(repository.files[file.name])
+        (folder / file.name).symlink_to(plan.blobs / file.digest)
+    return plan
+
+
+def test_what_is_there_stays_usable_while_it_is_checked(whole, monkeypatch):
+    """And for good, if the check is ended: by Ctrl-C here."""
+
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_sha256", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(whole, print)
+    assert loading.local_folder(BIREFNET)
+
+
+def test_a_file_of_another_download_that_was_cut_short_is_continued(hub, cache, large):
+    run(hub, cache, "--only", "birefnet")
+    blob(cache, BIREFNET, "model.safetensors").write_bytes(large[: CHUNK + 1])
+    hub.requests.clear()
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert hub.fetched("model.safetensors") == [f"bytes={CHUNK + 1}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
 def test_a_missing_file_is_named(hub, cache):

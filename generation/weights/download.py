@@ -174,7 +174,10 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
     """Content of a large file, by its digest. What is there of it is kept, also when this ends before it is whole."""
     entry, blob, partial = plan.entry, plan.blobs / file.digest, plan.partial(file)
     if blob.exists():
-        if known and blob.stat().st_size == file.size:
+        if blob.stat().st_size == file.size:
+            # Hashed where it is: the snapshot's link leads here, and would to nothing if this was ended meanwhile.
+            if not known:
+                _check_large(plan, file, blob)
             return
         os.replace(blob, partial)
     have = partial.stat().st_size if partial.exists() else 0
@@ -199,12 +202,17 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
                 displayed_filename=file.name,
                 tqdm_class=_Bar,
             )
-    if _sha256(partial) != file.digest:
-        partial.unlink()
-        raise WeightsError(
-            f"{entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
-        )
+    _check_large(plan, file, partial)
     os.replace(partial, blob)
+
+
+def _check_large(plan: Plan, file: _File, path: Path) -> None:
+    """Delete a whole file that is not what the hub lists. Raises WeightsError then."""
+    if _sha256(path) != file.digest:
+        path.unlink()
+        raise WeightsError(
+            f"{plan.entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
+        )
 
 
 def _name_revision(plan: Plan) -> None:
