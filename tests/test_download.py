@@ -109,13 +109,17 @@ def test_goes_on_after_a_cut_connection(hub, cache, large):
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
+def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
+        assert time.monotonic() < deadline and download.poll() is None
+        time.sleep(0.05)
+
+
 def test_goes_on_in_the_next_run(hub, cache, large):
     hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
     with start(hub, cache, "--only", "birefnet") as stopped:
-        deadline = time.monotonic() + 30
-        while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
-            assert time.monotonic() < deadline and stopped.poll() is None
-            time.sleep(0.05)
+        wait_for_a_chunk(cache, stopped)
         stopped.send_signal(signal.SIGINT)
         _, problems = stopped.communicate(timeout=30)
     assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
@@ -124,6 +128,23 @@ def test_goes_on_in_the_next_run(hub, cache, large):
     assert done.returncode == 0, done.stderr
     assert f"{CHUNK / 1e6:.1f} MB of it are here already" in done.stdout
     assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_a_second_download_at_the_same_time_leaves_the_first_alone(hub, cache, large):
+    stalled = hub.repositories[BIREFNET.repo].stall_after
+    stalled["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as first:
+        wait_for_a_chunk(cache, first)
+        stalled.clear()
+        second = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert second.returncode == 1
+        assert "another download of birefnet is at work in" in second.stderr and "wait for it" in second.stderr
+        assert loading.local_folder(MVDREAM)  # the other one, which nobody is at
+        hub.go_on.set()
+        _, problems = first.communicate(timeout=30)
+    assert first.returncode == 0, problems
+    assert hub.fetched(f"{BIREFNET.revision}/model.safetensors") == ["", f"bytes={CHUNK}-"]
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 

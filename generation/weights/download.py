@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,11 +138,30 @@ def fetch(plan: Plan, say: Say) -> None:
 
     What was recorded by an earlier download is not read again; everything else is hashed.
     """
+    plan.blobs.mkdir(parents=True, exist_ok=True)
+    with _alone(plan.entry):
+        _fetch(plan, say)
+
+
+@contextmanager
+def _alone(entry: Entry) -> Iterator[None]:
+    """Keeps other downloads of a repository out: two would write to the same files. Raises WeightsError for one."""
+    with (cache_folder(entry) / "in_progress").open("w") as ours:
+        try:
+            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WeightsError(
+                f"another download of {entry.name} is at work in {cache_folder(entry)}; "
+                f"wait for it or end it, then run this again"
+            ) from error
+        yield
+
+
+def _fetch(plan: Plan, say: Say) -> None:
     entry = plan.entry
     assert entry.repo is not None
     lock = read_lock(entry)
     known = lock.files if lock and lock.commit == plan.commit else {}
-    plan.blobs.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(plan.files, 1):
         say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
         try:
