@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,10 +11,12 @@ import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.numpy import save
 
 from generation.settings import ROOT
@@ -27,6 +30,13 @@ WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
 OTHER = save({"w": np.arange(50_000, dtype="float32")[::-1].copy()})
 CHUNK = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE  # bytes that the hub's library writes at once
 BIREFNET, MVDREAM, RMBG = REGISTRY["birefnet"], REGISTRY["mvdream-sd2.1"], REGISTRY["rmbg-2.0"]
+# `python -m scripts.download_weights`, but for the pauses.
+AS_USERS_DO = """
+import runpy
+from generation.weights import download
+download.PAUSE = 0
+runpy.run_module("scripts.download_weights", run_name="__main__", alter_sys=True)
+"""
 
 
 def birefnet() -> Repository:
@@ -57,7 +67,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.download_weights", *arguments],
+        [sys.executable, "-c", AS_USERS_DO, *arguments],
         env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -107,6 +117,82 @@ def test_goes_on_after_a_cut_connection(hub, cache, large):
     assert done.returncode == 0, done.stderr
     assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_after_a_reset(hub, cache, large):
+    hub.repositories[BIREFNET.repo].reset_after["model.safetensors"] = [CHUNK + 1, 0]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on in 0 s") == 2 and "reset by peer" in done.stdout
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_by_a_new_address_when_the_old_one_has_expired(hub, cache, large):
+    repository = hub.repositories[BIREFNET.repo]
+    repository.signed, repository.cut_after["model.safetensors"] = True, [CHUNK + 1]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"cut off at {CHUNK / 1e6:.1f} MB (HTTP 403 from 127.0.0.1); going on in 0 s" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+class TestPatience:
+    """A large file in rounds, each of which brings so many bytes and then fails."""
+
+    SIZE = 2000
+
+    @pytest.fixture
+    def rounds(self, cache, monkeypatch):
+        """Runs one download; takes what it needs of the rounds."""
+        file = download._File("model.safetensors", self.SIZE, digest(b"0" * self.SIZE), True)
+
+        def fetch(script: list[tuple[int, Exception | None]]) -> None:
+            def http_get(location, target, **options):
+                count, error = script.pop(0)
+                target.write(b"0" * count)
+                if error:
+                    raise error
+
+            monkeypatch.setattr(download, "http_get", http_get)
+            download.fetch(download.Plan(BIREFNET, "a" * 40, (file,)), lambda text: None)
+
+        monkeypatch.setattr(download, "PAUSE", 0)
+        monkeypatch.setattr(download, "hf_hub_download", lambda *arguments, **options: None)
+        monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(location=url))
+        return fetch
+
+    def test_lasts_while_there_is_growth(self, rounds):
+        reset, still = ConnectionResetError(errno.ECONNRESET, "reset"), (0, HTTPError("reset"))
+        script = [*[still] * 4, (1, reset), *[still] * 4, (1, reset), (self.SIZE - 2, None)]
+        rounds(script)
+        assert not script
+
+    def test_ends_when_nothing_comes(self, rounds):
+        script = [(1, HTTPError("reset")), *[(0, HTTPError("reset"))] * 9]
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors .*: reset, 5 times in a row.*run this"):
+            rounds(script)
+        assert len(script) == 4
+
+    def test_a_full_disk_is_said_at_once(self, rounds):
+        script = [(0, OSError(errno.ENOSPC, "No space left on device"))] * 9
+        with pytest.raises(WeightsError, match=r"model\.safetensors .*No space left"):
+            rounds(script)
+        assert len(script) == 8
+
+    @pytest.mark.parametrize("status", [401, 403, 404])
+    def test_what_the_hub_refuses_is_said_at_once(self, rounds, monkeypatch, status):
+        asked = []
+
+        def refuse(url: str) -> None:
+            asked.append(url)
+            answer = SimpleNamespace(status_code=status, headers={}, request=None)
+            raise HfHubHTTPError("not for\nyou", response=answer)
+
+        monkeypatch.setattr(download, "get_hf_file_metadata", refuse)
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors did not arrive: not for you; run this"):
+            rounds([])
+        assert len(asked) == 1
 
 
 def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:

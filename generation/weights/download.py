@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import fnmatch
 import hashlib
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -33,6 +36,12 @@ from generation.weights.registry import Entry, WeightsError, wanted
 
 #: what stays free on the disk after a download, in bytes
 RESERVE = 10**9
+
+#: so often in a row a large file may be cut off without one byte more of it, with so many seconds between
+PATIENCE, PAUSE = 5, 10
+
+# These stay as they are when they are tried again.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 Say = Callable[[str], None]
 
@@ -207,24 +216,61 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
         have = 0
     if 0 < have < file.size:
         say(f"  {have / 1e6:,.1f} MB of it are here already")
-    if have < file.size:
-        assert entry.repo is not None
-        url = hf_hub_url(entry.repo, file.name, revision=plan.commit)
-        location = get_hf_file_metadata(url).location
-        # The token is for the hub alone, not for the store that it points to.
-        ours = urlsplit(location).netloc == urlsplit(url).netloc
-        with partial.open("ab") as target:
-            http_get(
-                location,
-                target,
-                resume_size=have,
-                headers=build_hf_headers(token=None if ours else False),
-                expected_size=file.size,
-                displayed_filename=file.name,
-                tqdm_class=_Bar,
-            )
+    most, standing = have, 0
+    while have < file.size:
+        try:
+            _append(plan, file, have)
+        except (HTTPError, OSError) as error:
+            if getattr(error, "errno", None) in _OF_THE_DISK:
+                raise
+            have = partial.stat().st_size if partial.exists() else 0
+            most, standing = (have, 0) if have > most else (most, standing + 1)
+            if standing == PATIENCE:
+                raise WeightsError(
+                    f"{entry.name}: {file.name} did not arrive: {_line(error)}, {standing} times in a row; "
+                    f"what came is kept: run this again"
+                ) from error
+            say(f"  cut off at {have / 1e6:,.1f} MB ({_line(error)}); going on in {PAUSE} s")
+            time.sleep(PAUSE)
+        else:
+            break
     _check_large(plan, file, partial)
     os.replace(partial, blob)
+
+
+def _append(plan: Plan, file: _File, have: int) -> None:
+    """Fetch what a partial file lacks, by an address that is new each time: the store's expire within an hour.
+
+    Raises WeightsError where the hub itself refuses, which it will again.
+    """
+    assert plan.entry.repo is not None
+    url = hf_hub_url(plan.entry.repo, file.name, revision=plan.commit)
+    try:
+        location = get_hf_file_metadata(url).location
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            reason = " ".join(str(error).split())
+            raise WeightsError(f"{plan.entry.name}: {file.name} did not arrive: {reason}; run this again") from error
+        raise
+    # The token is for the hub alone, not for the store that it points to.
+    ours = urlsplit(location).netloc == urlsplit(url).netloc
+    with plan.partial(file).open("ab") as target:
+        http_get(
+            location,
+            target,
+            resume_size=have,
+            headers=build_hf_headers(token=None if ours else False),
+            expected_size=file.size,
+            displayed_filename=file.name,
+            tqdm_class=_Bar,
+        )
+
+
+def _line(error: Exception) -> str:
+    """What cut a download off. The library's text for a status has the signed address in it, and advice on tokens."""
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code} from {error.response.url.host}"
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _check_large(plan: Plan, file: _File, path: Path) -> None:
