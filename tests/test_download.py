@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from generation.settings import ROOT
 from generation.weights import WeightsError, download, loading
-from generation.weights.lock import lock_path
+from generation.weights.lock import Lock, lock_path, write_lock
 from generation.weights.registry import REGISTRY, Entry, wanted
 from tests.fake_hub import LARGE, Hub, Repository, digest, serve
 
@@ -358,6 +358,76 @@ def test_a_full_disk_holds_what_is_there(cache, monkeypatch):
     plan.blobs.mkdir(parents=True)
     (plan.blobs / plan.files[0].digest).write_bytes(b"whole")
     download.check_disk([plan])
+
+
+class TestDisk:
+    """What it refuses is said in a line. Tests may run as root, who may write anywhere."""
+
+    @pytest.mark.parametrize("name", ["home", "home/hub"])
+    def test_a_file_where_the_cache_should_be(self, hub, cache, name):
+        path = cache / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", HF_HOME=str(cache / "home"))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert str(path) in done.stderr and "set HF_HOME to a folder that can be written" in done.stderr
+
+    def test_a_file_where_a_model_should_be_does_not_keep_the_others_out(self, hub, cache):
+        path = lock_path(BIREFNET).parent
+        path.parent.mkdir()
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"birefnet: [Errno 20] Not a directory: '{path}/blobs'; mend that, or set HF_HOME" in done.stderr
+        assert loading.local_folder(MVDREAM)
+
+    @pytest.fixture
+    def nothing_can_be_written(self, whole, monkeypatch):
+        def refuse(self, *arguments, **options):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        (whole.blobs.parent / "in_progress").mkdir()  # no place for a file
+
+    @pytest.mark.parametrize("entry", [BIREFNET, replace(BIREFNET, revision="main")], ids=["pinned", "branch"])
+    def test_what_is_whole_can_be_checked_without_writing(self, whole, monkeypatch, capsys, request, entry):
+        reference = whole.blobs.parent / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text(whole.commit)
+        request.getfixturevalue("nothing_can_be_written")
+        download.fetch(replace(whole, entry=entry), print)
+        said = capsys.readouterr().out
+        assert "all 4 files are as the hub lists them; that could not be recorded" in said and "Read-only" in said
+        assert loading.local_folder(entry)
+
+    def test_a_recorded_download_is_checked_without_writing(self, whole, request, capsys):
+        download.fetch(whole, print)
+        (whole.blobs.parent / "in_progress").unlink()
+        request.getfixturevalue("nothing_can_be_written")
+        capsys.readouterr()
+        download.fetch(whole, print)
+        assert str(lock_path(BIREFNET)) in capsys.readouterr().out
+
+    def test_an_old_record_that_stays_is_an_error(self, whole, request):
+        """The service would follow it."""
+        write_lock(BIREFNET, Lock("c" * 40, {}))
+        request.getfixturevalue("nothing_can_be_written")
+        with pytest.raises(WeightsError, match=r"birefnet: .*Read-only file system: '.*lock-.*HF_HOME"):
+            download.fetch(whole, print)
+
+    def test_what_is_not_whole_can_not(self, whole, nothing_can_be_written):
+        (whole.blobs / whole.files[0].digest).unlink()
+        with pytest.raises(WeightsError, match=r"birefnet: .*in_progress.*HF_HOME"):
+            download.fetch(whole, print)
+
+
+def test_a_proxy_that_lacks_its_package(cache, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr(download.HfApi, "model_info", refuse)
+    with pytest.raises(WeightsError, match=r"birefnet: .*can not be asked: .*socksio.*unset or change"):
+        download.plan(BIREFNET)
 
 
 class TestLock:

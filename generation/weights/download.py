@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
-from generation.weights.lock import Lock, LockedFile, cache_folder, read_lock, write_lock
+from generation.weights.lock import Lock, LockedFile, cache_folder, lock_path, read_lock, write_lock
 from generation.weights.registry import Entry, WeightsError, wanted
 
 #: what stays free on the disk after a download, in bytes
@@ -40,7 +40,7 @@ RESERVE = 10**9
 #: so often in a row a large file may be cut off without one byte more of it, with so many seconds between
 PATIENCE, PAUSE = 5, 10
 
-# These stay as they are when they are tried again.
+# what a disk may say to a write, without naming the file
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 Say = Callable[[str], None]
@@ -111,8 +111,12 @@ def plan(entry: Entry) -> Plan:
         raise WeightsError(f"{entry.name}: {page} does not exist, or not for this account") from error
     except OfflineModeIsEnabled as error:
         raise WeightsError(f"{entry.name}: HF_HUB_OFFLINE is set, so nothing can be fetched; unset it") from error
-    except (HTTPError, OSError, ValueError) as error:
-        raise WeightsError(f"{entry.name}: {page} can not be asked: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise WeightsError(f"{entry.name}: {page} can not be asked: {error}; {_remedy(error)}") from error
+    except (ValueError, ImportError) as error:  # a proxy that is none, or of a kind that needs another package
+        raise WeightsError(
+            f"{entry.name}: {page} can not be asked: {error}; mend that, or unset or change https_proxy and its like"
+        ) from error
     assert info.sha is not None
     there = {}
     for sibling in info.siblings or ():
@@ -128,13 +132,14 @@ def plan(entry: Entry) -> Plan:
 
 def check_disk(plans: list[Plan]) -> None:
     """Raises WeightsError when the cache's disk has no room for what is still to be fetched."""
-    remaining = sum(each.remaining() for each in plans)
-    if remaining == 0:
-        return
-    needed = remaining + RESERVE
     cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
+    with _writing(str(cache)):
+        remaining = sum(each.remaining() for each in plans)
+        if remaining == 0:
+            return
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+    needed = remaining + RESERVE
     if free < needed:
         raise WeightsError(
             f"too little disk: {free / 1e9:.1f} GB free in {cache}, {needed / 1e9:.1f} GB needed; free some, or set "
@@ -147,20 +152,38 @@ def fetch(plan: Plan, say: Say) -> None:
 
     What was recorded by an earlier download is not read again; everything else is hashed.
     """
-    plan.blobs.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.entry):
-        _fetch(plan, say)
+    with _writing(plan.entry.name):
+        plan.blobs.mkdir(parents=True, exist_ok=True)
+        with _alone(plan):
+            _fetch(plan, say)
 
 
 @contextmanager
-def _alone(entry: Entry) -> Iterator[None]:
+def _writing(what: str) -> Iterator[None]:
+    """What the cache's disk refuses is raised as WeightsError."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(f"{what}: {error}; {_remedy(error)}") from error
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
     """Keeps other downloads of a repository out: two would write to the same files. Raises WeightsError for one."""
-    with (cache_folder(entry) / "in_progress").open("w") as ours:
+    folder = cache_folder(plan.entry)
+    try:
+        ours = (folder / "in_progress").open("w")
+    except OSError:
+        if plan.remaining():
+            raise
+        yield  # a cache that can not be written, with everything in it, can be checked
+        return
+    with ours:
         try:
             fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise WeightsError(
-                f"another download of {entry.name} is at work in {cache_folder(entry)}; "
+                f"another download of {plan.entry.name} is at work in {folder}; "
                 f"wait for it or end it, then run this again"
             ) from error
         yield
@@ -178,17 +201,28 @@ def _fetch(plan: Plan, say: Say) -> None:
                 _fetch_large(plan, file, known.get(file.name) == LockedFile(file.size, file.digest), say)
             # Names the content in the commit's folder; a small file is fetched by it, a large one is there already.
             hf_hub_download(entry.repo, file.name, revision=plan.commit)
-        except (HTTPError, EntryNotFoundError, OSError) as error:
-            raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; run this again") from error
+        except (HTTPError, EntryNotFoundError, OSError, ImportError) as error:
+            raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; {_remedy(error)}") from error
         path = plan.blobs / file.digest
         if not file.large and (not path.exists() or _git_hash(path) != file.digest):
             path.unlink(missing_ok=True)
             raise WeightsError(f"{entry.name}: {file.name} is not what the hub lists; run this again")
     _name_revision(plan)
     files = {file.name: LockedFile(file.size, file.digest) for file in plan.files}
-    say(
-        f"{entry.name}: all {len(files)} files are as the hub lists them; {write_lock(entry, Lock(plan.commit, files))}"
-    )
+    recorded = _record(entry, lock, Lock(plan.commit, files))
+    say(f"{entry.name}: all {len(files)} files are as the hub lists them; {recorded}")
+
+
+def _record(entry: Entry, old: Lock | None, new: Lock) -> str:
+    """Write a lock; returns words on where it is. Without one the same files are loaded, so it may be lacking."""
+    if new == old:
+        return str(lock_path(entry))
+    try:
+        return str(write_lock(entry, new))
+    except OSError as error:
+        if old is not None:  # and would still be followed
+            raise
+        return f"that could not be recorded, so the next run checks them again ({error})"
 
 
 def _is_sane(name: str, digest: str) -> bool:
@@ -221,7 +255,7 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
         try:
             _append(plan, file, have)
         except (HTTPError, OSError) as error:
-            if getattr(error, "errno", None) in _OF_THE_DISK:
+            if _is_local(error):
                 raise
             have = partial.stat().st_size if partial.exists() else 0
             most, standing = (have, 0) if have > most else (most, standing + 1)
@@ -266,6 +300,17 @@ def _append(plan: Plan, file: _File, have: int) -> None:
         )
 
 
+def _is_local(error: Exception) -> bool:
+    """Whether this machine's files are the reason, and not the network."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK)
+
+
+def _remedy(error: Exception) -> str:
+    if _is_local(error):
+        return "mend that, or set HF_HOME to a folder that can be written (for the service too)"
+    return "run this again"
+
+
 def _line(error: Exception) -> str:
     """What cut a download off. The library's text for a status has the signed address in it, and advice on tokens."""
     if isinstance(error, HfHubHTTPError):
@@ -286,6 +331,8 @@ def _name_revision(plan: Plan) -> None:
     """Let a branch's name stand for the commit in the cache, as the hub's own download does."""
     if plan.entry.revision != plan.commit:
         reference = cache_folder(plan.entry) / "refs" / plan.entry.revision
+        if reference.exists() and reference.read_text(encoding="utf-8") == plan.commit:
+            return
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(plan.commit, encoding="utf-8")
 
