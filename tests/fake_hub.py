@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +26,8 @@ class Repository:
     gated: bool = False
     forged: dict[str, bytes] = field(default_factory=dict)  # sent in place of what is listed
     cut_after: dict[str, list[int]] = field(default_factory=dict)  # bytes after which the next answers break off
+    reset_after: dict[str, list[int]] = field(default_factory=dict)  # the same, by a reset
+    signed: bool = False  # large files are at addresses that are good for one answer each
     stall_after: dict[str, int] = field(default_factory=dict)  # bytes after which answers wait for `Hub.go_on`
 
 
@@ -46,6 +52,7 @@ def digest(content: bytes) -> str:
 @contextmanager
 def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
     hub = Hub(repositories)
+    signatures, used = itertools.count(), set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -59,6 +66,12 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
         def answer(self, body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append((self.command, path, self.headers.get("Range", "")))
+            signature = re.match(r"/signed/(\d+)(/.*)", path)
+            if signature:
+                if body and signature[1] in used:
+                    return self.refuse(403, "")
+                used.update([signature[1]] if body else [])
+                path = signature[2]
             match = re.match(r"/(api/models/)?([^/]+/[^/]+)/(auth-check|revision|resolve)(?:/([^/]+)/?(.*))?$", path)
             repository = hub.repositories.get(match[2]) if match else None
             if match is None or repository is None:
@@ -74,6 +87,8 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 return self.send(200, {}, json.dumps(listing(match[2], repository)).encode(), body)
             if name not in repository.files:
                 return self.refuse(404, "EntryNotFound")
+            if repository.signed and not signature and len(repository.files[name]) >= LARGE:
+                return self.send(302, {"Location": f"/signed/{next(signatures)}{path}"}, b"", body)
             self.send_file(repository, name, body)
 
         def send_file(self, repository: Repository, name: str, body: bool) -> None:
@@ -87,6 +102,10 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 self.send(200, headers, content, body, cut=repository.stall_after[name])
                 hub.go_on.wait()
                 return
+            resets = repository.reset_after.get(name)
+            if body and resets:
+                self.send(206 if start else 200, headers, content[start:], body, cut=resets.pop(0))
+                return self.reset()
             cuts = repository.cut_after.get(name)
             self.send(206 if start else 200, headers, content[start:], body, cuts.pop(0) if body and cuts else None)
 
@@ -100,6 +119,11 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 self.wfile.flush()
             if cut is not None:
                 self.close_connection = True
+
+        def reset(self) -> None:
+            """Close with RST. By the descriptor: the server's own way of closing would send FIN before it."""
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
         def refuse(self, status: int, code: str) -> None:
             self.send_response(status)

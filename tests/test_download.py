@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import signal
 import subprocess
@@ -11,22 +11,32 @@ import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.numpy import save
 
 from generation.settings import ROOT
 from generation.weights import WeightsError, download, loading
-from generation.weights.registry import REGISTRY, Entry
-from tests.fake_hub import Hub, Repository, serve
+from generation.weights.lock import Lock, lock_path, write_lock
+from generation.weights.registry import REGISTRY, Entry, wanted
+from tests.fake_hub import LARGE, Hub, Repository, digest, serve
 
 # Weights that the hub keeps outside of git, in a form that can be looked at.
 WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
 OTHER = save({"w": np.arange(50_000, dtype="float32")[::-1].copy()})
 CHUNK = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE  # bytes that the hub's library writes at once
 BIREFNET, MVDREAM, RMBG = REGISTRY["birefnet"], REGISTRY["mvdream-sd2.1"], REGISTRY["rmbg-2.0"]
+# `python -m scripts.download_weights`, but for the pauses.
+AS_USERS_DO = """
+import runpy
+from generation.weights import download
+download.PAUSE = 0
+runpy.run_module("scripts.download_weights", run_name="__main__", alter_sys=True)
+"""
 
 
 def birefnet() -> Repository:
@@ -57,7 +67,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     return subprocess.Popen(
-        [sys.executable, "-m", "scripts.download_weights", *arguments],
+        [sys.executable, "-c", AS_USERS_DO, *arguments],
         env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -109,13 +119,93 @@ def test_goes_on_after_a_cut_connection(hub, cache, large):
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
+def test_goes_on_after_a_reset(hub, cache, large):
+    hub.repositories[BIREFNET.repo].reset_after["model.safetensors"] = [CHUNK + 1, 0]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on in 0 s") == 2 and "reset by peer" in done.stdout
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_by_a_new_address_when_the_old_one_has_expired(hub, cache, large):
+    repository = hub.repositories[BIREFNET.repo]
+    repository.signed, repository.cut_after["model.safetensors"] = True, [CHUNK + 1]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"cut off at {CHUNK / 1e6:.1f} MB (HTTP 403 from 127.0.0.1); going on in 0 s" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+class TestPatience:
+    """A large file in rounds, each of which brings so many bytes and then fails."""
+
+    SIZE = 2000
+
+    @pytest.fixture
+    def rounds(self, cache, monkeypatch):
+        """Runs one download; takes what it needs of the rounds."""
+        file = download._File("model.safetensors", self.SIZE, digest(b"0" * self.SIZE), True)
+
+        def fetch(script: list[tuple[int, Exception | None]]) -> None:
+            def http_get(location, target, **options):
+                count, error = script.pop(0)
+                target.write(b"0" * count)
+                if error:
+                    raise error
+
+            monkeypatch.setattr(download, "http_get", http_get)
+            download.fetch(download.Plan(BIREFNET, "a" * 40, (file,)), lambda text: None)
+
+        monkeypatch.setattr(download, "PAUSE", 0)
+        monkeypatch.setattr(download, "hf_hub_download", lambda *arguments, **options: None)
+        monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(location=url))
+        return fetch
+
+    def test_lasts_while_there_is_growth(self, rounds):
+        reset, still = ConnectionResetError(errno.ECONNRESET, "reset"), (0, HTTPError("reset"))
+        script = [*[still] * 4, (1, reset), *[still] * 4, (1, reset), (self.SIZE - 2, None)]
+        rounds(script)
+        assert not script
+
+    def test_ends_when_nothing_comes(self, rounds):
+        script = [(1, HTTPError("reset")), *[(0, HTTPError("reset"))] * 9]
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors .*: reset, 5 times in a row.*run this"):
+            rounds(script)
+        assert len(script) == 4
+
+    def test_a_full_disk_is_said_at_once(self, rounds):
+        script = [(0, OSError(errno.ENOSPC, "No space left on device"))] * 9
+        with pytest.raises(WeightsError, match=r"model\.safetensors .*No space left"):
+            rounds(script)
+        assert len(script) == 8
+
+    @pytest.mark.parametrize("status", [401, 403, 404])
+    def test_what_the_hub_refuses_is_said_at_once(self, rounds, monkeypatch, status):
+        asked = []
+
+        def refuse(url: str) -> None:
+            asked.append(url)
+            answer = SimpleNamespace(status_code=status, headers={}, request=None)
+            raise HfHubHTTPError("not for\nyou", response=answer)
+
+        monkeypatch.setattr(download, "get_hf_file_metadata", refuse)
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors did not arrive: not for you; run this"):
+            rounds([])
+        assert len(asked) == 1
+
+
+def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
+        assert time.monotonic() < deadline and download.poll() is None
+        time.sleep(0.05)
+
+
 def test_goes_on_in_the_next_run(hub, cache, large):
     hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
     with start(hub, cache, "--only", "birefnet") as stopped:
-        deadline = time.monotonic() + 30
-        while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
-            assert time.monotonic() < deadline and stopped.poll() is None
-            time.sleep(0.05)
+        wait_for_a_chunk(cache, stopped)
         stopped.send_signal(signal.SIGINT)
         _, problems = stopped.communicate(timeout=30)
     assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
@@ -124,6 +214,23 @@ def test_goes_on_in_the_next_run(hub, cache, large):
     assert done.returncode == 0, done.stderr
     assert f"{CHUNK / 1e6:.1f} MB of it are here already" in done.stdout
     assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_a_second_download_at_the_same_time_leaves_the_first_alone(hub, cache, large):
+    stalled = hub.repositories[BIREFNET.repo].stall_after
+    stalled["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as first:
+        wait_for_a_chunk(cache, first)
+        stalled.clear()
+        second = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert second.returncode == 1
+        assert "another download of birefnet is at work in" in second.stderr and "wait for it" in second.stderr
+        assert loading.local_folder(MVDREAM)  # the other one, which nobody is at
+        hub.go_on.set()
+        _, problems = first.communicate(timeout=30)
+    assert first.returncode == 0, problems
+    assert hub.fetched(f"{BIREFNET.revision}/model.safetensors") == ["", f"bytes={CHUNK}-"]
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
@@ -159,6 +266,46 @@ def test_a_damaged_file_of_another_download_is_replaced(hub, cache):
     assert "deleted: run this again" in run(hub, cache, "--only", "birefnet").stderr
     assert run(hub, cache, "--only", "birefnet").returncode == 0
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.fixture
+def whole(cache) -> download.Plan:
+    """BiRefNet, fetched by someone else: all of it is in the hub's cache, and no lock."""
+    repository = birefnet()
+    files = tuple(
+        download._File(name, len(content), digest(content), len(content) >= LARGE)
+        for name, content in repository.files.items()
+        if name != "pytorch_model.bin"
+    )
+    plan = download.Plan(BIREFNET, repository.commit, files)
+    plan.blobs.mkdir(parents=True)
+    folder = plan.blobs.parent / "snapshots" / plan.commit
+    folder.mkdir(parents=True)
+    for file in files:
+        (plan.blobs / file.digest).write_bytes(repository.files[file.name])
+        (folder / file.name).symlink_to(plan.blobs / file.digest)
+    return plan
+
+
+def test_what_is_there_stays_usable_while_it_is_checked(whole, monkeypatch):
+    """And for good, if the check is ended: by Ctrl-C here."""
+
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_sha256", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(whole, print)
+    assert loading.local_folder(BIREFNET)
+
+
+def test_a_file_of_another_download_that_was_cut_short_is_continued(hub, cache, large):
+    run(hub, cache, "--only", "birefnet")
+    blob(cache, BIREFNET, "model.safetensors").write_bytes(large[: CHUNK + 1])
+    hub.requests.clear()
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert hub.fetched("model.safetensors") == [f"bytes={CHUNK + 1}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
 def test_a_missing_file_is_named(hub, cache):
@@ -204,6 +351,85 @@ def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypa
     download.check_disk([plan])
 
 
+def test_a_full_disk_holds_what_is_there(cache, monkeypatch):
+    Usage = namedtuple("Usage", "free")
+    plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 5, "d" * 64, True),))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage(free=0))
+    plan.blobs.mkdir(parents=True)
+    (plan.blobs / plan.files[0].digest).write_bytes(b"whole")
+    download.check_disk([plan])
+
+
+class TestDisk:
+    """What it refuses is said in a line. Tests may run as root, who may write anywhere."""
+
+    @pytest.mark.parametrize("name", ["home", "home/hub"])
+    def test_a_file_where_the_cache_should_be(self, hub, cache, name):
+        path = cache / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", HF_HOME=str(cache / "home"))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert str(path) in done.stderr and "set HF_HOME to a folder that can be written" in done.stderr
+
+    def test_a_file_where_a_model_should_be_does_not_keep_the_others_out(self, hub, cache):
+        path = lock_path(BIREFNET).parent
+        path.parent.mkdir()
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"birefnet: [Errno 20] Not a directory: '{path}/blobs'; mend that, or set HF_HOME" in done.stderr
+        assert loading.local_folder(MVDREAM)
+
+    @pytest.fixture
+    def nothing_can_be_written(self, whole, monkeypatch):
+        def refuse(self, *arguments, **options):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        (whole.blobs.parent / "in_progress").mkdir()  # no place for a file
+
+    @pytest.mark.parametrize("entry", [BIREFNET, replace(BIREFNET, revision="main")], ids=["pinned", "branch"])
+    def test_what_is_whole_can_be_checked_without_writing(self, whole, monkeypatch, capsys, request, entry):
+        reference = whole.blobs.parent / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text(whole.commit)
+        request.getfixturevalue("nothing_can_be_written")
+        download.fetch(replace(whole, entry=entry), print)
+        said = capsys.readouterr().out
+        assert "all 4 files are as the hub lists them; that could not be recorded" in said and "Read-only" in said
+        assert loading.local_folder(entry)
+
+    def test_a_recorded_download_is_checked_without_writing(self, whole, request, capsys):
+        download.fetch(whole, print)
+        (whole.blobs.parent / "in_progress").unlink()
+        request.getfixturevalue("nothing_can_be_written")
+        capsys.readouterr()
+        download.fetch(whole, print)
+        assert str(lock_path(BIREFNET)) in capsys.readouterr().out
+
+    def test_an_old_record_that_stays_is_an_error(self, whole, request):
+        """The service would follow it."""
+        write_lock(BIREFNET, Lock("c" * 40, {}))
+        request.getfixturevalue("nothing_can_be_written")
+        with pytest.raises(WeightsError, match=r"birefnet: .*Read-only file system: '.*lock-.*HF_HOME"):
+            download.fetch(whole, print)
+
+    def test_what_is_not_whole_can_not(self, whole, nothing_can_be_written):
+        (whole.blobs / whole.files[0].digest).unlink()
+        with pytest.raises(WeightsError, match=r"birefnet: .*in_progress.*HF_HOME"):
+            download.fetch(whole, print)
+
+
+def test_a_proxy_that_lacks_its_package(cache, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr(download.HfApi, "model_info", refuse)
+    with pytest.raises(WeightsError, match=r"birefnet: .*can not be asked: .*socksio.*unset or change"):
+        download.plan(BIREFNET)
+
+
 class TestLock:
     def test_an_unpinned_download_stays_at_its_commit(self, hub, cache):
         assert not MVDREAM.pinned
@@ -224,10 +450,11 @@ class TestLock:
         with pytest.raises(WeightsError, match=r"birefnet: birefnet\.py has 5 bytes, its download had 2500; get it"):
             loading.local_folder(BIREFNET)
 
-    def test_a_lock_that_is_none(self, hub, cache):
-        run(hub, cache, "--only", "birefnet")
-        (lock,) = (cache / "hub").glob("*/lock-*.json")
-        lock.write_text(json.dumps({"commit": "x"}))
+    @pytest.mark.parametrize("content", ['{"commit": "x"}', '{"files": {"a": {"size": 1e999, "digest": ""}}}'])
+    def test_a_lock_that_is_none(self, cache, content):
+        path = lock_path(BIREFNET)
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
         with pytest.raises(WeightsError, match=r"lock-.*delete it"):
             loading.local_folder(BIREFNET)
 
@@ -249,4 +476,4 @@ def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
     ],
 )  # fmt: skip
 def test_one_copy_of_the_weights(names, kept):
-    assert download.wanted(names, ("a/*", "b/*")) == kept
+    assert wanted(names, ("a/*", "b/*")) == kept

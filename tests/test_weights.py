@@ -1,5 +1,7 @@
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +101,59 @@ def test_a_config_without_weights_is_named(hub):
     del files["unet/model.safetensors"]
     hub(entry, files | {"unet/config.json": b"{}"})
     with pytest.raises(WeightsError, match=r"lacks unet/\*\.safetensors"):
+        local_folder(entry)
+
+
+@pytest.mark.parametrize("name", ["flux1-schnell.safetensors", "vae/model.fp16.safetensors"])
+@pytest.mark.parametrize("damage", ["dangling", "cut short"])
+def test_files_that_no_download_brings_are_not_looked_at(hub, name, damage):
+    """A repository's other copies of its weights: whoever put them there, nothing here repairs them."""
+    entry = REGISTRY["flux.1-schnell"]
+    folder = hub(entry, {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files})
+    if damage == "dangling":
+        (folder / name).symlink_to("../../blobs/nothing")
+    else:
+        (folder / name).write_bytes(WEIGHTS[:30])
+    assert local_folder(entry) == folder
+
+
+def test_a_dangling_link_is_named(hub):
+    entry = REGISTRY["mvdream-sd2.1"]
+    folder = hub(entry, {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files})
+    (folder / "unet" / "other.safetensors").symlink_to("../../blobs/nothing")
+    with pytest.raises(WeightsError, match=r"mvdream-sd2\.1: unet/other\.safetensors can not be read.*--only mvdream"):
+        local_folder(entry)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"weight_map": 1}', b'{"weight_map": {"a": 1}}', b"\xff"])
+def test_an_index_that_is_none_is_named(hub, content):
+    entry = REGISTRY["flux.1-schnell"]
+    files = {pattern.replace("*", "model.safetensors"): WEIGHTS for pattern in entry.files}
+    hub(entry, files | {"vae/model.safetensors.index.json": content})
+    with pytest.raises(WeightsError, match=r"flux.*: vae/model\.safetensors\.index\.json can not .*--only flux"):
+        local_folder(entry)
+
+
+def test_a_header_without_numbers_is_named(hub):
+    entry = REGISTRY["birefnet"]
+    header = b'{"w": {"data_offsets": [0, "end"]}}'
+    hub(entry, dict.fromkeys(entry.files, b"{}") | {"model.safetensors": len(header).to_bytes(8, "little") + header})
+    with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors can not be read.*--only birefnet"):
+        local_folder(entry)
+
+
+def test_weights_that_may_not_be_read_are_named(hub, monkeypatch):
+    entry = REGISTRY["birefnet"]
+    hub(entry, dict.fromkeys(entry.files, b"{}") | {"model.safetensors": WEIGHTS})
+    usual = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return usual(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors .*Permission denied.*--only birefnet"):
         local_folder(entry)
 
 

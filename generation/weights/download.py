@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import fnmatch
 import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -26,11 +31,17 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
-from generation.weights.lock import Lock, LockedFile, cache_folder, read_lock, write_lock
-from generation.weights.registry import Entry, WeightsError
+from generation.weights.lock import Lock, LockedFile, cache_folder, lock_path, read_lock, write_lock
+from generation.weights.registry import Entry, WeightsError, wanted
 
 #: what stays free on the disk after a download, in bytes
 RESERVE = 10**9
+
+#: so often in a row a large file may be cut off without one byte more of it, with so many seconds between
+PATIENCE, PAUSE = 5, 10
+
+# what a disk may say to a write, without naming the file
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 Say = Callable[[str], None]
 
@@ -100,8 +111,12 @@ def plan(entry: Entry) -> Plan:
         raise WeightsError(f"{entry.name}: {page} does not exist, or not for this account") from error
     except OfflineModeIsEnabled as error:
         raise WeightsError(f"{entry.name}: HF_HUB_OFFLINE is set, so nothing can be fetched; unset it") from error
-    except (HTTPError, OSError, ValueError) as error:
-        raise WeightsError(f"{entry.name}: {page} can not be asked: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise WeightsError(f"{entry.name}: {page} can not be asked: {error}; {_remedy(error)}") from error
+    except (ValueError, ImportError) as error:  # a proxy that is none, or of a kind that needs another package
+        raise WeightsError(
+            f"{entry.name}: {page} can not be asked: {error}; mend that, or unset or change https_proxy and its like"
+        ) from error
     assert info.sha is not None
     there = {}
     for sibling in info.siblings or ():
@@ -115,29 +130,16 @@ def plan(entry: Entry) -> Plan:
     return Plan(entry, info.sha, tuple(there[name] for name in names))
 
 
-def wanted(names: list[str], patterns: tuple[str, ...]) -> list[str]:
-    """The names that match a pattern, without other copies of the same weights.
-
-    Of a folder with safetensors the pickles are left out, and a variant (``model.fp16.safetensors``) beside its plain
-    file (``model.safetensors``).
-    """
-    matching = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
-    safe = {name.rpartition("/")[0] for name in matching if name.endswith(".safetensors")}
-
-    def is_copy(name: str) -> bool:
-        pickled = name.endswith((".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"))
-        plain = re.sub(r"\.[^./]+(\.safetensors|\.bin)$", r"\1", name)
-        return (pickled and name.rpartition("/")[0] in safe) or (plain != name and plain in matching)
-
-    return [name for name in matching if not is_copy(name)]
-
-
 def check_disk(plans: list[Plan]) -> None:
     """Raises WeightsError when the cache's disk has no room for what is still to be fetched."""
-    needed = sum(each.remaining() for each in plans) + RESERVE
     cache = Path(constants.HF_HUB_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(cache).free
+    with _writing(str(cache)):
+        remaining = sum(each.remaining() for each in plans)
+        if remaining == 0:
+            return
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+    needed = remaining + RESERVE
     if free < needed:
         raise WeightsError(
             f"too little disk: {free / 1e9:.1f} GB free in {cache}, {needed / 1e9:.1f} GB needed; free some, or set "
@@ -150,11 +152,48 @@ def fetch(plan: Plan, say: Say) -> None:
 
     What was recorded by an earlier download is not read again; everything else is hashed.
     """
+    with _writing(plan.entry.name):
+        plan.blobs.mkdir(parents=True, exist_ok=True)
+        with _alone(plan):
+            _fetch(plan, say)
+
+
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
+    """What the cache's disk refuses is raised as WeightsError."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightsError(f"{what}: {error}; {_remedy(error)}") from error
+
+
+@contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """Keeps other downloads of a repository out: two would write to the same files. Raises WeightsError for one."""
+    folder = cache_folder(plan.entry)
+    try:
+        ours = (folder / "in_progress").open("w")
+    except OSError:
+        if plan.remaining():
+            raise
+        yield  # a cache that can not be written, with everything in it, can be checked
+        return
+    with ours:
+        try:
+            fcntl.flock(ours, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise WeightsError(
+                f"another download of {plan.entry.name} is at work in {folder}; "
+                f"wait for it or end it, then run this again"
+            ) from error
+        yield
+
+
+def _fetch(plan: Plan, say: Say) -> None:
     entry = plan.entry
     assert entry.repo is not None
     lock = read_lock(entry)
     known = lock.files if lock and lock.commit == plan.commit else {}
-    plan.blobs.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(plan.files, 1):
         say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
         try:
@@ -162,17 +201,28 @@ def fetch(plan: Plan, say: Say) -> None:
                 _fetch_large(plan, file, known.get(file.name) == LockedFile(file.size, file.digest), say)
             # Names the content in the commit's folder; a small file is fetched by it, a large one is there already.
             hf_hub_download(entry.repo, file.name, revision=plan.commit)
-        except (HTTPError, EntryNotFoundError, OSError) as error:
-            raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; run this again") from error
+        except (HTTPError, EntryNotFoundError, OSError, ImportError) as error:
+            raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; {_remedy(error)}") from error
         path = plan.blobs / file.digest
         if not file.large and (not path.exists() or _git_hash(path) != file.digest):
             path.unlink(missing_ok=True)
             raise WeightsError(f"{entry.name}: {file.name} is not what the hub lists; run this again")
     _name_revision(plan)
     files = {file.name: LockedFile(file.size, file.digest) for file in plan.files}
-    say(
-        f"{entry.name}: all {len(files)} files are as the hub lists them; {write_lock(entry, Lock(plan.commit, files))}"
-    )
+    recorded = _record(entry, lock, Lock(plan.commit, files))
+    say(f"{entry.name}: all {len(files)} files are as the hub lists them; {recorded}")
+
+
+def _record(entry: Entry, old: Lock | None, new: Lock) -> str:
+    """Write a lock; returns words on where it is. Without one the same files are loaded, so it may be lacking."""
+    if new == old:
+        return str(lock_path(entry))
+    try:
+        return str(write_lock(entry, new))
+    except OSError as error:
+        if old is not None:  # and would still be followed
+            raise
+        return f"that could not be recorded, so the next run checks them again ({error})"
 
 
 def _is_sane(name: str, digest: str) -> bool:
@@ -188,7 +238,10 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
     """Content of a large file, by its digest. What is there of it is kept, also when this ends before it is whole."""
     entry, blob, partial = plan.entry, plan.blobs / file.digest, plan.partial(file)
     if blob.exists():
-        if known and blob.stat().st_size == file.size:
+        if blob.stat().st_size == file.size:
+            # Hashed where it is: the snapshot's link leads here, and would to nothing if this was ended meanwhile.
+            if not known:
+                _check_large(plan, file, blob)
             return
         os.replace(blob, partial)
     have = partial.stat().st_size if partial.exists() else 0
@@ -197,34 +250,89 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
         have = 0
     if 0 < have < file.size:
         say(f"  {have / 1e6:,.1f} MB of it are here already")
-    if have < file.size:
-        assert entry.repo is not None
-        url = hf_hub_url(entry.repo, file.name, revision=plan.commit)
-        location = get_hf_file_metadata(url).location
-        # The token is for the hub alone, not for the store that it points to.
-        ours = urlsplit(location).netloc == urlsplit(url).netloc
-        with partial.open("ab") as target:
-            http_get(
-                location,
-                target,
-                resume_size=have,
-                headers=build_hf_headers(token=None if ours else False),
-                expected_size=file.size,
-                displayed_filename=file.name,
-                tqdm_class=_Bar,
-            )
-    if _sha256(partial) != file.digest:
-        partial.unlink()
-        raise WeightsError(
-            f"{entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
-        )
+    most, standing = have, 0
+    while have < file.size:
+        try:
+            _append(plan, file, have)
+        except (HTTPError, OSError) as error:
+            if _is_local(error):
+                raise
+            have = partial.stat().st_size if partial.exists() else 0
+            most, standing = (have, 0) if have > most else (most, standing + 1)
+            if standing == PATIENCE:
+                raise WeightsError(
+                    f"{entry.name}: {file.name} did not arrive: {_line(error)}, {standing} times in a row; "
+                    f"what came is kept: run this again"
+                ) from error
+            say(f"  cut off at {have / 1e6:,.1f} MB ({_line(error)}); going on in {PAUSE} s")
+            time.sleep(PAUSE)
+        else:
+            break
+    _check_large(plan, file, partial)
     os.replace(partial, blob)
+
+
+def _append(plan: Plan, file: _File, have: int) -> None:
+    """Fetch what a partial file lacks, by an address that is new each time: the store's expire within an hour.
+
+    Raises WeightsError where the hub itself refuses, which it will again.
+    """
+    assert plan.entry.repo is not None
+    url = hf_hub_url(plan.entry.repo, file.name, revision=plan.commit)
+    try:
+        location = get_hf_file_metadata(url).location
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403, 404):
+            reason = " ".join(str(error).split())
+            raise WeightsError(f"{plan.entry.name}: {file.name} did not arrive: {reason}; run this again") from error
+        raise
+    # The token is for the hub alone, not for the store that it points to.
+    ours = urlsplit(location).netloc == urlsplit(url).netloc
+    with plan.partial(file).open("ab") as target:
+        http_get(
+            location,
+            target,
+            resume_size=have,
+            headers=build_hf_headers(token=None if ours else False),
+            expected_size=file.size,
+            displayed_filename=file.name,
+            tqdm_class=_Bar,
+        )
+
+
+def _is_local(error: Exception) -> bool:
+    """Whether this machine's files are the reason, and not the network."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK)
+
+
+def _remedy(error: Exception) -> str:
+    if _is_local(error):
+        return "mend that, or set HF_HOME to a folder that can be written (for the service too)"
+    return "run this again"
+
+
+def _line(error: Exception) -> str:
+    """What cut a download off. The library's text for a status has the signed address in it, and advice on tokens."""
+    if isinstance(error, HfHubHTTPError):
+        return f"HTTP {error.response.status_code} from {error.response.url.host}"
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _check_large(plan: Plan, file: _File, path: Path) -> None:
+    """Delete a whole file that is not what the hub lists. Raises WeightsError then."""
+    if _sha256(path) != file.digest:
+        path.unlink()
+        raise WeightsError(
+            f"{plan.entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
+        )
 
 
 def _name_revision(plan: Plan) -> None:
     """Let a branch's name stand for the commit in the cache, as the hub's own download does."""
     if plan.entry.revision != plan.commit:
         reference = cache_folder(plan.entry) / "refs" / plan.entry.revision
+        if reference.exists() and reference.read_text(encoding="utf-8") == plan.commit:
+            return
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(plan.commit, encoding="utf-8")
 

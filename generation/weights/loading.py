@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from generation.weights.lock import read_lock
-from generation.weights.registry import REGISTRY, Entry, WeightsError, lookup
+from generation.weights.registry import REGISTRY, Entry, WeightsError, lookup, wanted
 
 if TYPE_CHECKING:
     from generation.settings import ModelChoice
@@ -37,8 +38,9 @@ def local_folder(entry: Entry) -> Path:
         raise WeightsError(f"{entry.name} is not on this machine; {remedy(entry)}") from error
     for name, file in lock.files.items() if lock else ():
         path = folder / name
-        if path.is_file() and path.stat().st_size != file.size:
-            has = path.stat().st_size
+        with _reading(entry, name):
+            has = path.stat().st_size if path.is_file() else file.size
+        if has != file.size:
             raise WeightsError(f"{entry.name}: {name} has {has} bytes, its download had {file.size}; {remedy(entry)}")
     _check(entry, folder)
     return folder
@@ -68,29 +70,46 @@ def missing(choices: Iterable[ModelChoice]) -> list[str]:
 
 
 def _check(entry: Entry, folder: Path) -> None:
-    """Raises WeightsError when a file is absent or a safetensors file ends too early."""
-    absent = list(_absent_files(folder, entry.files))
+    """Raises WeightsError when a file is absent or a safetensors file ends too early.
+
+    Only of files that are used: a download brings and repairs no others.
+    """
+    absent = list(_absent_files(entry, folder))
     if absent:
         raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; {remedy(entry)}")
-    for path in sorted(folder.rglob("*.safetensors")):
-        reason = _damage(path)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
+    for name in wanted(names, entry.files) if entry.files else names:
+        with _reading(entry, name):
+            reason = _damage(folder / name)
         if reason:
-            raise WeightsError(f"{entry.name}: {path.relative_to(folder)} {reason}; {remedy(entry)}")
+            raise WeightsError(f"{entry.name}: {name} {reason}; {remedy(entry)}")
 
 
-def _absent_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[str]:
+@contextmanager
+def _reading(entry: Entry, name: str) -> Iterator[None]:
+    """What goes wrong while a file is looked at is raised as WeightsError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{entry.name}: {name} can not be read ({error!r}); {remedy(entry)}") from error
+
+
+def _absent_files(entry: Entry, folder: Path) -> Iterator[str]:
     """Patterns that match no file, weights that a config lacks, and shards that an index names but the folder lacks."""
-    for pattern in patterns:
-        found = [path for path in folder.glob(pattern) if path.is_file()]
+    for pattern in entry.files:
+        with _reading(entry, pattern):
+            found = [path for path in folder.glob(pattern) if path.is_file()]
         names = {path.name for path in found}
         if not found:
             yield pattern
         elif pattern.endswith("/*") and names == {"config.json"}:
             yield pattern.replace("*", "*.safetensors")
         for index in (path for path in found if path.name.endswith(".safetensors.index.json")):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            paths = sorted(index.parent / shard for shard in shards)
-            yield from (str(path.relative_to(folder)) for path in paths if not path.is_file())
+            with _reading(entry, str(index.relative_to(folder))):
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                paths = sorted(index.parent / shard for shard in shards)
+                lost = [str(path.relative_to(folder)) for path in paths if not path.is_file()]
+            yield from lost
 
 
 def _damage(path: Path) -> str | None:

@@ -44,7 +44,7 @@ def read_lock(entry: Entry) -> Lock | None:
         return Lock(str(content["commit"]), files)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise WeightsError(f"{path}: is not a download's lock ({error!r}); delete it") from error
 
 

@@ -8,6 +8,7 @@ neither was found (the download script asks the hub).
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from dataclasses import dataclass, replace
@@ -144,6 +145,23 @@ REGISTRY = {
         ),
     )
 }
+
+
+def wanted(names: list[str], patterns: tuple[str, ...]) -> list[str]:
+    """The names that match a pattern, without other copies of the same weights.
+
+    Of a folder with safetensors the pickles are left out, and a variant (``model.fp16.safetensors``) beside its plain
+    file (``model.safetensors``).
+    """
+    matching = sorted(name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns))
+    safe = {name.rpartition("/")[0] for name in matching if name.endswith(".safetensors")}
+
+    def is_copy(name: str) -> bool:
+        pickled = name.endswith((".bin", ".pt", ".pth", ".ckpt", ".bin.index.json"))
+        plain = re.sub(r"\.[^./]+(\.safetensors|\.bin)$", r"\1", name)
+        return (pickled and name.rpartition("/")[0] in safe) or (plain != name and plain in matching)
+
+    return [name for name in matching if not is_copy(name)]
 
 
 def lookup(choice: ModelChoice) -> Entry:
