@@ -61,6 +61,7 @@ async def test_a_first_start_knows_nothing_and_says_nothing(tmp_path: Path, capl
     assert caplog.text == ""
 
 
+@pytest.mark.slow
 async def test_everything_that_happened_is_in_the_ledger(tmp_path: Path) -> None:
     async with StandInService() as service:
         settings = replace(options(tmp_path, service.endpoint), metrics_port=free_port())

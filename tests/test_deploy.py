@@ -32,14 +32,16 @@ if __name__ == "__main__":
     open("pip-calls", "a").write(" ".join(sys.argv[1:]) + chr(10))
 """
 SERVICE = """
-import json, os, sys, time
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
-started = time.monotonic()
+asked = 0
 open("service-arguments", "w").write(chr(10).join(sys.argv[1:]))
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
+        global asked
+        asked += 1
         status = "failed" if os.path.exists("break-service") else "ready"
-        if time.monotonic() - started < (60 if os.path.exists("slow-service") else 0.5): status = "loading"
+        if asked == 1 or os.path.exists("slow-service"): status = "loading"
         body = dict(status=status, reason="weights of clip" , profile="tiny", profile_reason="no CUDA GPU found")
         if os.path.exists("engines"): body["engines"] = json.load(open("engines"))
         self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
@@ -60,7 +62,7 @@ import json, os, sys, time
 open("miner-arguments", "w").write(chr(10).join(sys.argv[1:]))
 if os.path.exists("break-miner"): raise SystemExit("the wallet is not there")
 open("run/miner.status", "w").write(json.dumps(dict(status="asking validators")))
-time.sleep(0.5)
+time.sleep(0.3)
 open("run/miner.status", "w").write(json.dumps(dict(status="ready")))
 time.sleep(1000)
 """
@@ -202,6 +204,7 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     models = tmp_path / "my models.yaml"
     models.write_text("{}\n")
@@ -228,6 +231,7 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ("engines", "workers"),
     [('[{"at_once": 1}]', 4), ('[{"at_once": 4}, {"at_once": 3}]', 7), ('[{"at_once": 99}]', 64)],
 )
+@pytest.mark.slow
 def test_as_many_workers_as_the_services_have_places(clone: Clone, engines: str, workers: int) -> None:
     clone.write("engines", engines)
     result = clone.deploy()
@@ -238,6 +242,7 @@ def test_as_many_workers_as_the_services_have_places(clone: Clone, engines: str,
     assert f" {workers} workers " in clone.deploy().stdout
 
 
+@pytest.mark.slow
 def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone) -> None:
     clone.write("engines", '[{"at_once": 5}]')
     with socket.socket() as nobody:
@@ -247,12 +252,14 @@ def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone
 
 
 @pytest.mark.parametrize("endpoint", ["http://10.0.0.2:1000g", "https://miner:secret@nowhere.invalid/"])
+@pytest.mark.slow
 def test_an_endpoint_that_is_none_does_not_end_the_deployment(clone: Clone, endpoint: str) -> None:
     result = clone.deploy("--generation.endpoint", endpoint)
     assert result.returncode == 0, result.stderr
     assert " 8 workers " in result.stdout
 
 
+@pytest.mark.slow
 def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
     assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
@@ -306,6 +313,7 @@ def test_a_busy_port_is_named_with_its_holder(clone: Clone) -> None:
     assert not list((clone.path / "run").glob("*.pid"))
 
 
+@pytest.mark.slow
 def test_a_process_that_crashes_is_started_again(clone: Clone) -> None:
     assert clone.deploy().returncode == 0
     miner = psutil.Process(clone.pid("miner"))
@@ -324,6 +332,7 @@ def test_a_process_that_crashes_is_started_again(clone: Clone) -> None:
     assert not again.is_running()
 
 
+@pytest.mark.slow
 def test_one_that_crashes_again_and_again_is_no_running_one(clone: Clone) -> None:
     assert clone.deploy().returncode == 0
     miner = psutil.Process(clone.pid("miner"))
@@ -357,6 +366,7 @@ def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: 
     assert "nothing was running" in clone.stop().stdout
 
 
+@pytest.mark.slow
 def test_a_dead_process_behind_a_stale_pid_file(clone: Clone) -> None:
     assert clone.deploy().returncode == 0
     dead = clone.pid("miner")
@@ -381,6 +391,7 @@ def test_a_pid_that_belongs_to_someone_else_now_is_never_stopped(clone: Clone) -
             stranger.kill()
 
 
+@pytest.mark.slow
 def test_two_clones_side_by_side(clone: Clone, tmp_path: Path) -> None:
     other = make_clone(tmp_path / "other")
     try:
@@ -397,6 +408,7 @@ def test_two_clones_side_by_side(clone: Clone, tmp_path: Path) -> None:
         other.stop()
 
 
+@pytest.mark.slow
 def test_a_service_that_fails_shows_its_reason_and_log_and_leaves_nothing(clone: Clone) -> None:
     clone.write("break-service")
     result = clone.deploy()
@@ -408,6 +420,7 @@ def test_a_service_that_fails_shows_its_reason_and_log_and_leaves_nothing(clone:
     assert clone.deploy().returncode == 0
 
 
+@pytest.mark.slow
 def test_a_miner_that_ends_takes_the_rest_with_it(clone: Clone) -> None:
     clone.write("break-miner")
     result = clone.deploy()
@@ -441,6 +454,7 @@ def test_too_little_disk(clone: Clone) -> None:
     assert not (clone.path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_an_environment_whose_python_is_gone_is_made_anew(clone: Clone) -> None:
     python = clone.path / ".venv/bin/python3"
     for link in (python, python.with_name("python")):
@@ -460,6 +474,7 @@ def test_no_fitting_python(clone: Clone) -> None:
     refused(clone.deploy(PATH=path), "Python 3.11 or 3.12")
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_matters_with_a_gpu_only(clone: Clone) -> None:
     tools = clone.path / "tools"
     tools.mkdir()
@@ -483,6 +498,7 @@ def with_gpu(clone: Clone) -> str:
     return stub(clone, "nvidia-smi", 'for n in 0 1 2 3 4 5 6 7; do echo "GPU $n: NVIDIA"; sleep 0.005; done')
 
 
+@pytest.mark.slow
 def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> None:
     clone.write("break-build")
     result = clone.deploy(PATH=with_gpu(clone))

@@ -92,6 +92,7 @@ async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytes
         assert not psutil.pid_exists(stopped.pid)
 
 
+@pytest.mark.slow
 async def test_a_silent_engine_is_out_of_rotation_before_its_process_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +181,7 @@ async def test_the_processes_log_into_the_services_log(tmp_path: Path, caplog: p
     assert all(line.startswith("    | ") for line in trace.splitlines())
 
 
+@pytest.mark.slow
 async def test_over_http_health_and_metrics_tell_of_each_engine(tmp_path: Path) -> None:
     with serving_engine(fleet_of(tmp_path), 3) as (url, _):
         async with asyncio.timeout(PATIENCE_S), httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:

@@ -18,6 +18,7 @@ from generation.dreamgaussian.guidance.normalise import measure
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_kernels_compute_what_pytorch_computes():
     device = ["cuda"] if torch.cuda.is_available() else []
     environment = dict(os.environ) if device else {**os.environ, "TRITON_INTERPRET": "1"}

@@ -321,6 +321,7 @@ async def test_only_the_time_at_a_service_counts(bench: Bench) -> None:
 # --- submission and spool
 
 
+@pytest.mark.slow
 async def test_a_spooled_result_that_can_not_be_sent_does_not_hold_up_the_first_round(tmp_path: Path) -> None:
     Spool(tmp_path).put(SpooledResult(VALIDATORS[0].hotkey, TextTask(id="id-1", prompt="p"), b"result"))
     bench = Bench(tmp_path, VALIDATORS[:1])

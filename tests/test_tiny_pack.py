@@ -39,6 +39,7 @@ def test_captions_vary_but_always_name_shape_and_colour() -> None:
     assert caption(ObjectSpec("cube", "red"), rng, plain=True) == "a red cube"
 
 
+@pytest.mark.slow
 def test_cpu_tracer_agrees_with_the_torch_one(monkeypatch: pytest.MonkeyPatch) -> None:
     specs = [ObjectSpec("mug", "red"), ObjectSpec("pyramid", "blue"), ObjectSpec("mushroom", "green", "shiny")]
     renderer = render.Renderer("cpu")
