@@ -154,7 +154,11 @@ build_gsplat.kernels.find = lambda _: None
 build_gsplat.build = build
 sys.exit(build_gsplat.main(["--arch", "8.9"]))
 """
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whatever the tests were started with
+    )
     pid = tmp_path / "child"
     try:
         until = time.monotonic() + 60

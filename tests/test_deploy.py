@@ -353,7 +353,7 @@ def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: 
         [clone.path / "deploy_competitive.sh", "--port", str(clone.port)],
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(how, signal.SIG_DFL),  # whatever the tests themselves were started with
     )
     while not (clone.path / "service-arguments").exists():
         time.sleep(0.02)
