@@ -3,7 +3,7 @@
 keep_running.py UP LOG COMMAND...    exit status: the command's
 
 Until the file UP is there the command is still being started, and its end is ours: whoever starts it sees to that. From
-then on it is run again, at once at first and later and later while it does not last, with a line in LOG for each time.
+then on it is run again, soon at first and later and later while it does not last, with a line in LOG for each time.
 SIGTERM and SIGINT are passed on and end both; so does the command's own success. When this process is killed, the
 command is, too. Standard library only.
 """
