@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from generation.dreamgaussian.scene import Scene, Views
 from generation.settings import DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
-from generation.splats.rasterize import rasterize
+from generation.splats.rasterize import rasterize_scenes
 
 COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
 BALL_RADIUS = 0.5
@@ -89,7 +91,7 @@ class DreamGaussian:
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
-        renders = [_Render(scene) for scene in scenes]
+        renders = _render(scenes)
         losses = self._scores(scenes, renders)  # first: a GPU is busy with it while the rest is asked for
         losses += [_known_views_loss(*pair) for pair in zip(scenes, renders, strict=True)]
         torch.stack(losses).sum().backward()
@@ -166,25 +168,38 @@ class DreamGaussian:
         return gaussians.to(self._device)
 
 
-class _Render:
-    """What a scene looks like in this iteration, from all views in one call."""
+def _render(scenes: list[Scene]) -> list[_Render]:
+    """Of each scene what it looks like in this iteration; those of one form in one call."""
+    forms: dict[tuple[int, ...], list[Scene]] = defaultdict(list)
+    for scene in scenes:
+        forms[scene.plan.sizes[scene.iteration], scene.plan.viewmats.shape[1], scene.gaussians().sh.shape[1]].append(
+            scene
+        )
+    renders = {}
+    for (size, *_), alike in forms.items():
+        asked = [(s.gaussians(), s.plan.cameras(s.iteration), s.plan.backgrounds[s.iteration]) for s in alike]
+        for scene, result in zip(alike, rasterize_scenes(asked, size, size), strict=True):
+            renders[scene] = _Render(scene, *result)
+    return [renders[scene] for scene in scenes]
 
-    def __init__(self, scene: Scene) -> None:
+
+class _Render:
+    """What a scene looks like in this iteration, from all views."""
+
+    def __init__(self, scene: Scene, rgb: Tensor, alpha: Tensor, info: dict[str, Any]) -> None:
         plan, i = scene.plan, scene.iteration
-        size = plan.sizes[i]
-        rgb, alpha, info = rasterize(scene.gaussians(), plan.cameras(i), size, size, plan.backgrounds[i])
         info["means2d"].retain_grad()
         colour = rgb.permute(0, 3, 1, 2).clamp(0, 1)
         self._first_novel = plan.known.shape[1]
         self.known = Views(colour[: self._first_novel], alpha[: self._first_novel].permute(0, 3, 1, 2))
         self.background = plan.backgrounds[i, 0]  # of the known views
         self.novel = colour[self._first_novel :]  # (V, 3, S, S)
-        self._means2d, self._radii = info["means2d"], info["radii"]
+        self._means2d, self._own, self._radii = info["means2d"], info["own"], info["radii"]
 
     def pull(self) -> tuple[Tensor | None, Tensor]:
         """How the loss pulls at the projected centres in the novel views (V, N, 2), and their radii (V, N)."""
         grad = self._means2d.grad
-        return None if grad is None else grad[self._first_novel :], self._radii[self._first_novel :]
+        return None if grad is None else grad[self._own][self._first_novel :], self._radii[self._first_novel :]
 
 
 def _known_views_loss(scene: Scene, render: _Render) -> Tensor:

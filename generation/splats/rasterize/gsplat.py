@@ -3,19 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import kernels
+
+# Of the Gaussians that fill up smaller scenes: too transparent to be drawn, and no rotation from a length of zero.
+PADDING = {"logit_opacities": -100.0, "quats": 1.0}
 
 
 def rasterize(
     gaussians: Gaussians, cameras: Cameras, width: int, height: int, background: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """All views in one call; arguments as the package's `rasterize`, background (C, 3)."""
+    return _rasterize(gaussians.tensors(), cameras.viewmats, cameras.Ks, width, height, background)
+
+
+def rasterize_scenes(
+    scenes: Sequence[tuple[Gaussians, Cameras, Tensor]], width: int, height: int
+) -> list[tuple[Tensor, Tensor, dict[str, Any]]]:
+    """All views of all scenes in one call; arguments as the package's `rasterize_scenes`, backgrounds (C, 3)."""
+    fields = [gaussians.tensors() for gaussians, _, _ in scenes]
+    rgb, alpha, info = _rasterize(
+        {name: pad_sequence([field[name] for field in fields], True, PADDING.get(name, 0.0)) for name in fields[0]},
+        torch.stack([cameras.viewmats for _, cameras, _ in scenes]),
+        torch.stack([cameras.Ks for _, cameras, _ in scenes]),
+        width,
+        height,
+        torch.stack([background for _, _, background in scenes]),
+    )
+    results = []
+    for i, (gaussians, _, _) in enumerate(scenes):
+        own = (i, slice(None), slice(len(gaussians)))
+        more = {"radii": info["radii"][own], "depths": info["depths"][own], "means2d": info["means2d"], "own": own}
+        results.append((rgb[i], alpha[i], more))
+    return results
+
+
+def _rasterize(
+    fields: dict[str, Tensor], viewmats: Tensor, Ks: Tensor, width: int, height: int, background: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What the package's `rasterize` returns, each with the dimensions in front that all of the arguments have."""
     try:
         from gsplat import rasterization
     except ImportError as error:
@@ -23,20 +57,21 @@ def rasterize(
             "rasterising on a GPU needs gsplat, which is not installed: pip install -c constraints.txt -e '.[gpu]'"
         ) from error
     kernels.load()
-    degree: int | None = math.isqrt(gaussians.sh.shape[1]) - 1
-    colours = gaussians.sh
+    sh = fields["sh"]
+    degree: int | None = math.isqrt(sh.shape[-2]) - 1
+    colours = sh
     if degree == 0:
         # The same from all sides: no harmonics, for which gsplat inverts the cameras, and waits for the GPU to have it.
-        degree, colours = None, (0.5 + SH_C0 * gaussians.sh[:, 0]).clamp_min(0.0)
+        degree, colours = None, (0.5 + SH_C0 * sh[..., 0, :]).clamp_min(0.0)
     rgb, alpha, meta = rasterization(
-        means=gaussians.means,
-        quats=gaussians.quats,
-        scales=gaussians.log_scales.exp(),
-        opacities=gaussians.logit_opacities.sigmoid(),
+        means=fields["means"],
+        quats=fields["quats"],
+        scales=fields["log_scales"].exp(),
+        opacities=fields["logit_opacities"].sigmoid(),
         colors=colours,
         sh_degree=degree,
-        viewmats=cameras.viewmats,
-        Ks=cameras.Ks,
+        viewmats=viewmats,
+        Ks=Ks,
         width=width,
         height=height,
         backgrounds=background,
