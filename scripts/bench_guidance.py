@@ -14,16 +14,14 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from generation.dreamgaussian import MVDream
 from generation.dreamgaussian.guidance.captured import Captured
-from generation.dreamgaussian.guidance.compiled import compile_regions
+from generation.dreamgaussian.guidance.compiled import compile_regions, fastest_attention
 from generation.dreamgaussian.guidance.distillation import distil
 from generation.dreamgaussian.guidance.fused import fuse
 from scripts import full_size
@@ -35,9 +33,7 @@ FORMS: dict[str, tuple[Callable[[Any], None], ...]] = {
     "plain": (),
     "compiled": (compile_regions,),
     "fused": (fuse, compile_regions),
-    "cudnn": (fuse, compile_regions),
 }
-CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def main() -> None:
@@ -57,7 +53,7 @@ def main() -> None:
             change(guidance._vae)
         for scenes in args.scenes:
             started = time.perf_counter()
-            with sdpa_kernel(CUDNN_FIRST, set_priority=True) if form == "cudnn" else nullcontext():
+            with fastest_attention():
                 error = measure(guidance, scenes, form, reference, args.images_at_once, args.kernels)
             say(f"{form}, {scenes} scene(s): error {error:.1e}; all this took {time.perf_counter() - started:.0f} s")
 

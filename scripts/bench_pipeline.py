@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
-    parser.add_argument("--fused", action="store_true", help="guidance/fused.py, which the service does not use yet")
+    parser.add_argument("--fuse", nargs="+", choices=("unet", "vae"), default=[], help="guidance/fused.py for these")
     parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -61,10 +61,8 @@ def main() -> None:
         one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
-    if args.fused:
-        guidance = pipeline._dreamgaussian._guidance
-        fuse(guidance._unet)
-        fuse(guidance._vae)
+    for part in args.fuse:
+        fuse(getattr(pipeline._dreamgaussian._guidance, f"_{part}"))
     started = time.perf_counter()
     pipeline.warm_up(say)
     figures["warm_up_s"] = time.perf_counter() - started

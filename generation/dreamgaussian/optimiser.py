@@ -93,7 +93,7 @@ class DreamGaussian:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
         renders = _render(scenes)
         losses = self._scores(scenes, renders)  # first: a GPU is busy with it while the rest is asked for
-        losses += [_known_views_loss(*pair) for pair in zip(scenes, renders, strict=True)]
+        losses += _known_views_losses(scenes, renders)
         torch.stack(losses).sum().backward()
         for scene, render in zip(scenes, renders, strict=True):
             scene.update(*render.pull())
@@ -189,11 +189,11 @@ class _Render:
     def __init__(self, scene: Scene, rgb: Tensor, alpha: Tensor, info: dict[str, Any]) -> None:
         plan, i = scene.plan, scene.iteration
         info["means2d"].retain_grad()
-        colour = rgb.permute(0, 3, 1, 2).clamp(0, 1)
-        self._first_novel = plan.known.shape[1]
-        self.known = Views(colour[: self._first_novel], alpha[: self._first_novel].permute(0, 3, 1, 2))
-        self.background = plan.backgrounds[i, 0]  # of the known views
-        self.novel = colour[self._first_novel :]  # (V, 3, S, S)
+        known, novel = plan.known.shape[1], plan.poses.shape[1]
+        colours, self.novel = rgb.permute(0, 3, 1, 2).clamp(0, 1).split([known, novel])  # each (V, 3, S, S)
+        self.known = Views(colours, alpha.permute(0, 3, 1, 2)[:known])
+        self.background = plan.backgrounds[i, :1]  # (1, 3) of the known views
+        self._first_novel = known
         self._means2d, self._own, self._radii = info["means2d"], info["own"], info["radii"]
 
     def pull(self) -> tuple[Tensor | None, Tensor]:
@@ -202,14 +202,32 @@ class _Render:
         return None if grad is None else grad[self._own][self._first_novel :], self._radii[self._first_novel :]
 
 
-def _known_views_loss(scene: Scene, render: _Render) -> Tensor:
-    """Colour and mask loss against the known views."""
-    wanted, weights = scene.known_views()
-    shown = render.known.at(wanted.alpha.shape[-1])
-    colour = wanted.premultiplied + (1 - wanted.alpha) * render.background.view(3, 1, 1)
-    error = COLOUR_WEIGHT * (shown.premultiplied - colour).square().mean((1, 2, 3))
-    error = error + MASK_WEIGHT * (shown.alpha - wanted.alpha).square().mean((1, 2, 3))
-    return (weights * error).sum()
+def _known_views_losses(scenes: list[Scene], renders: list[_Render]) -> list[Tensor]:
+    """Colour and mask losses against the known views: a number for each group of scenes whose pictures are of one size.
+
+    They are compared together: the kernels are many, and too small to keep a GPU busy.
+    """
+    groups: dict[tuple[int, int], list[tuple[_Render, Views, Tensor]]] = defaultdict(list)
+    for scene, render in zip(scenes, renders, strict=True):
+        wanted, weights = scene.known_views()
+        groups[wanted.alpha.shape[-1], render.known.alpha.shape[-1]].append((render, wanted, weights))
+    losses = []
+    for (size, _), group in groups.items():
+        shown = _joined([render.known for render, _, _ in group]).at(size)
+        wanted = _joined([views for _, views, _ in group])
+        weights = torch.cat([weights for _, _, weights in group])
+        behind = torch.cat([render.background.expand(len(views.alpha), 3) for render, views, _ in group])
+        colour = wanted.premultiplied + (1 - wanted.alpha) * behind[:, :, None, None]
+        error = COLOUR_WEIGHT * (shown.premultiplied - colour).square().mean((1, 2, 3))
+        error = error + MASK_WEIGHT * (shown.alpha - wanted.alpha).square().mean((1, 2, 3))
+        losses.append((weights * error).sum())
+    return losses
+
+
+def _joined(views: list[Views]) -> Views:
+    if len(views) == 1:
+        return views[0]
+    return Views(torch.cat([v.premultiplied for v in views]), torch.cat([v.alpha for v in views]))
 
 
 def foreground(images: Tensor, alphas: Tensor, backdrop: Tensor) -> Tensor:

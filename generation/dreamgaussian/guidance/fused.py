@@ -71,19 +71,34 @@ class Normalisation(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A convolution with stride 2 of an image with a row and a column of zeros after the last, but without that copy.
-
-    A convolution takes zeros on all sides into account by itself: with two of them, the first row and column of what it
-    gives are too many.
-    """
+    """A convolution with stride 2 of an image with a row and a column of zeros after the last, but without that copy."""
 
     def __init__(self, plain: Downsample2D) -> None:
         super().__init__()
-        self.conv = plain.conv
+        self.weight, self.bias = plain.conv.weight.detach(), plain.conv.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = _Downsample.apply(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return result
+
+
+class _Downsample(torch.autograd.Function):
+    """A convolution takes zeros on all sides into account by itself: with two of them, the first row and column of what
+    it gives are too many.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.frozen = x.shape, weight
         h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        return F.conv2d(x, self.conv.weight, self.conv.bias, stride=2, padding=2)[:, :, 1 : h + 1, 1 : w + 1]
+        result = F.conv2d(x, weight, bias, stride=2, padding=2)[:, :, 1 : h + 1, 1 : w + 1]
+        return result.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
+        shape, weight = ctx.frozen
+        gradient = F.pad(outward[0].contiguous(memory_format=torch.channels_last), (1, shape[-1] % 2, 1, shape[-2] % 2))
+        return _through(gradient, shape, weight, stride=2, padding=2), None, None
 
 
 class _Residual(torch.autograd.Function):
@@ -110,10 +125,10 @@ class _Residual(torch.autograd.Function):
         (gradient,) = outward
         x, middle, *statistics = ctx.saved_tensors
         norms, weights, skipped = ctx.frozen
-        inner = _through(gradient, middle, weights[1])
+        inner = _through(gradient, middle.shape, weights[1])
         inner = normalise_back(inner, middle, Statistics(*statistics[4:]), norms[1])
-        outer = _through(inner, x, weights[0])
-        around = gradient if skipped is None else _through(gradient, x, skipped)
+        outer = _through(inner, x.shape, weights[0])
+        around = gradient if skipped is None else _through(gradient, x.shape, skipped)
         return normalise_back(outer, x, Statistics(*statistics[:4]), norms[0], around), None, None, None, None, None
 
 
@@ -131,13 +146,18 @@ class _Normalise(torch.autograd.Function):
         return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
 
 
-def _through(gradient: Tensor, like: Tensor, weight: Tensor) -> Tensor:
-    """The gradient by what a convolution of `weight` took, an image of the width and height of `like`."""
-    n, _, h, w = like.shape
-    padding = weight.shape[-1] // 2
-    taken = like.new_empty(1).expand(n, weight.shape[1], h, w)  # its shape is all that counts
+def _through(
+    gradient: Tensor, shape: torch.Size, weight: Tensor, stride: int = 1, padding: int | None = None
+) -> Tensor:
+    """The gradient by what a convolution of `weight` took, an image of the samples, height and width of `shape`."""
+    n, _, h, w = shape
+    around = weight.shape[-1] // 2 if padding is None else padding
+    # Its shape and layout are all that counts, but a tensor of any other layout would be copied into this one.
+    taken = torch.empty(
+        (n, weight.shape[1], h, w), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
+    )
     result: Tensor = torch.ops.aten.convolution_backward(
-        gradient, taken, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+        gradient, taken, weight, None, [stride] * 2, [around] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
     return result
 

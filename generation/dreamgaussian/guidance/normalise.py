@@ -16,9 +16,9 @@ from torch import Tensor
 
 CHANNELS = 64  # of a program: 128 bytes in half precision, and a divisor of the widths that full-size models have
 PIXELS = 64  # of a program at a time
-PROGRAMS = 512  # in all, as a target: some for each processor of a large GPU
+PROGRAMS = 1024  # in all, as a target: some for each processor of a large GPU
 MAX_CHUNKS = 64  # of a sample: its last program adds them up alone
-FINISHING = 1024  # values that it does so with at a time
+FINISHING = 4096  # values that it does so with at a time
 
 
 class Norm(NamedTuple):
@@ -185,17 +185,17 @@ def _measure(  # type: ignore[no-untyped-def]
     begin = tl.program_id(0) * BLOCKS * PIXELS
     x += n * pixels * c
     partial += n * CHUNKS * 2 * c
-    values = tl.zeros((CHANNELS,), tl.float32)
-    squares = tl.zeros((CHANNELS,), tl.float32)
+    values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
+    squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in range(BLOCKS):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
-        values += tl.sum(each, 0)
-        squares += tl.sum(each * each, 0)
+        values += each
+        squares += each * each
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mine = partial + tl.program_id(0) * 2 * c + channels
-    tl.store(mine, values, channels < c)
-    tl.store(mine + c, squares, channels < c)
+    tl.store(mine, tl.sum(values, 0), channels < c)
+    tl.store(mine + c, tl.sum(squares, 0), channels < c)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         constant = tl.zeros((GROUPS, EACH), tl.float32)
@@ -251,17 +251,17 @@ def _measure_back(  # type: ignore[no-untyped-def]
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
-    gradients = tl.zeros((CHANNELS,), tl.float32)
-    products = tl.zeros((CHANNELS,), tl.float32)
+    gradients = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in range(BLOCKS):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
         inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
-        gradients += tl.sum(inner, 0)
-        products += tl.sum(inner * value, 0)
+        gradients += inner
+        products += inner * value
     mine = partial + tl.program_id(0) * 2 * c + channels
-    tl.store(mine, gradients, channels < c)
-    tl.store(mine + c, products, channels < c)
+    tl.store(mine, tl.sum(gradients, 0), channels < c)
+    tl.store(mine + c, tl.sum(products, 0), channels < c)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         w = tl.load(weight + at, exist, 0.0).to(tl.float32)

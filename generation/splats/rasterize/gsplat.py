@@ -39,10 +39,10 @@ def rasterize_scenes(
         torch.stack([background for _, _, background in scenes]),
     )
     results = []
-    for i, (gaussians, _, _) in enumerate(scenes):
-        own = (i, slice(None), slice(len(gaussians)))
+    for i, (colours, alphas) in enumerate(zip(rgb.unbind(), alpha.unbind(), strict=True)):
+        own = (i, slice(None), slice(len(scenes[i][0])))
         more = {"radii": info["radii"][own], "depths": info["depths"][own], "means2d": info["means2d"], "own": own}
-        results.append((rgb[i], alpha[i], more))
+        results.append((colours, alphas, more))
     return results
 
 
