@@ -58,6 +58,10 @@ class BackgroundRemover:
         net.requires_grad_(False)
         return cls(net.to(device, getattr(torch, options.dtype)).eval(), options.image_size)
 
+    def warm_up(self, count: int) -> None:
+        """Remove the background of so many pictures, whose results are not wanted."""
+        self.remove(torch.rand(count, 3, self._size, self._size))
+
     @torch.no_grad()
     def remove(self, images: torch.Tensor) -> torch.Tensor:
         """Alpha (B, 1, H, W) in 0..1, float32, of images (B, 3, H, W) in 0..1."""

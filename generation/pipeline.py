@@ -144,6 +144,8 @@ class Pipeline:
         self._dreamgaussian.warm_up(self.limit.most, progress)
         progress("compiling text to image, or loading it from its cache")
         self._text_to_image.warm_up(self.limit.most)
+        progress("looking for the fastest kernels of background removal and self-check")
+        self._warm_up_batches()
         progress("making a first splat, to warm up")
         requests = [Request("a red cube", None, seed=0, threshold=0.0)]
         if self._options.init == "views":  # where a picture is encoded, and views are drawn around it
@@ -154,6 +156,17 @@ class Pipeline:
             (outcome,) = self.generate([request])
             if isinstance(outcome, Exception):
                 raise outcome
+
+    def _warm_up_batches(self) -> None:
+        """Each number of pictures that may come at once: an algorithm is chosen for one size of a batch."""
+        for stage, work in (("background", self._background.warm_up), ("self_check", self._self_check.warm_up)):
+
+            def each(batch: list[int], work: Callable[[int], None] = work) -> list[int]:
+                work(len(batch))
+                return batch
+
+            for count in range(self.limit.most, 0, -1):
+                in_batches(self._stage_limits[stage], list(range(count)), each)
 
     def begin(
         self,

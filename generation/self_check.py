@@ -90,6 +90,11 @@ class SelfCheck:
         model.requires_grad_(False)
         return cls(model.eval(), tokenizer, use, device, getattr(torch, choice.dtype))
 
+    @torch.no_grad()
+    def warm_up(self, count: int) -> None:
+        """Look at the views of so many splats, without scoring them."""
+        self._embed_images(torch.rand(count * VIEWS, 3, VIEW_SIZE, VIEW_SIZE))
+
     def check(self, gaussians: Gaussians, prompt: str | Image.Image) -> Check:
         """See ``check_all``, of one."""
         return self.check_all([(gaussians, prompt)])[0]

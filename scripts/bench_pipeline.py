@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from generation.dreamgaussian import DreamGaussian
-from generation.dreamgaussian.guidance.fused import fuse
 from generation.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, DreamGaussianOptions, Settings
 from scripts.bench_guidance import FLOORS_MS, capture_parts, replayed_ms
@@ -39,7 +38,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
-    parser.add_argument("--fuse", nargs="+", choices=("unet", "vae"), default=[], help="guidance/fused.py for these")
     parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -61,8 +59,6 @@ def main() -> None:
         one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
-    for part in args.fuse:
-        fuse(getattr(pipeline._dreamgaussian._guidance, f"_{part}"))
     started = time.perf_counter()
     pipeline.warm_up(say)
     figures["warm_up_s"] = time.perf_counter() - started

@@ -23,16 +23,13 @@ def test_pieces_cover_all_scenes_in_compiled_sizes(scenes):
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 8, 9)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_normalisation_from_channels_is_group_normalisation(shape, biased):
+def test_normalisation_from_channels_is_group_normalisation(shape):
     torch.manual_seed(0)
     plain = torch.nn.GroupNorm(4, shape[1])
     torch.nn.init.normal_(plain.weight)
     torch.nn.init.normal_(plain.bias)
-    added = torch.nn.Parameter(torch.randn(shape[1])) if biased else None
     x = torch.randn(shape) * 3 + 2
-    before = x if added is None else x + added.view(1, -1, *(1,) * (len(shape) - 2))
-    assert torch.allclose(ChannelwiseGroupNorm(plain, added)(x), plain(before), atol=1e-5)
+    assert torch.allclose(ChannelwiseGroupNorm(plain)(x), plain(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "zero123"])

@@ -15,6 +15,7 @@ import torch
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import gsplat as wrapper
+from generation.splats.rasterize import rasterize, rasterize_scenes
 from scripts import fidelity_gpu
 
 
@@ -76,3 +77,55 @@ def test_gpu_and_cpu_agree(coefficients):
             assert (difference > fidelity_gpu.LIMIT).float().mean() < 1e-3 and difference.max() < 0.02
         else:
             assert difference.norm() <= 0.01 * value.norm()
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not torch.cuda.is_available() or importlib.util.find_spec("gsplat") is None,
+                    reason="needs a CUDA GPU and gsplat",
+                ),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("coefficients", [1, 4])
+def test_scenes_look_the_same_together_and_alone(device, coefficients):
+    """Also in what they are told to become, and whatever sizes they have."""
+    scenes, results = [], {}
+    for i, n in enumerate((300, 120, 500)):
+        gaussians = scene(n, coefficients).to(device)
+        for tensor in gaussians.tensors().values():
+            tensor.requires_grad_()
+        cameras = orbit(10.0 * i, torch.tensor([0.0, 90.0]), 2.0, 49.1, 24, 24)
+        scenes.append((gaussians, cameras, torch.tensor([0.1, 0.5, 0.2 * i])))
+    weights = torch.randn(2, 24, 24, 4, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def pulled(drawn, of):
+        for rgb, alpha, info in drawn:
+            info["means2d"].retain_grad()
+            (torch.cat([rgb, alpha], -1) * weights).sum().backward(retain_graph=True)
+        for (gaussians, _, _), (rgb, alpha, info) in zip(of, drawn, strict=True):
+            own = info.get("own", ...)
+            yield rgb, alpha, info["radii"], info["means2d"].grad[own], *(t.grad for t in gaussians.tensors().values())
+            for tensor in gaussians.tensors().values():
+                tensor.grad = None
+
+    results["together"] = list(pulled(rasterize_scenes(scenes, 24, 24), scenes))
+    results["alone"] = list(pulled([rasterize(*s[:2], 24, 24, s[2]) for s in scenes], scenes))
+    for together, alone in zip(results["together"], results["alone"], strict=True):
+        for ours, theirs in zip(together, alone, strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours.float() - theirs.float()).norm() <= 1e-3 * theirs.float().norm()
+
+
+def test_scenes_of_different_kinds_are_not_rendered_together():
+    cameras = orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 8, 8)
+    with pytest.raises(ValueError, match="as many"):
+        rasterize_scenes([(scene(3, 1), cameras, torch.ones(3)), (scene(3, 4), cameras, torch.ones(3))], 8, 8)

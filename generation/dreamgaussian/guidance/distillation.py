@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from generation.dreamgaussian.guidance.captured import Captured, pieces
-from generation.dreamgaussian.guidance.compiled import compile_regions, fastest_attention
+from generation.dreamgaussian.guidance.compiled import compile_regions
 
 # Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
 MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
@@ -74,21 +74,23 @@ class Distillation:
         device = self._unet.device
         if device.type != "cuda":
             return
+        from generation.dreamgaussian.guidance.fused import fuse  # needs Triton, which comes with torch for GPUs
+
         compile_regions(self._unet)
+        fuse(self._vae)
         compile_regions(self._vae)
         condition = self._any_condition()
         for count in range(1, scenes + 1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
             images = self.views * count
-            with fastest_attention():
-                self._step.capture(
-                    torch.rand(images, 3, self.image_size, self.image_size, device=device),
-                    torch.eye(4, device=device).repeat(images, 1, 1),
-                    torch.stack([condition] * count),
-                    torch.full((count,), len(self._alphas) // 2, device=device),
-                    torch.randn(images, *self._latent_shape, device=device),
-                    constants=(guidance_scale,),
-                )
+            self._step.capture(
+                torch.rand(images, 3, self.image_size, self.image_size, device=device),
+                torch.eye(4, device=device).repeat(images, 1, 1),
+                torch.stack([condition] * count),
+                torch.full((count,), len(self._alphas) // 2, device=device),
+                torch.randn(images, *self._latent_shape, device=device),
+                constants=(guidance_scale,),
+            )
 
     def _distil(
         self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float

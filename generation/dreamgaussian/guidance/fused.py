@@ -1,4 +1,4 @@
-"""Diffusers' convolutional models around the kernels of `normalise`, with fewer passes over images in between."""
+"""Diffusers' autoencoder around the kernels of `normalise`, with fewer passes over images in between."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -14,47 +14,60 @@ from torch import Tensor, nn
 from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
 
 
-def fuse(model: AutoencoderKL | UNet2DConditionModel) -> None:
-    """Replace what is between the convolutions of a UNet, or of an autoencoder's encoder; results stay, up to rounding.
+def fuse(vae: AutoencoderKL) -> None:
+    """Replace what is between the convolutions of an autoencoder's encoder; results stay, up to rounding.
 
-    The parameters are frozen by it: gradients reach the input alone. Raises ValueError for a block of another kind than
-    Stable Diffusion's models have.
+    The parameters are frozen by it: gradients reach the input alone. Images must have even sides at all levels. Raises
+    ValueError for a block of another kind than Stable Diffusion's models have.
+
+    Convolutions with stride 2 add a row and a column of zeros after the last, which costs a copy there and two on the
+    way back. All is turned by 180 degrees instead: the image, the kernels and the latents. Then the zeros come before
+    the first, where a convolution takes them into account by itself.
     """
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    convolutional = model.encoder if isinstance(model, AutoencoderKL) else model
-    for module in list(convolutional.modules()):
+    encoder = vae.encoder
+    for module in list(encoder.modules()):
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.flip(-2, -1)
+        elif isinstance(module, Downsample2D) and module.padding == 0:
+            module.padding, module.conv.padding = 1, (1, 1)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in list(encoder.modules()):
         for name, child in module.named_children():
             if isinstance(child, ResnetBlock2D):
                 setattr(module, name, ResidualBlock(child))
-            elif isinstance(child, Downsample2D) and child.padding == 0:
-                setattr(module, name, Downsample(child))
-    convolutional.conv_norm_out, convolutional.conv_act = Normalisation(convolutional.conv_norm_out), nn.Identity()
+    encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
+    encoder.conv_in = nn.Sequential(Turn(), encoder.conv_in)
+    encoder.conv_out = nn.Sequential(encoder.conv_out, Turn())
+
+
+class Turn(nn.Module):
+    """By 180 degrees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-2, -1)
 
 
 class ResidualBlock(nn.Module):
-    """A `ResnetBlock2D` as Stable Diffusion's models have it."""
+    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it."""
 
     def __init__(self, plain: ResnetBlock2D) -> None:
         super().__init__()
-        usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "skip_time_act": False}
+        usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "time_emb_proj": None}
         other = [name for name, value in usual.items() if getattr(plain, name) != value]
         if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
             raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
-        self.time, self.shortcut = plain.time_emb_proj, plain.conv_shortcut
+        self.shortcut = plain.conv_shortcut
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
         self.weights = plain.conv1.weight.detach(), plain.conv2.weight.detach()
-        # Added in the second normalisation, as what the time step adds is; and with the shortcut.
+        # Added in the second normalisation, and with the shortcut.
         self.between, self.last = plain.conv1.bias.detach(), plain.conv2.bias.detach()
-        if self.time is not None:
-            self.time.bias.data += self.between
         if self.shortcut is not None:
             self.last = self.last + self.shortcut.bias.detach()
 
-    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
-        added = self.between if self.time is None or temb is None else self.time(F.silu(temb))
+    def forward(self, x: Tensor, temb: None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         skipped = None if self.shortcut is None else self.shortcut.weight.detach()
-        result: Tensor = _Residual.apply(x, added, self.norms, self.weights, skipped, self.last)
+        result: Tensor = _Residual.apply(x, self.between, self.norms, self.weights, skipped, self.last)
         return result
 
 
@@ -68,37 +81,6 @@ class Normalisation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = _Normalise.apply(x.contiguous(memory_format=torch.channels_last), self.norm)
         return result
-
-
-class Downsample(nn.Module):
-    """A convolution with stride 2 of an image with a row and a column of zeros after the last, but without that copy."""
-
-    def __init__(self, plain: Downsample2D) -> None:
-        super().__init__()
-        self.weight, self.bias = plain.conv.weight.detach(), plain.conv.bias.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Downsample.apply(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
-        return result
-
-
-class _Downsample(torch.autograd.Function):
-    """A convolution takes zeros on all sides into account by itself: with two of them, the first row and column of what
-    it gives are too many.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.frozen = x.shape, weight
-        h, w = x.shape[-2] // 2, x.shape[-1] // 2
-        result = F.conv2d(x, weight, bias, stride=2, padding=2)[:, :, 1 : h + 1, 1 : w + 1]
-        return result.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
-        shape, weight = ctx.frozen
-        gradient = F.pad(outward[0].contiguous(memory_format=torch.channels_last), (1, shape[-1] % 2, 1, shape[-2] % 2))
-        return _through(gradient, shape, weight, stride=2, padding=2), None, None
 
 
 class _Residual(torch.autograd.Function):
@@ -151,13 +133,13 @@ def _through(
 ) -> Tensor:
     """The gradient by what a convolution of `weight` took, an image of the samples, height and width of `shape`."""
     n, _, h, w = shape
-    around = weight.shape[-1] // 2 if padding is None else padding
+    padding = weight.shape[-1] // 2
     # Its shape and layout are all that counts, but a tensor of any other layout would be copied into this one.
     taken = torch.empty(
         (n, weight.shape[1], h, w), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
     )
     result: Tensor = torch.ops.aten.convolution_backward(
-        gradient, taken, weight, None, [stride] * 2, [around] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
+        gradient, taken, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
     )[0]
     return result
 

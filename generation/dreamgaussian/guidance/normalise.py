@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
 
 
 def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
-    """The statistics of x (N, C, H, W) + `added` (C,) or (N, C), which so costs no pass of its own."""
+    """The statistics of x (N, C, H, W) + `added` (C,), which so costs no pass of its own."""
     n, c, pixels = _sizes(x)
     chunks, blocks = _chunks(n, c, pixels)
     partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
@@ -48,7 +48,7 @@ def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
     _measure[_grid(chunks, c, n)](
         *(x, partial, _counters(x), norm.weight, norm.bias, norm.weight if added is None else added, *result),
         *(pixels, c, norm.groups, norm.eps),
-        ADDED=0 if added is None else added.ndim, BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
+        ADDED=added is not None, BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
     )  # fmt: skip
     return result
 
@@ -199,10 +199,8 @@ def _measure(  # type: ignore[no-untyped-def]
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         constant = tl.zeros((GROUPS, EACH), tl.float32)
-        if ADDED == 1:
+        if ADDED:
             constant = tl.load(added + at, exist, 0.0).to(tl.float32)
-        if ADDED == 2:
-            constant = tl.load(added + n * c + at, exist, 0.0).to(tl.float32)
         count = pixels * (c // groups)
         mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
         square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
