@@ -268,7 +268,12 @@ class Comparison:
                     )
             else:
                 loss = ours.loss(
-                    pixels, poses, torch.stack([condition] * 2), torch.tensor([0.6] * 2), generators, 5.0
+                    lambda pixels=pixels: pixels,
+                    poses,
+                    torch.stack([condition] * 2),
+                    torch.tensor([0.6] * 2),
+                    generators,
+                    5.0,
                 ).sum()
             loss.backward()
             results.append((loss.detach(), pixels.grad))

@@ -54,7 +54,7 @@ def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
     def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         pixels = images.clone().requires_grad_()
         generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        loss = guidance.loss(pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
+        loss = guidance.loss(lambda: pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
         loss.sum().backward()
         return loss.detach(), pixels.grad
 

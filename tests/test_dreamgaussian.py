@@ -127,7 +127,7 @@ def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVD
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         views = slice(part.start * 4, part.stop * 4)
         return guidance.loss(
-            images[views], poses(2)[views], conditions[part], torch.tensor([0.7] * len(seeds)), generators, 5.0
+            lambda: images[views], poses(2)[views], conditions[part], torch.tensor([0.7] * len(seeds)), generators, 5.0
         )
 
     both = loss(slice(0, 2), [1, 2])
@@ -201,8 +201,8 @@ class NoGuidance:
     def prepare(self, prompt: str, negative_prompt: str) -> torch.Tensor:
         return torch.zeros(2, 1, 1)
 
-    def loss(self, images, camera_to_world, conditions, noise_levels, generators, guidance_scale):
-        return 0.0 * images.sum((1, 2, 3)).view(len(generators), -1).sum(1)
+    def loss(self, render, camera_to_world, conditions, noise_levels, generators, guidance_scale):
+        return 0.0 * render().sum((1, 2, 3)).view(len(generators), -1).sum(1)
 
     def sample(self, condition, camera_to_world, *_):
         return sphere_views()[0] + (1 - sphere_views()[1]) * 0.5

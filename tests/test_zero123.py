@@ -48,7 +48,7 @@ def test_loss_of_a_scene_does_not_depend_on_its_neighbour(zero123):
     def loss(part: slice, seeds: list[int]) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return zero123.loss(
-            images[part], where[part], conditions[part], torch.tensor([0.7] * len(seeds)), generators, 5.0
+            lambda: images[part], where[part], conditions[part], torch.tensor([0.7] * len(seeds)), generators, 5.0
         )
 
     both = loss(slice(0, 2), [1, 2])
@@ -65,7 +65,7 @@ def test_loss_depends_on(zero123, change):
     def loss(colour: int = 0, azimuth: float = 30.0, elevation: float = 0.0) -> float:
         condition = zero123.prepare(cutout(colour), elevation)[None]
         generator = torch.Generator().manual_seed(1)
-        return float(zero123.loss(image, poses(azimuth), condition, torch.tensor([0.5]), [generator], 5.0))
+        return float(zero123.loss(lambda: image, poses(azimuth), condition, torch.tensor([0.5]), [generator], 5.0))
 
     changed = {"view": loss(colour=2), "camera": loss(azimuth=150.0), "elevation": loss(elevation=40.0)}[change]
     assert changed != pytest.approx(loss(), rel=1e-5)
@@ -83,7 +83,8 @@ class Sketch:
         self.calls.append(about)
         return torch.zeros(1)
 
-    def loss(self, images, camera_to_world, conditions, noise_levels, generators, guidance_scale):
+    def loss(self, render, camera_to_world, conditions, noise_levels, generators, guidance_scale):
+        images = render()
         assert len(images) == len(camera_to_world) == self.views * len(conditions)
         assert len(conditions) == len(noise_levels) == len(generators)
         self.calls.append((len(images), len(conditions), guidance_scale))

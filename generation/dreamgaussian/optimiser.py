@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,14 +92,14 @@ class DreamGaussian:
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
-        renders = _render(scenes)
-        losses = self._scores(scenes, renders)  # first: a GPU is busy with it while the rest is asked for
-        losses += _known_views_losses(scenes, renders)
+        render = cache(lambda: _render(scenes))
+        losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
+        losses += _known_views_losses(scenes, render())
         torch.stack(losses).sum().backward()
-        for scene, render in zip(scenes, renders, strict=True):
-            scene.update(*render.pull())
+        for scene, seen in zip(scenes, render(), strict=True):
+            scene.update(*seen.pull())
 
-    def _scores(self, scenes: list[Scene], renders: list[_Render]) -> list[Tensor]:
+    def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:
         """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""
         o, losses = self._options, []
         for guidance, weight, scale, conditions in (
@@ -110,7 +111,7 @@ class DreamGaussian:
                 continue
             each = [i for i in known for _ in range(o.batch_size * self._views // guidance.views)]
             score = guidance.loss(
-                torch.cat([renders[i].novel for i in known]),
+                lambda known=known: torch.cat([render()[i].novel for i in known]),  # type: ignore[misc]
                 torch.cat([scenes[i].plan.poses[scenes[i].iteration] for i in known]),
                 torch.stack([known[i] for i in each]),
                 torch.stack([scenes[i].plan.noise_levels[scenes[i].iteration] for i in each]),

@@ -20,15 +20,16 @@ class Guidance(Protocol):
 
     def loss(
         self,
-        images: Tensor,
+        render: Callable[[], Tensor],
         camera_to_world: Tensor,
         conditions: Tensor,
         noise_levels: Tensor,
         generators: list[torch.Generator],
         guidance_scale: float,
     ) -> Tensor:
-        """Loss (S,) of renders `images` (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
+        """Loss (S,) of renders (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
 
+        `render` gives them. It waits for the device, so it is called last: what else is needed is there by then.
         `noise_levels` (S,) are in 0..1 (1 = pure noise); noise is drawn from each scene's own generator. Nothing in it
         waits for the device.
         """

@@ -53,7 +53,7 @@ class Distillation:
 
     def loss(
         self,
-        images: Tensor,
+        render: Callable[[], Tensor],
         camera_to_world: Tensor,
         conditions: Tensor,
         noise_levels: Tensor,
@@ -61,9 +61,9 @@ class Distillation:
         guidance_scale: float,
     ) -> Tensor:
         """See `Guidance.loss`."""
-        images = self._resize(images)
-        t = timesteps(noise_levels, len(self._alphas)).to(images.device)
-        noise = draw_noise(generators, (self.views, *self._latent_shape), images.device)
+        t = timesteps(noise_levels, len(self._alphas)).to(self._alphas.device)
+        noise = draw_noise(generators, (self.views, *self._latent_shape), self._alphas.device)
+        images = self._resize(render())
         losses, gradient = self._step(
             images.detach(), camera_to_world, conditions, t, noise, constants=(guidance_scale,)
         )
