@@ -392,6 +392,7 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
         "densification_interval: 100"
     )
     pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
+    pipeline._warm_up_batches()  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
     pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
     with caplog.at_level(logging.INFO):

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from generation.splats.cameras import orbit
+from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import gsplat as wrapper
 from generation.splats.rasterize import rasterize, rasterize_scenes
@@ -123,6 +123,43 @@ def test_scenes_look_the_same_together_and_alone(device, coefficients):
         for ours, theirs in zip(together, alone, strict=True):
             assert ours.shape == theirs.shape
             assert (ours.float() - theirs.float()).norm() <= 1e-3 * theirs.float().norm()
+
+
+def test_smaller_scenes_are_filled_up_with_what_is_not_drawn(monkeypatch):
+    """Our CPU kernel stands in for gsplat's, one scene after the other."""
+
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, backgrounds, **_):
+        fields = (means, quats, scales.log(), opacities.logit(), ((colors - 0.5) / SH_C0)[:, :, None])
+        drawn = []
+        for i in range(len(means)):
+            cameras = Cameras(viewmats[i], Ks[i])
+            drawn.append(rasterize(Gaussians(*(field[i] for field in fields)), cameras, width, height, backgrounds[i]))
+        infos = [info for _, _, info in drawn]
+        meta = {name: torch.stack([info[name] for info in infos]) for name in ("means2d", "depths")}
+        meta["radii"] = torch.stack([info["radii"] for info in infos])[..., None].expand(-1, -1, -1, 2)
+        return torch.stack([rgb for rgb, _, _ in drawn]), torch.stack([alpha for _, alpha, _ in drawn]), meta
+
+    monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
+    monkeypatch.setattr(wrapper.kernels, "load", lambda: None)
+    scenes = []
+    for i, n in enumerate((300, 120, 500)):
+        gaussians = scene(n, 1)
+        gaussians.sh.clamp_(-1.0, 1.0)  # colours above 0, whose way back is the harmonics themselves
+        for tensor in gaussians.tensors().values():
+            tensor.requires_grad_()
+        cameras = orbit(10.0 * i, torch.tensor([0.0, 90.0]), 2.0, 49.1, 24, 24)
+        scenes.append((gaussians, cameras, torch.tensor([0.1, 0.5, 0.2 * i]).expand(2, 3)))
+    together = wrapper.rasterize_scenes(scenes, 24, 24)
+    for (gaussians, cameras, background), (rgb, alpha, info) in zip(scenes, together, strict=True):
+        alone = rasterize(gaussians, cameras, 24, 24, background)
+        fields = list(gaussians.tensors().values())
+        ours = torch.autograd.grad(rgb.square().sum() + alpha.sum(), fields, retain_graph=True)
+        theirs = torch.autograd.grad(alone[0].square().sum() + alone[1].sum(), fields)
+        assert torch.allclose(rgb, alone[0], atol=1e-5) and torch.allclose(alpha, alone[1], atol=1e-5)
+        assert torch.equal(info["radii"], alone[2]["radii"])
+        assert torch.allclose(info["means2d"][info["own"]], alone[2]["means2d"], atol=1e-4)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a - b).norm() <= 1e-3 * b.norm()
 
 
 def test_scenes_of_different_kinds_are_not_rendered_together():

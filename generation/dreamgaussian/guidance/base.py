@@ -29,9 +29,9 @@ class Guidance(Protocol):
     ) -> Tensor:
         """Loss (S,) of renders (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
 
-        `render` gives them. It waits for the device, so it is called last: what else is needed is there by then.
-        `noise_levels` (S,) are in 0..1 (1 = pure noise); noise is drawn from each scene's own generator. Nothing in it
-        waits for the device.
+        `render` gives them. It may wait for the device, as nothing else in here does, so it is called last: all else
+        has been asked for by then. `noise_levels` (S,) are in 0..1 (1 = pure noise); noise is drawn from each scene's
+        own generator.
         """
         ...
 

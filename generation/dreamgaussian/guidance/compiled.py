@@ -14,7 +14,7 @@ class ChannelwiseGroupNorm(nn.Module):
 
     With channels last, the pixels' channels are neighbours in memory: sums over pixels read all of it in order, where
     sums over the few channels of a group, as compilers write them, read a quarter of each memory sector. Measured on an
-    H100, an autoencoder's step there and back: 13.1 ms with the plain form, 8.5 ms with this one.
+    H100, the UNet's step for four scenes: 17.6 ms with the plain form, 17.0 ms with this one.
     """
 
     def __init__(self, plain: nn.GroupNorm) -> None:

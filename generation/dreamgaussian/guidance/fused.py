@@ -128,9 +128,7 @@ class _Normalise(torch.autograd.Function):
         return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
 
 
-def _through(
-    gradient: Tensor, shape: torch.Size, weight: Tensor, stride: int = 1, padding: int | None = None
-) -> Tensor:
+def _through(gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
     """The gradient by what a convolution of `weight` took, an image of the samples, height and width of `shape`."""
     n, _, h, w = shape
     padding = weight.shape[-1] // 2

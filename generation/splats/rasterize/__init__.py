@@ -46,21 +46,17 @@ def rasterize_scenes(
     `rasterize` gives them, but "means2d" may be a tensor that scenes share, and info["own"] is the index of the scene's
     part of it.
     """
-    for scene in scenes:
-        _check(scene[0], scene[1], width, height, scene[2])
     if len({(len(cameras), gaussians.sh.shape[1]) for gaussians, cameras, _ in scenes}) > 1:
         raise ValueError("scenes that are rendered together need as many cameras and as many harmonics")
     device = scenes[0][0].means.device
-    if device.type == "cuda" and len(scenes) > 1:
-        from generation.splats.rasterize import gsplat
-
-        return gsplat.rasterize_scenes(
-            [(g, cameras.to(device), _each_view(background, g, cameras)) for g, cameras, background in scenes],
-            width,
-            height,
-        )
-    results = [rasterize(*scene[:2], width, height, scene[2]) for scene in scenes]
-    return [(rgb, alpha, {**info, "own": ...}) for rgb, alpha, info in results]
+    if device.type != "cuda" or len(scenes) == 1:
+        results = [rasterize(*scene[:2], width, height, scene[2]) for scene in scenes]
+        return [(rgb, alpha, {**info, "own": ...}) for rgb, alpha, info in results]
+    for gaussians, cameras, background in scenes:
+        _check(gaussians, cameras, width, height, background)
+    alike = [(g, cameras.to(device), _each_view(background, g, cameras)) for g, cameras, background in scenes]
+    drawn: list[tuple[Tensor, Tensor, dict[str, Any]]] = _backend(device).rasterize_scenes(alike, width, height)
+    return drawn
 
 
 def _check(gaussians: Gaussians, cameras: Cameras, width: int, height: int, background: Tensor) -> None:
