@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.dreamgaussian.adam import step_together
 from generation.dreamgaussian.carve import carve
 from generation.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
 from generation.dreamgaussian.plan import draw_plan
@@ -96,8 +97,9 @@ class DreamGaussian:
         losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
         losses += _known_views_losses(scenes, render())
         torch.stack(losses).sum().backward()
+        step_together([scene.optimiser() for scene in scenes])
         for scene, seen in zip(scenes, render(), strict=True):
-            scene.update(*seen.pull())
+            scene.advance(*seen.pull())
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:
         """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""

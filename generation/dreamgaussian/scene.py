@@ -97,20 +97,24 @@ class Scene:
         """The Gaussians as they are now; the tensors are the optimised ones, not copies."""
         return self._gaussians
 
-    def update(self, means2d_grad: Tensor | None, radii: Tensor) -> None:
-        """One optimiser step from the gradients at hand, then density control when it is due.
+    def optimiser(self) -> torch.optim.Adam:
+        """With this iteration's learning rates."""
+        o = self._options
+        for group in self._optimiser.param_groups:
+            if group["name"] == "means":
+                group["lr"] = position_lr(
+                    self.iteration + 1, o.position_lr_init, o.position_lr_final, o.position_lr_max_steps
+                )
+        return self._optimiser
+
+    def advance(self, means2d_grad: Tensor | None, radii: Tensor) -> None:
+        """End an iteration whose optimiser step is done: density control when it is due.
 
         `means2d_grad` (C, N, 2) and `radii` (C, N) are of the renders that drive densification.
         """
         o = self._options
         size = self.plan.sizes[self.iteration]
         self.iteration += 1
-        for group in self._optimiser.param_groups:
-            if group["name"] == "means":
-                group["lr"] = position_lr(
-                    self.iteration, o.position_lr_init, o.position_lr_final, o.position_lr_max_steps
-                )
-        self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         if not o.density_start_iter <= self.iteration <= o.density_end_iter or means2d_grad is None:
             return

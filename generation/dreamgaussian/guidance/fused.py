@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
 
+INPUT_CHANNELS = 8  # 16 bytes of each pixel in half precision
+
 
 def fuse(vae: AutoencoderKL) -> None:
     """Replace what is between the convolutions of an autoencoder's encoder; results stay, up to rounding.
@@ -22,7 +24,8 @@ def fuse(vae: AutoencoderKL) -> None:
 
     Convolutions with stride 2 add a row and a column of zeros after the last, which costs a copy there and two on the
     way back. All is turned by 180 degrees instead: the image, the kernels and the latents. Then the zeros come before
-    the first, where a convolution takes them into account by itself.
+    the first, where a convolution takes them into account by itself. Biases of convolutions cost no pass of their own:
+    those between residual blocks are added in the next one.
     """
     encoder = vae.encoder
     for module in list(encoder.modules()):
@@ -30,14 +33,48 @@ def fuse(vae: AutoencoderKL) -> None:
             module.weight.data = module.weight.data.flip(-2, -1)
         elif isinstance(module, Downsample2D) and module.padding == 0:
             module.padding, module.conv.padding = 1, (1, 1)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for module in list(encoder.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, ResnetBlock2D):
-                setattr(module, name, ResidualBlock(child))
+    bias: Tensor | None = _take_bias(encoder.conv_in)
+    for level in [*encoder.down_blocks, encoder.mid_block]:
+        for i, block in enumerate(level.resnets):
+            level.resnets[i] = ResidualBlock(block, bias)
+            bias = None
+        for downsampler in getattr(level, "downsamplers", None) or []:
+            bias = _take_bias(downsampler.conv)
     encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
-    encoder.conv_in = nn.Sequential(Turn(), encoder.conv_in)
+    encoder.conv_in = nn.Sequential(Entry(encoder.conv_in.in_channels), _of_more_channels(encoder.conv_in))
     encoder.conv_out = nn.Sequential(encoder.conv_out, Turn())
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _take_bias(convolution: nn.Conv2d) -> Tensor:
+    assert convolution.bias is not None
+    bias = convolution.bias.detach()
+    convolution.bias = None
+    return bias
+
+
+def _of_more_channels(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The same for images that are filled up with zeros to INPUT_CHANNELS."""
+    missing = INPUT_CHANNELS - convolution.in_channels
+    convolution.weight = nn.Parameter(F.pad(convolution.weight.data, (0, 0, 0, 0, 0, missing)), requires_grad=False)
+    convolution.in_channels = INPUT_CHANNELS
+    return convolution
+
+
+class Entry(nn.Module):
+    """Of an image into the encoder: turned, channels last, and of as many channels as fast convolutions take.
+
+    Of an image in another order, cuDNN's way back would bring the gradient of the first convolution's 128 channels into
+    that order, and back again.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.missing = INPUT_CHANNELS - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flip(-2, -1).contiguous(memory_format=torch.channels_last)
+        return F.pad(x, (0, 0, 0, 0, 0, self.missing))
 
 
 class Turn(nn.Module):
@@ -48,9 +85,9 @@ class Turn(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it."""
+    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it, of x + `bias` (C,) where there is one."""
 
-    def __init__(self, plain: ResnetBlock2D) -> None:
+    def __init__(self, plain: ResnetBlock2D, bias: Tensor | None = None) -> None:
         super().__init__()
         usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "time_emb_proj": None}
         other = [name for name, value in usual.items() if getattr(plain, name) != value]
@@ -59,15 +96,20 @@ class ResidualBlock(nn.Module):
         self.shortcut = plain.conv_shortcut
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
         self.weights = plain.conv1.weight.detach(), plain.conv2.weight.detach()
-        # Added in the second normalisation, and with the shortcut.
-        self.between, self.last = plain.conv1.bias.detach(), plain.conv2.bias.detach()
+        # Added in the two normalisations, and with the shortcut.
+        self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
+        skipped = bias
         if self.shortcut is not None:
             self.last = self.last + self.shortcut.bias.detach()
+            if bias is not None:
+                skipped = self.shortcut.weight.detach()[:, :, 0, 0] @ bias
+        if skipped is not None:
+            self.last = self.last + skipped
 
     def forward(self, x: Tensor, temb: None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         skipped = None if self.shortcut is None else self.shortcut.weight.detach()
-        result: Tensor = _Residual.apply(x, self.between, self.norms, self.weights, skipped, self.last)
+        result: Tensor = _Residual.apply(x, self.added, self.norms, self.weights, skipped, self.last)
         return result
 
 
@@ -88,15 +130,15 @@ class _Residual(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        added: Tensor,
+        added: tuple[Tensor | None, Tensor],
         norms: tuple[Norm, Norm],
         weights: tuple[Tensor, Tensor],
         skipped: Tensor | None,
         last: Tensor,
     ) -> Tensor:
-        outer = measure(x, norms[0])
+        outer = measure(x, norms[0], added[0])
         middle = F.conv2d(normalise(x, outer), weights[0], padding=1)
-        inner = measure(middle, norms[1], added)
+        inner = measure(middle, norms[1], added[1])
         result = F.conv2d(normalise(middle, inner), weights[1], padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
         ctx.frozen = norms, weights, skipped

@@ -16,9 +16,12 @@ from torch import Tensor
 
 CHANNELS = 64  # of a program: 128 bytes in half precision, and a divisor of the widths that full-size models have
 PIXELS = 64  # of a program at a time
-PROGRAMS = 1024  # in all, as a target: some for each processor of a large GPU
+PROGRAMS = 512  # that take sums, as a target: as many as a large GPU runs at once
 MAX_CHUNKS = 64  # of a sample: its last program adds them up alone
-FINISHING = 4096  # values that it does so with at a time
+# Values that it does so with at a time. With 4096 it needs more registers than the sums do, and fewer programs run at
+# once.
+FINISHING = 1024
+STAGES = 4  # blocks that a program has asked memory for while it works on one
 
 
 class Norm(NamedTuple):
@@ -48,7 +51,7 @@ def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
     _measure[_grid(chunks, c, n)](
         *(x, partial, _counters(x), norm.weight, norm.bias, norm.weight if added is None else added, *result),
         *(pixels, c, norm.groups, norm.eps),
-        ADDED=added is not None, BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
+        ADDED=added is not None, BLOCKS=blocks, STAGES=STAGES, **_finishing(c, norm.groups, chunks), **_BLOCK,
     )  # fmt: skip
     return result
 
@@ -73,7 +76,7 @@ def normalise_back(
     by_x, constant = x.new_empty(2, n, c, dtype=torch.float32)
     _measure_back[_grid(chunks, c, n)](
         *(gradient, x, partial, _counters(x), norm.weight, *statistics, by_x, constant),
-        *(pixels, c, norm.groups), BLOCKS=blocks, **_finishing(c, norm.groups, chunks), **_BLOCK,
+        *(pixels, c, norm.groups), BLOCKS=blocks, STAGES=STAGES, **_finishing(c, norm.groups, chunks), **_BLOCK,
     )  # fmt: skip
     result = torch.empty_like(x)
     other = x if around is None else around.contiguous(memory_format=torch.channels_last)
@@ -178,8 +181,9 @@ def _added_up(  # type: ignore[no-untyped-def]
 def _measure(  # type: ignore[no-untyped-def]
     x, partial, counters, weight, bias, added, scale, shift, inverse, offset,
     pixels, c, groups, eps,
-    ADDED: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr,
-    AT_ONCE: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCKS * PIXELS
@@ -187,7 +191,7 @@ def _measure(  # type: ignore[no-untyped-def]
     partial += n * CHUNKS * 2 * c
     values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
         values += each
@@ -238,7 +242,8 @@ def _before_silu(gradient, x, scale, shift):  # type: ignore[no-untyped-def]
 def _measure_back(  # type: ignore[no-untyped-def]
     gradient, x, partial, counters, weight, scale, shift, inverse, offset, by_x, constant,
     pixels, c, groups,
-    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
@@ -251,7 +256,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
     gradients = tl.zeros((PIXELS, CHANNELS), tl.float32)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for block in range(BLOCKS):
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
         inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
