@@ -53,5 +53,13 @@ def compile_regions(model: nn.Module) -> None:
         model.set_attn_processor(AttnProcessor())
         regions = (ResnetBlock2D, Attention)
     for module in model.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_hook(_keep_channels_last)
         if isinstance(module, regions):
             module.compile(fullgraph=True, dynamic=False)
+
+
+def _keep_channels_last(module: nn.Module, inputs: object, outputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Diffusers' transformers return images in the other order: the next convolutions would copy them."""
+    (image,) = outputs
+    return (image.contiguous(memory_format=torch.channels_last),)

@@ -33,7 +33,9 @@ def fuse(vae: AutoencoderKL) -> None:
             module.weight.data = module.weight.data.flip(-2, -1)
         elif isinstance(module, Downsample2D) and module.padding == 0:
             module.padding, module.conv.padding = 1, (1, 1)
-    bias: Tensor | None = _take_bias(encoder.conv_in)
+    encoder.conv_in = nn.Sequential(Entry(encoder.conv_in.in_channels), _of_more_channels(encoder.conv_in))
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    bias: Tensor | None = _take_bias(encoder.conv_in[1])
     for level in [*encoder.down_blocks, encoder.mid_block]:
         for i, block in enumerate(level.resnets):
             level.resnets[i] = ResidualBlock(block, bias)
@@ -41,9 +43,7 @@ def fuse(vae: AutoencoderKL) -> None:
         for downsampler in getattr(level, "downsamplers", None) or []:
             bias = _take_bias(downsampler.conv)
     encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
-    encoder.conv_in = nn.Sequential(Entry(encoder.conv_in.in_channels), _of_more_channels(encoder.conv_in))
     encoder.conv_out = nn.Sequential(encoder.conv_out, Turn())
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _take_bias(convolution: nn.Conv2d) -> Tensor:

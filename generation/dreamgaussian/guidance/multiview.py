@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 
 class MultiViewAttention:
-    """Self-attention in which the views of one scene attend to each other: ((s v), l, c) -> (s, (v l), c).
+    """Attention in which the views of one scene are one sequence, and attend to each other: ((s v), l, c) ->
+    (s, (v l), c).
 
     One instance serves all layers of a UNet, so `views` is set in one place.
     """
@@ -26,11 +27,18 @@ class MultiViewAttention:
         return self._attend(attn, joined, *args, **kwargs).reshape(shape)
 
 
-def join_views(unet: UNet2DConditionModel, views: int = 4) -> MultiViewAttention:
-    """Give every self-attention of `unet` (diffusers calls it attn1) the multi-view form; returns what they share."""
+def join_views(unet: UNet2DConditionModel, views: int = 4, shared_text: bool = False) -> MultiViewAttention:
+    """Give every self-attention of `unet` (diffusers calls it attn1) the multi-view form; returns what they share.
+
+    With `shared_text` the attention to the text has it, too: text states then come once for each scene, for all of its
+    views.
+    """
     joint = MultiViewAttention(views)
     unet.set_attn_processor(
-        {name: joint if ".attn1." in name else processor for name, processor in unet.attn_processors.items()}
+        {
+            name: joint if shared_text or ".attn1." in name else processor
+            for name, processor in unet.attn_processors.items()
+        }
     )
     return joint
 

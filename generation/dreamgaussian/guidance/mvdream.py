@@ -38,7 +38,7 @@ class MVDream(Distillation):
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
         self._texts: dict[str, Tensor] = {}
-        self._joint = join_views(unet, self.views)
+        self._joint = join_views(unet, self.views, shared_text=True)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
@@ -123,8 +123,8 @@ class MVDream(Distillation):
         return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
 
     def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
-        """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the condition, and with it."""
-        words = conditions.to(both).repeat_interleave(both.shape[1] // len(conditions), 0)  # (S * V, 2, L, C)
+        """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the conditions (S, 2, L, C), and with."""
+        words = conditions.to(both)
         cameras = camera_embedding(camera_to_world, self._front_azimuth).to(both)
         (noise,) = self._unet(
             both.flatten(0, 1),
