@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, Transformer2DModel
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers import AutoencoderKL, Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from generation.dreamgaussian.guidance.multiview import MultiViewAttention
 
 
 class ChannelwiseGroupNorm(nn.Module):
@@ -52,11 +54,27 @@ def compile_regions(model: nn.Module) -> None:
         # One head of 512 channels: the fused kernels' way back takes ten times what plain products take.
         model.set_attn_processor(AttnProcessor())
         regions = (ResnetBlock2D, Attention)
+    elif isinstance(model, UNet2DConditionModel):
+        _join_projections(model)
     for module in model.modules():
         if isinstance(module, Transformer2DModel):
             module.register_forward_hook(_keep_channels_last)
         if isinstance(module, regions):
             module.compile(fullgraph=True, dynamic=False)
+
+
+def _join_projections(unet: UNet2DConditionModel) -> None:
+    """Queries, keys and values in one product: each is too small to keep a large GPU busy."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.fuse_projections()
+    processors = unet.attn_processors
+    for name, processor in processors.items():
+        if isinstance(processor, MultiViewAttention):
+            processor.attend = FusedAttnProcessor2_0()
+        else:
+            processors[name] = FusedAttnProcessor2_0()
+    unet.set_attn_processor(processors)
 
 
 def _keep_channels_last(module: nn.Module, inputs: object, outputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 
 
 class MultiViewAttention:
@@ -19,12 +19,12 @@ class MultiViewAttention:
 
     def __init__(self, views: int = 4):
         self.views = views
-        self._attend = AttnProcessor2_0()
+        self.attend: AttnProcessor2_0 | FusedAttnProcessor2_0 = AttnProcessor2_0()
 
     def __call__(self, attn, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         shape = hidden_states.shape
         joined = hidden_states.reshape(shape[0] // self.views, self.views * shape[1], shape[2])
-        return self._attend(attn, joined, *args, **kwargs).reshape(shape)
+        return self.attend(attn, joined, *args, **kwargs).reshape(shape)
 
 
 def join_views(unet: UNet2DConditionModel, views: int = 4, shared_text: bool = False) -> MultiViewAttention:
