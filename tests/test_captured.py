@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import Transformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +66,20 @@ def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
         after = loss_and_gradient()
     for a, b in zip(before, after, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+@torch.no_grad()
+def test_images_keep_their_order_through_a_transformer():
+    plain = Transformer2DModel(1, 8, 8, norm_num_groups=4, cross_attention_dim=4, use_linear_projection=True).eval()
+    model = torch.nn.ModuleList([plain])
+    image = torch.randn(2, 8, 4, 6).contiguous(memory_format=torch.channels_last)
+    words = torch.randn(2, 3, 4)
+    before = plain(image, words, return_dict=False)[0]
+    compile_regions(model)
+    with torch.compiler.set_stance("force_eager"):
+        after = model[0](image, words, return_dict=False)[0]
+    assert after.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(after, before, atol=1e-5)
 
 
 def test_shapes_that_were_not_captured_are_computed():

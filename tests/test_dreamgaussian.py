@@ -72,6 +72,17 @@ def test_views_of_a_scene_see_each_other_and_no_other_scene() -> None:
     assert (moved[4:] < 1e-5).all()
 
 
+@torch.no_grad()
+def test_text_may_come_once_for_each_scene() -> None:
+    unet = small_unet()
+    x, words, cameras = torch.randn(8, 4, 8, 8), torch.randn(2, 3, 16), torch.randn(8, 16)
+    join_views(unet, 4)
+    each = unet(x, 500, words.repeat_interleave(4, 0), class_labels=cameras).sample
+    join_views(unet, 4, shared_text=True)
+    once = unet(x, 500, words, class_labels=cameras).sample
+    assert torch.allclose(once, each, atol=1e-5)
+
+
 def sphere_views(radius: float = 0.6, size: int = 64):
     """Exact silhouettes of a ball that is red in its upper half and blue in its lower."""
     elevation, azimuth = torch.tensor([10.0] * 4 + [40.0] * 4), torch.arange(8) * 45.0
