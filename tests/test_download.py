@@ -127,6 +127,22 @@ def test_goes_on_after_a_reset(hub, cache, large):
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
+def test_a_small_file_is_asked_for_again(hub, cache):
+    hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * (download.PATIENCE - 1)
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("again in 0 s") == download.PATIENCE - 1
+    assert blob(cache, BIREFNET, "config.json").read_bytes() == b"{}"
+
+
+def test_a_small_file_that_never_comes_is_named(hub, cache):
+    hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * download.PATIENCE
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert "birefnet: config.json did not arrive" in done.stderr and "run this again" in done.stderr
+    assert len(hub.fetched("config.json")) == download.PATIENCE
+
+
 def test_goes_on_by_a_new_address_when_the_old_one_has_expired(hub, cache, large):
     repository = hub.repositories[BIREFNET.repo]
     repository.signed, repository.cut_after["model.safetensors"] = True, [CHUNK + 1]

@@ -37,7 +37,7 @@ from generation.weights.registry import Entry, WeightsError, wanted
 #: what stays free on the disk after a download, in bytes
 RESERVE = 10**9
 
-#: so often in a row a large file may be cut off without one byte more of it, with so many seconds between
+#: so often in a row a file may be cut off without one byte more of it, with so many seconds between
 PATIENCE, PAUSE = 5, 10
 
 # what a disk may say to a write, without naming the file
@@ -199,8 +199,7 @@ def _fetch(plan: Plan, say: Say) -> None:
         try:
             if file.large:
                 _fetch_large(plan, file, known.get(file.name) == LockedFile(file.size, file.digest), say)
-            # Names the content in the commit's folder; a small file is fetched by it, a large one is there already.
-            hf_hub_download(entry.repo, file.name, revision=plan.commit)
+            _name(plan, file, say)
         except (HTTPError, EntryNotFoundError, OSError, ImportError) as error:
             raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; {_remedy(error)}") from error
         path = plan.blobs / file.digest
@@ -232,6 +231,20 @@ def _is_sane(name: str, digest: str) -> bool:
         and not name.startswith("/")
         and re.fullmatch(r"[0-9a-f]{40,64}", digest) is not None
     )
+
+
+def _name(plan: Plan, file: _File, say: Say) -> None:
+    """Name the content in the commit's folder; a small file is fetched by it, a large one is there already."""
+    assert plan.entry.repo is not None
+    for attempt in range(1, PATIENCE + 1):
+        try:
+            hf_hub_download(plan.entry.repo, file.name, revision=plan.commit)
+            return
+        except (HTTPError, OSError) as error:
+            if attempt == PATIENCE or _is_local(error) or _is_refused(error):
+                raise
+            say(f"  it did not arrive ({_line(error)}); again in {PAUSE} s")
+            time.sleep(PAUSE)
 
 
 def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
@@ -282,7 +295,7 @@ def _append(plan: Plan, file: _File, have: int) -> None:
     try:
         location = get_hf_file_metadata(url).location
     except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403, 404):
+        if _is_refused(error):
             reason = " ".join(str(error).split())
             raise WeightsError(f"{plan.entry.name}: {file.name} did not arrive: {reason}; run this again") from error
         raise
@@ -303,6 +316,11 @@ def _append(plan: Plan, file: _File, have: int) -> None:
 def _is_local(error: Exception) -> bool:
     """Whether this machine's files are the reason, and not the network."""
     return isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK)
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the hub itself refuses, which it will again."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
 def _remedy(error: Exception) -> str:
