@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--scenes", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--images-at-once", nargs="+", type=int, default=[], help="through the encoder, as well as all")
     parser.add_argument("--kernels", type=int, default=0, help="name so many kernels that take longest")
     args = parser.parse_args()
     say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
@@ -51,17 +50,15 @@ def main() -> None:
             compile_regions(guidance._vae)
         for scenes in args.scenes:
             started = time.perf_counter()
-            error = measure(guidance, scenes, form, reference, args.images_at_once, args.kernels)
+            error = measure(guidance, scenes, form, reference, args.kernels)
             say(f"{form}, {scenes} scene(s): error {error:.1e}; all this took {time.perf_counter() - started:.0f} s")
 
 
-def measure(
-    guidance: MVDream, scenes: int, form: str, reference: dict[int, Tensor], at_once: list[int], kernels: int
-) -> float:
+def measure(guidance: MVDream, scenes: int, form: str, reference: dict[int, Tensor], kernels: int) -> float:
     """Prints the figures; returns the error of the gradient, and keeps it as the reference where there is none."""
-    for part, graph in capture_parts(guidance, scenes, at_once).items():
+    for part, graph in capture_parts(guidance, scenes).items():
         ms = replayed_ms(graph)
-        floor = FLOORS_MS.get(part, FLOORS_MS["encoder there and back"]) * scenes
+        floor = FLOORS_MS[part] * scenes
         say(f"{form}, {scenes} scene(s), {part}: {ms:.2f} ms, {ms / floor:.1f} times its floor")
         for name, (count, us) in slowest(graph, kernels).items():
             say(f"    {us / 1e3:.2f} ms in {count} of {name[:110]}")
@@ -85,7 +82,7 @@ def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, ...]:
     return tuple(tensor.to(guidance._unet.device) for tensor in tensors)
 
 
-def capture_parts(guidance: MVDream, scenes: int, at_once: Sequence[int] = ()) -> dict[str, Any]:
+def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:
     """CUDA graphs of the step's parts, for so many scenes."""
     images, poses, words, t, noise = step_inputs(guidance, scenes)
 
@@ -93,21 +90,14 @@ def capture_parts(guidance: MVDream, scenes: int, at_once: Sequence[int] = ()) -
         with torch.no_grad():
             return (guidance._guided_noise(latents, t, poses, words, 50.0),)
 
-    def encoder(pieces: int) -> Callable[..., tuple[Tensor, ...]]:
-        def encode(images: Tensor) -> Tensor:
-            return torch.cat([guidance._latents(piece) for piece in images.split(pieces)])
+    def encoder(images: Tensor, latents: Tensor) -> tuple[Tensor, ...]:
+        return distil(images, guidance._latents, lambda _: latents, scenes)
 
-        return lambda images, latents: distil(images, encode, lambda _: latents, scenes)
-
-    views = guidance.views
-    graphs = {
-        "UNet": capture(unet, noise.to(guidance._unet.dtype), t.repeat_interleave(views), poses, words),
-        "encoder there and back": capture(encoder(len(images)), images, noise),
+    steps = t.repeat_interleave(guidance.views)
+    return {
+        "UNet": capture(unet, noise.to(guidance._unet.dtype), steps, poses, words),
+        "encoder there and back": capture(encoder, images, noise),
     }
-    for pieces in at_once:
-        if pieces < len(images):
-            graphs[f"encoder, {pieces} at once"] = capture(encoder(pieces), images, noise)
-    return graphs
 
 
 def capture(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:

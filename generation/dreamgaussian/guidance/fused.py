@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
 
-INPUT_CHANNELS = 8  # 16 bytes of each pixel in half precision
-
 
 def fuse(vae: AutoencoderKL) -> None:
     """Replace what is between the convolutions of an autoencoder's encoder; results stay, up to rounding.
@@ -33,9 +31,8 @@ def fuse(vae: AutoencoderKL) -> None:
             module.weight.data = module.weight.data.flip(-2, -1)
         elif isinstance(module, Downsample2D) and module.padding == 0:
             module.padding, module.conv.padding = 1, (1, 1)
-    encoder.conv_in = nn.Sequential(Entry(encoder.conv_in.in_channels), _of_more_channels(encoder.conv_in))
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    bias: Tensor | None = _take_bias(encoder.conv_in[1])
+    bias: Tensor | None = _take_bias(encoder.conv_in)
     for level in [*encoder.down_blocks, encoder.mid_block]:
         for i, block in enumerate(level.resnets):
             level.resnets[i] = ResidualBlock(block, bias)
@@ -43,7 +40,7 @@ def fuse(vae: AutoencoderKL) -> None:
         for downsampler in getattr(level, "downsamplers", None) or []:
             bias = _take_bias(downsampler.conv)
     encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
-    encoder.conv_out = nn.Sequential(encoder.conv_out, Turn())
+    encoder.conv_in, encoder.conv_out = nn.Sequential(Turn(), encoder.conv_in), nn.Sequential(encoder.conv_out, Turn())
 
 
 def _take_bias(convolution: nn.Conv2d) -> Tensor:
@@ -53,35 +50,15 @@ def _take_bias(convolution: nn.Conv2d) -> Tensor:
     return bias
 
 
-def _of_more_channels(convolution: nn.Conv2d) -> nn.Conv2d:
-    """The same for images that are filled up with zeros to INPUT_CHANNELS."""
-    missing = INPUT_CHANNELS - convolution.in_channels
-    convolution.weight = nn.Parameter(F.pad(convolution.weight.data, (0, 0, 0, 0, 0, missing)), requires_grad=False)
-    convolution.in_channels = INPUT_CHANNELS
-    return convolution
-
-
-class Entry(nn.Module):
-    """Of an image into the encoder: turned, channels last, and of as many channels as fast convolutions take.
+class Turn(nn.Module):
+    """By 180 degrees, into channels last.
 
     Of an image in another order, cuDNN's way back would bring the gradient of the first convolution's 128 channels into
     that order, and back again.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.missing = INPUT_CHANNELS - channels
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flip(-2, -1).contiguous(memory_format=torch.channels_last)
-        return F.pad(x, (0, 0, 0, 0, 0, self.missing))
-
-
-class Turn(nn.Module):
-    """By 180 degrees."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flip(-2, -1)
+        return x.flip(-2, -1).contiguous(memory_format=torch.channels_last)
 
 
 class ResidualBlock(nn.Module):
@@ -98,13 +75,10 @@ class ResidualBlock(nn.Module):
         self.weights = plain.conv1.weight.detach(), plain.conv2.weight.detach()
         # Added in the two normalisations, and with the shortcut.
         self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
-        skipped = bias
         if self.shortcut is not None:
             self.last = self.last + self.shortcut.bias.detach()
-            if bias is not None:
-                skipped = self.shortcut.weight.detach()[:, :, 0, 0] @ bias
-        if skipped is not None:
-            self.last = self.last + skipped
+        if bias is not None:
+            self.last = self.last + (bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ bias)
 
     def forward(self, x: Tensor, temb: None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
