@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers import T5EncoderModel
 
 from generation.settings import TextToImageModel
 from generation.weights.quantise import quantise_linears
+from generation.weights.resting import Resting
 from generation.weights.strict import load_model
 
 #: prompts whose embeddings are kept, 2 MB each in 16 bits with 256 tokens
@@ -27,7 +29,8 @@ class TextToImage:
         self._device = device
         #: of T5 and of CLIP, on the CPU, the latest asked for last
         self._embeddings: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        self._rest()
+        #: T5, where it is on the device only while it encodes prompts that are not known
+        self._resting = Resting(pipe.text_encoder_2, device) if options.t5_rests_on == "cpu" else None
 
     @classmethod
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
@@ -95,13 +98,10 @@ class TextToImage:
         known = self._embeddings
         unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         if unknown:
-            try:
-                self._pipe.text_encoder_2.to(self._device)
+            with self._resting.awake() if self._resting else nullcontext():
                 words, pooled, _ = self._pipe.encode_prompt(
                     unknown, None, self._device, max_sequence_length=self._options.max_sequence_length
                 )
-            finally:
-                self._rest()
             for prompt, of_t5, of_clip in zip(unknown, words, pooled, strict=True):
                 known[prompt] = of_t5.cpu(), of_clip.cpu()
         for prompt in prompts:
@@ -111,8 +111,3 @@ class TextToImage:
             known.popitem(last=False)
         words, pooled = (torch.stack(each).to(self._device) for each in zip(*found, strict=True))
         return words, pooled
-
-    def _rest(self) -> None:
-        """Bring T5 to where it waits for the next prompts that are not known."""
-        if self._options.t5_rests_on == "cpu":
-            self._pipe.text_encoder_2.to("cpu")

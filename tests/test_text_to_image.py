@@ -1,19 +1,20 @@
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import T5EncoderModel
 
 from generation import text_to_image
 from generation.settings import PROFILES, Models
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
+from generation.weights.resting import Resting
 
 
-def load(mini_models, **changes) -> TextToImage:
+def load(mini_models, device="cpu", **changes) -> TextToImage:
     choice = Models.load(mini_models).text_to_image.model_copy(update=changes)
-    return TextToImage.load(local_folder(lookup(choice)), choice, "cpu")
+    return TextToImage.load(local_folder(lookup(choice)), choice, device)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +104,37 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
-def test_a_resting_t5_is_on_the_device_only_while_it_encodes(mini_models, monkeypatch):
-    """The moves alone: without a GPU there is nowhere to go."""
-    moves: list[str] = []
+def test_a_resting_model_is_on_its_device_only_while_it_works(monkeypatch):
+    """The moves alone: a copy stands for what is on a GPU."""
+    model = torch.nn.Linear(3, 2)
+    resting = Resting(model, "cpu")
+    at_rest, before = model.weight.data_ptr(), model.weight.detach().clone()
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
+    with pytest.raises(RuntimeError, match="out of memory"), resting.awake():
+        assert model.weight.data_ptr() != at_rest
+        raise RuntimeError("out of memory")
+    assert model.weight.data_ptr() == at_rest
+    assert torch.equal(model.weight, before)
+
+
+def test_t5_is_awake_only_while_it_encodes(mini_models, monkeypatch):
     plain = load(mini_models).generate(["a red cube"], [1])[0]
-    monkeypatch.setattr(T5EncoderModel, "to", lambda model, place, *_, **__: moves.append(str(place)) or model)
     model = load(mini_models, t5_rests_on="cpu")
-    loaded = len(moves)
-    assert moves[-1] == "cpu"
-    monkeypatch.setattr(model, "_device", "cpu:0")
+    moves: list[str] = []
+    monkeypatch.setattr(Resting, "awake", lambda resting: moves.append("awake") or contextlib.nullcontext())
     assert torch.allclose(model.generate(["a red cube"], [1])[0], plain, atol=1e-5)
-    assert moves[loaded:] == ["cpu:0", "cpu"]
     model.generate(["a red cube"], [2])  # known: it goes on resting
-    assert len(moves) == loaded + 2
+    assert moves == ["awake"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_t5_comes_back_from_its_rest_unchanged(mini_models, quantization):
+    choice = {"quantization": quantization, "dtype": "bfloat16"}
+    drawn = [load(mini_models, "cuda", **choice, **more) for more in ({}, {"t5_rests_on": "cpu"})]
+    t5 = drawn[1]._pipe.text_encoder_2
+    assert all(parameter.device.type == "cpu" for parameter in t5.parameters())
+    for prompt in ("a red cube", "a blue cone"):
+        awake, resting = (model._embed([prompt])[0] for model in drawn)
+        assert torch.equal(awake, resting)
+    assert all(parameter.is_pinned() for parameter in t5.parameters())
