@@ -301,7 +301,10 @@ class Pipeline:
         return cutouts
 
     def _begin_scenes(self, jobs: list[Job]) -> None:
+        prompts = [job.request.prompt for job in jobs if job.request.prompt]
+
         def begin(batch: list[Job]) -> list[Any]:
+            self._dreamgaussian.read(prompts)
             # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
             return [self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed) for job in batch]
 

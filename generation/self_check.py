@@ -64,7 +64,12 @@ class SelfCheck:
     """A loaded CLIP model and the validators' way of asking it."""
 
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Callable[[str], Tensor], use: ClipUse, device: str, dtype: torch.dtype
+        self,
+        model: torch.nn.Module,
+        tokenizer: Callable[[list[str]], Tensor],
+        use: ClipUse,
+        device: str,
+        dtype: torch.dtype,
     ) -> None:
         own = open_clip.get_model_preprocess_cfg(model)
         size = own["size"] if isinstance(own["size"], int) else own["size"][0]
@@ -110,8 +115,9 @@ class SelfCheck:
         images = [render_views(fit_to_frame(splats[i][0]).to(self._device)) for i in passed]
         if images:
             embedded = self._embed_images(torch.cat(images)).split(VIEWS)
-            for i, views, each in zip(passed, images, embedded, strict=True):
-                checks[i] = Check(checks[i].gates, *self._score(each, splats[i][1]), views)
+            targets = self._embed_prompts([splats[i][1] for i in passed])
+            for i, views, each, target in zip(passed, images, embedded, targets, strict=True):
+                checks[i] = Check(checks[i].gates, *self._score(each, splats[i][1], target), views)
         return checks
 
     @torch.no_grad()
@@ -122,20 +128,23 @@ class SelfCheck:
         ``cosine_scale``. For an image prompt the cosines are between embeddings of images, and the scale is the model's
         ``image_cosine_scale``, 1 unless its card says otherwise, which is how validators score image tasks.
         """
-        return self._score(self._embed_images(images), prompt)
+        return self._score(self._embed_images(images), prompt, self._embed_prompts([prompt])[0])
 
-    def _score(self, views: Tensor, prompt: str | Image.Image) -> tuple[float, list[float]]:
-        """Of embedded views (V, D)."""
-        if isinstance(prompt, str):
-            target = self._model.encode_text(self._tokenizer(prompt).to(self._device))  # type: ignore[operator]
-            scale = self._use.cosine_scale
-        else:
-            target = self._embed_images(to_tensor(prompt)[None])
-            scale = self._use.image_cosine_scale
-        cosines = F.cosine_similarity(views.float(), target.float(), dim=1).cpu()
+    def _score(self, views: Tensor, prompt: str | Image.Image, target: Tensor) -> tuple[float, list[float]]:
+        """Of embedded views (V, D) and of the prompt, embedded in `target` (D,)."""
+        scale = self._use.cosine_scale if isinstance(prompt, str) else self._use.image_cosine_scale
+        cosines = F.cosine_similarity(views.float(), target[None].float(), dim=1).cpu()
         kept = drop_outliers(cosines).clamp(0, 1)
         score = float(kept.log().mean().exp()) / scale  # log(0) is -inf: one kept view without likeness gives 0
         return min(1.0, max(0.0, score)), cosines.tolist()
+
+    def _embed_prompts(self, prompts: Sequence[str | Image.Image]) -> list[Tensor]:
+        """(D,) of each; all words together."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        words = iter(())
+        if texts:
+            words = iter(self._model.encode_text(self._tokenizer(texts).to(self._device)))  # type: ignore[operator]
+        return [next(words) if isinstance(p, str) else self._embed_images(to_tensor(p)[None])[0] for p in prompts]
 
     def _embed_images(self, images: Tensor) -> Tensor:
         images = images.to(self._device, torch.float32)

@@ -30,9 +30,9 @@ class ColourClip(nn.Module):
         return torch.tensor(list(COLOURS.values()))[tokens]
 
 
-def tokenizer(prompt: str) -> Tensor:
-    """The number of the first colour that is named."""
-    return torch.tensor([next(i for i, colour in enumerate(COLOURS) if colour in prompt)])
+def tokenizer(prompts: list[str]) -> Tensor:
+    """The number of the first colour that each names."""
+    return torch.tensor([next(i for i, colour in enumerate(COLOURS) if colour in prompt) for prompt in prompts])
 
 
 def colour_check(cosine_scale: float = 1.0, image_cosine_scale: float = 1.0) -> SelfCheck:

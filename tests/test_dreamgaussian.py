@@ -10,6 +10,7 @@ from diffusers import UNet2DConditionModel
 
 from generation.dreamgaussian import DreamGaussian, MVDream
 from generation.dreamgaussian.carve import carve
+from generation.dreamgaussian.guidance import mvdream
 from generation.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
 from generation.dreamgaussian.optimiser import foreground
 from generation.dreamgaussian.schedule import noise_level, position_lr
@@ -146,6 +147,22 @@ def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVD
     assert both.shape == (2,) and torch.allclose(both, alone, rtol=1e-4)
     both.sum().backward()
     assert images.grad is not None and torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+
+
+def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
+    alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+    guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+    read: list[int] = []
+    guidance._text_encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    prompts = ["a red cube", "a blue ball", "a red cube"]
+    guidance.read([*prompts, "ugly"])
+    for prompt in prompts:
+        expected = torch.stack([alone.prepare("ugly", "")[1], alone.prepare(prompt, "")[1]])
+        assert torch.allclose(guidance.prepare(prompt, "ugly"), expected, atol=1e-5)
+    assert read == [3]
+    monkeypatch.setattr(mvdream, "TEXTS_KEPT", 2)
+    guidance.prepare("a green cone", "ugly")
+    assert list(guidance._texts) == ["ugly", "a green cone"]
 
 
 def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) -> None:

@@ -60,6 +60,10 @@ class Sculptor:
     def __init__(self, iters: int) -> None:
         self.iters = iters
         self.batches: list[int] = []
+        self.read_together: list[list[str]] = []
+
+    def read(self, prompts: list[str]) -> None:
+        self.read_together.append(prompts)
 
     def start(self, cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
         assert cutout.shape == (4, 64, 64)
@@ -114,6 +118,7 @@ def test_same_prompt_and_seed_same_splat(pipeline):
 def test_scenes_are_stepped_together(pipeline, sculptor):
     pipeline.generate([ask("red"), ask("green"), ask("blue")])
     assert sculptor.batches == [3] * 5
+    assert sculptor.read_together[0] == ["red", "green", "blue"]
 
 
 def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
@@ -243,13 +248,13 @@ class TestRejections:
         assert not report.gates["min_gaussians"].passed
 
     def test_a_low_score(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.419, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.419, [0.1] * 16))
         report = self.reject(pipeline, "red")
         assert report.rejected == "CLIP score 0.41 is under the threshold 0.60"
         assert report.score == 0.419
 
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.6, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.6, [0.1] * 16))
         (asset,) = pipeline.generate([ask("red")])
         assert asset.ply and asset.report.rejected is None
 
@@ -310,7 +315,7 @@ class TestValidate:
         assert pipeline.validate(good, "a blue ball").score == 0
 
     def test_low_alignment_counts_as_nothing(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt: (0.29, [0.1] * 16))
+        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.29, [0.1] * 16))
         scores = pipeline.validate(ply.write(ball()), "red")
         assert (scores.score, scores.alignment_score) == (0, 0.29)
 

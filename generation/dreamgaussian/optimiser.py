@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -58,6 +58,11 @@ class DreamGaussian:
             self._guidance.warm_up(scenes * o.batch_size, o.guidance_scale, progress)
         if self._image_guidance:
             self._image_guidance.warm_up(scenes * o.batch_size * self._views, ZERO123_GUIDANCE, progress)
+
+    def read(self, prompts: Sequence[str]) -> None:
+        """Prompts whose scenes will start: together they are encoded in the time of one."""
+        if self._guidance:
+            self._guidance.read([*prompts, self._options.negative_prompt])
 
     def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
         """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
@@ -113,7 +118,7 @@ class DreamGaussian:
                 continue
             each = [i for i in known for _ in range(o.batch_size * self._views // guidance.views)]
             score = guidance.loss(
-                lambda known=known: torch.cat([render()[i].novel for i in known]),  # type: ignore[misc]
+                lambda known=known: _together([render()[i].novel for i in known]).clamp(0, 1),  # type: ignore[misc]
                 torch.cat([scenes[i].plan.poses[scenes[i].iteration] for i in known]),
                 torch.stack([known[i] for i in each]),
                 torch.stack([scenes[i].plan.noise_levels[scenes[i].iteration] for i in each]),
@@ -187,13 +192,13 @@ def _render(scenes: list[Scene]) -> list[_Render]:
 
 
 class _Render:
-    """What a scene looks like in this iteration, from all views."""
+    """What a scene looks like in this iteration, from all views; colours are not limited above."""
 
     def __init__(self, scene: Scene, rgb: Tensor, alpha: Tensor, info: dict[str, Any]) -> None:
         plan, i = scene.plan, scene.iteration
         info["means2d"].retain_grad()
         known, novel = plan.known.shape[1], plan.poses.shape[1]
-        colours, self.novel = rgb.permute(0, 3, 1, 2).clamp(0, 1).split([known, novel])  # each (V, 3, S, S)
+        colours, self.novel = rgb.permute(0, 3, 1, 2).split([known, novel])  # each (V, 3, S, S)
         self.known = Views(colours, alpha.permute(0, 3, 1, 2)[:known])
         self.background = plan.backgrounds[i, :1]  # (1, 3) of the known views
         self._first_novel = known
@@ -216,7 +221,8 @@ def _known_views_losses(scenes: list[Scene], renders: list[_Render]) -> list[Ten
         groups[wanted.alpha.shape[-1], render.known.alpha.shape[-1]].append((render, wanted, weights))
     losses = []
     for (size, _), group in groups.items():
-        shown = _joined([render.known for render, _, _ in group]).at(size)
+        shown = _joined([render.known for render, _, _ in group])
+        shown = Views(shown.premultiplied.clamp(0, 1), shown.alpha).at(size)
         wanted = _joined([views for _, views, _ in group])
         weights = torch.cat([weights for _, _, weights in group])
         behind = torch.cat([render.background.expand(len(views.alpha), 3) for render, views, _ in group])
@@ -228,9 +234,12 @@ def _known_views_losses(scenes: list[Scene], renders: list[_Render]) -> list[Ten
 
 
 def _joined(views: list[Views]) -> Views:
-    if len(views) == 1:
-        return views[0]
-    return Views(torch.cat([v.premultiplied for v in views]), torch.cat([v.alpha for v in views]))
+    return Views(_together([v.premultiplied for v in views]), _together([v.alpha for v in views]))
+
+
+def _together(tensors: list[Tensor]) -> Tensor:
+    """One after the other; one alone is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def foreground(images: Tensor, alphas: Tensor, backdrop: Tensor) -> Tensor:

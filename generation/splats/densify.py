@@ -90,7 +90,8 @@ class DensityControl:
         visible = radii > 0
         self._pull += (torch.hypot(x * (width / 2.0), y * (height / 2.0)) * visible).sum(dim=0)
         self._seen += visible.sum(dim=0)
-        self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
+        if self.max_screen_size is not None:
+            self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
 
     @torch.no_grad()
     def densify_and_prune(self) -> Changes:

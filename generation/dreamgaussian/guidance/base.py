@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -44,6 +44,10 @@ class TextGuidance(Guidance, Protocol):
     """One that reads the prompt, and that can draw views of its own."""
 
     image_size: int  # pixels, of what `sample` draws
+
+    def read(self, texts: Sequence[str]) -> None:
+        """Encode those that are not known yet together, so that `prepare` finds them."""
+        ...
 
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """The condition of one scene."""

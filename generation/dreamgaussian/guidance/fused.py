@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
 
+_Weights = tuple[Tensor, Tensor]  # of a convolution there, and on its way back
+
 
 def fuse(vae: AutoencoderKL) -> None:
     """Replace what is between the convolutions of an autoencoder's encoder; results stay, up to rounding.
@@ -40,7 +42,7 @@ def fuse(vae: AutoencoderKL) -> None:
         for downsampler in getattr(level, "downsamplers", None) or []:
             bias = _take_bias(downsampler.conv)
     encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
-    encoder.conv_in, encoder.conv_out = nn.Sequential(Turn(), encoder.conv_in), nn.Sequential(encoder.conv_out, Turn())
+    encoder.conv_in, encoder.conv_out = FirstConvolution(encoder.conv_in), nn.Sequential(encoder.conv_out, Turn())
 
 
 def _take_bias(convolution: nn.Conv2d) -> Tensor:
@@ -51,14 +53,28 @@ def _take_bias(convolution: nn.Conv2d) -> Tensor:
 
 
 class Turn(nn.Module):
-    """By 180 degrees, into channels last.
-
-    Of an image in another order, cuDNN's way back would bring the gradient of the first convolution's 128 channels into
-    that order, and back again.
-    """
+    """By 180 degrees."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flip(-2, -1).contiguous(memory_format=torch.channels_last)
+        return x.flip(-2, -1)
+
+
+class FirstConvolution(nn.Module):
+    """Of the image, turned by 180 degrees, without the bias.
+
+    Filled up to 16 channels, for cuDNN's kernels are faster with them; and channels last, or the gradient of what comes
+    out, the largest there is, would be brought into the image's order and back.
+    """
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__()
+        self.more = -plain.in_channels % 16
+        self.weights = _there_and_back(F.pad(plain.weight.detach(), (0, 0, 0, 0, 0, self.more)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = F.pad(x.flip(-2, -1), (0, 0, 0, 0, 0, self.more)).contiguous(memory_format=torch.channels_last)
+        result: Tensor = _Convolve.apply(turned, *self.weights)
+        return result
 
 
 class ResidualBlock(nn.Module):
@@ -70,20 +86,19 @@ class ResidualBlock(nn.Module):
         other = [name for name, value in usual.items() if getattr(plain, name) != value]
         if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
             raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
-        self.shortcut = plain.conv_shortcut
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
-        self.weights = plain.conv1.weight.detach(), plain.conv2.weight.detach()
+        self.weights = _there_and_back(plain.conv1.weight), _there_and_back(plain.conv2.weight)
+        self.shortcut = None if plain.conv_shortcut is None else _there_and_back(plain.conv_shortcut.weight)
         # Added in the two normalisations, and with the shortcut.
         self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
         if self.shortcut is not None:
-            self.last = self.last + self.shortcut.bias.detach()
+            self.last = self.last + plain.conv_shortcut.bias.detach()
         if bias is not None:
-            self.last = self.last + (bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ bias)
+            self.last = self.last + (bias if self.shortcut is None else self.shortcut[0][..., 0, 0] @ bias)
 
     def forward(self, x: Tensor, temb: None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        skipped = None if self.shortcut is None else self.shortcut.weight.detach()
-        result: Tensor = _Residual.apply(x, self.added, self.norms, self.weights, skipped, self.last)
+        result: Tensor = _Residual.apply(x, self.added, self.norms, self.weights, self.shortcut, self.last)
         return result
 
 
@@ -106,28 +121,39 @@ class _Residual(torch.autograd.Function):
         x: Tensor,
         added: tuple[Tensor | None, Tensor],
         norms: tuple[Norm, Norm],
-        weights: tuple[Tensor, Tensor],
-        skipped: Tensor | None,
+        weights: tuple[_Weights, _Weights],
+        shortcut: _Weights | None,
         last: Tensor,
     ) -> Tensor:
         outer = measure(x, norms[0], added[0])
-        middle = F.conv2d(normalise(x, outer), weights[0], padding=1)
+        middle = F.conv2d(normalise(x, outer), weights[0][0], padding=1)
         inner = measure(middle, norms[1], added[1])
-        result = F.conv2d(normalise(middle, inner), weights[1], padding=1)
+        result = F.conv2d(normalise(middle, inner), weights[1][0], padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
-        ctx.frozen = norms, weights, skipped
-        return add(result, x if skipped is None else F.conv2d(x, skipped), last)
+        ctx.frozen = norms, weights, shortcut
+        return add(result, x if shortcut is None else F.conv2d(x, shortcut[0]), last)
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outward
         x, middle, *statistics = ctx.saved_tensors
-        norms, weights, skipped = ctx.frozen
-        inner = _through(gradient, middle.shape, weights[1])
+        norms, weights, shortcut = ctx.frozen
+        inner = F.conv2d(gradient, weights[1][1], padding=1)
         inner = normalise_back(inner, middle, Statistics(*statistics[4:]), norms[1])
-        outer = _through(inner, x.shape, weights[0])
-        around = gradient if skipped is None else _through(gradient, x.shape, skipped)
+        outer = F.conv2d(inner, weights[0][1], padding=1)
+        around = gradient if shortcut is None else F.conv2d(gradient, shortcut[1])
         return normalise_back(outer, x, Statistics(*statistics[:4]), norms[0], around), None, None, None, None, None
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return F.conv2d(x, there, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
+        return F.conv2d(outward[0], ctx.back, padding=1), None, None
 
 
 class _Normalise(torch.autograd.Function):
@@ -144,18 +170,13 @@ class _Normalise(torch.autograd.Function):
         return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
 
 
-def _through(gradient: Tensor, shape: torch.Size, weight: Tensor) -> Tensor:
-    """The gradient by what a convolution of `weight` took, an image of the samples, height and width of `shape`."""
-    n, _, h, w = shape
-    padding = weight.shape[-1] // 2
-    # Its shape and layout are all that counts, but a tensor of any other layout would be copied into this one.
-    taken = torch.empty(
-        (n, weight.shape[1], h, w), dtype=gradient.dtype, device=gradient.device, memory_format=torch.channels_last
-    )
-    result: Tensor = torch.ops.aten.convolution_backward(
-        gradient, taken, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False]
-    )[0]
-    return result
+def _there_and_back(weight: Tensor) -> _Weights:
+    """Kernels of a convolution with stride 1, and of the one that is its way back: where there are many channels, cuDNN
+    has faster kernels for it than for a gradient. Channels last."""
+    weight = weight.detach()
+    both = weight, weight.flip(-2, -1).transpose(0, 1)
+    there, back = (each.contiguous(memory_format=torch.channels_last) for each in both)
+    return there, back
 
 
 def _norm(plain: nn.GroupNorm) -> Norm:

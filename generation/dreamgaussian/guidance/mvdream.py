@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,27 +55,30 @@ class MVDream(Distillation):
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
         return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
 
-    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
-        """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        return torch.stack([self._states(negative_prompt), self._states(prompt)])
-
     @torch.no_grad()
-    def _states(self, text: str) -> Tensor:
-        """(L, C), kept for a while: the negative prompt is always the same, and prompts are tried with other seeds."""
-        states = self._texts.pop(text, None)
-        if states is None:
+    def read(self, texts: Sequence[str]) -> None:
+        """See `TextGuidance.read`. Kept for a while: negative prompts are always the same, and prompts are tried with
+        other seeds."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        if new:
             ids = self._tokenizer(
-                text,
+                new,
                 padding="max_length",
                 max_length=self._tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
             ).input_ids
-            states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state[0]
-        self._texts[text] = states  # the last one used stands at the end
-        if len(self._texts) > TEXTS_KEPT:
+            states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+            self._texts |= zip(new, (each.clone() for each in states), strict=True)
+        for text in texts:
+            self._texts[text] = self._texts.pop(text)  # the last one used stands at the end
+        while len(self._texts) > max(TEXTS_KEPT, len(texts)):
             del self._texts[next(iter(self._texts))]
-        return states
+
+    def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
+        """Text states (2, L, C): of the negative prompt, then of the prompt."""
+        self.read([negative_prompt, prompt])
+        return torch.stack([self._texts[negative_prompt], self._texts[prompt]])
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")

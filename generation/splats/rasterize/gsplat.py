@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import SH_C0, Gaussians
@@ -34,7 +33,7 @@ def rasterize_scenes(
     """All views of all scenes in one call; arguments as the package's `rasterize_scenes`, backgrounds (C, 3)."""
     fields = [gaussians.tensors() for gaussians, _, _ in scenes]
     rgb, alpha, info = _rasterize(
-        {name: pad_sequence([field[name] for field in fields], True, PADDING.get(name, 0.0)) for name in fields[0]},
+        {name: padded([field[name] for field in fields], PADDING.get(name, 0.0)) for name in fields[0]},
         torch.stack([cameras.viewmats for _, cameras, _ in scenes]),
         torch.stack([cameras.Ks for _, cameras, _ in scenes]),
         width,
@@ -47,6 +46,17 @@ def rasterize_scenes(
         more = {"radii": info["radii"][own], "depths": info["depths"][own], "means2d": info["means2d"], "own": own}
         results.append((colours, alphas, more))
     return results
+
+
+def padded(tensors: Sequence[Tensor], filler: float) -> Tensor:
+    """(S, N, ...) of S tensors (n, ...), the shorter ones filled up: one copy there, and none back.
+
+    `torch.nn.utils.rnn.pad_sequence` writes one after the other into place, and copies all on each one's way back.
+    """
+    lengths = [len(tensor) for tensor in tensors]
+    more = tensors[0].new_full((max(lengths) - min(lengths), *tensors[0].shape[1:]), filler)
+    parts = [part for tensor in tensors for part in (tensor, more[: max(lengths) - len(tensor)])]
+    return torch.cat(parts).view(len(tensors), max(lengths), *tensors[0].shape[1:])
 
 
 def _rasterize(
