@@ -88,7 +88,9 @@ class DensityControl:
         """
         x, y = means2d_grad.unbind(dim=-1)
         visible = radii > 0
-        self._pull += (torch.hypot(x * (width / 2.0), y * (height / 2.0)) * visible).sum(dim=0)
+        if width != height:
+            x = x * (width / height)
+        self._pull.add_((torch.hypot(x, y) * visible).sum(dim=0), alpha=height / 2.0)
         self._seen += visible.sum(dim=0)
         if self.max_screen_size is not None:
             self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
