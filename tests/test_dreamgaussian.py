@@ -8,11 +8,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from generation.dreamgaussian import DreamGaussian, MVDream
+from generation.dreamgaussian import DreamGaussian, MVDream, optimiser
 from generation.dreamgaussian.carve import carve
 from generation.dreamgaussian.guidance import mvdream
 from generation.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
 from generation.dreamgaussian.optimiser import foreground
+from generation.dreamgaussian.scene import Views
 from generation.dreamgaussian.schedule import noise_level, position_lr
 from generation.settings import DreamGaussianOptions
 from generation.splats.cameras import orbit
@@ -266,6 +267,26 @@ def test_a_scene_is_the_same_alone_and_beside_another(init: str) -> None:
     assert torch.equal(run(dg, [3])[0], run(dg, [3])[0])
     assert torch.allclose(together[0], run(dg, [3])[0], atol=1e-3)
     assert together[0].shape != together[1].shape or not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("more", [{"init": "ball"}, {"init": "views"}, {"init": "ball", "render_size": 64}])
+def test_known_views_pull_as_the_loss_says(more: dict) -> None:
+    dg = sculptor(lambda_reference=0.7, **more)
+    scenes = [dg.start(cutout(), "a red square", seed) for seed in (1, 2)]
+    renders = optimiser._render(scenes)
+    losses = []
+    for scene, render in zip(scenes, renders, strict=True):
+        wanted, weights = scene.known_views()
+        shown = Views(render.known.premultiplied.clamp(0, 1), render.known.alpha).at(32)
+        colour = wanted.premultiplied + (1 - wanted.alpha) * render.background[:, :, None, None]
+        errors = 10_000 * (shown.premultiplied - colour).square().mean((1, 2, 3))
+        losses.append((weights * (errors + 1_000 * (shown.alpha - wanted.alpha).square().mean((1, 2, 3)))).sum())
+    leaves = [tensor for scene in scenes for tensor in scene.gaussians().tensors().values()]
+    expected = torch.autograd.grad(sum(losses), leaves, retain_graph=True)
+    torch.autograd.backward(*optimiser._known_views_gradients(scenes, renders))
+    assert expected[0].abs().max() > 0
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert torch.allclose(leaf.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:

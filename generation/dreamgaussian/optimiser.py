@@ -100,8 +100,8 @@ class DreamGaussian:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
         render = cache(lambda: _render(scenes))
         losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
-        losses += _known_views_losses(scenes, render())
-        torch.stack(losses).sum().backward()
+        shown, gradients = _known_views_gradients(scenes, render())
+        torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
         step_together([scene.optimiser() for scene in scenes])
         for scene, seen in zip(scenes, render(), strict=True):
             scene.advance(*seen.pull())
@@ -210,27 +210,32 @@ class _Render:
         return None if grad is None else grad[self._own][self._first_novel :], self._radii[self._first_novel :]
 
 
-def _known_views_losses(scenes: list[Scene], renders: list[_Render]) -> list[Tensor]:
-    """Colour and mask losses against the known views: a number for each group of scenes whose pictures are of one size.
+def _known_views_gradients(scenes: list[Scene], renders: list[_Render]) -> tuple[list[Tensor], list[Tensor]]:
+    """What the scenes show of the known views, and the gradients by it of the losses: the mean squares of what colours
+    and alphas are off by, times `COLOUR_WEIGHT`, `MASK_WEIGHT` and the views' own weights.
 
-    They are compared together: the kernels are many, and too small to keep a GPU busy.
+    The losses themselves are not wanted, and views of one size are compared together: kernels for all of it would be
+    many, and too small to keep a GPU busy.
     """
     groups: dict[tuple[int, int], list[tuple[_Render, Views, Tensor]]] = defaultdict(list)
     for scene, render in zip(scenes, renders, strict=True):
         wanted, weights = scene.known_views()
         groups[wanted.alpha.shape[-1], render.known.alpha.shape[-1]].append((render, wanted, weights))
-    losses = []
+    tensors, gradients = [], []
     for (size, _), group in groups.items():
         shown = _joined([render.known for render, _, _ in group])
         shown = Views(shown.premultiplied.clamp(0, 1), shown.alpha).at(size)
         wanted = _joined([views for _, views, _ in group])
-        weights = torch.cat([weights for _, _, weights in group])
+        weights = torch.cat([weights for _, _, weights in group]).view(-1, 1, 1, 1) * (2 / size**2)
         behind = torch.cat([render.background.expand(len(views.alpha), 3) for render, views, _ in group])
-        colour = wanted.premultiplied + (1 - wanted.alpha) * behind[:, :, None, None]
-        error = COLOUR_WEIGHT * (shown.premultiplied - colour).square().mean((1, 2, 3))
-        error = error + MASK_WEIGHT * (shown.alpha - wanted.alpha).square().mean((1, 2, 3))
-        losses.append((weights * error).sum())
-    return losses
+        with torch.no_grad():
+            colour = torch.addcmul(wanted.premultiplied, 1 - wanted.alpha, behind[:, :, None, None])
+            gradients += [
+                (shown.premultiplied - colour) * (COLOUR_WEIGHT / 3 * weights),  # a mean over three channels
+                (shown.alpha - wanted.alpha) * (MASK_WEIGHT * weights),
+            ]
+        tensors += [shown.premultiplied, shown.alpha]
+    return tensors, gradients
 
 
 def _joined(views: list[Views]) -> Views:
