@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -301,10 +301,11 @@ class Pipeline:
         return cutouts
 
     def _begin_scenes(self, jobs: list[Job]) -> None:
-        prompts = [job.request.prompt for job in jobs if job.request.prompt]
+        with suppress(Exception):  # whose fault it was is unknown: each reads its own then
+            going_on = [job.request.prompt for job in jobs if job.outcome is None]
+            self._dreamgaussian.read([prompt for prompt in going_on if prompt])
 
         def begin(batch: list[Job]) -> list[Any]:
-            self._dreamgaussian.read(prompts)
             # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
             return [self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed) for job in batch]
 

@@ -64,11 +64,15 @@ class Sculptor:
 
     def read(self, prompts: list[str]) -> None:
         self.read_together.append(prompts)
+        if any("unreadable" in prompt for prompt in prompts):
+            raise ValueError("not words")
 
     def start(self, cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
         assert cutout.shape == (4, 64, 64)
         if "unstartable" in prompt:
             raise RuntimeError("no clay")
+        if "unreadable" in prompt:
+            raise ValueError("not words")
         return Scene(cutout, prompt, seed, self.iters)
 
     def step(self, scenes: list[Scene]) -> None:
@@ -119,6 +123,12 @@ def test_scenes_are_stepped_together(pipeline, sculptor):
     pipeline.generate([ask("red"), ask("green"), ask("blue")])
     assert sculptor.batches == [3] * 5
     assert sculptor.read_together[0] == ["red", "green", "blue"]
+
+
+def test_a_prompt_that_can_not_be_read_fails_alone(pipeline):
+    red, unreadable, blue = pipeline.generate([ask("red"), ask("unreadable green"), ask("blue")])
+    assert isinstance(unreadable, ValueError)
+    assert red.ply and blue.ply
 
 
 def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):

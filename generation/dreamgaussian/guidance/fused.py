@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,21 @@ from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
 
-_Weights = tuple[Tensor, Tensor]  # of a convolution there, and on its way back
+
+class Kernels(NamedTuple):
+    """Of a convolution with stride 1, and of the convolution that is its way back; channels last.
+
+    Where channels are many, cuDNN has faster kernels for that than for a gradient.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Kernels:
+        weight = weight.detach()
+        both = weight, weight.flip(-2, -1).transpose(0, 1)
+        return cls(*(each.contiguous(memory_format=torch.channels_last) for each in both))
 
 
 def fuse(vae: AutoencoderKL) -> None:
@@ -69,7 +83,7 @@ class FirstConvolution(nn.Module):
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
         self.more = -plain.in_channels % 16
-        self.weights = _there_and_back(F.pad(plain.weight.detach(), (0, 0, 0, 0, 0, self.more)))
+        self.weights = Kernels.of(F.pad(plain.weight.detach(), (0, 0, 0, 0, 0, self.more)))
 
     def forward(self, x: Tensor) -> Tensor:
         turned = F.pad(x.flip(-2, -1), (0, 0, 0, 0, 0, self.more)).contiguous(memory_format=torch.channels_last)
@@ -87,14 +101,14 @@ class ResidualBlock(nn.Module):
         if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
             raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
-        self.weights = _there_and_back(plain.conv1.weight), _there_and_back(plain.conv2.weight)
-        self.shortcut = None if plain.conv_shortcut is None else _there_and_back(plain.conv_shortcut.weight)
+        self.weights = Kernels.of(plain.conv1.weight), Kernels.of(plain.conv2.weight)
+        self.shortcut = None if plain.conv_shortcut is None else Kernels.of(plain.conv_shortcut.weight)
         # Added in the two normalisations, and with the shortcut.
         self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
         if self.shortcut is not None:
             self.last = self.last + plain.conv_shortcut.bias.detach()
         if bias is not None:
-            self.last = self.last + (bias if self.shortcut is None else self.shortcut[0][..., 0, 0] @ bias)
+            self.last = self.last + (bias if self.shortcut is None else self.shortcut.there[..., 0, 0] @ bias)
 
     def forward(self, x: Tensor, temb: None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -121,27 +135,27 @@ class _Residual(torch.autograd.Function):
         x: Tensor,
         added: tuple[Tensor | None, Tensor],
         norms: tuple[Norm, Norm],
-        weights: tuple[_Weights, _Weights],
-        shortcut: _Weights | None,
+        weights: tuple[Kernels, Kernels],
+        shortcut: Kernels | None,
         last: Tensor,
     ) -> Tensor:
         outer = measure(x, norms[0], added[0])
-        middle = F.conv2d(normalise(x, outer), weights[0][0], padding=1)
+        middle = F.conv2d(normalise(x, outer), weights[0].there, padding=1)
         inner = measure(middle, norms[1], added[1])
-        result = F.conv2d(normalise(middle, inner), weights[1][0], padding=1)
+        result = F.conv2d(normalise(middle, inner), weights[1].there, padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
         ctx.frozen = norms, weights, shortcut
-        return add(result, x if shortcut is None else F.conv2d(x, shortcut[0]), last)
+        return add(result, x if shortcut is None else F.conv2d(x, shortcut.there), last)
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = outward
         x, middle, *statistics = ctx.saved_tensors
         norms, weights, shortcut = ctx.frozen
-        inner = F.conv2d(gradient, weights[1][1], padding=1)
+        inner = F.conv2d(gradient, weights[1].back, padding=1)
         inner = normalise_back(inner, middle, Statistics(*statistics[4:]), norms[1])
-        outer = F.conv2d(inner, weights[0][1], padding=1)
-        around = gradient if shortcut is None else F.conv2d(gradient, shortcut[1])
+        outer = F.conv2d(inner, weights[0].back, padding=1)
+        around = gradient if shortcut is None else F.conv2d(gradient, shortcut.back)
         return normalise_back(outer, x, Statistics(*statistics[:4]), norms[0], around), None, None, None, None, None
 
 
@@ -168,15 +182,6 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
         x, *statistics = ctx.saved_tensors
         return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
-
-
-def _there_and_back(weight: Tensor) -> _Weights:
-    """Kernels of a convolution with stride 1, and of the one that is its way back: where there are many channels, cuDNN
-    has faster kernels for it than for a gradient. Channels last."""
-    weight = weight.detach()
-    both = weight, weight.flip(-2, -1).transpose(0, 1)
-    there, back = (each.contiguous(memory_format=torch.channels_last) for each in both)
-    return there, back
 
 
 def _norm(plain: nn.GroupNorm) -> Norm:

@@ -33,7 +33,7 @@ def rasterize_scenes(
     """All views of all scenes in one call; arguments as the package's `rasterize_scenes`, backgrounds (C, 3)."""
     fields = [gaussians.tensors() for gaussians, _, _ in scenes]
     rgb, alpha, info = _rasterize(
-        {name: padded([field[name] for field in fields], PADDING.get(name, 0.0)) for name in fields[0]},
+        {name: _padded([field[name] for field in fields], PADDING.get(name, 0.0)) for name in fields[0]},
         torch.stack([cameras.viewmats for _, cameras, _ in scenes]),
         torch.stack([cameras.Ks for _, cameras, _ in scenes]),
         width,
@@ -48,7 +48,7 @@ def rasterize_scenes(
     return results
 
 
-def padded(tensors: Sequence[Tensor], filler: float) -> Tensor:
+def _padded(tensors: Sequence[Tensor], filler: float) -> Tensor:
     """(S, N, ...) of S tensors (n, ...), the shorter ones filled up: one copy there, and none back.
 
     `torch.nn.utils.rnn.pad_sequence` writes one after the other into place, and copies all on each one's way back.
