@@ -11,13 +11,14 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from transformers import T5EncoderModel
 
+from generation.dreamgaussian.guidance.compiled import compile_regions
 from generation.settings import TextToImageModel
 from generation.weights.quantise import quantise_linears
 from generation.weights.resting import Resting
 from generation.weights.strict import load_model
 
 #: prompts whose embeddings are kept, 2 MB each in 16 bits with 256 tokens
-_KEPT_PROMPTS = 64
+_KEPT_PROMPTS = 32
 
 
 class TextToImage:
@@ -27,7 +28,7 @@ class TextToImage:
         self._pipe = pipe
         self._options = options
         self._device = device
-        #: of T5 and of CLIP, on the CPU, the latest asked for last
+        #: of T5 and of CLIP, on the device, the latest asked for last
         self._embeddings: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         #: T5, where it is on the device only while it encodes prompts that are not known
         self._resting = Resting(pipe.text_encoder_2, device) if options.t5_rests_on == "cpu" else None
@@ -57,7 +58,8 @@ class TextToImage:
 
     @torch.no_grad()
     def warm_up(self, max_batch: int) -> None:
-        """Compile the transformer's blocks on a GPU, and run each batch size once, so that no request waits for it.
+        """Compile the transformer's and the autoencoder's blocks on a GPU, and run each batch size once, so that no
+        request waits for it.
 
         Blocks of one kind share what is compiled: once for one image, once for any other number of them (once for each
         number would reach torch's limit of 8 variants with four). Layers in 4 bits are left as they are.
@@ -66,6 +68,7 @@ class TextToImage:
             return
         if self._options.quantization == "none":
             self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        compile_regions(self._pipe.vae, any_batch=True)
         for size in range(1, max_batch + 1):
             self.generate([f"{number} of {size}" for number in range(size)], list(range(size)))
 
@@ -103,11 +106,11 @@ class TextToImage:
                     unknown, None, self._device, max_sequence_length=self._options.max_sequence_length
                 )
             for prompt, of_t5, of_clip in zip(unknown, words, pooled, strict=True):
-                known[prompt] = of_t5.cpu(), of_clip.cpu()
+                known[prompt] = of_t5.clone(), of_clip.clone()  # alone, not as a part of what all of them were
         for prompt in prompts:
             known.move_to_end(prompt)
         found = [known[prompt] for prompt in prompts]
         while len(known) > _KEPT_PROMPTS:
             known.popitem(last=False)
-        words, pooled = (torch.stack(each).to(self._device) for each in zip(*found, strict=True))
+        words, pooled = (torch.stack(each) for each in zip(*found, strict=True))
         return words, pooled

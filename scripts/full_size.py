@@ -89,6 +89,8 @@ def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = 
         transformer=transformer,
     )
     pipe.set_progress_bar_config(disable=True)
+    for model in (transformer, t5, pipe.text_encoder, pipe.vae):
+        model.eval()  # as loading leaves them
     return pipe
 
 

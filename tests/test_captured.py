@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from hypothesis import given
 from hypothesis import strategies as st
 
 from generation.dreamgaussian import MVDream, Zero123
 from generation.dreamgaussian.guidance.captured import COMPILED_SIZES, Captured, pieces
-from generation.dreamgaussian.guidance.compiled import ChannelwiseGroupNorm, compile_regions
+from generation.dreamgaussian.guidance.compiled import ChannelwiseGroupNorm, Upsampling, compile_regions
 from generation.dreamgaussian.guidance.distillation import with_gradient
 from generation.splats.cameras import orbit
 
@@ -31,6 +32,15 @@ def test_normalisation_from_channels_is_group_normalisation(shape):
     torch.nn.init.normal_(plain.bias)
     x = torch.randn(shape) * 3 + 2
     assert torch.allclose(ChannelwiseGroupNorm(plain)(x), plain(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_upsampling_in_one_is_upsampling_and_then_a_convolution():
+    torch.manual_seed(0)
+    plain = Upsample2D(8, use_conv=True, out_channels=6)
+    x = torch.randn(2, 8, 5, 7)
+    assert torch.allclose(Upsampling(plain)(x), plain(x), atol=1e-5)
+    assert torch.equal(Upsampling(plain)(x, (9, 13)), plain(x, (9, 13)))
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "zero123"])

@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
+from generation.dreamgaussian.guidance.shared_start import SharedStart
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
 
@@ -40,6 +41,7 @@ class MVDream(Distillation):
         self._front_azimuth = front_azimuth
         self._texts: dict[str, Tensor] = {}
         self._joint = join_views(unet, self.views, shared_text=True)
+        self._start = SharedStart(unet)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
@@ -124,7 +126,8 @@ class MVDream(Distillation):
         scale: float,
     ) -> Tensor:
         """See `Distillation`: the condition is the text."""
-        return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
+        with self._start.halves_are_alike():
+            return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
 
     def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
         """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the conditions (S, 2, L, C), and with."""
