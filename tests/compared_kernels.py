@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from generation.dreamgaussian.guidance.columns import columns_of, gradient_by_image
 from generation.dreamgaussian.guidance.fused import fuse
-from generation.dreamgaussian.guidance.normalise import Norm, measure, normalise, normalise_back
+from generation.dreamgaussian.guidance.normalise import Norm, add, add_and_measure, measure, normalise, normalise_back
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 
@@ -50,6 +51,25 @@ def check_kernels(shape: tuple[int, int, int, int], groups: int, added: bool, dt
         back = normalise_back(outward, x, statistics, norm, around)
         close(f"{name}, back", back, gradient + around.double(), tolerance)
         close(f"{name}, back alone", normalise_back(outward, x, statistics, norm), gradient, tolerance)
+
+    bias = random(c).to(dtype)
+    outward, around = (each.contiguous(memory_format=torch.channels_last) for each in (outward, around))
+    expected = outward.double() + around.double() + bias.double().view(1, c, 1, 1)
+    total, statistics = add_and_measure(outward, around, bias, norm)
+    close(f"{name}, added", total, expected, tolerance)
+    close(f"{name}, added alone", add(outward, around, bias), expected, tolerance)
+    for found, measured in zip(statistics, measure(total, norm), strict=True):
+        close(f"{name}, measured while added", found, measured, 1e-5)
+
+
+def check_first_convolution(channels: int, dtype: torch.dtype) -> None:
+    weight = random(16, channels, 3, 3).to(dtype)
+    outward = random(2, 16, 12, 24).to(dtype).contiguous(memory_format=torch.channels_last)
+    image = random(2, channels, 12, 24).double().requires_grad_()
+    convolved = F.conv2d(image.flip(-2, -1), weight.double(), padding=1)
+    (expected,) = torch.autograd.grad(convolved, image, outward.double())
+    ours = gradient_by_image(outward, columns_of(weight), channels)
+    close(f"{channels} channels, {dtype}, by the image", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
 def check_autoencoder() -> None:
@@ -89,6 +109,8 @@ def main() -> None:
     check_kernels((3, 20, 9, 7), 4, False, torch.float32)  # groups that are no power of two, pixels that fill no block
     check_kernels((2, 72, 9, 20), 9, True, torch.float32)  # groups across two programs' channels, several chunks
     check_kernels((2, 64, 16, 16), 32, True, half)
+    check_first_convolution(3, torch.float32)
+    check_first_convolution(4, half)
     check_autoencoder()
     if DEVICE != "cpu":
         for shape in ((4, 128, 256, 256), (16, 512, 32, 32), (32, 960, 32, 32), (8, 2560, 8, 8)):

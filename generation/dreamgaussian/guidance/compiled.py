@@ -51,7 +51,8 @@ class Upsampling(nn.Module):
         # (C, O, 4, 4): a pixel reaches those that it was drawn as, and their neighbours.
         kernel = plain.conv.weight.detach().float().transpose(0, 1).flip(-2, -1)
         shifted = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]
-        self.kernel = torch.stack(shifted).sum(0).to(plain.conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+        kernel = torch.stack(shifted).sum(0).to(plain.conv.weight.dtype)
+        self.kernel = kernel.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         if output_size is not None:  # of an odd image

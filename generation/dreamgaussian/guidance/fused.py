@@ -7,11 +7,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from generation.dreamgaussian.guidance.normalise import Norm, Statistics, add, measure, normalise, normalise_back
+from generation.dreamgaussian.guidance.columns import columns_of, gradient_by_image
+from generation.dreamgaussian.guidance.normalise import (
+    Norm,
+    Statistics,
+    add,
+    add_and_measure,
+    measure,
+    normalise,
+    normalise_back,
+)
 
 
 class Kernels(NamedTuple):
@@ -31,32 +41,62 @@ class Kernels(NamedTuple):
 
 
 def fuse(vae: AutoencoderKL) -> None:
-    """Replace what is between the convolutions of an autoencoder's encoder; results stay, up to rounding.
+    """Replace an autoencoder's encoder; results stay, up to rounding.
 
-    The parameters are frozen by it: gradients reach the input alone. Images must have even sides at all levels. Raises
+    Its parameters are frozen by it: gradients reach the input alone. Images must have even sides at all levels. Raises
     ValueError for a block of another kind than Stable Diffusion's models have.
+    """
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.encoder = FusedEncoder(vae.encoder)
+
+
+class FusedEncoder(nn.Module):
+    """Takes images (N, C, H, W) to the moments of their latents, as diffusers' `Encoder` does.
 
     Convolutions with stride 2 add a row and a column of zeros after the last, which costs a copy there and two on the
     way back. All is turned by 180 degrees instead: the image, the kernels and the latents. Then the zeros come before
     the first, where a convolution takes them into account by itself. Biases of convolutions cost no pass of their own:
     those between residual blocks are added in the next one.
     """
-    encoder = vae.encoder
-    for module in list(encoder.modules()):
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.flip(-2, -1)
-        elif isinstance(module, Downsample2D) and module.padding == 0:
-            module.padding, module.conv.padding = 1, (1, 1)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    bias: Tensor | None = _take_bias(encoder.conv_in)
-    for level in [*encoder.down_blocks, encoder.mid_block]:
-        for i, block in enumerate(level.resnets):
-            level.resnets[i] = ResidualBlock(block, bias)
-            bias = None
-        for downsampler in getattr(level, "downsamplers", None) or []:
-            bias = _take_bias(downsampler.conv)
-    encoder.conv_norm_out, encoder.conv_act = Normalisation(encoder.conv_norm_out), nn.Identity()
-    encoder.conv_in, encoder.conv_out = FirstConvolution(encoder.conv_in), nn.Sequential(encoder.conv_out, Turn())
+
+    def __init__(self, plain: Encoder) -> None:
+        super().__init__()
+        for module in plain.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.flip(-2, -1)
+        parts: list[nn.Module] = []
+        for level in plain.down_blocks:
+            parts += [*level.resnets, *(level.downsamplers or [])]
+        first, *others = plain.mid_block.resnets
+        parts.append(first)
+        for attention, block in zip(plain.mid_block.attentions, others, strict=True):
+            parts += [block] if attention is None else [attention, block]
+        self.first = FirstConvolution(plain.conv_in)
+        bias: Tensor | None = _take_bias(plain.conv_in)
+        steps: list[nn.Module] = []
+        for part, following in zip(parts, [*parts[1:], plain.conv_norm_out], strict=True):
+            if isinstance(part, ResnetBlock2D):
+                steps.append(ResidualBlock(part, bias, _norm_of(following)))
+                bias = None
+            elif isinstance(part, Downsample2D):
+                bias = _take_bias(part.conv)
+                part.conv.padding = (1, 1)
+                steps.append(part.conv)
+            else:
+                steps.append(part)
+        self.steps = nn.ModuleList(steps)
+        self.norm_out = Normalisation(plain.conv_norm_out)
+        self.conv_out = plain.conv_out
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, measured = self.first(image), None
+        for step in self.steps:
+            if isinstance(step, ResidualBlock):
+                x, measured = step(x, measured)
+            else:
+                x, measured = step(x), None
+        result: Tensor = self.conv_out(self.norm_out(x, measured)).flip(-2, -1)
+        return result
 
 
 def _take_bias(convolution: nn.Conv2d) -> Tensor:
@@ -66,11 +106,15 @@ def _take_bias(convolution: nn.Conv2d) -> Tensor:
     return bias
 
 
-class Turn(nn.Module):
-    """By 180 degrees."""
+def _norm_of(part: nn.Module) -> Norm | None:
+    """What `part` begins with, where that is a normalisation that can use sums taken before."""
+    if isinstance(part, ResnetBlock2D):
+        return _norm(part.norm1)
+    return _norm(part) if isinstance(part, nn.GroupNorm) else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flip(-2, -1)
+
+def _norm(plain: nn.GroupNorm) -> Norm:
+    return Norm(plain.weight.detach(), plain.bias.detach(), plain.num_groups, plain.eps)
 
 
 class FirstConvolution(nn.Module):
@@ -82,25 +126,31 @@ class FirstConvolution(nn.Module):
 
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
-        self.more = -plain.in_channels % 16
-        self.weights = Kernels.of(F.pad(plain.weight.detach(), (0, 0, 0, 0, 0, self.more)))
+        weight = plain.weight.detach()
+        filled = F.pad(weight, (0, 0, 0, 0, 0, -plain.in_channels % 16))
+        self.weight = filled.contiguous(memory_format=torch.channels_last)
+        self.columns = columns_of(weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        turned = F.pad(x.flip(-2, -1), (0, 0, 0, 0, 0, self.more)).contiguous(memory_format=torch.channels_last)
-        result: Tensor = _Convolve.apply(turned, *self.weights)
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = _FirstConvolution.apply(image, self.weight, self.columns)
         return result
 
 
 class ResidualBlock(nn.Module):
-    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it, of x + `bias` (C,) where there is one."""
+    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it, of x + `bias` (C,) where there is one.
 
-    def __init__(self, plain: ResnetBlock2D, bias: Tensor | None = None) -> None:
+    Takes x and its statistics, where they are known, and returns its result with those for the norm that is
+    `following`.
+    """
+
+    def __init__(self, plain: ResnetBlock2D, bias: Tensor | None = None, following: Norm | None = None) -> None:
         super().__init__()
         usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "time_emb_proj": None}
         other = [name for name, value in usual.items() if getattr(plain, name) != value]
         if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
             raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
+        self.following = following
         self.weights = Kernels.of(plain.conv1.weight), Kernels.of(plain.conv2.weight)
         self.shortcut = None if plain.conv_shortcut is None else Kernels.of(plain.conv_shortcut.weight)
         # Added in the two normalisations, and with the shortcut.
@@ -110,79 +160,76 @@ class ResidualBlock(nn.Module):
         if bias is not None:
             self.last = self.last + (bias if self.shortcut is None else self.shortcut.there[..., 0, 0] @ bias)
 
-    def forward(self, x: Tensor, temb: None) -> Tensor:
+    def forward(self, x: Tensor, measured: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
         x = x.contiguous(memory_format=torch.channels_last)
-        result: Tensor = _Residual.apply(x, self.added, self.norms, self.weights, self.shortcut, self.last)
-        return result
+        if measured is None:
+            measured = measure(x.detach(), self.norms[0], self.added[0])
+        result, *statistics = _Residual.apply(x, measured, self)
+        return result, Statistics(*statistics) if statistics else None
 
 
 class Normalisation(nn.Module):
-    """Group normalisation, then SiLU."""
+    """Group normalisation of x, whose statistics may be known, then SiLU."""
 
     def __init__(self, plain: nn.GroupNorm) -> None:
         super().__init__()
         self.norm = _norm(plain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Normalise.apply(x.contiguous(memory_format=torch.channels_last), self.norm)
+    def forward(self, x: Tensor, measured: Statistics | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        result: Tensor = _Normalise.apply(x, measured or measure(x.detach(), self.norm), self.norm)
         return result
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        added: tuple[Tensor | None, Tensor],
-        norms: tuple[Norm, Norm],
-        weights: tuple[Kernels, Kernels],
-        shortcut: Kernels | None,
-        last: Tensor,
-    ) -> Tensor:
-        outer = measure(x, norms[0], added[0])
-        middle = F.conv2d(normalise(x, outer), weights[0].there, padding=1)
-        inner = measure(middle, norms[1], added[1])
-        result = F.conv2d(normalise(middle, inner), weights[1].there, padding=1)
+    def forward(ctx: Any, x: Tensor, outer: Statistics, block: ResidualBlock) -> tuple[Tensor, ...]:
+        first, second = block.weights
+        middle = F.conv2d(normalise(x, outer), first.there, padding=1)
+        inner = measure(middle, block.norms[1], block.added[1])
+        result = F.conv2d(normalise(middle, inner), second.there, padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
-        ctx.frozen = norms, weights, shortcut
-        return add(result, x if shortcut is None else F.conv2d(x, shortcut.there), last)
+        ctx.block = block
+        ctx.set_materialize_grads(False)
+        around = x if block.shortcut is None else F.conv2d(x, block.shortcut.there)
+        if block.following is None:
+            return (add(result, around, block.last),)
+        total, statistics = add_and_measure(result, around, block.last, block.following)
+        ctx.mark_non_differentiable(*statistics)
+        return total, *statistics
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = outward
+        gradient, block = outward[0], ctx.block
         x, middle, *statistics = ctx.saved_tensors
-        norms, weights, shortcut = ctx.frozen
-        inner = F.conv2d(gradient, weights[1].back, padding=1)
-        inner = normalise_back(inner, middle, Statistics(*statistics[4:]), norms[1])
-        outer = F.conv2d(inner, weights[0].back, padding=1)
-        around = gradient if shortcut is None else F.conv2d(gradient, shortcut.back)
-        return normalise_back(outer, x, Statistics(*statistics[:4]), norms[0], around), None, None, None, None, None
+        first, second = block.weights
+        inner = F.conv2d(gradient, second.back, padding=1)
+        inner = normalise_back(inner, middle, Statistics(*statistics[4:]), block.norms[1])
+        outer = F.conv2d(inner, first.back, padding=1)
+        around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.back)
+        return normalise_back(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
 
 
-class _Convolve(torch.autograd.Function):
+class _FirstConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Tensor, back: Tensor) -> Tensor:
-        ctx.back = back
-        return F.conv2d(x, there, padding=1)
+    def forward(ctx: Any, image: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+        ctx.columns, ctx.channels = columns, image.shape[1]
+        turned = F.pad(image.flip(-2, -1), (0, 0, 0, 0, 0, weight.shape[1] - image.shape[1]))
+        return F.conv2d(turned.contiguous(memory_format=torch.channels_last), weight, padding=1)
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
-        return F.conv2d(outward[0], ctx.back, padding=1), None, None
+        return gradient_by_image(outward[0], ctx.columns, ctx.channels), None, None
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        statistics = measure(x, norm)
+    def forward(ctx: Any, x: Tensor, statistics: Statistics, norm: Norm) -> Tensor:
         ctx.save_for_backward(x, *statistics)
         ctx.norm = norm
         return normalise(x, statistics)
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
         x, *statistics = ctx.saved_tensors
-        return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None
-
-
-def _norm(plain: nn.GroupNorm) -> Norm:
-    return Norm(plain.weight.detach(), plain.bias.detach(), plain.num_groups, plain.eps)
+        return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None, None

@@ -2,7 +2,8 @@
 
 With channels last a group is a sliver of each pixel, and sums by group read a quarter of every memory sector. These
 kernels take sums by channel, over chunks of the pixels, and the last program of a sample makes the groups' figures of
-them: two kernels each way, which read the image twice and write it once.
+them: two kernels each way, which read the image twice and write it once. Sums over what two images add up to are taken
+while it is written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ MAX_CHUNKS = 64  # of a sample: its last program adds them up alone
 # Values that it does so with at a time. With 4096 it needs more registers than the sums do, and fewer programs run at
 # once.
 FINISHING = 1024
-STAGES = 4  # blocks that a program has asked memory for while it works on one
+# Blocks that a program has asked memory for while it works on one. Where two images are added, half as many of each, or
+# fewer programs than above run at once.
+STAGES = 4
 
 
 class Norm(NamedTuple):
@@ -93,6 +96,21 @@ def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     result = torch.empty_like(x)
     _add[_grid(triton.cdiv(n * pixels, PIXELS), c, 1)](x, y, bias, result, n * pixels, c, **_BLOCK)
     return result
+
+
+def add_and_measure(x: Tensor, y: Tensor, bias: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
+    """x + y + bias as `add` has it, and its statistics."""
+    n, c, pixels = _sizes(x)
+    chunks, blocks = _chunks(n, c, pixels)
+    result = torch.empty_like(x)
+    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
+    statistics = Statistics(*x.new_empty(4, n, c, dtype=torch.float32))
+    _add_and_measure[_grid(chunks, c, n)](
+        *(x, y, bias, result, partial, _counters(x), norm.weight, norm.bias, *statistics),
+        *(pixels, c, norm.groups, norm.eps),
+        BLOCKS=blocks, STAGES=STAGES // 2, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    )  # fmt: skip
+    return result, statistics
 
 
 _BLOCK = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
@@ -178,6 +196,38 @@ def _added_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Over this program's pixels, of both, by channel."""
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mine = partial + tl.program_id(0) * 2 * c + channels
+    tl.store(mine, tl.sum(first, 0), channels < c)
+    tl.store(mine + c, tl.sum(second, 0), channels < c)
+
+
+@triton.jit
+def _store_statistics(  # type: ignore[no-untyped-def]
+    partial, weight, bias, added, scale, shift, inverse, offset,
+    pixels, c, groups, eps,
+    ADDED: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Of one sample, by what its programs stored: sums of values and of squares."""
+    at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
+    constant = tl.zeros((GROUPS, EACH), tl.float32)
+    if ADDED:
+        constant = tl.load(added + at, exist, 0.0).to(tl.float32)
+    count = pixels * (c // groups)
+    mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
+    square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
+    inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
+    offset_here = constant - mean
+    scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
+    tl.store(scale + at, scale_here, exist)
+    tl.store(shift + at, tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here, exist)
+    tl.store(inverse + at, inverse_here, exist)
+    tl.store(offset + at, offset_here, exist)
+
+
+@triton.jit
 def _measure(  # type: ignore[no-untyped-def]
     x, partial, counters, weight, bias, added, scale, shift, inverse, offset,
     pixels, c, groups, eps,
@@ -196,26 +246,46 @@ def _measure(  # type: ignore[no-untyped-def]
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
         values += each
         squares += each * each
-    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mine = partial + tl.program_id(0) * 2 * c + channels
-    tl.store(mine, tl.sum(values, 0), channels < c)
-    tl.store(mine + c, tl.sum(squares, 0), channels < c)
+    _store_sums(partial, values, squares, c, CHANNELS)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
-        constant = tl.zeros((GROUPS, EACH), tl.float32)
-        if ADDED:
-            constant = tl.load(added + at, exist, 0.0).to(tl.float32)
-        count = pixels * (c // groups)
-        mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
-        square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
-        inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
-        offset_here = constant - mean
-        scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
-        shift_here = tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here
-        tl.store(scale + n * c + at, scale_here, exist)
-        tl.store(shift + n * c + at, shift_here, exist)
-        tl.store(inverse + n * c + at, inverse_here, exist)
-        tl.store(offset + n * c + at, offset_here, exist)
+        _store_statistics(
+            partial, weight, bias, added, scale + n * c, shift + n * c, inverse + n * c, offset + n * c,
+            pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_and_measure(  # type: ignore[no-untyped-def]
+    x, y, bias_of_sum, result, partial, counters, weight, bias, scale, shift, inverse, offset,
+    pixels, c, groups, eps,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(0) * BLOCKS * PIXELS
+    x += n * pixels * c
+    y += n * pixels * c
+    result += n * pixels * c
+    partial += n * CHUNKS * 2 * c
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    more = tl.load(bias_of_sum + channels, channels < c, 0.0).to(tl.float32)[None, :]
+    values = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for block in tl.range(0, BLOCKS, num_stages=STAGES):
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
+        total = tl.load(x + places, exist, 0.0).to(tl.float32) + tl.load(y + places, exist, 0.0).to(tl.float32) + more
+        stored = total.to(result.dtype.element_ty)
+        tl.store(result + places, stored, exist)
+        each = tl.where(exist, stored.to(tl.float32), 0.0)  # as it will be read
+        values += each
+        squares += each * each
+    _store_sums(partial, values, squares, c, CHANNELS)
+    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
+        _store_statistics(
+            partial, weight, bias, weight, scale + n * c, shift + n * c, inverse + n * c, offset + n * c,
+            pixels, c, groups, eps, False, GROUPS, EACH, CHUNKS, AT_ONCE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -262,9 +332,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
         inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
         products += inner * value
-    mine = partial + tl.program_id(0) * 2 * c + channels
-    tl.store(mine, tl.sum(gradients, 0), channels < c)
-    tl.store(mine + c, tl.sum(products, 0), channels < c)
+    _store_sums(partial, gradients, products, c, CHANNELS)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         w = tl.load(weight + at, exist, 0.0).to(tl.float32)
