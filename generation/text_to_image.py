@@ -11,7 +11,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from transformers import T5EncoderModel
 
-from generation.dreamgaussian.guidance.compiled import compile_regions
+from generation.dreamgaussian.guidance.compiled import compile_autoencoder
 from generation.settings import TextToImageModel
 from generation.weights.quantise import quantise_linears
 from generation.weights.resting import Resting
@@ -68,7 +68,7 @@ class TextToImage:
             return
         if self._options.quantization == "none":
             self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        compile_regions(self._pipe.vae, any_batch=True)
+        compile_autoencoder(self._pipe.vae, any_batch=True)
         for size in range(1, max_batch + 1):
             self.generate([f"{number} of {size}" for number in range(size)], list(range(size)))
 

@@ -2,9 +2,10 @@
 
     .venv/bin/python -m scripts.bench_guidance --scenes 1 4 --forms compiled fused
 
-Forms: the models as diffusers has them, `compiled` (guidance/compiled.py) and `fused` (guidance/fused.py for the
-autoencoder, the rest compiled), which is what the service uses. Figures are medians of replays of a CUDA graph, in ms;
-errors are those of the loss's gradient, against the first form that was asked for, as a share of its largest value.
+Forms: the models as diffusers has them, `compiled` (guidance/unet.py and compiled.py) and `fused` (guidance/fused.py
+for the autoencoder, the rest compiled), which is what the service uses. Figures are medians of replays of a CUDA graph,
+in ms; errors are those of the loss's gradient, against the first form that was asked for, as a share of its largest
+value.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from generation.dreamgaussian import MVDream
 from generation.dreamgaussian.guidance.captured import Captured
-from generation.dreamgaussian.guidance.compiled import compile_regions
+from generation.dreamgaussian.guidance.compiled import compile_autoencoder
 from generation.dreamgaussian.guidance.distillation import distil
 from generation.dreamgaussian.guidance.fused import fuse
+from generation.dreamgaussian.guidance.unet import compile_unet
 from scripts import full_size
 
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
@@ -46,8 +48,8 @@ def main() -> None:
         if form == "fused":
             fuse(guidance._vae)
         if form != "plain":
-            compile_regions(guidance._unet)
-            compile_regions(guidance._vae)
+            compile_unet(guidance._unet)
+            compile_autoencoder(guidance._vae)
         for scenes in args.scenes:
             started = time.perf_counter()
             error = measure(guidance, scenes, form, reference, args.kernels)

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 
 from generation.dreamgaussian.guidance.columns import columns_of, gradient_by_image
 from generation.dreamgaussian.guidance.fused import fuse
+from generation.dreamgaussian.guidance.group_norm_kernel import launch
 from generation.dreamgaussian.guidance.normalise import Norm, add, add_and_measure, measure, normalise, normalise_back
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
@@ -60,6 +61,18 @@ def check_kernels(shape: tuple[int, int, int, int], groups: int, added: bool, dt
     close(f"{name}, added alone", add(outward, around, bias), expected, tolerance)
     for found, measured in zip(statistics, measure(total, norm), strict=True):
         close(f"{name}, measured while added", found, measured, 1e-5)
+
+
+def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype) -> None:
+    n, c = shape[:2]
+    x = (2 * random(*shape) + random(n, c, 1, 1)).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias, wide = (1 + random(c)).to(dtype), random(c).to(dtype), random(n, c + 8).to(dtype)
+    for added, silu in ((None, False), (wide[:, 8:], True)):  # whose rows are not one after the other
+        shifted = x.double() if added is None else x.double() + added.double()[:, :, None, None]
+        expected = F.group_norm(shifted, groups, weight.double(), bias.double(), 1e-5)
+        expected = F.silu(expected) if silu else expected
+        ours = launch(x, added, weight, bias, groups, 1e-5, silu)
+        close(f"{shape} in {groups} groups at once, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
 def check_first_convolution(channels: int, dtype: torch.dtype) -> None:
@@ -109,12 +122,17 @@ def main() -> None:
     check_kernels((3, 20, 9, 7), 4, False, torch.float32)  # groups that are no power of two, pixels that fill no block
     check_kernels((2, 72, 9, 20), 9, True, torch.float32)  # groups across two programs' channels, several chunks
     check_kernels((2, 64, 16, 16), 32, True, half)
+    check_group_norm((3, 20, 9, 7), 4, torch.float32)
+    check_group_norm((2, 160, 16, 16), 16, half)  # four groups of a program, in lanes for more channels than they have
+    check_group_norm((1, 300, 5, 4), 1, half)  # a group wider than a program should be
     check_first_convolution(3, torch.float32)
     check_first_convolution(4, half)
     check_autoencoder()
     if DEVICE != "cpu":
         for shape in ((4, 128, 256, 256), (16, 512, 32, 32), (32, 960, 32, 32), (8, 2560, 8, 8)):
             check_kernels(shape, 32, shape[0] > 4, half)
+        for shape in ((32, 320, 32, 32), (32, 960, 32, 32), (8, 1920, 16, 16), (8, 2560, 8, 8), (32, 1280, 4, 4)):
+            check_group_norm(shape, 32, half)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from generation.dreamgaussian.guidance.captured import Captured, pieces
-from generation.dreamgaussian.guidance.compiled import compile_regions
+from generation.dreamgaussian.guidance.compiled import compile_autoencoder
+from generation.dreamgaussian.guidance.unet import compile_unet
 
 # Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
 MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
@@ -76,9 +77,9 @@ class Distillation:
             return
         from generation.dreamgaussian.guidance.fused import fuse  # needs Triton, which comes with torch for GPUs
 
-        compile_regions(self._unet)
+        compile_unet(self._unet)
         fuse(self._vae)
-        compile_regions(self._vae)
+        compile_autoencoder(self._vae)
         condition = self._any_condition()
         for count in range(1, scenes + 1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")

@@ -1,0 +1,126 @@
+"""Diffusers' UNet with fewer and larger kernels, its transformers compiled."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from generation.dreamgaussian.guidance.compiled import compile_parts
+from generation.dreamgaussian.guidance.group_norm import SmallGroupNorm
+from generation.dreamgaussian.guidance.multiview import MultiViewAttention
+from generation.dreamgaussian.guidance.shared_start import OnceAttention
+
+
+def compile_unet(unet: UNet2DConditionModel) -> None:
+    """Bring a UNet into a form with as few kernels as there can be, and let its transformers be compiled at their first
+    call, for each size of a batch; results stay, up to rounding. No gradient can be taken through it after that.
+    """
+    _join_projections(unet)
+    blocks = []
+    for module in list(unet.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, ResnetBlock2D) and _is_usual(child):
+                blocks.append(ResidualBlock(child))
+                setattr(module, name, blocks[-1])
+            elif isinstance(child, nn.GroupNorm) and isinstance(module, Transformer2DModel):
+                setattr(module, name, SmallGroupNorm(child))
+    if blocks:
+        unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
+    if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
+        unet.conv_norm_out, unet.conv_act = SmallGroupNorm(unet.conv_norm_out, silu=True), nn.Identity()
+    for module in unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_hook(_keep_channels_last)
+    compile_parts(unet, (ResnetBlock2D, Transformer2DModel))
+
+
+class ResidualBlock(nn.Module):
+    """A `ResnetBlock2D` as Stable Diffusion's UNet has it.
+
+    What it adds for the time step is set from outside, the first convolution's bias in it.
+    """
+
+    time: Tensor  # (N, C)
+
+    def __init__(self, plain: ResnetBlock2D) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([SmallGroupNorm(plain.norm1, silu=True), SmallGroupNorm(plain.norm2, silu=True)])
+        self.convolutions = nn.ModuleList([plain.conv1, plain.conv2])
+        self.shortcut = plain.conv_shortcut
+        self.projection = plain.time_emb_proj.weight.detach()
+        self.projection_bias = plain.time_emb_proj.bias.detach() + plain.conv1.bias.detach()
+        self.last = plain.conv2.bias.detach()
+        if self.shortcut is not None and self.shortcut.bias is not None:
+            self.last = self.last + self.shortcut.bias.detach()
+        for convolution in (*self.convolutions, self.shortcut):
+            if convolution is not None:
+                convolution.bias = None
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        first, second = self.convolutions
+        middle = first(self.norms[0](x))
+        result = second(self.norms[1](middle, self.time[: len(x)]))  # all, or the first half where both are alike
+        around = x if self.shortcut is None else self.shortcut(x)
+        if not x.is_cuda:
+            return around + result + self.last.view(1, -1, 1, 1)
+        from generation.dreamgaussian.guidance.normalise import add  # Triton comes with torch for GPUs
+
+        return add(result, around.contiguous(memory_format=torch.channels_last), self.last)
+
+
+class TimeProjections(nn.Module):
+    """What each of `blocks` makes of the time step, of all in one product, for they are tiny; then they are told.
+
+    Stands where a UNet has the last function of the time step's embedding, after `before`.
+    """
+
+    def __init__(self, before: nn.Module | None, blocks: list[ResidualBlock]) -> None:
+        super().__init__()
+        self.before = before
+        self._blocks = blocks  # in a list: they are not this one's parts
+        self.weight = torch.cat([block.projection for block in blocks])
+        self.bias = torch.cat([block.projection_bias for block in blocks])
+        self._widths = [len(block.projection) for block in blocks]
+        for block in blocks:
+            del block.projection, block.projection_bias
+
+    def forward(self, emb: Tensor) -> Tensor:
+        emb = emb if self.before is None else self.before(emb)
+        together = F.linear(F.silu(emb), self.weight, self.bias)
+        for block, part in zip(self._blocks, together.split(self._widths, 1), strict=True):
+            block.time = part
+        return emb
+
+
+def _is_usual(block: ResnetBlock2D) -> bool:
+    usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "skip_time_act": False}
+    return (
+        all(getattr(block, name) == value for name, value in usual.items())
+        and block.time_emb_proj is not None
+        and not (block.up or block.down)
+        and isinstance(block.nonlinearity, nn.SiLU)
+    )
+
+
+def _join_projections(unet: UNet2DConditionModel) -> None:
+    """Queries, keys and values in one product: each is too small to keep a large GPU busy."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.fuse_projections()
+    processors = unet.attn_processors
+    for name, processor in processors.items():
+        if isinstance(processor, MultiViewAttention):
+            processor.attend = FusedAttnProcessor2_0()  # that of a `OnceAttention`, too
+        elif not isinstance(processor, OnceAttention):
+            processors[name] = FusedAttnProcessor2_0()
+    unet.set_attn_processor(processors)
+
+
+def _keep_channels_last(module: nn.Module, inputs: object, outputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Diffusers' transformers return images in the other order: the next convolutions would copy them."""
+    (image,) = outputs
+    return (image.contiguous(memory_format=torch.channels_last),)
