@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -156,6 +157,8 @@ class Pipeline:
             (outcome,) = self.generate([request])
             if isinstance(outcome, Exception):
                 raise outcome
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it for garbage would take a tenth of a second each time
 
     def _warm_up_batches(self) -> None:
         """Each number of pictures that may come at once: an algorithm is chosen for one size of a batch."""
@@ -190,6 +193,8 @@ class Pipeline:
         fresh = [job for job in running if job.scene is None]
         for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
+        # Texts are read where the CPU would only wait: while the GPU draws, and while it works on the first iteration.
+        self._read(self._dreamgaussian.read, fresh)
         for job, cutout in self._run("background", [job for job in fresh if job.cutout is None], self._cut_out):
             if isinstance(cutout, Tensor):
                 job.cutout = cutout
@@ -197,6 +202,7 @@ class Pipeline:
                 job.reject(str(cutout))
         self._begin_scenes(fresh)
         self._step([job for job in running if job.outcome is None])
+        self._read(self._self_check.read, fresh)
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
@@ -300,11 +306,14 @@ class Pipeline:
                 cutouts.append(nothing)
         return cutouts
 
-    def _begin_scenes(self, jobs: list[Job]) -> None:
-        with suppress(Exception):  # whose fault it was is unknown: each reads its own then
-            going_on = [job.request.prompt for job in jobs if job.outcome is None]
-            self._dreamgaussian.read([prompt for prompt in going_on if prompt])
+    def _read(self, read: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
+        """Encode the prompts of jobs before they are needed: together, in the time of one."""
+        prompts = [job.request.prompt for job in jobs if job.outcome is None]
+        if texts := [prompt for prompt in prompts if prompt]:
+            with suppress(Exception):  # whose fault it was is unknown: each reads its own when it is needed
+                read(texts)
 
+    def _begin_scenes(self, jobs: list[Job]) -> None:
         def begin(batch: list[Job]) -> list[Any]:
             # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
             return [self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed) for job in batch]

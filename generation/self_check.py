@@ -22,6 +22,7 @@ from generation.settings import MIN_GAUSSIANS, ModelChoice
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
+from generation.text_cache import TextCache
 from generation.weights.registry import ClipUse, WeightsError
 
 # The validators' rules.
@@ -75,6 +76,7 @@ class SelfCheck:
         size = own["size"] if isinstance(own["size"], int) else own["size"][0]
         self._model, self._tokenizer = model, tokenizer
         self._use, self._device, self._dtype = use, device, dtype
+        self._texts = TextCache(self._encode)
         self._size = use.image_size or size
         self._mean = torch.tensor(use.mean or own["mean"], device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(use.std or own["std"], device=device).view(1, 3, 1, 1)
@@ -94,6 +96,11 @@ class SelfCheck:
             raise WeightsError(f"{folder}: not a usable open_clip model: {error}") from error
         model.requires_grad_(False)
         return cls(model.eval(), tokenizer, use, device, getattr(torch, choice.dtype))
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[str]) -> None:
+        """Texts that splats will be compared with."""
+        self._texts.read(prompts)
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
@@ -139,12 +146,13 @@ class SelfCheck:
         return min(1.0, max(0.0, score)), cosines.tolist()
 
     def _embed_prompts(self, prompts: Sequence[str | Image.Image]) -> list[Tensor]:
-        """(D,) of each; all words together."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        words = iter(())
-        if texts:
-            words = iter(self._model.encode_text(self._tokenizer(texts).to(self._device)))  # type: ignore[operator]
+        """(D,) of each."""
+        words = iter(self._texts.read([prompt for prompt in prompts if isinstance(prompt, str)]))
         return [next(words) if isinstance(p, str) else self._embed_images(to_tensor(p)[None])[0] for p in prompts]
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        result: Tensor = self._model.encode_text(self._tokenizer(texts).to(self._device))  # type: ignore[operator]
+        return result
 
     def _embed_images(self, images: Tensor) -> Tensor:
         images = images.to(self._device, torch.float32)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from generation import text_cache
 from generation.dreamgaussian import DreamGaussian, MVDream, optimiser
 from generation.dreamgaussian.carve import carve
-from generation.dreamgaussian.guidance import mvdream
 from generation.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
 from generation.dreamgaussian.optimiser import foreground
 from generation.dreamgaussian.scene import Views
@@ -181,9 +181,9 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
         expected = torch.stack([alone.prepare("ugly", "")[1], alone.prepare(prompt, "")[1]])
         assert torch.allclose(guidance.prepare(prompt, "ugly"), expected, atol=1e-5)
     assert read == [3]
-    monkeypatch.setattr(mvdream, "TEXTS_KEPT", 2)
+    monkeypatch.setattr(text_cache, "KEPT", 2)
     guidance.prepare("a green cone", "ugly")
-    assert list(guidance._texts) == ["ugly", "a green cone"]
+    assert list(guidance._texts._known) == ["ugly", "a green cone"]
 
 
 def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) -> None:

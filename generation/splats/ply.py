@@ -32,14 +32,16 @@ def write(gaussians: Gaussians) -> bytes:
     header = ("\n".join(lines) + "\n").encode("ascii") + _END
 
     sh = gaussians.sh.detach()
-    table = torch.empty(n, len(names))
-    table[:, 0:3] = gaussians.means.detach()
-    table[:, 3:6] = 0.0
-    table[:, 6:9] = sh[:, 0]
-    table[:, 9:-8].view(n, 3, coefficients - 1).copy_(sh[:, 1:].transpose(1, 2))
-    table[:, -8] = gaussians.logit_opacities.detach()
-    table[:, -7:-4] = gaussians.log_scales.detach()
-    table[:, -4:] = gaussians.quats.detach()
+    columns = [
+        gaussians.means.detach(),
+        torch.zeros_like(gaussians.means),
+        sh[:, 0],
+        sh[:, 1:].transpose(1, 2).flatten(1),
+        gaussians.logit_opacities.detach()[:, None],
+        gaussians.log_scales.detach(),
+        gaussians.quats.detach(),
+    ]
+    table = torch.cat(columns, 1).cpu()  # put together where they are: one copy from a GPU
     return b"".join((header, table.numpy().astype("<f4", copy=False).data))
 
 

@@ -13,10 +13,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.dreamgaussian.guidance.shared_start import SharedStart
+from generation.text_cache import TextCache
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
-
-TEXTS_KEPT = 64  # of 160 kB each, at full size
 
 
 class MVDream(Distillation):
@@ -39,7 +38,7 @@ class MVDream(Distillation):
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
-        self._texts: dict[str, Tensor] = {}
+        self._texts = TextCache(self._encode_texts)
         self._joint = join_views(unet, self.views, shared_text=True)
         self._start = SharedStart(unet)
 
@@ -59,28 +58,24 @@ class MVDream(Distillation):
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.read`. Kept for a while: negative prompts are always the same, and prompts are tried with
-        other seeds."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            ids = self._tokenizer(
-                new,
-                padding="max_length",
-                max_length=self._tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
-            states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
-            self._texts |= zip(new, (each.clone() for each in states), strict=True)
-        for text in texts:
-            self._texts[text] = self._texts.pop(text)  # the last one used stands at the end
-        while len(self._texts) > max(TEXTS_KEPT, len(texts)):
-            del self._texts[next(iter(self._texts))]
+        """See `TextGuidance.read`."""
+        self._texts.read(texts)
 
+    @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        self.read([negative_prompt, prompt])
-        return torch.stack([self._texts[negative_prompt], self._texts[prompt]])
+        return torch.stack(self._texts.read([negative_prompt, prompt]))
+
+    def _encode_texts(self, texts: list[str]) -> Tensor:
+        ids = self._tokenizer(
+            texts,
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        states: Tensor = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+        return states
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")
