@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from generation.dreamgaussian.guidance.columns import columns_of, gradient_by_image
+from generation.dreamgaussian.guidance.first_convolution import columns_of, convolve, gradient_by_image
 from generation.dreamgaussian.guidance.fused import fuse
 from generation.dreamgaussian.guidance.group_norm_kernel import launch
 from generation.dreamgaussian.guidance.normalise import Norm, add, add_and_measure, measure, normalise, normalise_back
@@ -75,14 +75,22 @@ def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch
         close(f"{shape} in {groups} groups at once, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
-def check_first_convolution(channels: int, dtype: torch.dtype) -> None:
-    weight = random(16, channels, 3, 3).to(dtype)
-    outward = random(2, 16, 12, 24).to(dtype).contiguous(memory_format=torch.channels_last)
-    image = random(2, channels, 12, 24).double().requires_grad_()
-    convolved = F.conv2d(image.flip(-2, -1), weight.double(), padding=1)
-    (expected,) = torch.autograd.grad(convolved, image, outward.double())
-    ours = gradient_by_image(outward, columns_of(weight), channels)
-    close(f"{channels} channels, {dtype}, by the image", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
+def check_first_convolution(shape: tuple[int, int, int, int], outputs: int, dtype: torch.dtype) -> None:
+    n, channels, height, width = shape
+    weight, image = random(outputs, channels, 3, 3).to(dtype), random(*shape).to(dtype)
+    outward = random(n, outputs, height, width).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm = Norm((1 + random(outputs)).to(dtype), random(outputs).to(dtype), 4, 1e-5)
+    added, wide = random(outputs).to(dtype), image.double().requires_grad_()
+    expected = F.conv2d(wide.flip(-2, -1), weight.double(), padding=1)
+    (gradient,) = torch.autograd.grad(expected, wide, outward.double())
+
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+    name = f"first convolution of {shape} to {outputs} channels, {dtype}"
+    ours, statistics = convolve(image, columns_of(weight), norm, added)
+    close(f"{name}, there", ours, expected, tolerance)
+    for found, measured in zip(statistics, measure(ours, norm, added), strict=True):
+        close(f"{name}, measured meanwhile", found, measured, 1e-5)
+    close(f"{name}, back", gradient_by_image(outward, columns_of(weight), channels), gradient, tolerance)
 
 
 def check_autoencoder() -> None:
@@ -125,14 +133,15 @@ def main() -> None:
     check_group_norm((3, 20, 9, 7), 4, torch.float32)
     check_group_norm((2, 160, 16, 16), 16, half)  # four groups of a program, in lanes for more channels than they have
     check_group_norm((1, 300, 5, 4), 1, half)  # a group wider than a program should be
-    check_first_convolution(3, torch.float32)
-    check_first_convolution(4, half)
+    check_first_convolution((2, 3, 12, 10), 16, torch.float32)
+    check_first_convolution((1, 4, 9, 24), 72, half)  # outputs for two programs
     check_autoencoder()
     if DEVICE != "cpu":
         for shape in ((4, 128, 256, 256), (16, 512, 32, 32), (32, 960, 32, 32), (8, 2560, 8, 8)):
             check_kernels(shape, 32, shape[0] > 4, half)
         for shape in ((32, 320, 32, 32), (32, 960, 32, 32), (8, 1920, 16, 16), (8, 2560, 8, 8), (32, 1280, 4, 4)):
             check_group_norm(shape, 32, half)
+        check_first_convolution((16, 3, 256, 256), 128, half)
 
 
 if __name__ == "__main__":

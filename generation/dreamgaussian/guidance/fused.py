@@ -12,7 +12,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from generation.dreamgaussian.guidance.columns import columns_of, gradient_by_image
+from generation.dreamgaussian.guidance.first_convolution import columns_of, convolve, gradient_by_image
 from generation.dreamgaussian.guidance.normalise import (
     Norm,
     Statistics,
@@ -71,8 +71,9 @@ class FusedEncoder(nn.Module):
         parts.append(first)
         for attention, block in zip(plain.mid_block.attentions, others, strict=True):
             parts += [block] if attention is None else [attention, block]
-        self.first = FirstConvolution(plain.conv_in)
-        bias: Tensor | None = _take_bias(plain.conv_in)
+        of_first = _take_bias(plain.conv_in)
+        self.first = FirstConvolution(plain.conv_in, of_first, _norm(plain.down_blocks[0].resnets[0].norm1))
+        bias: Tensor | None = of_first
         steps: list[nn.Module] = []
         for part, following in zip(parts, [*parts[1:], plain.conv_norm_out], strict=True):
             if isinstance(part, ResnetBlock2D):
@@ -89,7 +90,7 @@ class FusedEncoder(nn.Module):
         self.conv_out = plain.conv_out
 
     def forward(self, image: Tensor) -> Tensor:
-        x, measured = self.first(image), None
+        x, measured = self.first(image)
         for step in self.steps:
             if isinstance(step, ResidualBlock):
                 x, measured = step(x, measured)
@@ -118,22 +119,16 @@ def _norm(plain: nn.GroupNorm) -> Norm:
 
 
 class FirstConvolution(nn.Module):
-    """Of the image, turned by 180 degrees, without the bias.
+    """Of the image, turned by 180 degrees, without its `bias` (O,); and the statistics with it, for `following`."""
 
-    Filled up to 16 channels, for cuDNN's kernels are faster with them; and channels last, or the gradient of what comes
-    out, the largest there is, would be brought into the image's order and back.
-    """
-
-    def __init__(self, plain: nn.Conv2d) -> None:
+    def __init__(self, plain: nn.Conv2d, bias: Tensor, following: Norm) -> None:
         super().__init__()
-        weight = plain.weight.detach()
-        filled = F.pad(weight, (0, 0, 0, 0, 0, -plain.in_channels % 16))
-        self.weight = filled.contiguous(memory_format=torch.channels_last)
-        self.columns = columns_of(weight)
+        self.columns = columns_of(plain.weight.detach())
+        self.bias, self.following = bias, following
 
-    def forward(self, image: Tensor) -> Tensor:
-        result: Tensor = _FirstConvolution.apply(image, self.weight, self.columns)
-        return result
+    def forward(self, image: Tensor) -> tuple[Tensor, Statistics]:
+        result, *statistics = _FirstConvolution.apply(image, self)
+        return result, Statistics(*statistics)
 
 
 class ResidualBlock(nn.Module):
@@ -212,14 +207,16 @@ class _Residual(torch.autograd.Function):
 
 class _FirstConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, image: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-        ctx.columns, ctx.channels = columns, image.shape[1]
-        turned = F.pad(image.flip(-2, -1), (0, 0, 0, 0, 0, weight.shape[1] - image.shape[1]))
-        return F.conv2d(turned.contiguous(memory_format=torch.channels_last), weight, padding=1)
+    def forward(ctx: Any, image: Tensor, first: FirstConvolution) -> tuple[Tensor, ...]:
+        result, statistics = convolve(image, first.columns, first.following, first.bias)
+        ctx.columns, ctx.channels = first.columns, image.shape[1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*statistics)
+        return result, *statistics
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
-        return gradient_by_image(outward[0], ctx.columns, ctx.channels), None, None
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+        return gradient_by_image(outward[0], ctx.columns, ctx.channels), None
 
 
 class _Normalise(torch.autograd.Function):

@@ -47,14 +47,11 @@ class Statistics(NamedTuple):
 
 def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
     """The statistics of x (N, C, H, W) + `added` (C,), which so costs no pass of its own."""
-    n, c, pixels = _sizes(x)
-    chunks, blocks = _chunks(n, c, pixels)
-    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
-    result = Statistics(*x.new_empty(4, n, c, dtype=torch.float32))
-    _measure[_grid(chunks, c, n)](
-        *(x, partial, _counters(x), norm.weight, norm.bias, norm.weight if added is None else added, *result),
-        *(pixels, c, norm.groups, norm.eps),
-        ADDED=added is not None, BLOCKS=blocks, STAGES=STAGES, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    _, c, pixels = _sizes(x)
+    sums, result = sums_over(x, norm.groups), new_statistics(x)
+    _measure[sums.grid](
+        *(x, *sums.places, norm.weight, norm.bias, norm.weight if added is None else added, *result),
+        *(pixels, c, norm.groups, norm.eps), ADDED=added is not None, STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
     return result
 
@@ -73,13 +70,12 @@ def normalise_back(
 ) -> Tensor:
     """The gradient by x, where `gradient` is that by `normalise(x, statistics)`; plus `around`, that of another way."""
     n, c, pixels = _sizes(x)
-    chunks, blocks = _chunks(n, c, pixels)
+    sums = sums_over(x, norm.groups)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
-    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
     by_x, constant = x.new_empty(2, n, c, dtype=torch.float32)
-    _measure_back[_grid(chunks, c, n)](
-        *(gradient, x, partial, _counters(x), norm.weight, *statistics, by_x, constant),
-        *(pixels, c, norm.groups), BLOCKS=blocks, STAGES=STAGES, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    _measure_back[sums.grid](
+        *(gradient, x, *sums.places, norm.weight, *statistics, by_x, constant),
+        *(pixels, c, norm.groups), STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
     result = torch.empty_like(x)
     other = x if around is None else around.contiguous(memory_format=torch.channels_last)
@@ -100,17 +96,32 @@ def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 def add_and_measure(x: Tensor, y: Tensor, bias: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
     """x + y + bias as `add` has it, and its statistics."""
-    n, c, pixels = _sizes(x)
-    chunks, blocks = _chunks(n, c, pixels)
-    result = torch.empty_like(x)
-    partial = x.new_empty(n, chunks, 2, c, dtype=torch.float32)
-    statistics = Statistics(*x.new_empty(4, n, c, dtype=torch.float32))
-    _add_and_measure[_grid(chunks, c, n)](
-        *(x, y, bias, result, partial, _counters(x), norm.weight, norm.bias, *statistics),
-        *(pixels, c, norm.groups, norm.eps),
-        BLOCKS=blocks, STAGES=STAGES // 2, **_finishing(c, norm.groups, chunks), **_BLOCK,
+    _, c, pixels = _sizes(x)
+    result, sums, statistics = torch.empty_like(x), sums_over(x, norm.groups), new_statistics(x)
+    _add_and_measure[sums.grid](
+        *(x, y, bias, result, *sums.places, norm.weight, norm.bias, *statistics),
+        *(pixels, c, norm.groups, norm.eps), STAGES=STAGES // 2, **sums.sizes,
     )  # fmt: skip
     return result, statistics
+
+
+class Sums(NamedTuple):
+    """How a kernel is launched whose programs take sums over chunks of each sample's pixels."""
+
+    grid: tuple[int, int, int]  # chunks, blocks of channels, samples
+    places: tuple[Tensor, Tensor]  # of the sums, and of the count of programs that are done
+    sizes: dict[str, int]
+
+
+def sums_over(x: Tensor, groups: int) -> Sums:
+    n, c, pixels = _sizes(x)
+    chunks, blocks = _chunks(n, c, pixels)
+    places = x.new_empty(n, chunks, 2, c, dtype=torch.float32), _counters(x)
+    return Sums(_grid(chunks, c, n), places, {"BLOCKS": blocks, **_finishing(c, groups, chunks), **_BLOCK})
+
+
+def new_statistics(x: Tensor) -> Statistics:
+    return Statistics(*x.new_empty(4, *x.shape[:2], dtype=torch.float32))
 
 
 _BLOCK = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
@@ -196,7 +207,7 @@ def _added_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Over this program's pixels, of both, by channel."""
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mine = partial + tl.program_id(0) * 2 * c + channels
@@ -205,26 +216,29 @@ def _store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _store_statistics(  # type: ignore[no-untyped-def]
-    partial, weight, bias, added, scale, shift, inverse, offset,
+def finish_statistics(  # type: ignore[no-untyped-def]
+    partial, counters, weight, bias, added, scale, shift, inverse, offset,
     pixels, c, groups, eps,
     ADDED: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Of one sample, by what its programs stored: sums of values and of squares."""
-    at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
-    constant = tl.zeros((GROUPS, EACH), tl.float32)
-    if ADDED:
-        constant = tl.load(added + at, exist, 0.0).to(tl.float32)
-    count = pixels * (c // groups)
-    mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
-    square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
-    inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
-    offset_here = constant - mean
-    scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
-    tl.store(scale + at, scale_here, exist)
-    tl.store(shift + at, tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here, exist)
-    tl.store(inverse + at, inverse_here, exist)
-    tl.store(offset + at, offset_here, exist)
+    """Of this program's sample, in the last of its programs, by what all have stored: sums of values and of squares."""
+    n = tl.program_id(2).to(tl.int64)
+    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
+        at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
+        constant = tl.zeros((GROUPS, EACH), tl.float32)
+        if ADDED:
+            constant = tl.load(added + at, exist, 0.0).to(tl.float32)
+        count = pixels * (c // groups)
+        mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
+        square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
+        inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
+        offset_here = constant - mean
+        scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
+        shift_here = tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here
+        tl.store(scale + n * c + at, scale_here, exist)
+        tl.store(shift + n * c + at, shift_here, exist)
+        tl.store(inverse + n * c + at, inverse_here, exist)
+        tl.store(offset + n * c + at, offset_here, exist)
 
 
 @triton.jit
@@ -246,12 +260,11 @@ def _measure(  # type: ignore[no-untyped-def]
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
         values += each
         squares += each * each
-    _store_sums(partial, values, squares, c, CHANNELS)
-    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        _store_statistics(
-            partial, weight, bias, added, scale + n * c, shift + n * c, inverse + n * c, offset + n * c,
-            pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
-        )  # fmt: skip
+    store_sums(partial, values, squares, c, CHANNELS)
+    finish_statistics(
+        partial, counters, weight, bias, added, scale, shift, inverse, offset,
+        pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -280,12 +293,11 @@ def _add_and_measure(  # type: ignore[no-untyped-def]
         each = tl.where(exist, stored.to(tl.float32), 0.0)  # as it will be read
         values += each
         squares += each * each
-    _store_sums(partial, values, squares, c, CHANNELS)
-    if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        _store_statistics(
-            partial, weight, bias, weight, scale + n * c, shift + n * c, inverse + n * c, offset + n * c,
-            pixels, c, groups, eps, False, GROUPS, EACH, CHUNKS, AT_ONCE,
-        )  # fmt: skip
+    store_sums(partial, values, squares, c, CHANNELS)
+    finish_statistics(
+        partial, counters, weight, bias, weight, scale, shift, inverse, offset,
+        pixels, c, groups, eps, False, GROUPS, EACH, CHUNKS, AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -332,7 +344,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
         inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
         products += inner * value
-    _store_sums(partial, gradients, products, c, CHANNELS)
+    store_sums(partial, gradients, products, c, CHANNELS)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         w = tl.load(weight + at, exist, 0.0).to(tl.float32)
