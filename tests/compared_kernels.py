@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 
 from generation.dreamgaussian.guidance.first_convolution import columns_of, convolve, gradient_by_image
 from generation.dreamgaussian.guidance.fused import fuse
-from generation.dreamgaussian.guidance.group_norm_kernel import launch
+from generation.dreamgaussian.guidance.group_norm_kernel import back_at_once, normalise_at_once, there_at_once
 from generation.dreamgaussian.guidance.normalise import Norm, add, add_and_measure, measure, normalise, normalise_back
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
@@ -53,6 +53,13 @@ def check_kernels(shape: tuple[int, int, int, int], groups: int, added: bool, dt
         close(f"{name}, back", back, gradient + around.double(), tolerance)
         close(f"{name}, back alone", normalise_back(outward, x, statistics, norm), gradient, tolerance)
 
+    at_once, statistics = there_at_once(x, norm, more)
+    close(f"{name}, there at once", at_once, expected, tolerance)
+    for found, measured in zip(statistics, measure(x, norm, more), strict=True):
+        close(f"{name}, measured at once", found, measured, 1e-5)
+    for other, wanted in ((around, gradient + around.double()), (None, gradient)):
+        close(f"{name}, back at once", back_at_once(outward, x, statistics, norm, other), wanted, tolerance)
+
     bias = random(c).to(dtype)
     outward, around = (each.contiguous(memory_format=torch.channels_last) for each in (outward, around))
     expected = outward.double() + around.double() + bias.double().view(1, c, 1, 1)
@@ -71,7 +78,7 @@ def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch
         shifted = x.double() if added is None else x.double() + added.double()[:, :, None, None]
         expected = F.group_norm(shifted, groups, weight.double(), bias.double(), 1e-5)
         expected = F.silu(expected) if silu else expected
-        ours = launch(x, added, weight, bias, groups, 1e-5, silu)
+        ours = normalise_at_once(x, Norm(weight, bias, groups, 1e-5), added, silu)
         close(f"{shape} in {groups} groups at once, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
@@ -102,8 +109,8 @@ def check_autoencoder() -> None:
         layers_per_block=2,
     )
     vae = roughened(vae).to(DEVICE)
-    pixels = random(2, 3, 24, 16)
-    outward = random(2, 8, 12, 8)
+    pixels = random(2, 3, 48, 40)  # of the two levels one is small
+    outward = random(2, 8, 24, 20)
 
     def there_and_back() -> tuple[torch.Tensor, torch.Tensor]:
         image = pixels.clone().requires_grad_()

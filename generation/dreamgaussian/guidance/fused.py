@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.first_convolution import columns_of, convolve, gradient_by_image
+from generation.dreamgaussian.guidance.group_norm_kernel import back_at_once, is_small, there_at_once
 from generation.dreamgaussian.guidance.normalise import (
     Norm,
     Statistics,
@@ -157,8 +158,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, measured: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
         x = x.contiguous(memory_format=torch.channels_last)
-        if measured is None:
-            measured = measure(x.detach(), self.norms[0], self.added[0])
         result, *statistics = _Residual.apply(x, measured, self)
         return result, Statistics(*statistics) if statistics else None
 
@@ -172,22 +171,23 @@ class Normalisation(nn.Module):
 
     def forward(self, x: Tensor, measured: Statistics | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        result: Tensor = _Normalise.apply(x, measured or measure(x.detach(), self.norm), self.norm)
+        result: Tensor = _Normalise.apply(x, measured, self.norm)
         return result
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, outer: Statistics, block: ResidualBlock) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, measured: Statistics | None, block: ResidualBlock) -> tuple[Tensor, ...]:
         first, second = block.weights
-        middle = F.conv2d(normalise(x, outer), first.there, padding=1)
-        inner = measure(middle, block.norms[1], block.added[1])
-        result = F.conv2d(normalise(middle, inner), second.there, padding=1)
+        normalised, outer = _there(x, block.norms[0], block.added[0], measured)
+        middle = F.conv2d(normalised, first.there, padding=1)
+        normalised, inner = _there(middle, block.norms[1], block.added[1])
+        result = F.conv2d(normalised, second.there, padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
         ctx.block = block
         ctx.set_materialize_grads(False)
         around = x if block.shortcut is None else F.conv2d(x, block.shortcut.there)
-        if block.following is None:
+        if block.following is None or is_small(result):
             return (add(result, around, block.last),)
         total, statistics = add_and_measure(result, around, block.last, block.following)
         ctx.mark_non_differentiable(*statistics)
@@ -199,10 +199,10 @@ class _Residual(torch.autograd.Function):
         x, middle, *statistics = ctx.saved_tensors
         first, second = block.weights
         inner = F.conv2d(gradient, second.back, padding=1)
-        inner = normalise_back(inner, middle, Statistics(*statistics[4:]), block.norms[1])
+        inner = _back(inner, middle, Statistics(*statistics[4:]), block.norms[1])
         outer = F.conv2d(inner, first.back, padding=1)
         around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.back)
-        return normalise_back(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
+        return _back(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
 
 
 class _FirstConvolution(torch.autograd.Function):
@@ -221,12 +221,27 @@ class _FirstConvolution(torch.autograd.Function):
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, statistics: Statistics, norm: Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, measured: Statistics | None, norm: Norm) -> Tensor:
+        result, statistics = _there(x, norm, None, measured)
         ctx.save_for_backward(x, *statistics)
         ctx.norm = norm
-        return normalise(x, statistics)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
         x, *statistics = ctx.saved_tensors
-        return normalise_back(outward[0], x, Statistics(*statistics), ctx.norm), None, None
+        return _back(outward[0], x, Statistics(*statistics), ctx.norm), None, None
+
+
+def _there(
+    x: Tensor, norm: Norm, added: Tensor | None, measured: Statistics | None = None
+) -> tuple[Tensor, Statistics]:
+    """SiLU of the normalised x + `added` (C,), and its statistics, which may have been `measured` before."""
+    if measured is None and is_small(x):
+        return there_at_once(x, norm, added)
+    statistics = measured or measure(x, norm, added)
+    return normalise(x, statistics), statistics
+
+
+def _back(gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None) -> Tensor:
+    return (back_at_once if is_small(x) else normalise_back)(gradient, x, statistics, norm, around)

@@ -23,9 +23,12 @@ def group_norm(
 
 @group_norm.register_kernel("cuda")
 def _(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    from generation.dreamgaussian.guidance.group_norm_kernel import launch  # Triton comes with torch for GPUs
+    # Triton comes with torch for GPUs
+    from generation.dreamgaussian.guidance.group_norm_kernel import normalise_at_once
+    from generation.dreamgaussian.guidance.normalise import Norm
 
-    return launch(x.contiguous(memory_format=torch.channels_last), added, weight, bias, groups, eps, silu)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return normalise_at_once(x, Norm(weight, bias, groups, eps), added, silu)
 
 
 @group_norm.register_fake

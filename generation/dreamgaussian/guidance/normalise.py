@@ -313,7 +313,7 @@ def _normalise(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _before_silu(gradient, x, scale, shift):  # type: ignore[no-untyped-def]
+def before_silu(gradient, x, scale, shift):  # type: ignore[no-untyped-def]
     """The gradient by SiLU's input, x * scale + shift, of that by its output."""
     z = x * scale + shift
     s = tl.sigmoid(z)
@@ -341,7 +341,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
-        inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
+        inner = before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
         products += inner * value
     store_sums(partial, gradients, products, c, CHANNELS)
@@ -370,7 +370,7 @@ def _normalise_back(  # type: ignore[no-untyped-def]
     k = tl.load(by_x + n * c + channels, channels < c, 0.0)[None, :]
     d = tl.load(constant + n * c + channels, channels < c, 0.0)[None, :]
     value = tl.load(x + places, exist, 0.0).to(tl.float32)
-    inner = _before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
+    inner = before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
     out = inner * a + value * k + d
     if AROUND:
         out += tl.load(around + places, exist, 0.0).to(tl.float32)
