@@ -44,6 +44,7 @@ def test_normalisation_of_small_images_is_group_normalisation():
     torch.nn.init.normal_(plain.bias)
     x, added = (torch.randn(3, 12, 5, 7) * 3 + 2).contiguous(memory_format=torch.channels_last), torch.randn(3, 12)
     assert torch.allclose(SmallGroupNorm(plain)(x), plain(x), atol=1e-5)
+    assert torch.allclose(SmallGroupNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
     expected = torch.nn.functional.silu(plain(x + added[:, :, None, None]))
     assert torch.allclose(SmallGroupNorm(plain, silu=True)(x, added), expected, atol=1e-5)
     torch.library.opcheck(

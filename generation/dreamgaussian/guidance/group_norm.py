@@ -15,8 +15,8 @@ from torch import Tensor, nn
 def group_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """Of x (N, C, H, W), channels last, + `added` (N, C); with SiLU after it, if asked."""
-    shifted = x if added is None else x + added[:, :, None, None]
+    """Of x (N, C, H, W), channels last, + `added` (N, C) or (C,); with SiLU after it, if asked."""
+    shifted = x if added is None else x + added[..., None, None]
     result = F.group_norm(shifted, groups, weight, bias, eps)
     return (F.silu(result) if silu else result).contiguous(memory_format=torch.channels_last)
 

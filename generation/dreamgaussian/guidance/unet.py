@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.compiled import compile_parts
@@ -30,6 +31,7 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
                 setattr(module, name, SmallGroupNorm(child))
     if blocks:
         unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
+    _take_biases_of_upsampling(unet)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         unet.conv_norm_out, unet.conv_act = SmallGroupNorm(unet.conv_norm_out, silu=True), nn.Identity()
     for module in unet.modules():
@@ -59,10 +61,18 @@ class ResidualBlock(nn.Module):
         for convolution in (*self.convolutions, self.shortcut):
             if convolution is not None:
                 convolution.bias = None
+        self.bias: Tensor | None = None  # (C,) of x
+        self._channels = plain.in_channels
+
+    def take_bias(self, bias: Tensor) -> None:
+        """From now on x is without `bias`, which belongs to its first channels."""
+        self.bias = F.pad(bias, (0, self._channels - len(bias)))
+        around = self.bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ self.bias
+        self.last = self.last + around
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         first, second = self.convolutions
-        middle = first(self.norms[0](x))
+        middle = first(self.norms[0](x, self.bias))
         result = second(self.norms[1](middle, self.time[: len(x)]))  # all, or the first half where both are alike
         around = x if self.shortcut is None else self.shortcut(x)
         if not x.is_cuda:
@@ -96,6 +106,45 @@ class TimeProjections(nn.Module):
         return emb
 
 
+class TextProjections:
+    """Keys and values that `layers` make of the text, of all layers in one product; then they are given theirs.
+
+    A hook that a UNet calls before it begins.
+    """
+
+    def __init__(self, layers: list[Attention]) -> None:
+        self._weight = torch.cat([layer.to_kv.weight.detach() for layer in layers])
+        self._widths = [layer.to_kv.out_features for layer in layers]
+        self._given = [_Given() for _ in layers]
+        for layer, given in zip(layers, self._given, strict=True):
+            layer.to_kv = given
+
+    def __call__(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """The text is the third argument."""
+        together = F.linear(args[2], self._weight)
+        for given, part in zip(self._given, together.split(self._widths, -1), strict=True):
+            given.value = part
+
+
+class _Given(nn.Module):
+    """In place of a layer, what was made before in its place: a tensor that it has, for layers alike share what is
+    compiled."""
+
+    value: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+def _take_biases_of_upsampling(unet: UNet2DConditionModel) -> None:
+    """Biases of convolutions after upsampling cost a pass each: the residual block that follows can add them."""
+    for level, following in zip(unet.up_blocks, unet.up_blocks[1:], strict=False):
+        upsampler, block = (level.upsamplers or [None])[0], following.resnets[0]
+        if isinstance(upsampler, Upsample2D) and upsampler.use_conv and isinstance(block, ResidualBlock):
+            block.take_bias(upsampler.conv.bias.detach())
+            upsampler.conv.bias = None
+
+
 def _is_usual(block: ResnetBlock2D) -> bool:
     usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "skip_time_act": False}
     return (
@@ -107,10 +156,14 @@ def _is_usual(block: ResnetBlock2D) -> bool:
 
 
 def _join_projections(unet: UNet2DConditionModel) -> None:
-    """Queries, keys and values in one product: each is too small to keep a large GPU busy."""
-    for module in unet.modules():
-        if isinstance(module, Attention):
-            module.fuse_projections()
+    """Queries, keys and values in one product, and those of the text for all layers: each is too small to keep a large
+    GPU busy."""
+    layers = [module for module in unet.modules() if isinstance(module, Attention)]
+    for layer in layers:
+        layer.fuse_projections()
+    of_text = [each for each in layers if each.is_cross_attention and not each.norm_cross and each.to_kv.bias is None]
+    if of_text:
+        unet.register_forward_pre_hook(TextProjections(of_text))
     processors = unet.attn_processors
     for name, processor in processors.items():
         if isinstance(processor, MultiViewAttention):
