@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import time
@@ -157,8 +156,6 @@ class Pipeline:
             (outcome,) = self.generate([request])
             if isinstance(outcome, Exception):
                 raise outcome
-        gc.collect()
-        gc.freeze()  # what is there now stays: looking through it for garbage would take a tenth of a second each time
 
     def _warm_up_batches(self) -> None:
         """Each number of pictures that may come at once: an algorithm is chosen for one size of a batch."""

@@ -150,9 +150,9 @@ class SelfCheck:
         words = iter(self._texts.read([prompt for prompt in prompts if isinstance(prompt, str)]))
         return [next(words) if isinstance(p, str) else self._embed_images(to_tensor(p)[None])[0] for p in prompts]
 
-    def _encode(self, texts: list[str]) -> Tensor:
-        result: Tensor = self._model.encode_text(self._tokenizer(texts).to(self._device))  # type: ignore[operator]
-        return result
+    def _encode(self, texts: list[str]) -> list[Tensor]:
+        words = self._model.encode_text(self._tokenizer(texts).to(self._device))  # type: ignore[operator]
+        return [each.clone() for each in words]
 
     def _embed_images(self, images: Tensor) -> Tensor:
         images = images.to(self._device, torch.float32)

@@ -1,26 +1,31 @@
-"""Texts encoded once: negative prompts are always the same, and prompts are tried with other seeds."""
+"""Texts encoded once: negative prompts are always the same, and prompts come back, with other seeds after a rejection,
+and from more than one validator."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
 
-from torch import Tensor
+V = TypeVar("V")
 
-KEPT = 64
+KEPT = 32  # of 2 MB each, on a GPU, for T5 at full size
 
 
-class TextCache:
-    """What `encode` makes of texts, (T, ...) of a list of T; of the latest 64."""
+class TextCache(Generic[V]):
+    """What `encode` makes of texts, one for each of a list; of the latest 32.
 
-    def __init__(self, encode: Callable[[list[str]], Tensor]) -> None:
+    Each must have its own memory: a view would keep that of all that were encoded with it.
+    """
+
+    def __init__(self, encode: Callable[[list[str]], Iterable[V]]) -> None:
         self._encode = encode
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[str, V] = {}
 
-    def read(self, texts: Sequence[str]) -> list[Tensor]:
-        """(...) of each; those that are new are encoded together, in the time of one."""
+    def read(self, texts: Sequence[str]) -> list[V]:
+        """Of each; those that are new are encoded together, in the time of one."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            self._known |= zip(new, (each.clone() for each in self._encode(new)), strict=True)
+            self._known |= zip(new, self._encode(new), strict=True)
         for text in texts:
             self._known[text] = self._known.pop(text)  # the last one used stands at the end
         found = [self._known[text] for text in texts]

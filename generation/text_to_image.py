@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from transformers import T5EncoderModel
 
 from generation.dreamgaussian.guidance.compiled import compile_autoencoder
 from generation.settings import TextToImageModel
+from generation.text_cache import TextCache
 from generation.weights.quantise import quantise_linears
 from generation.weights.resting import Resting
 from generation.weights.strict import load_model
-
-#: prompts whose embeddings are kept, 2 MB each in 16 bits with 256 tokens
-_KEPT_PROMPTS = 32
 
 
 class TextToImage:
@@ -28,8 +25,7 @@ class TextToImage:
         self._pipe = pipe
         self._options = options
         self._device = device
-        #: of T5 and of CLIP, on the device, the latest asked for last
-        self._embeddings: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._texts = TextCache(self._encode)
         #: T5, where it is on the device only while it encodes prompts that are not known
         self._resting = Resting(pipe.text_encoder_2, device) if options.t5_rests_on == "cpu" else None
 
@@ -94,23 +90,13 @@ class TextToImage:
         return list(images.float().clamp(0, 1))
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width). Known prompts are not encoded again.
-
-        Prompts come back: with other seeds after a rejection, and from more than one validator.
-        """
-        known = self._embeddings
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        if unknown:
-            with self._resting.awake() if self._resting else nullcontext():
-                words, pooled, _ = self._pipe.encode_prompt(
-                    unknown, None, self._device, max_sequence_length=self._options.max_sequence_length
-                )
-            for prompt, of_t5, of_clip in zip(unknown, words, pooled, strict=True):
-                known[prompt] = of_t5.clone(), of_clip.clone()  # alone, not as a part of what all of them were
-        for prompt in prompts:
-            known.move_to_end(prompt)
-        found = [known[prompt] for prompt in prompts]
-        while len(known) > _KEPT_PROMPTS:
-            known.popitem(last=False)
-        words, pooled = (torch.stack(each) for each in zip(*found, strict=True))
+        """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width), on the device."""
+        words, pooled = (torch.stack(each) for each in zip(*self._texts.read(prompts), strict=True))
         return words, pooled
+
+    def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor]]:
+        with self._resting.awake() if self._resting else nullcontext():
+            words, pooled, _ = self._pipe.encode_prompt(
+                prompts, None, self._device, max_sequence_length=self._options.max_sequence_length
+            )
+        return [(of_t5.clone(), of_clip.clone()) for of_t5, of_clip in zip(words, pooled, strict=True)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from generation import text_to_image
+from generation import text_cache
 from generation.settings import PROFILES, Models
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
@@ -47,7 +47,7 @@ def test_an_image_does_not_depend_on_the_others(model):
 
 
 def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
-    monkeypatch.setattr(text_to_image, "_KEPT_PROMPTS", 2)
+    monkeypatch.setattr(text_cache, "KEPT", 2)
     model = load(mini_models)
     encoded = []
     encode = model._pipe.encode_prompt

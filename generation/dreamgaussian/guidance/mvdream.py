@@ -66,7 +66,7 @@ class MVDream(Distillation):
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
         return torch.stack(self._texts.read([negative_prompt, prompt]))
 
-    def _encode_texts(self, texts: list[str]) -> Tensor:
+    def _encode_texts(self, texts: list[str]) -> list[Tensor]:
         ids = self._tokenizer(
             texts,
             padding="max_length",
@@ -74,8 +74,8 @@ class MVDream(Distillation):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states: Tensor = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
-        return states
+        states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+        return [each.clone() for each in states]
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")

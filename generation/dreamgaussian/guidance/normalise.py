@@ -48,12 +48,13 @@ class Statistics(NamedTuple):
 def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
     """The statistics of x (N, C, H, W) + `added` (C,), which so costs no pass of its own."""
     _, c, pixels = _sizes(x)
-    sums, result = sums_over(x, norm.groups), new_statistics(x)
+    sums, statistics = sums_over(x, norm.groups), new_statistics(x)
     _measure[sums.grid](
-        *(x, *sums.places, norm.weight, norm.bias, norm.weight if added is None else added, *result),
-        *(pixels, c, norm.groups, norm.eps), ADDED=added is not None, STAGES=STAGES, **sums.sizes,
+        *(x, x, norm.bias, x, *sums.places, norm.weight, norm.bias, norm.bias if added is None else added),
+        *(*statistics, pixels, c, norm.groups, norm.eps),
+        SUM=False, ADDED=added is not None, STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
-    return result
+    return statistics
 
 
 def normalise(x: Tensor, statistics: Statistics) -> Tensor:
@@ -98,9 +99,10 @@ def add_and_measure(x: Tensor, y: Tensor, bias: Tensor, norm: Norm) -> tuple[Ten
     """x + y + bias as `add` has it, and its statistics."""
     _, c, pixels = _sizes(x)
     result, sums, statistics = torch.empty_like(x), sums_over(x, norm.groups), new_statistics(x)
-    _add_and_measure[sums.grid](
-        *(x, y, bias, result, *sums.places, norm.weight, norm.bias, *statistics),
-        *(pixels, c, norm.groups, norm.eps), STAGES=STAGES // 2, **sums.sizes,
+    _measure[sums.grid](
+        *(x, y, bias, result, *sums.places, norm.weight, norm.bias, norm.bias),
+        *(*statistics, pixels, c, norm.groups, norm.eps),
+        SUM=True, ADDED=False, STAGES=STAGES // 2, **sums.sizes,
     )  # fmt: skip
     return result, statistics
 
@@ -243,38 +245,13 @@ def finish_statistics(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
-    x, partial, counters, weight, bias, added, scale, shift, inverse, offset,
+    x, y, bias_of_sum, result, partial, counters, weight, bias, added, scale, shift, inverse, offset,
     pixels, c, groups, eps,
-    ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    SUM: tl.constexpr, ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(2).to(tl.int64)
-    begin = tl.program_id(0) * BLOCKS * PIXELS
-    x += n * pixels * c
-    partial += n * CHUNKS * 2 * c
-    values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
-    squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
-        each = tl.load(x + places, exist, 0.0).to(tl.float32)
-        values += each
-        squares += each * each
-    store_sums(partial, values, squares, c, CHANNELS)
-    finish_statistics(
-        partial, counters, weight, bias, added, scale, shift, inverse, offset,
-        pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
-    )  # fmt: skip
-
-
-@triton.jit
-def _add_and_measure(  # type: ignore[no-untyped-def]
-    x, y, bias_of_sum, result, partial, counters, weight, bias, scale, shift, inverse, offset,
-    pixels, c, groups, eps,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    """Of x, or of x + y + `bias_of_sum`, which becomes the result."""
     n = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCKS * PIXELS
     x += n * pixels * c
@@ -283,20 +260,22 @@ def _add_and_measure(  # type: ignore[no-untyped-def]
     partial += n * CHUNKS * 2 * c
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     more = tl.load(bias_of_sum + channels, channels < c, 0.0).to(tl.float32)[None, :]
-    values = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
-        total = tl.load(x + places, exist, 0.0).to(tl.float32) + tl.load(y + places, exist, 0.0).to(tl.float32) + more
-        stored = total.to(result.dtype.element_ty)
-        tl.store(result + places, stored, exist)
-        each = tl.where(exist, stored.to(tl.float32), 0.0)  # as it will be read
+        each = tl.load(x + places, exist, 0.0).to(tl.float32)
+        if SUM:
+            total = each + tl.load(y + places, exist, 0.0).to(tl.float32) + more
+            stored = total.to(result.dtype.element_ty)
+            tl.store(result + places, stored, exist)
+            each = tl.where(exist, stored.to(tl.float32), 0.0)  # as it will be read
         values += each
         squares += each * each
     store_sums(partial, values, squares, c, CHANNELS)
     finish_statistics(
-        partial, counters, weight, bias, weight, scale, shift, inverse, offset,
-        pixels, c, groups, eps, False, GROUPS, EACH, CHUNKS, AT_ONCE,
+        partial, counters, weight, bias, added, scale, shift, inverse, offset,
+        pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
     )  # fmt: skip
 
 
