@@ -11,12 +11,13 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from generation.dreamgaussian.guidance.first_convolution import columns_of, convolve, gradient_by_image
 from generation.dreamgaussian.guidance.fused import fuse
 from generation.dreamgaussian.guidance.group_norm_kernel import back_at_once, normalise_at_once, there_at_once
 from generation.dreamgaussian.guidance.normalise import Norm, add, add_and_measure, measure, normalise, normalise_back
+from generation.dreamgaussian.guidance.unet import compile_unet
 
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 
@@ -82,6 +83,25 @@ def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch
         close(f"{shape} in {groups} groups at once, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
+def check_joined(shape: tuple[int, int, int, int], more: int, groups: int, dtype: torch.dtype) -> None:
+    """Two images as if they were one, without and with SiLU."""
+    n, c, height, width = shape
+    x, beside = (
+        (2 * random(n, channels, height, width) + random(n, channels, 1, 1)).to(dtype) for channels in (c, more)
+    )
+    joined = torch.cat([x, beside], 1).double()
+    x, beside = (each.contiguous(memory_format=torch.channels_last) for each in (x, beside))
+    norm = Norm((1 + random(c + more)).to(dtype), random(c + more).to(dtype), groups, 1e-5)
+    for added, silu in ((random(n, c + more).to(dtype), True), (random(c + more).to(dtype), False)):
+        expected = F.group_norm(
+            joined + added.double()[..., None, None], groups, norm.weight.double(), norm.bias.double(), norm.eps
+        )
+        expected = F.silu(expected) if silu else expected
+        ours = normalise(x, measure(x, norm, added, beside), silu, beside)
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-3
+        close(f"{shape} and {more} channels beside it in {groups} groups, {dtype}", ours, expected, tolerance)
+
+
 def check_first_convolution(shape: tuple[int, int, int, int], outputs: int, dtype: torch.dtype) -> None:
     n, channels, height, width = shape
     weight, image = random(outputs, channels, 3, 3).to(dtype), random(*shape).to(dtype)
@@ -123,6 +143,24 @@ def check_autoencoder() -> None:
         close(f"autoencoder, {name}", ours, theirs, 1e-4)
 
 
+def check_unet() -> None:
+    """On a GPU: what is compiled at full size runs as it is here."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    unet = roughened(unet).to(DEVICE).requires_grad_(False)
+    latents, steps, text = random(4, 4, 40, 40), torch.full((4,), 3, device=DEVICE), random(4, 7, 32)
+    before = unet(latents, steps, text).sample
+    compile_unet(unet.to(memory_format=torch.channels_last))
+    with torch.compiler.set_stance("force_eager"):
+        close("UNet", unet(latents, steps, text).sample, before, 1e-3)
+
+
 def roughened(model: torch.nn.Module) -> torch.nn.Module:
     """No bias is zero, no scale is one."""
     for parameter in model.parameters():
@@ -140,6 +178,8 @@ def main() -> None:
     check_group_norm((3, 20, 9, 7), 4, torch.float32)
     check_group_norm((2, 160, 16, 16), 16, half)  # four groups of a program, in lanes for more channels than they have
     check_group_norm((1, 300, 5, 4), 1, half)  # a group wider than a program should be
+    check_joined((2, 128, 9, 20), 40, 12, torch.float32)  # groups across both, several chunks
+    check_joined((3, 64, 5, 7), 64, 32, half)
     check_first_convolution((2, 3, 12, 10), 16, torch.float32)
     check_first_convolution((1, 4, 9, 24), 72, half)  # outputs for two programs
     check_autoencoder()
@@ -148,6 +188,9 @@ def main() -> None:
             check_kernels(shape, 32, shape[0] > 4, half)
         for shape in ((32, 320, 32, 32), (32, 960, 32, 32), (8, 1920, 16, 16), (8, 2560, 8, 8), (32, 1280, 4, 4)):
             check_group_norm(shape, 32, half)
+        check_joined((32, 640, 32, 32), 320, 32, half)
+        check_joined((8, 1280, 8, 8), 1280, 32, half)
+        check_unet()
         check_first_convolution((16, 3, 256, 256), 128, half)
 
 

@@ -13,7 +13,7 @@ from generation.dreamgaussian import MVDream, Zero123
 from generation.dreamgaussian.guidance.captured import COMPILED_SIZES, Captured, pieces
 from generation.dreamgaussian.guidance.compiled import ChannelwiseGroupNorm, Upsampling, compile_autoencoder
 from generation.dreamgaussian.guidance.distillation import with_gradient
-from generation.dreamgaussian.guidance.group_norm import SmallGroupNorm, group_norm
+from generation.dreamgaussian.guidance.group_norm import ImageNorm, group_norm
 from generation.dreamgaussian.guidance.unet import compile_unet
 from generation.splats.cameras import orbit
 
@@ -37,19 +37,21 @@ def test_normalisation_from_channels_is_group_normalisation(shape):
 
 
 @torch.no_grad()
-def test_normalisation_of_small_images_is_group_normalisation():
+def test_normalisation_of_images_is_group_normalisation():
     torch.manual_seed(0)
     plain = torch.nn.GroupNorm(4, 12)
     torch.nn.init.normal_(plain.weight)
     torch.nn.init.normal_(plain.bias)
     x, added = (torch.randn(3, 12, 5, 7) * 3 + 2).contiguous(memory_format=torch.channels_last), torch.randn(3, 12)
-    assert torch.allclose(SmallGroupNorm(plain)(x), plain(x), atol=1e-5)
-    assert torch.allclose(SmallGroupNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
+    assert torch.allclose(ImageNorm(plain)(x), plain(x), atol=1e-5)
+    assert torch.allclose(ImageNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
     expected = torch.nn.functional.silu(plain(x + added[:, :, None, None]))
-    assert torch.allclose(SmallGroupNorm(plain, silu=True)(x, added), expected, atol=1e-5)
-    torch.library.opcheck(
-        group_norm, (x, added, plain.weight, plain.bias, 4, 1e-5, True), test_utils=("test_schema", "test_faketensor")
-    )
+    assert torch.allclose(ImageNorm(plain, silu=True)(x, added), expected, atol=1e-5)
+    first, beside = x.split([4, 8], 1)
+    assert torch.allclose(ImageNorm(plain)(first, added, beside), plain(x + added[:, :, None, None]), atol=1e-5)
+    for images in ((x, None), (first, beside)):
+        given = (*images, added, plain.weight, plain.bias, 4, 1e-5, True)
+        torch.library.opcheck(group_norm, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
-"""Group normalisation of small channels-last images in one kernel, as a PyTorch operator that a compiler leaves whole.
+"""Group normalisation of channels-last images in few kernels, as a PyTorch operator that a compiler leaves whole.
 
-Where no gradient is wanted: a UNet's images, of 32 by 32 pixels at most, of which a program of the GPU can go through
-some groups twice without them leaving its cache.
+Where no gradient is wanted: for a UNet, which also normalises two images as if they were one, joined by channels.
 """
 
 from __future__ import annotations
@@ -10,33 +9,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: pixels of an image up to which one kernel is faster than two, which read it twice but in order
+ONE_KERNEL = 256
+
 
 @torch.library.custom_op("guidance::group_norm", mutates_args=(), device_types="cpu")
 def group_norm(
-    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor,
+    beside: Tensor | None,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
 ) -> Tensor:
-    """Of x (N, C, H, W), channels last, + `added` (N, C) or (C,); with SiLU after it, if asked."""
-    shifted = x if added is None else x + added[..., None, None]
+    """Of x (N, C, H, W), channels last, + `added` (N, C) or (C,); with SiLU after it, if asked.
+
+    Where there is an image `beside` x, its channels follow those of x, and C counts both.
+    """
+    joined = x if beside is None else torch.cat([x, beside], 1)
+    shifted = joined if added is None else joined + added[..., None, None]
     result = F.group_norm(shifted, groups, weight, bias, eps)
     return (F.silu(result) if silu else result).contiguous(memory_format=torch.channels_last)
 
 
 @group_norm.register_kernel("cuda")
-def _(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+def _(
+    x: Tensor,
+    beside: Tensor | None,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
     # Triton comes with torch for GPUs
+    from generation.dreamgaussian.guidance import normalise
     from generation.dreamgaussian.guidance.group_norm_kernel import normalise_at_once
-    from generation.dreamgaussian.guidance.normalise import Norm
 
+    norm = normalise.Norm(weight, bias, groups, eps)
+    if beside is not None and x.shape[1] % normalise.CHANNELS:
+        x, beside = torch.cat([x, beside], 1), None
     x = x.contiguous(memory_format=torch.channels_last)
-    return normalise_at_once(x, Norm(weight, bias, groups, eps), added, silu)
+    if beside is None and x.shape[2] * x.shape[3] <= ONE_KERNEL:
+        return normalise_at_once(x, norm, added, silu)
+    beside = None if beside is None else beside.contiguous(memory_format=torch.channels_last)
+    return normalise.normalise(x, normalise.measure(x, norm, added, beside), silu, beside)
 
 
 @group_norm.register_fake
-def _(x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+def _(
+    x: Tensor,
+    beside: Tensor | None,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    n, _, height, width = x.shape
+    return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
-class SmallGroupNorm(nn.Module):
+class ImageNorm(nn.Module):
     """In place of `plain`, followed by SiLU if asked."""
 
     def __init__(self, plain: nn.GroupNorm, silu: bool = False) -> None:
@@ -44,6 +82,6 @@ class SmallGroupNorm(nn.Module):
         self.weight, self.bias, self.groups, self.eps = plain.weight, plain.bias, plain.num_groups, plain.eps
         self.silu = silu
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        result: Tensor = group_norm(x, added, self.weight, self.bias, self.groups, self.eps, self.silu)
+    def forward(self, x: Tensor, added: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        result: Tensor = group_norm(x, beside, added, self.weight, self.bias, self.groups, self.eps, self.silu)
         return result

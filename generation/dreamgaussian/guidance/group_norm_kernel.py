@@ -21,6 +21,7 @@ VECTOR = 8  # channels that are read at once, where a program's groups begin and
 VALUES = 8192  # of a block; back half as many, or their registers would let one program run at a time
 STAGES = 3  # blocks that memory is asked for ahead; back, where there are two images, one less
 WARPS = 8
+TINY = 64  # pixels, of which half as many values and warps are enough
 SMALL = 1024  # pixels of an image, at most
 
 
@@ -73,7 +74,8 @@ def _programs(x: Tensor, norm: Norm, values: int, stages: int) -> tuple[tuple[in
     each = c // norm.groups
     mine = groups_of_a_program(n, norm.groups, each)
     lanes = triton.next_power_of_2(mine * each)
-    rows = min(triton.next_power_of_2(height * width), max(1, values // lanes))
+    parts = 2 if height * width <= TINY else 1
+    rows = min(triton.next_power_of_2(height * width), max(1, values // parts // lanes))
     sizes = {
         "GROUPS": mine,
         "EACH": each,
@@ -82,7 +84,7 @@ def _programs(x: Tensor, norm: Norm, values: int, stages: int) -> tuple[tuple[in
         "ROWS": rows,
         "BLOCKS": triton.cdiv(height * width, rows),
         "STAGES": stages,
-        "num_warps": WARPS,
+        "num_warps": WARPS // parts,
     }
     return (norm.groups // mine, n), sizes
 

@@ -45,24 +45,33 @@ class Statistics(NamedTuple):
     offset: Tensor
 
 
-def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
-    """The statistics of x (N, C, H, W) + `added` (C,), which so costs no pass of its own."""
-    _, c, pixels = _sizes(x)
-    sums, statistics = sums_over(x, norm.groups), new_statistics(x)
+def measure(x: Tensor, norm: Norm, added: Tensor | None = None, beside: Tensor | None = None) -> Statistics:
+    """The statistics of x (N, C, H, W) + `added` (C,) or (N, C), which so costs no pass of its own.
+
+    Where there is an image `beside` x, C counts its channels, too: they follow those of x, which are whole blocks.
+    """
+    _, width, pixels = _sizes(x)
+    sums, statistics = sums_over(x, norm.groups, beside), new_statistics(x, beside)
+    c = _channels(x, beside)
+    more = norm.bias if added is None else added
     _measure[sums.grid](
-        *(x, x, norm.bias, x, *sums.places, norm.weight, norm.bias, norm.bias if added is None else added),
-        *(*statistics, pixels, c, norm.groups, norm.eps),
-        SUM=False, ADDED=added is not None, STAGES=STAGES, **sums.sizes,
+        *(x, x if beside is None else beside, norm.bias, x, *sums.places, norm.weight, norm.bias, more),
+        *(*statistics, pixels, c, width, more.stride(0) if more.ndim == 2 else 0, norm.groups, norm.eps),
+        SUM=False, BESIDE=beside is not None, ADDED=added is not None, STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
     return statistics
 
 
-def normalise(x: Tensor, statistics: Statistics) -> Tensor:
-    """SiLU of the normalised x (N, C, H, W)."""
-    n, c, pixels = _sizes(x)
-    result = torch.empty_like(x)
+def normalise(x: Tensor, statistics: Statistics, silu: bool = True, beside: Tensor | None = None) -> Tensor:
+    """The normalised x (N, C, H, W), and SiLU of it if asked; of x and the image `beside` it, joined."""
+    n, width, pixels = _sizes(x)
+    c = _channels(x, beside)
+    result = x.new_empty(n, *x.shape[2:], c).permute(0, 3, 1, 2)
     grid = _grid(triton.cdiv(pixels, PIXELS), c, n)
-    _normalise[grid](x, result, statistics.scale, statistics.shift, pixels, c, **_BLOCK)
+    _normalise[grid](
+        *(x, x if beside is None else beside, result, statistics.scale, statistics.shift, pixels, c, width),
+        BESIDE=beside is not None, SILU=silu, **_BLOCK,
+    )  # fmt: skip
     return result
 
 
@@ -101,8 +110,8 @@ def add_and_measure(x: Tensor, y: Tensor, bias: Tensor, norm: Norm) -> tuple[Ten
     result, sums, statistics = torch.empty_like(x), sums_over(x, norm.groups), new_statistics(x)
     _measure[sums.grid](
         *(x, y, bias, result, *sums.places, norm.weight, norm.bias, norm.bias),
-        *(*statistics, pixels, c, norm.groups, norm.eps),
-        SUM=True, ADDED=False, STAGES=STAGES // 2, **sums.sizes,
+        *(*statistics, pixels, c, c, 0, norm.groups, norm.eps),
+        SUM=True, BESIDE=False, ADDED=False, STAGES=STAGES // 2, **sums.sizes,
     )  # fmt: skip
     return result, statistics
 
@@ -115,15 +124,16 @@ class Sums(NamedTuple):
     sizes: dict[str, int]
 
 
-def sums_over(x: Tensor, groups: int) -> Sums:
-    n, c, pixels = _sizes(x)
+def sums_over(x: Tensor, groups: int, beside: Tensor | None = None) -> Sums:
+    n, _, pixels = _sizes(x)
+    c = _channels(x, beside)
     chunks, blocks = _chunks(n, c, pixels)
     places = x.new_empty(n, chunks, 2, c, dtype=torch.float32), _counters(x)
     return Sums(_grid(chunks, c, n), places, {"BLOCKS": blocks, **_finishing(c, groups, chunks), **_BLOCK})
 
 
-def new_statistics(x: Tensor) -> Statistics:
-    return Statistics(*x.new_empty(4, *x.shape[:2], dtype=torch.float32))
+def new_statistics(x: Tensor, beside: Tensor | None = None) -> Statistics:
+    return Statistics(*x.new_empty(4, len(x), _channels(x, beside), dtype=torch.float32))
 
 
 _BLOCK = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
@@ -137,6 +147,16 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     if not x.is_contiguous(memory_format=torch.channels_last) or n > _MAX_SAMPLES:
         raise ValueError(f"{tuple(x.shape)} with strides {x.stride()}: expected channels last, {_MAX_SAMPLES} samples")
     return n, c, h * w
+
+
+def _channels(x: Tensor, beside: Tensor | None) -> int:
+    """Of both. Raises ValueError when they can not be read as one image."""
+    if beside is None:
+        return x.shape[1]
+    n, c, pixels = _sizes(beside)
+    if (n, pixels) != _sizes(x)[::2] or x.shape[1] % CHANNELS or x.dtype != beside.dtype:
+        raise ValueError(f"{tuple(x.shape)} {x.dtype} beside {tuple(beside.shape)} {beside.dtype}")
+    return x.shape[1] + c
 
 
 def _grid(blocks: int, c: int, n: int) -> tuple[int, int, int]:
@@ -170,12 +190,27 @@ def _finishing(c: int, groups: int, chunks: int) -> dict[str, int]:
 
 
 @triton.jit
-def _block(pixel, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places of a block of pixels and channels in a sample's memory, which of them exist, and the channels."""
+def _block(pixel, pixels, row, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Places of a block of pixels and channels in a sample's memory, where a pixel has `row` values, which of them
+    exist, and the channels."""
     rows = pixel + tl.arange(0, PIXELS)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exist = (rows < pixels)[:, None] & (channels < c)[None, :]
-    return rows[:, None] * c + channels[None, :], exist, channels
+    return rows[:, None] * row + channels[None, :], exist, channels
+
+
+@triton.jit
+def _source(x, beside, n, pixels, c, width, BESIDE: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where sample n's first channel would be among those that this program reads, and how many a pixel has there: of x
+    alone, or of x of `width` channels and of the image whose channels follow."""
+    if BESIDE:
+        of_x = tl.program_id(1) * CHANNELS < width
+        row = tl.where(of_x, width, c - width)
+        memory = tl.where(of_x, x, beside - width)
+    else:
+        row = c
+        memory = x
+    return memory + n * pixels * row, row
 
 
 @triton.jit
@@ -246,15 +281,15 @@ def finish_statistics(  # type: ignore[no-untyped-def]
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
     x, y, bias_of_sum, result, partial, counters, weight, bias, added, scale, shift, inverse, offset,
-    pixels, c, groups, eps,
-    SUM: tl.constexpr, ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    pixels, c, width, added_stride, groups, eps,
+    SUM: tl.constexpr, BESIDE: tl.constexpr, ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of x, or of x + y + `bias_of_sum`, which becomes the result."""
+    """Of x, of x and y BESIDE it, or of x + y + `bias_of_sum`, which becomes the result."""
     n = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCKS * PIXELS
-    x += n * pixels * c
+    x, row = _source(x, y, n, pixels, c, width, BESIDE, CHANNELS)
     y += n * pixels * c
     result += n * pixels * c
     partial += n * CHUNKS * 2 * c
@@ -263,7 +298,7 @@ def _measure(  # type: ignore[no-untyped-def]
     values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
+        places, exist, _ = _block(begin + block * PIXELS, pixels, row, c, PIXELS, CHANNELS)
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
         if SUM:
             total = each + tl.load(y + places, exist, 0.0).to(tl.float32) + more
@@ -274,21 +309,26 @@ def _measure(  # type: ignore[no-untyped-def]
         squares += each * each
     store_sums(partial, values, squares, c, CHANNELS)
     finish_statistics(
-        partial, counters, weight, bias, added, scale, shift, inverse, offset,
+        partial, counters, weight, bias, added + n * added_stride, scale, shift, inverse, offset,
         pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit
 def _normalise(  # type: ignore[no-untyped-def]
-    x, result, scale, shift, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+    x, beside, result, scale, shift, pixels, c, width,
+    BESIDE: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    x, row = _source(x, beside, n, pixels, c, width, BESIDE, CHANNELS)
+    sources, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, row, c, PIXELS, CHANNELS)
+    places, _, _ = _block(tl.program_id(0) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
-    z = tl.load(x + n * pixels * c + places, exist, 0.0).to(tl.float32) * a + b
-    tl.store(result + n * pixels * c + places, (z * tl.sigmoid(z)).to(result.dtype.element_ty), exist)
+    z = tl.load(x + sources, exist, 0.0).to(tl.float32) * a + b
+    if SILU:
+        z = z * tl.sigmoid(z)
+    tl.store(result + n * pixels * c + places, z.to(result.dtype.element_ty), exist)
 
 
 @triton.jit
@@ -318,7 +358,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
     gradients = tl.zeros((PIXELS, CHANNELS), tl.float32)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, c, PIXELS, CHANNELS)
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
         inner = before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
@@ -342,7 +382,7 @@ def _normalise_back(  # type: ignore[no-untyped-def]
     AROUND: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
     places += n * pixels * c
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
@@ -360,7 +400,7 @@ def _normalise_back(  # type: ignore[no-untyped-def]
 def _add(  # type: ignore[no-untyped-def]
     x, y, bias, result, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    places, exist, channels = _block(tl.program_id(0).to(tl.int64) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    places, exist, channels = _block(tl.program_id(0).to(tl.int64) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
     each = tl.load(bias + channels, channels < c, 0.0).to(tl.float32)[None, :]
     total = tl.load(x + places, exist, 0.0).to(tl.float32) + tl.load(y + places, exist, 0.0).to(tl.float32) + each
     tl.store(result + places, total.to(result.dtype.element_ty), exist)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from generation.dreamgaussian.guidance.compiled import compile_parts
-from generation.dreamgaussian.guidance.group_norm import SmallGroupNorm
+from generation.dreamgaussian.guidance.group_norm import ImageNorm
 from generation.dreamgaussian.guidance.multiview import MultiViewAttention
 from generation.dreamgaussian.guidance.shared_start import OnceAttention
 
@@ -28,12 +31,15 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
                 blocks.append(ResidualBlock(child))
                 setattr(module, name, blocks[-1])
             elif isinstance(child, nn.GroupNorm) and isinstance(module, Transformer2DModel):
-                setattr(module, name, SmallGroupNorm(child))
+                setattr(module, name, ImageNorm(child))
     if blocks:
         unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
     _take_biases_of_upsampling(unet)
+    for i, level in enumerate(unet.up_blocks):
+        if type(level) in (UpBlock2D, CrossAttnUpBlock2D) and all(isinstance(r, ResidualBlock) for r in level.resnets):
+            unet.up_blocks[i] = UpLevel(level)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
-        unet.conv_norm_out, unet.conv_act = SmallGroupNorm(unet.conv_norm_out, silu=True), nn.Identity()
+        unet.conv_norm_out, unet.conv_act = ImageNorm(unet.conv_norm_out, silu=True), nn.Identity()
     for module in unet.modules():
         if isinstance(module, Transformer2DModel):
             module.register_forward_hook(_keep_channels_last)
@@ -50,7 +56,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, plain: ResnetBlock2D) -> None:
         super().__init__()
-        self.norms = nn.ModuleList([SmallGroupNorm(plain.norm1, silu=True), SmallGroupNorm(plain.norm2, silu=True)])
+        self.norms = nn.ModuleList([ImageNorm(plain.norm1, silu=True), ImageNorm(plain.norm2, silu=True)])
         self.convolutions = nn.ModuleList([plain.conv1, plain.conv2])
         self.shortcut = plain.conv_shortcut
         self.projection = plain.time_emb_proj.weight.detach()
@@ -70,16 +76,58 @@ class ResidualBlock(nn.Module):
         around = self.bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ self.bias
         self.last = self.last + around
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Of x, or of x and the image `beside` it, whose channels follow."""
         first, second = self.convolutions
-        middle = first(self.norms[0](x, self.bias))
+        middle = first(self.norms[0](x, self.bias, beside))
         result = second(self.norms[1](middle, self.time[: len(x)]))  # all, or the first half where both are alike
-        around = x if self.shortcut is None else self.shortcut(x)
+        around = self._around(x, beside)
         if not x.is_cuda:
             return around + result + self.last.view(1, -1, 1, 1)
         from generation.dreamgaussian.guidance.normalise import add  # Triton comes with torch for GPUs
 
         return add(result, around.contiguous(memory_format=torch.channels_last), self.last)
+
+    def _around(self, x: Tensor, beside: Tensor | None) -> Tensor:
+        if beside is None or self.shortcut is None:
+            x = x if beside is None else torch.cat([x, beside], 1)
+            return x if self.shortcut is None else self.shortcut(x)
+        of_x, of_beside = self.shortcut.weight[:, :, 0, 0].t().split([x.shape[1], beside.shape[1]])
+        n, _, height, width = x.shape
+        rows = _pixels(x) @ of_x
+        return rows.addmm_(_pixels(beside), of_beside).view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Of x (N, C, H, W) as rows (N * H * W, C), without a copy where channels are last."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+class UpLevel(nn.Module):
+    """In place of diffusers' up blocks, which join the image and what is beside it: here residual blocks take both."""
+
+    def __init__(self, plain: UpBlock2D | CrossAttnUpBlock2D) -> None:
+        super().__init__()
+        self.resnets, self.upsamplers = plain.resnets, plain.upsamplers
+        self.attentions = getattr(plain, "attentions", None)
+        self.has_cross_attention = self.attentions is not None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor,
+        upsample_size: int | None = None,
+        **of_attention: Any,
+    ) -> Tensor:
+        x = hidden_states
+        for i, (block, beside) in enumerate(zip(self.resnets, reversed(res_hidden_states_tuple), strict=True)):
+            x = block(x, temb, beside)
+            if self.attentions is not None:
+                (x,) = self.attentions[i](x, **of_attention, return_dict=False)
+        for upsampler in self.upsamplers or []:
+            x = upsampler(x, upsample_size)
+        return x
 
 
 class TimeProjections(nn.Module):
