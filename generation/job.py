@@ -26,6 +26,7 @@ class Job:
     report: Report
     image: Tensor | None = None  # (3, H, W) in 0..1
     cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
+    sketch: Any = None  # of the scene, until it starts
     scene: Any = None
     scene_began: float = 0.0  # on time.perf_counter()
     alone: bool = False  # a step together with others failed: whose fault it was is unknown

@@ -158,7 +158,7 @@ class Pipeline:
                 raise outcome
 
     def _warm_up_batches(self) -> None:
-        """Each number of pictures that may come at once: an algorithm is chosen for one size of a batch."""
+        """Each number of pictures and texts that may come at once: algorithms are chosen for one size of a batch."""
         for stage, work in (("background", self._background.warm_up), ("self_check", self._self_check.warm_up)):
 
             def each(batch: list[int], work: Callable[[int], None] = work) -> list[int]:
@@ -167,6 +167,10 @@ class Pipeline:
 
             for count in range(self.limit.most, 0, -1):
                 in_batches(self._stage_limits[stage], list(range(count)), each)
+        for count in range(1, self.limit.most + 1):
+            texts = [f"{number} of {count}" for number in range(count)]
+            self._dreamgaussian.read(texts)
+            self._self_check.read(texts)
 
     def begin(
         self,
@@ -190,8 +194,10 @@ class Pipeline:
         fresh = [job for job in running if job.scene is None]
         for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
-        # Texts are read where the CPU would only wait: while the GPU draws, and while it works on the first iteration.
+        # Where the CPU would only wait, while the GPU draws and while it works on the first iteration, it does what it
+        # can for later: texts are read, and scenes begun as far as they do not depend on the picture.
         self._read(self._dreamgaussian.read, fresh)
+        self._sketch(fresh)
         for job, cutout in self._run("background", [job for job in fresh if job.cutout is None], self._cut_out):
             if isinstance(cutout, Tensor):
                 job.cutout = cutout
@@ -310,10 +316,19 @@ class Pipeline:
             with suppress(Exception):  # whose fault it was is unknown: each reads its own when it is needed
                 read(texts)
 
+    def _sketch(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.outcome is None and job.sketch is None:
+                with suppress(Exception):  # it fails again when the scene starts, and is told then
+                    job.sketch = self._dreamgaussian.sketch(_words(job), job.request.seed)
+
     def _begin_scenes(self, jobs: list[Job]) -> None:
         def begin(batch: list[Job]) -> list[Any]:
-            # An image prompt has no words: the reference view leads it, with Zero123 where the config has it.
-            return [self._dreamgaussian.start(job.cutout, job.request.prompt or "", job.request.seed) for job in batch]
+            scenes = []
+            for job in batch:
+                sketch, job.sketch = job.sketch, None  # it can be used once
+                scenes.append(self._dreamgaussian.start(job.cutout, _words(job), job.request.seed, sketch))
+            return scenes
 
         for job in jobs:
             job.scene_began = time.perf_counter()
@@ -385,6 +400,11 @@ class Pipeline:
             job.reject(f"CLIP score {shown:.2f} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+
+def _words(job: Job) -> str:
+    """An image prompt has none: the reference view leads it, with Zero123 where the config has it."""
+    return job.request.prompt or ""
 
 
 def _quiet_libraries() -> None:

@@ -23,6 +23,7 @@ from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.text_cache import TextCache
+from generation.transfer import send
 from generation.weights.registry import ClipUse, WeightsError
 
 # The validators' rules.
@@ -151,7 +152,7 @@ class SelfCheck:
         return [next(words) if isinstance(p, str) else self._embed_images(to_tensor(p)[None])[0] for p in prompts]
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
-        words = self._model.encode_text(self._tokenizer(texts).to(self._device))  # type: ignore[operator]
+        words = self._model.encode_text(send(self._tokenizer(texts), self._device))  # type: ignore[operator]
         return [each.clone() for each in words]
 
     def _embed_images(self, images: Tensor) -> Tensor:

@@ -289,6 +289,26 @@ def test_a_scene_is_the_same_alone_and_beside_another(init: str) -> None:
     assert together[0].shape != together[1].shape or not torch.allclose(together[0], together[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("init", ["ball", "views"])
+def test_a_scene_begun_before_its_picture_is_the_same(init: str) -> None:
+    dg = sculptor(init=init)
+    early = dg.start(cutout(), "a red square", 3, dg.sketch("a red square", 3))
+    while not early.done:
+        dg.step([early])
+    result = torch.cat([t.detach().flatten() for t in early.gaussians().tensors().values()])
+    assert torch.equal(result, run(dg, [3])[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
+    dg = DreamGaussian(NoGuidance(), options(init="ball"), "cuda", lambda images: images)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        dg.sketch("a red square", 0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("more", [{"init": "ball"}, {"init": "views"}, {"init": "ball", "render_size": 64}])
 def test_known_views_pull_as_the_loss_says(more: dict) -> None:
     dg = sculptor(lambda_reference=0.7, **more)

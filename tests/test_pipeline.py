@@ -2,6 +2,7 @@ import logging
 import sys
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +68,13 @@ class Sculptor:
         if any("unreadable" in prompt for prompt in prompts):
             raise ValueError("not words")
 
-    def start(self, cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
+    def sketch(self, prompt: str, seed: int) -> list[tuple[str, int]]:
+        return [(prompt, seed)]
+
+    def start(self, cutout: torch.Tensor, prompt: str, seed: int, sketch: list[tuple[str, int]] | None) -> Scene:
         assert cutout.shape == (4, 64, 64)
+        if sketch is not None:
+            assert sketch.pop() == (prompt, seed)  # can be used once
         if "unstartable" in prompt:
             raise RuntimeError("no clay")
         if "unreadable" in prompt:
@@ -195,12 +201,12 @@ class TestFullMemory:
         start, tries, others = sculptor.start, [], [ask("red", seed=seed) for seed in (1, 2)]
         finished = []
 
-        def full(cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
+        def full(cutout: torch.Tensor, prompt: str, *more: Any) -> Scene:
             if prompt == "red large":
                 tries.append(len(finished))
                 if len(finished) < len(others):
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            return start(cutout, prompt, seed)
+            return start(cutout, prompt, *more)
 
         monkeypatch.setattr(sculptor, "start", full)
         jobs = [pipeline.begin(request) for request in (others[0], ask("red large", seed=3), others[1])]
@@ -228,10 +234,10 @@ class TestFullMemory:
     def test_one_that_does_not_fit_by_itself_fails_alone(self, pipeline, sculptor, monkeypatch):
         start = sculptor.start
 
-        def full(cutout: torch.Tensor, prompt: str, seed: int) -> Scene:
+        def full(cutout: torch.Tensor, prompt: str, *more: Any) -> Scene:
             if "huge" in prompt:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return start(cutout, prompt, seed)
+            return start(cutout, prompt, *more)
 
         monkeypatch.setattr(sculptor, "start", full)
         huge, small = pipeline.generate([ask("red huge"), ask("red")])
@@ -273,7 +279,9 @@ class TestImagePrompts:
     def test_skip_text_to_image_and_guide_without_words(self, pipeline, sculptor, monkeypatch):
         prompts = []
         start = sculptor.start
-        monkeypatch.setattr(sculptor, "start", lambda c, prompt, s: prompts.append(prompt) or start(c, prompt, s))
+        monkeypatch.setattr(
+            sculptor, "start", lambda c, prompt, *more: prompts.append(prompt) or start(c, prompt, *more)
+        )
         picture = Image.new("RGB", (90, 60), "white")
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture)])
@@ -377,7 +385,9 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
             ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
         )
     ]
-    monkeypatch.setattr(sculptor, "start", lambda cutout, prompt, seed: Scene(torch.ones(4, 64, 64), prompt, seed, 5))
+    monkeypatch.setattr(
+        sculptor, "start", lambda cutout, prompt, seed, _: Scene(torch.ones(4, 64, 64), prompt, seed, 5)
+    )
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
     monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,13 @@ from torch import Tensor
 from generation.dreamgaussian.adam import step_together
 from generation.dreamgaussian.carve import carve
 from generation.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
-from generation.dreamgaussian.plan import draw_plan
-from generation.dreamgaussian.scene import Scene, Views
+from generation.dreamgaussian.plan import Plan, draw_plan
+from generation.dreamgaussian.scene import Scene, Views, advance
 from generation.settings import DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize_scenes
+from generation.transfer import send
 
 COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
 BALL_RADIUS = 0.5
@@ -31,6 +32,14 @@ SAMPLE_GUIDANCE = 3.0
 ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream's guidance alone
 
 RemoveBackground = Callable[[Tensor], Tensor]
+
+
+class Sketch(NamedTuple):
+    """What a scene begins with, whatever its picture shows."""
+
+    generator: torch.Generator
+    condition: Tensor | None  # of the guidance that knows words
+    ball: tuple[Gaussians, Plan] | None = None  # where the start does not depend on the picture
 
 
 class DreamGaussian:
@@ -64,37 +73,60 @@ class DreamGaussian:
         if self._guidance:
             self._guidance.read([*prompts, self._options.negative_prompt])
 
-    def start(self, cutout: Tensor, prompt: str, seed: int) -> Scene:
-        """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed."""
+    def sketch(self, prompt: str, seed: int) -> Sketch:
+        """For `start`, what can be done before there is a picture: while a GPU draws it, say. It is for one scene."""
         o = self._options
         generator = torch.Generator().manual_seed(seed)
+        condition = None
+        if self._guidance and (prompt or not self._image_guidance):
+            condition = self._guidance.prepare(prompt, o.negative_prompt)
+        if o.init == "views" and condition is not None:
+            return Sketch(generator, condition)
+        ball = self._ball(generator)
+        return Sketch(generator, condition, (ball, self._plan(self._reference().viewmats, generator)))
+
+    def start(self, cutout: Tensor, prompt: str, seed: int, sketch: Sketch | None = None) -> Scene:
+        """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed.
+
+        `sketch`: of the same prompt and seed, where it was made before.
+        """
+        o = self._options
+        generator, condition, ball = sketch or self.sketch(prompt, seed)
         cutout = cutout.to(self._device)
         colour, alpha = cutout[None, :3], cutout[None, 3:]
         known = Views(colour * alpha, alpha)
-        viewmats = orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size).viewmats
-        condition = image_condition = None
+        image_condition = None
         if self._image_guidance:
             image_condition = self._image_guidance.prepare(cutout, -o.elevation)
-        if self._guidance and (prompt or not self._image_guidance):
-            condition = self._guidance.prepare(prompt, o.negative_prompt)
-        gaussians = None
-        if o.init == "views" and condition is not None:
+        if ball is not None:
+            gaussians, plan = ball
+        else:
+            assert condition is not None
             # Where there are no words, the picture alone says what to draw.
             images, alphas, around = self._sample(condition, generator, reference=None if prompt else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
-            gaussians = carve(images, alphas, around, extent, o.num_pts, generator)
+            carved = carve(images, alphas, around, extent, o.num_pts, generator)
+            gaussians = self._ball(generator) if carved is None else self._with_harmonics(carved)
             sampled = Views(images * alphas, alphas).at(o.ref_size)
             known = Views(
                 torch.cat([known.premultiplied, sampled.premultiplied]), torch.cat([known.alpha, sampled.alpha])
             )
-            viewmats = torch.cat([viewmats, around.viewmats.cpu()])
-        if gaussians is None:
-            gaussians = self._ball(generator)
-        if o.sh_degree:
-            rest = gaussians.sh.new_zeros(len(gaussians), (o.sh_degree + 1) ** 2 - 1, 3)
-            gaussians.sh = torch.cat([gaussians.sh, rest], 1)
-        plan = draw_plan(o, viewmats, self._views, generator, self._device)
+            plan = self._plan(torch.cat([self._reference().viewmats, around.viewmats.cpu()]), generator)
         return Scene(gaussians, known, plan, condition, image_condition, o, generator)
+
+    def _reference(self) -> Cameras:
+        o = self._options
+        return orbit(-o.elevation, 0.0, o.radius, o.fovy, o.ref_size, o.ref_size)
+
+    def _plan(self, viewmats: Tensor, generator: torch.Generator) -> Plan:
+        return draw_plan(self._options, viewmats, self._views, generator, self._device)
+
+    def _with_harmonics(self, gaussians: Gaussians) -> Gaussians:
+        """All that the options ask for: those beyond a constant colour are zero."""
+        if degree := self._options.sh_degree:
+            rest = gaussians.sh.new_zeros(len(gaussians), (degree + 1) ** 2 - 1, 3)
+            gaussians.sh = torch.cat([gaussians.sh, rest], 1)
+        return gaussians
 
     def step(self, scenes: list[Scene]) -> None:
         """Advance every scene by one iteration, with one call of the guidance for all of them."""
@@ -103,8 +135,7 @@ class DreamGaussian:
         shown, gradients = _known_views_gradients(scenes, render())
         torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
         step_together([scene.optimiser() for scene in scenes])
-        for scene, seen in zip(scenes, render(), strict=True):
-            scene.advance(*seen.pull())
+        advance(scenes, [seen.pull() for seen in render()])
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:
         """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""
@@ -161,19 +192,19 @@ class DreamGaussian:
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
         """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
-        n = self._options.num_pts
+        n, device = self._options.num_pts, self._device
         direction = F.normalize(torch.randn(n, 3, generator=generator), dim=1)
         means = direction * BALL_RADIUS * torch.rand(n, 1, generator=generator) ** (1 / 3)
         colours = torch.rand(n, 3, generator=generator) / 255
         spacing = BALL_RADIUS * (4 * math.pi / 3 / n) ** (1 / 3)
-        gaussians = Gaussians(
-            means=means,
-            quats=torch.tensor([1.0, 0, 0, 0]).repeat(n, 1),
-            log_scales=torch.full((n, 3), math.log(spacing)),
-            logit_opacities=torch.full((n,), math.log(0.1 / 0.9)),
-            sh=(colours / SH_C0)[:, None],
+        ball = Gaussians(
+            means=send(means, device),
+            quats=F.pad(torch.ones(n, 1, device=device), (0, 3)),
+            log_scales=torch.full((n, 3), math.log(spacing), device=device),
+            logit_opacities=torch.full((n,), math.log(0.1 / 0.9), device=device),
+            sh=send((colours / SH_C0)[:, None], device),
         )
-        return gaussians.to(self._device)
+        return self._with_harmonics(ball)
 
 
 def _render(scenes: list[Scene]) -> list[_Render]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from generation.dreamgaussian.schedule import noise_level, render_size
 from generation.settings import DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
+from generation.transfer import send
 
 SAMPLED_AT_ONCE = 3  # of the sampled views, in each iteration
 CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
@@ -79,11 +80,11 @@ def draw_plan(
     intrinsics = {s: orbit(0.0, 0.0, o.radius, o.fovy, s, s).Ks.expand(viewmats.shape[1], 3, 3) for s in set(sizes)}
     return Plan(
         sizes=sizes,
-        viewmats=viewmats.to(device),
-        intrinsics={size: K.contiguous().to(device) for size, K in intrinsics.items()},
-        backgrounds=backgrounds.contiguous().to(device),
-        poses=novel.camera_to_world.view(o.iters, -1, 4, 4).to(device),
-        known=compared.to(device),
-        weights=weights.to(device),
-        noise_levels=levels.to(device),
+        viewmats=send(viewmats, device),
+        intrinsics={size: send(K.contiguous(), device) for size, K in intrinsics.items()},
+        backgrounds=send(backgrounds.contiguous(), device),
+        poses=send(novel.camera_to_world.view(o.iters, -1, 4, 4), device),
+        known=send(compared, device),
+        weights=send(weights, device),
+        noise_levels=send(levels, device),
     )

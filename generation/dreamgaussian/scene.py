@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from generation.dreamgaussian.plan import Plan
 from generation.dreamgaussian.schedule import position_lr
 from generation.settings import DreamGaussianOptions
-from generation.splats.densify import DensityControl
+from generation.splats.densify import DensityControl, densify
 from generation.splats.gaussians import Gaussians
 
 # DreamGaussian's constants of density control, which its configs do not name.
@@ -107,19 +108,26 @@ class Scene:
                 )
         return self._optimiser
 
-    def advance(self, means2d_grad: Tensor | None, radii: Tensor) -> None:
-        """End an iteration whose optimiser step is done: density control when it is due.
-
-        `means2d_grad` (C, N, 2) and `radii` (C, N) are of the renders that drive densification.
-        """
+    def _count(self, means2d_grad: Tensor | None, radii: Tensor) -> bool:
+        """See `advance`; whether the density is controlled in this iteration."""
         o = self._options
         size = self.plan.sizes[self.iteration]
         self.iteration += 1
         self._optimiser.zero_grad(set_to_none=True)
         if not o.density_start_iter <= self.iteration <= o.density_end_iter or means2d_grad is None:
-            return
+            return False
         self._density.accumulate(means2d_grad, radii, size, size)
-        if self.iteration % o.densification_interval == 0:
-            self._density.densify_and_prune()
-        if self.iteration % o.opacity_reset_interval == 0:
-            self._density.reset_opacity()
+        return True
+
+
+def advance(scenes: Sequence[Scene], pulls: Sequence[tuple[Tensor | None, Tensor]]) -> None:
+    """End an iteration whose optimiser step is done: density control where it is due.
+
+    Each scene's pull is that of the renders that drive densification: the gradient (C, N, 2) by projected centres, and
+    radii (C, N).
+    """
+    controlled = [scene for scene, pull in zip(scenes, pulls, strict=True) if scene._count(*pull)]
+    densify([s._density for s in controlled if s.iteration % s._options.densification_interval == 0])
+    for scene in controlled:
+        if scene.iteration % scene._options.opacity_reset_interval == 0:
+            scene._density.reset_opacity()

@@ -7,6 +7,7 @@ two. Those that are nearly transparent or too large are removed. The optimiser's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,33 @@ RESET_OPACITY = 0.01
 
 
 class Changes(NamedTuple):
-    """How many Gaussians one call of `densify_and_prune` touched; a split one counts once."""
+    """How many Gaussians one call of `densify` touched; a split one counts once."""
 
     cloned: int
     split: int
     pruned: int
+
+
+class Choice(NamedTuple):
+    """Which of N Gaussians are split, and which of them and then of their clones and second children remain (2 N)."""
+
+    split: Tensor
+    kept: Tensor
+    counts: Tensor  # (3,): of clones, of split Gaussians, of all that remain
+
+
+@torch.no_grad()
+def densify(controls: Sequence[DensityControl]) -> list[Changes]:
+    """Clone, split and remove by what each has accumulated since the last call, and start accumulating anew.
+
+    What stays comes first, in order, a split Gaussian's first child in its place; clones and second children follow.
+    How many there are is all that the host waits for, once for all.
+    """
+    if not controls:
+        return []
+    choices = [control._choose() for control in controls]
+    counts = torch.stack([choice.counts for choice in choices]).tolist()
+    return [control._change(choice, *each) for control, choice, each in zip(controls, choices, counts, strict=True)]
 
 
 class DensityControl:
@@ -38,8 +61,7 @@ class DensityControl:
     percent_dense: standard deviation, as a share of scene_extent, above which it is split and not cloned.
     scene_extent: world units.
     min_opacity: Gaussians under it are removed.
-    max_screen_size: those whose radius in pixels was ever above it since the last call are removed; None to keep them.
-        (DreamGaussian passes 1, yet its radii are always cleared before they are compared: None is what it does.)
+        (DreamGaussian names a largest radius in pixels, too, yet always clears its radii before it compares them.)
     max_gaussians: never more than this; where there is room for some alone, the most pulled go first.
     generator: draws the places of split Gaussians' children, so that equal seeds give equal results.
     """
@@ -55,7 +77,6 @@ class DensityControl:
         scene_extent: float,
         min_opacity: float,
         max_gaussians: int,
-        max_screen_size: float | None = None,
     ) -> None:
         self.gaussians = gaussians
         self.optimizer = optimizer
@@ -65,7 +86,6 @@ class DensityControl:
         self.scene_extent = scene_extent
         self.min_opacity = min_opacity
         self.max_gaussians = max_gaussians
-        self.max_screen_size = max_screen_size
         self._groups = {group.get("name"): group for group in optimizer.param_groups}
         for name, tensor in gaussians.tensors().items():
             if name not in self._groups:
@@ -78,7 +98,6 @@ class DensityControl:
         means = self.gaussians.means
         self._pull = means.new_zeros(len(means))
         self._seen = means.new_zeros(len(means))
-        self._max_radii = means.new_zeros(len(means))
 
     @torch.no_grad()
     def accumulate(self, means2d_grad: Tensor, radii: Tensor, width: int, height: int) -> None:
@@ -92,16 +111,13 @@ class DensityControl:
             x = x * (width / height)
         self._pull.add_((torch.hypot(x, y) * visible).sum(dim=0), alpha=height / 2.0)
         self._seen += visible.sum(dim=0)
-        if self.max_screen_size is not None:
-            self._max_radii = torch.maximum(self._max_radii, radii.amax(dim=0).to(self._max_radii.dtype))
 
-    @torch.no_grad()
     def densify_and_prune(self) -> Changes:
-        """Clone, split and remove by what was accumulated since the last call, and start accumulating anew.
+        """See `densify`, of one."""
+        return densify([self])[0]
 
-        What stays comes first, in order, a split Gaussian's first child in its place; clones and second children
-        follow. How many there are is all that the host waits for.
-        """
+    def _choose(self) -> Choice:
+        """By what was accumulated since the last call; nothing here waits for the device."""
         g = self.gaussians
         n, device = len(g), g.means.device
         pull = self._pull / self._seen.clamp_min(1.0)
@@ -114,21 +130,23 @@ class DensityControl:
         largest = torch.where(split, largest / SPLIT_SHRINK, largest)
         keep = g.logit_opacities.sigmoid() >= self.min_opacity
         keep &= largest <= MAX_EXTENT_SHARE * self.scene_extent
-        keep_in_place = keep
-        if self.max_screen_size is not None:
-            keep_in_place = keep & (split | (self._max_radii <= self.max_screen_size))
-        rows = torch.nonzero(torch.cat([keep_in_place, keep & chosen]))[:, 0]
-        source = rows % n
-        is_child = split[source]
-        cloned, parents = torch.stack([(chosen & ~split).sum(), split.sum()]).tolist()
+        kept = torch.cat([keep, keep & chosen])
+        return Choice(split, kept, torch.stack([(chosen & ~split).sum(), split.sum(), kept.sum()]))
 
+    def _change(self, choice: Choice, cloned: int, parents: int, count: int) -> Changes:
+        """`count` Gaussians remain."""
+        g = self.gaussians
+        n = len(g)
+        rows = torch.nonzero_static(choice.kept, size=count)[:, 0]
+        source = rows % n
+        is_child = choice.split[source]
         values = {name: tensor.detach()[source] for name, tensor in g.tensors().items()}
         offsets = self._offsets(Gaussians(**values))
         values["means"] += torch.where(is_child[:, None], offsets, 0.0)
         values["log_scales"] -= is_child[:, None] * math.log(SPLIT_SHRINK)
         self._replace(values, source, (rows >= n) | is_child)
         self._clear()
-        return Changes(cloned, parents, n + cloned + parents - len(rows))
+        return Changes(cloned, parents, n + cloned + parents - count)
 
     def _offsets(self, gaussians: Gaussians) -> Tensor:
         """A place (N, 3) for each Gaussian, relative to its centre, drawn from its own distribution."""

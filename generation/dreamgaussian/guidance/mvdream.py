@@ -14,6 +14,7 @@ from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.dreamgaussian.guidance.shared_start import SharedStart
 from generation.text_cache import TextCache
+from generation.transfer import send
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
 
@@ -74,7 +75,7 @@ class MVDream(Distillation):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states = self._text_encoder(ids.to(self._unet.device)).last_hidden_state
+        states = self._text_encoder(send(ids, self._unet.device)).last_hidden_state
         return [each.clone() for each in states]
 
     def _any_condition(self) -> Tensor:
