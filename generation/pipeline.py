@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +29,7 @@ from generation.self_check import (
     neighbour_ssim,
     to_tensor,
 )
-from generation.settings import ROOT, DreamGaussianOptions, Settings
+from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.rasterize import warm_up
 from generation.text_to_image import TextToImage
@@ -38,9 +37,6 @@ from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
-
-#: compiled kernels are kept there between starts
-COMPILED = ROOT / ".cache" / "compiled"
 
 T = TypeVar("T")
 
@@ -139,7 +135,6 @@ class Pipeline:
         """
         if not self._device.startswith("cuda"):
             return
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED))
         torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
         self._dreamgaussian.warm_up(self.limit.most, progress)
         progress("compiling text to image, or loading it from its cache")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from diffusers import Transformer2DModel
@@ -15,6 +19,7 @@ from generation.dreamgaussian.guidance.compiled import ChannelwiseGroupNorm, Ups
 from generation.dreamgaussian.guidance.distillation import with_gradient
 from generation.dreamgaussian.guidance.group_norm import ImageNorm, group_norm
 from generation.dreamgaussian.guidance.unet import compile_unet
+from generation.settings import ROOT
 from generation.splats.cameras import orbit
 
 
@@ -103,6 +108,19 @@ def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
     assert in_order and all(in_order)
     for a, b in zip(before, after, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+def test_what_is_compiled_is_kept_beside_the_code():
+    """Torch decides where when a library first imports its compiler: in a process of its own."""
+    code = (
+        "import generation.pipeline, torch._inductor.runtime.cache_dir_utils as c;"
+        "print(c.cache_dir(), c.triton_cache_dir(0), sep='\\n')"
+    )
+    free = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=free, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.splitlines()[-2:] == [str(ROOT / ".cache/compiled"), str(ROOT / ".cache/compiled/triton")]
 
 
 def test_shapes_that_were_not_captured_are_computed():
