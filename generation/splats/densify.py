@@ -60,8 +60,8 @@ class DensityControl:
         image is 2 wide and 2 high, whatever its pixels), from which a Gaussian is cloned or split.
     percent_dense: standard deviation, as a share of scene_extent, above which it is split and not cloned.
     scene_extent: world units.
-    min_opacity: Gaussians under it are removed.
-        (DreamGaussian names a largest radius in pixels, too, yet always clears its radii before it compares them.)
+    min_opacity: Gaussians under it are removed. (DreamGaussian names a largest radius in pixels, too, yet always clears
+        its radii before it compares them.)
     max_gaussians: never more than this; where there is room for some alone, the most pulled go first.
     generator: draws the places of split Gaussians' children, so that equal seeds give equal results.
     """
@@ -111,10 +111,6 @@ class DensityControl:
             x = x * (width / height)
         self._pull.add_((torch.hypot(x, y) * visible).sum(dim=0), alpha=height / 2.0)
         self._seen += visible.sum(dim=0)
-
-    def densify_and_prune(self) -> Changes:
-        """See `densify`, of one."""
-        return densify([self])[0]
 
     def _choose(self) -> Choice:
         """By what was accumulated since the last call; nothing here waits for the device."""
