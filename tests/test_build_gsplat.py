@@ -141,6 +141,7 @@ def test_an_interrupted_build_leaves_no_process(tmp_path: Path, monkeypatch: pyt
         os.kill(int((tmp_path / "log").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_ends_a_build_and_its_compilers(tmp_path: Path) -> None:
     child = f"import os, time; open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
     program = f"""

@@ -153,6 +153,7 @@ def refused(result: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in lines[0]
 
 
+@pytest.mark.slow
 def test_deploy_twice_then_stop(clone: Clone) -> None:
     first = clone.deploy()
     assert first.returncode == 0, first.stderr + first.stdout

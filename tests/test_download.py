@@ -111,6 +111,7 @@ def large(hub) -> bytes:
     return weights
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_cut_connection(hub, cache, large):
     hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
     done = run(hub, cache, "--only", "birefnet")
@@ -143,6 +144,7 @@ def test_a_small_file_that_never_comes_is_named(hub, cache):
     assert len(hub.fetched("config.json")) == download.PATIENCE
 
 
+@pytest.mark.slow
 def test_goes_on_by_a_new_address_when_the_old_one_has_expired(hub, cache, large):
     repository = hub.repositories[BIREFNET.repo]
     repository.signed, repository.cut_after["model.safetensors"] = True, [CHUNK + 1]
@@ -218,6 +220,7 @@ def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_goes_on_in_the_next_run(hub, cache, large):
     hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
     with start(hub, cache, "--only", "birefnet") as stopped:
@@ -233,6 +236,7 @@ def test_goes_on_in_the_next_run(hub, cache, large):
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
+@pytest.mark.slow
 def test_a_second_download_at_the_same_time_leaves_the_first_alone(hub, cache, large):
     stalled = hub.repositories[BIREFNET.repo].stall_after
     stalled["model.safetensors"] = CHUNK + 1
@@ -273,6 +277,7 @@ def test_a_file_that_is_not_what_the_hub_lists(hub, cache, sent):
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_another_download_is_replaced(hub, cache):
     """Whoever fetched it first: what the lock does not know is hashed."""
     run(hub, cache, "--only", "birefnet")
@@ -315,6 +320,7 @@ def test_what_is_there_stays_usable_while_it_is_checked(whole, monkeypatch):
     assert loading.local_folder(BIREFNET)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_download_that_was_cut_short_is_continued(hub, cache, large):
     run(hub, cache, "--only", "birefnet")
     blob(cache, BIREFNET, "model.safetensors").write_bytes(large[: CHUNK + 1])

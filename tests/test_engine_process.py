@@ -40,6 +40,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)
 
 
+@pytest.mark.slow
 async def test_a_step_that_never_ends_ends_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "STUCK_S", 0.5)
     monkeypatch.setattr(remote, "ENDING_S", 0.1)
@@ -74,6 +75,7 @@ async def test_a_loader_that_exits_is_a_failed_start(tmp_path: Path) -> None:
         await until(lambda: states(fleet) == ["ready"])
 
 
+@pytest.mark.slow
 async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
     monkeypatch.setattr(remote, "SILENT_CHECKS", 3)

@@ -92,6 +92,7 @@ async def test_a_request_that_every_engine_fails_at_is_given_up(tmp_path: Path) 
         assert (await ask(fleet, "a")).ply
 
 
+@pytest.mark.slow
 async def test_on_one_engine_the_neighbours_of_what_kills_it_are_answered(tmp_path: Path) -> None:
     go = tmp_path / "go"
     async with running(tmp_path, ("only",), max_queue=8, max_batch=4) as fleet:
@@ -153,6 +154,7 @@ async def test_with_all_engines_gone_requests_wait_for_one_that_comes_back(tmp_p
         assert len(await asyncio.gather(*requests)) == 5
 
 
+@pytest.mark.slow
 async def test_with_all_engines_unable_to_load_requests_are_turned_away_until_one_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def violations(network: SimulatedNetwork) -> int:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_at_least_95_percent_of_the_ceiling_and_no_violation(case: Case) -> None:
     outcome = simulate(case, HOUR, ours=True)
     assert outcome.total >= 0.95 * ceiling(case, HOUR) - 1

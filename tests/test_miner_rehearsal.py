@@ -140,6 +140,7 @@ async def test_a_rehearsal_beside_another_gives_way_and_comes_back(tmp_path: Pat
     assert not (tmp_path / "network.json").exists()
 
 
+@pytest.mark.slow
 async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "neurons")
     settings = options(tmp_path, service.endpoint)

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -187,6 +188,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
     return virtual_time.run(main())
 
 
+@pytest.mark.slow
 def test_where_generators_are_short_the_policy_earns_more(tmp_path: Path) -> None:
     tasks, accepted = _mine_for_4_hours(tmp_path / "all", 0.0)
     fewer, more = _mine_for_4_hours(tmp_path / "those that pay", 0.008)
