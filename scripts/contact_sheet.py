@@ -38,7 +38,10 @@ def main() -> None:
     rows = []
     for path in args.splats:
         try:
-            rows.append(all_round(ply.read(path.read_bytes())))
+            data = path.read_bytes()
+            if not data:
+                raise ValueError("empty: the service held the result back (the answer's X-Rejected header says why)")
+            rows.append(all_round(ply.read(data)))
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
     save_image(make_grid(torch.cat(rows), nrow=VIEWS, pad_value=1.0), args.out)
