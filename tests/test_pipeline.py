@@ -62,6 +62,7 @@ class Sculptor:
         self.iters = iters
         self.batches: list[int] = []
         self.read_together: list[list[str]] = []
+        self.begun_before: list[bool] = []
 
     def read(self, prompts: list[str]) -> None:
         self.read_together.append(prompts)
@@ -73,6 +74,7 @@ class Sculptor:
 
     def start(self, cutout: torch.Tensor, prompt: str, seed: int, sketch: list[tuple[str, int]] | None) -> Scene:
         assert cutout.shape == (4, 64, 64)
+        self.begun_before.append(sketch is not None)
         if sketch is not None:
             assert sketch.pop() == (prompt, seed)  # can be used once
         if "unstartable" in prompt:
@@ -129,6 +131,7 @@ def test_scenes_are_stepped_together(pipeline, sculptor):
     pipeline.generate([ask("red"), ask("green"), ask("blue")])
     assert sculptor.batches == [3] * 5
     assert sculptor.read_together[0] == ["red", "green", "blue"]
+    assert sculptor.begun_before == [True] * 3  # while they were drawn
 
 
 def test_a_prompt_that_can_not_be_read_fails_alone(pipeline):

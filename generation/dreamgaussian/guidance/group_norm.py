@@ -5,6 +5,8 @@ Where no gradient is wanted: for a UNet, which also normalises two images as if 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 ONE_KERNEL = 256
 
 
-@torch.library.custom_op("guidance::group_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("guidance::group_norm", mutates_args=())
 def group_norm(
     x: Tensor,
     beside: Tensor | None,
@@ -28,50 +30,35 @@ def group_norm(
 
     Where there is an image `beside` x, its channels follow those of x, and C counts both.
     """
+    if x.is_cuda:
+        return _in_few_kernels(x, beside, added, (weight, bias, groups, eps), silu)
     joined = x if beside is None else torch.cat([x, beside], 1)
     shifted = joined if added is None else joined + added[..., None, None]
     result = F.group_norm(shifted, groups, weight, bias, eps)
     return (F.silu(result) if silu else result).contiguous(memory_format=torch.channels_last)
 
 
-@group_norm.register_kernel("cuda")
-def _(
-    x: Tensor,
-    beside: Tensor | None,
-    added: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
+@group_norm.register_fake
+def _(x: Tensor, beside: Tensor | None, added: Tensor | None, weight: Tensor, *settings: Any) -> Tensor:
+    n, _, height, width = x.shape
+    return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def _in_few_kernels(
+    x: Tensor, beside: Tensor | None, added: Tensor | None, norm: tuple[Tensor, Tensor, int, float], silu: bool
 ) -> Tensor:
     # Triton comes with torch for GPUs
     from generation.dreamgaussian.guidance import normalise
     from generation.dreamgaussian.guidance.group_norm_kernel import normalise_at_once
 
-    norm = normalise.Norm(weight, bias, groups, eps)
     if beside is not None and x.shape[1] % normalise.CHANNELS:
         x, beside = torch.cat([x, beside], 1), None
     x = x.contiguous(memory_format=torch.channels_last)
     if beside is None and x.shape[2] * x.shape[3] <= ONE_KERNEL:
-        return normalise_at_once(x, norm, added, silu)
+        return normalise_at_once(x, normalise.Norm(*norm), added, silu)
     beside = None if beside is None else beside.contiguous(memory_format=torch.channels_last)
-    return normalise.normalise(x, normalise.measure(x, norm, added, beside), silu, beside)
-
-
-@group_norm.register_fake
-def _(
-    x: Tensor,
-    beside: Tensor | None,
-    added: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    n, _, height, width = x.shape
-    return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
+    statistics = normalise.measure(x, normalise.Norm(*norm), added, beside)
+    return normalise.normalise(x, statistics, silu, beside)
 
 
 class ImageNorm(nn.Module):

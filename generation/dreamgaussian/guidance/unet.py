@@ -36,7 +36,8 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
         unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
     _take_biases_of_upsampling(unet)
     for i, level in enumerate(unet.up_blocks):
-        if type(level) in (UpBlock2D, CrossAttnUpBlock2D) and all(isinstance(r, ResidualBlock) for r in level.resnets):
+        both = all(isinstance(block, ResidualBlock) and block.shortcut is not None for block in level.resnets)
+        if both and type(level) in (UpBlock2D, CrossAttnUpBlock2D):
             unet.up_blocks[i] = UpLevel(level)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         unet.conv_norm_out, unet.conv_act = ImageNorm(unet.conv_norm_out, silu=True), nn.Identity()
@@ -77,7 +78,7 @@ class ResidualBlock(nn.Module):
         self.last = self.last + around
 
     def forward(self, x: Tensor, temb: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Of x, or of x and the image `beside` it, whose channels follow."""
+        """Of x, or of x and the image `beside` it, whose channels follow; the latter where there is a shortcut."""
         first, second = self.convolutions
         middle = first(self.norms[0](x, self.bias, beside))
         result = second(self.norms[1](middle, self.time[: len(x)]))  # all, or the first half where both are alike
@@ -89,9 +90,10 @@ class ResidualBlock(nn.Module):
         return add(result, around.contiguous(memory_format=torch.channels_last), self.last)
 
     def _around(self, x: Tensor, beside: Tensor | None) -> Tensor:
-        if beside is None or self.shortcut is None:
-            x = x if beside is None else torch.cat([x, beside], 1)
-            return x if self.shortcut is None else self.shortcut(x)
+        if self.shortcut is None:
+            return x
+        if beside is None:
+            return self.shortcut(x)
         of_x, of_beside = self.shortcut.weight[:, :, 0, 0].t().split([x.shape[1], beside.shape[1]])
         n, _, height, width = x.shape
         rows = _pixels(x) @ of_x
