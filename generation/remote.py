@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from PIL import Image
@@ -172,14 +172,17 @@ class RemoteEngine:
         try:
             await self._watch(process, ended)
         finally:
-            self._channel.close()
-            await ended.wait()
-            await _finish(process)
+            await _uninterrupted(self._end(process, ended))
         if self._broken:
             return self._broken
         if process.returncode < 0:
             return f"its process was killed by {signal.Signals(-process.returncode).name}"
         return f"its process ended with exit status {process.returncode}"
+
+    async def _end(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
+        self._channel.close()
+        await ended.wait()
+        await _finish(process)
 
     async def _watch(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
         """Until it ends, or hangs."""
@@ -263,6 +266,16 @@ def _environment(device: str) -> dict[str, str]:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
     return environment
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Await its end, and be cancelled only then."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 async def _finish(process: subprocess.Popen[bytes]) -> None:

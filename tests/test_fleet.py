@@ -187,6 +187,15 @@ async def test_one_that_loads_is_enough_and_health_tells_of_the_other(tmp_path: 
         assert len({pid_of(asset) for asset in await asyncio.gather(*requests)}) == 1
 
 
+async def test_stopping_waits_for_a_process_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, ending = remote._finish, []
+    monkeypatch.setattr(remote, "_finish", lambda *process: ending.append(process) or finish(*process))
+    (tmp_path / "broken").touch()
+    async with starting(tmp_path, devices=("only",)):
+        await until(lambda: ending)
+    # `starting` makes sure that no process is left
+
+
 async def test_a_cancelled_request_stops_in_its_process_and_frees_its_place(tmp_path: Path) -> None:
     async with running(tmp_path, devices=("only",), max_batch=1) as fleet:
         held, waiting = ask(fleet, f"hold {tmp_path / 'never'}"), ask(fleet, "b")
