@@ -16,7 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 from generation.weights.registry import WeightsError
 
 WEIGHTS = "quality_scorer.safetensors"
-#: facebook/dinov2-small at 150c8e7bb7cef2d30ec31b13a517af14840ee3f7: its config, of which the validators need no weights
+#: the config of facebook/dinov2-small at 150c8e7bb7cef2d30ec31b13a517af14840ee3f7; its weights are in the file above
 DINOV2_SMALL: dict[str, Any] = {
     "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4, "hidden_act": "gelu",
     "image_size": 518, "patch_size": 14, "num_channels": 3, "qkv_bias": True, "layerscale_value": 1.0,
@@ -29,9 +29,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class QualityNet(nn.Module):
     """Pictures to the logit of their quality."""
 
-    def __init__(self, config: Dinov2Config) -> None:
+    def __init__(self, config: Dinov2Config, backbone: Dinov2Model | None = None) -> None:
         super().__init__()
-        self.backbone = Dinov2Model(config)
+        self.backbone = Dinov2Model(config) if backbone is None else backbone
         self.score_head = nn.Linear(config.hidden_size, 1)
         self.register_buffer("mean", torch.tensor(_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
@@ -43,7 +43,7 @@ class QualityNet(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> QualityNet:
-        """From ``quality_scorer.safetensors`` (keys ``backbone.*`` and ``score_head.*``; ``emb_head.*`` is not used), float32.
+        """The net of ``quality_scorer.safetensors`` in float32: with ``emb_head.*`` left out.
 
         The config is the folder's ``config.json``, or DINOv2-small's where there is none.
         Raises WeightsError when the weights are not exactly the config's.
@@ -53,23 +53,21 @@ class QualityNet(nn.Module):
             if (folder / "config.json").is_file():
                 config = Dinov2Config.from_pretrained(folder, local_files_only=True)
             state = load_file(folder / WEIGHTS)
-            with torch.random.fork_rng():
-                net = cls(config)
-            prefix = "backbone."
-            backbone = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            parts: dict[str, dict[str, Tensor]] = {"backbone": {}, "score_head": {}, "emb_head": {}}
+            for key, value in state.items():
+                part, _, name = key.partition(".")
+                parts[part][name] = value.float()
             # By the class's own loader, because names inside of it have changed since the file was written.
-            net.backbone, about = Dinov2Model.from_pretrained(
-                None, config=config, state_dict=backbone, dtype=torch.float32, output_loading_info=True
+            backbone, about = Dinov2Model.from_pretrained(
+                None, config=config, state_dict=parts["backbone"], dtype=torch.float32, output_loading_info=True
             )
-            net.score_head.load_state_dict(
-                {key: state[f"score_head.{key}"].float() for key in ("weight", "bias")}, strict=True
-            )
+            net = cls(config, backbone)
+            net.score_head.load_state_dict(parts["score_head"], strict=True)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{folder}: not a usable quality model: {error}") from error
-        wrong = {key: sorted(map(str, about[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        for key, names in wrong.items():
-            if names:
-                raise WeightsError(f"{folder}: not the weights of its DINOv2: {key}: {', '.join(names[:5])}")
+        for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(map(str, about[what])):
+                raise WeightsError(f"{folder}: not the weights of its DINOv2: {what}: {', '.join(names[:5])}")
         return net.eval().requires_grad_(False)
 
 
