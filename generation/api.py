@@ -99,10 +99,11 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
         started = time.monotonic()
         engine.check_admission()
-        prompt, image, seed = await intake.read_form(request)
+        prompt, picture, seed = await intake.read_form(request)
+        image, target = picture or (None, None)
         seed = secrets.randbits(32) if seed is None else seed
         following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
-        asset = await _while_connected(request, engine.generate(prompt, image, seed, following.progress))
+        asset = await _while_connected(request, engine.generate(prompt, image, seed, following.progress, target))
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
@@ -120,7 +121,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         async with scoring_bodies:
             body = await intake.read_score_request(request)
             data = intake.decode_base64(body.prompt_image, "prompt_image")
-            return await _score(request, body, await asyncio.to_thread(intake.decode_image, data, "prompt_image"))
+            picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
+            return await _score(request, body, picture.target)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")

@@ -37,6 +37,7 @@ class Generate:
     image: Image.Image | None
     seed: int
     wants_progress: bool
+    target: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class _Job:
 class _Generation(_Job):
     prompt: str | None = None
     image: Image.Image | None = None
+    target: Image.Image | None = None
     seed: int = 0
     stage: str = "queued"
     fraction: float = 0.0
@@ -181,15 +182,20 @@ class Engine:
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
 
     async def generate(
-        self, prompt: str | None, image: Image.Image | None, seed: int, on_progress: OnProgress | None = None
+        self,
+        prompt: str | None,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress | None = None,
+        target: Image.Image | None = None,
     ) -> Asset:
-        """Make a splat from exactly one of prompt and image.
+        """Make a splat from exactly one of prompt and image; ``target``: the image as a validator opens it.
 
         Cancelling the awaiting task frees the request's place and stops its work. Raises Unavailable,
         DeadlineExceeded and StageFailed.
         """
         deadline = time.monotonic() + TIMEOUT_S
-        job = _Generation(deadline, prompt=prompt, image=image, seed=seed, on_progress=on_progress)
+        job = _Generation(deadline, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress)
         self._check_room(self._generations)
         self.totals["requests"] += 1
         started = time.monotonic()
@@ -302,7 +308,7 @@ class Engine:
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
         g = generation
         g.began = time.monotonic()
-        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline)
+        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline, g.target)
         return pipeline.begin(request, g.progress, g.future.done)
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:

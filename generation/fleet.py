@@ -128,13 +128,18 @@ class Fleet:
         return Unavailable(f"no engine works: {self.reason}", max(1, math.ceil(pause)))
 
     async def generate(
-        self, prompt: str | None, image: Image.Image | None, seed: int, on_progress: OnProgress | None = None
+        self,
+        prompt: str | None,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress | None = None,
+        target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``."""
 
         async def generate(remote: RemoteEngine) -> Asset:
             started = time.monotonic()
-            asset = await remote.generate(prompt, image, seed, on_progress)
+            asset = await remote.generate(prompt, image, seed, on_progress, target)
             self._mean_seconds += (time.monotonic() - started - self._mean_seconds) / 4
             return asset
 

@@ -11,7 +11,7 @@ import secrets
 import threading
 import unicodedata
 from email.message import Message as HeaderMessage
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Request
 from PIL import Image, ImageOps
@@ -39,6 +39,13 @@ FORM_FIELDS = ("prompt", "prompt_image_file", "seed")
 # More than any stage looks at; an upload of 4096 x 4096 should not wait in the queue at full size.
 KEPT_IMAGE_SIDE = 2048
 _decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
+
+
+class Picture(NamedTuple):
+    """A picture that came as a prompt."""
+
+    image: Image.Image  # to work on: upright, RGBA where anything is transparent, else RGB, at most KEPT_IMAGE_SIDE
+    target: Image.Image  # to be compared with, RGB: what a validator makes of the same file, at its own size
 
 
 class ApiError(Exception):
@@ -79,8 +86,8 @@ class BodyLimit:
         await self.app(scope, bounded, send)
 
 
-async def read_form(request: Request) -> tuple[str | None, Image.Image | None, int | None]:
-    """The checked fields of a generation request: (prompt, image, seed), exactly one of the first two.
+async def read_form(request: Request) -> tuple[str | None, Picture | None, int | None]:
+    """The checked fields of a generation request: (prompt, picture, seed), exactly one of the first two.
 
     Raises ApiError naming the field and its limit.
     """
@@ -101,7 +108,7 @@ async def read_form(request: Request) -> tuple[str | None, Image.Image | None, i
         await form.close()
 
 
-async def _check_form(form: FormData) -> tuple[str | None, Image.Image | None, int | None]:
+async def _check_form(form: FormData) -> tuple[str | None, Picture | None, int | None]:
     for name in form:
         if name not in FORM_FIELDS:
             known = ", ".join(FORM_FIELDS)
@@ -166,21 +173,22 @@ def check_request_id(text: str | None) -> str:
     return text
 
 
-def decode_image(data: bytes, field: str) -> Image.Image:
-    """An uploaded image as RGB or RGBA, upright. Its size is checked before a pixel is decoded. Raises ApiError."""
+def decode_image(data: bytes, field: str) -> Picture:
+    """An uploaded picture. Its size is checked before a pixel is decoded. Raises ApiError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise ApiError(413, field, f"over {MAX_IMAGE_BYTES} bytes", MAX_IMAGE_BYTES)
     with _decoders:
         return _decode_image(data, field)
 
 
-def _decode_image(data: bytes, field: str) -> Image.Image:
+def _decode_image(data: bytes, field: str) -> Picture:
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
         if max(image.size) > MAX_IMAGE_SIDE:
             size = f"{image.width} x {image.height} pixels"
             raise ApiError(422, field, size, f"{MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels")
         image.load()
+        target = as_validators_open(image)
         transparent = "A" in image.getbands() or "transparency" in image.info
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # of which convert() would take the lowest 255 of 65535 levels
@@ -194,7 +202,18 @@ def _decode_image(data: bytes, field: str) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
         raise ApiError(422, field, "not a readable image", list(IMAGE_FORMATS)) from error
     image.thumbnail((KEPT_IMAGE_SIDE, KEPT_IMAGE_SIDE))
-    return image
+    return Picture(image, target)
+
+
+def as_validators_open(image: Image.Image) -> Image.Image:
+    """An opened file as RGB, as the public validators have it.
+
+    With four bands it is put on white, and nothing else is looked at: neither EXIF's orientation nor the transparency
+    of a palette or of grey.
+    """
+    if len(image.getbands()) == 4:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class ScoreRequest(BaseModel):

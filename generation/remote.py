@@ -91,11 +91,17 @@ class RemoteEngine:
         return {**self._health, "device": self.device}
 
     async def generate(
-        self, prompt: str | None, image: Image.Image | None, seed: int, on_progress: OnProgress | None
+        self,
+        prompt: str | None,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress | None,
+        target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``, but raises EngineLost when the process ends first."""
         number = next(self._numbers)
-        asset: Asset = await self._ask(Generate(number, prompt, image, seed, on_progress is not None), on_progress)
+        message = Generate(number, prompt, image, seed, on_progress is not None, target)
+        asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset
 

@@ -20,6 +20,7 @@ class Request:
     seed: int
     threshold: float  # lowest score worth submitting, 0..1
     deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
+    target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def test_image_modes_are_made_rgb_or_rgba(service: Service) -> None:
 def test_pictures_of_16_bits_keep_their_levels(level: int, shown: int) -> None:
     out = io.BytesIO()
     Image.new("I;16", (3, 2), level).save(out, "PNG")
-    assert intake.decode_image(out.getvalue(), "picture").getpixel((2, 1)) == (shown,) * 3
+    assert intake.decode_image(out.getvalue(), "picture").image.getpixel((2, 1)) == (shown,) * 3
 
 
 def test_what_is_not_an_image(service: Service) -> None:
