@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.metadata
 import json
 import math
@@ -26,6 +27,7 @@ from generation.fleet import Fleet
 from generation.intake import ApiError, BodyLimit
 from generation.logging_setup import escape
 from generation.metrics import Metrics
+from generation.score import formula, shares
 from generation.settings import Settings
 
 MAX_REASON_CHARACTERS = 500
@@ -113,25 +115,30 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         async with scoring_bodies:
             body = await intake.read_score_request(request)
-            return await _score(request, body, intake.check_prompt(body.prompt))
+            return await _score(request, body, intake.check_prompt(body.prompt or ""))
 
     @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.SCORE, responses=openapi.ERRORS)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
         async with scoring_bodies:
             body = await intake.read_score_request(request)
-            data = intake.decode_base64(body.prompt_image, "prompt_image")
+            data = intake.decode_base64(body.prompt_image or "", "prompt_image")
             picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
             return await _score(request, body, picture.target)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
-        score = partial(_validate, data=data, compression=body.compression, prompt=prompt)
+        previews = (body.generate_single_preview, body.generate_grid_preview, body.preview_score_threshold)
+        score = partial(_validate, data=data, compression=body.compression, prompt=prompt, previews=previews)
         try:
             scores = await _while_connected(request, engine.call(score))
         except ValueError as error:
             raise ApiError(422, "data", str(error)) from error
-        return {**_jsonable(asdict(scores)), "preview": None, "grid_preview": None}
+        encoded = {
+            name: None if (png := getattr(scores, name)) is None else base64.b64encode(png).decode()
+            for name in ("preview", "grid_preview")
+        }
+        return {**_jsonable(asdict(scores)), **encoded}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -145,6 +152,11 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "memory_class": settings.memory_class,
             "memory_reason": settings.memory_reason,
             "models": engine.models,
+            "score": {
+                "formula": formula(settings.models.score_parts),
+                "shares": shares(settings.models.score_parts),
+                "missing": settings.missing,
+            },
             "queue_depth": engine.queue_depth,
             "max_queue": settings.max_queue,
             "active": engine.active,
@@ -192,14 +204,16 @@ def _encode(frames: Any) -> bytes:
     return video.encode(frames)
 
 
-def _validate(pipeline: Any, data: bytes, compression: int, prompt: Any) -> Any:
+def _validate(
+    pipeline: Any, data: bytes, compression: int, prompt: Any, previews: tuple[bool, bool, float] = (False, False, 0.6)
+) -> Any:
     from generation.splats import ply, spz
 
     if compression == 2:
         data = ply.write(spz.decode(data))
     elif compression == 1:
         data = spz.unzstd(data, intake.MAX_DATA_CHARACTERS * 4)
-    return pipeline.validate(data, prompt)
+    return pipeline.validate(data, prompt, *previews)
 
 
 def report_headers(report: Any) -> dict[str, str]:
@@ -211,6 +225,8 @@ def report_headers(report: Any) -> dict[str, str]:
     }
     if report.score is not None:
         headers["X-Score"] = f"{report.score:.4f}"
+        parts = {part: None if value is None else round(value, 4) for part, value in report.parts.items()}
+        headers["X-Score-Parts"] = json.dumps(_jsonable(parts))
     if report.rejected is not None:
         reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
         headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from generation import memory
 from generation.results import Asset, Request
+from generation.score import in_words
 
 if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
     from generation.pipeline import Pipeline
@@ -212,7 +213,9 @@ class Engine:
         report = asset.report
         report.device = self._device
         if report.score is not None:
-            log.info("CLIP Score: %.2f", report.score)
+            log.info("CLIP Score: %.2f", report.parts.get("alignment", report.score))
+            if report.parts:
+                log.info("Score: %s", in_words(report.score, report.parts))
         if report.rejected is None:
             self.totals["delivered"] += 1
             log.info(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 from fastapi import Request
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -219,13 +219,17 @@ def as_validators_open(image: Image.Image) -> Image.Image:
 class ScoreRequest(BaseModel):
     """What the public validators send to have a splat scored. Fields that they add later are ignored."""
 
-    prompt: str = ""
-    prompt_image: str = Field("", max_length=MAX_IMAGE_BYTES * 4 // 3 + 4, description="base64")
+    prompt: str | None = None
+    prompt_image: str | None = Field(None, max_length=MAX_IMAGE_BYTES * 4 // 3 + 4, description="base64")
     data: str = Field(max_length=MAX_DATA_CHARACTERS, description="the splat in base64")
     compression: Annotated[int, Field(ge=0, le=2, description="0 none (PLY), 1 zstd, 2 spz")] = 0
-    generate_single_preview: bool = Field(False, description="accepted; previews are not made here")
-    generate_grid_preview: bool = Field(False, description="accepted; previews are not made here")
-    preview_score_threshold: float = 0.8
+    generate_single_preview: bool = Field(
+        False,
+        validation_alias=AliasChoices("generate_single_preview", "generate_preview"),
+        description="send a view as PNG",
+    )
+    generate_grid_preview: bool = Field(False, description="send the four views that duels are judged on, as PNG")
+    preview_score_threshold: float = Field(0.6, description="previews are sent for scores above it")
 
 
 async def read_score_request(request: Request) -> ScoreRequest:

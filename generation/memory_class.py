@@ -22,6 +22,7 @@ class MemoryClass(BaseModel):
     least_gib: float = Field(ge=0, le=10_000)
     quantization: Quantization = "none"  # of FLUX's transformer and T5
     t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
+    self_check_rests_on: RestingPlace = "gpu"  # where the self-check's CLIPs are while they look at nothing
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 

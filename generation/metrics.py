@@ -89,7 +89,7 @@ class Metrics:
         )
         self._rejections = Counter(
             "generation_rejections",
-            "Rejected results by the gate that failed, clip_score or no_object",
+            "Rejected results by the gate that failed, score or no_object",
             ["reason", "device"],
             registry=self.registry,
         )
@@ -109,5 +109,5 @@ class Metrics:
 def rejection(report: Any) -> str:
     """Why it was rejected, in a word: nothing to look at, a gate's name, or the score."""
     if report.score is not None:
-        return "clip_score"
+        return "score"
     return next((name for name, gate in report.gates.items() if not gate.passed), "no_object")

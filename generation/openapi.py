@@ -42,7 +42,8 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 _REPORT_HEADERS = {
     "X-Request-Id": "the request's id: as sent, or a new one",
-    "X-Score": "CLIP score as the validators compute it, 0..1",
+    "X-Score": "the validators' final score, 0..1, that the threshold is for",
+    "X-Score-Parts": "JSON: what it is made of: alignment, iqa, ssim, lpips; null for a part without weights",
     "X-Seed": "the seed: the same prompt and seed give the same splat",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",

@@ -21,14 +21,8 @@ from generation.background import BackgroundRemover, NothingInImage, recentre
 from generation.job import Job, Progress
 from generation.out_of_memory import BatchLimit, in_batches, is_out_of_memory, release_cache
 from generation.results import Asset, Cancelled, GateResult, Report, Request, Scores
-from generation.self_check import (
-    MIN_ALIGNMENT,
-    Check,
-    SelfCheck,
-    fit_to_frame,
-    neighbour_ssim,
-    to_tensor,
-)
+from generation.score import in_words
+from generation.self_check import Check, SelfCheck, fit_to_frame, grid_preview, preview, to_tensor
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.splats.rasterize import warm_up
@@ -80,7 +74,7 @@ class Pipeline:
 
         _quiet_libraries()
         models, device = settings.models, settings.device
-        choices = models.needed(settings.options)
+        choices = {**models.needed(settings.options), **models.optional}
         entries = {stage: lookup(choice) for stage, choice in choices.items()}
         folders = {stage: local_folder(entry) for stage, entry in entries.items()}
 
@@ -104,8 +98,10 @@ class Pipeline:
                 with loading(stage) as folder:
                     stable = stage == "stable_zero123"
                     image_guidance = Zero123.load(folder, device, getattr(torch, choice.dtype), stable)
-        with loading("clip") as folder:
-            self_check = SelfCheck.load(folder, models.clip, entries["clip"].clip, device)
+        with loading("clip"):
+            for stage in models.optional:
+                progress(f"loading {entries[stage].name} for {stage} onto {device}")
+            self_check = SelfCheck.load(folders, entries, models, device)
         about = [
             {
                 "stage": stage,
@@ -265,13 +261,25 @@ class Pipeline:
             self.tick(unfinished)
         return [job.outcome for job in jobs if job.outcome is not None]
 
-    def validate(self, ply_data: bytes, prompt: str | Image.Image) -> Scores:
-        """Score a splat as the validators' service does. Raises ValueError when the PLY can not be read."""
+    def validate(
+        self, ply_data: bytes, prompt: str | Image.Image, single: bool = False, grid: bool = False, above: float = 0.6
+    ) -> Scores:
+        """Score a splat as the validators' service does; previews are for scores over ``above``.
+
+        Raises ValueError when the PLY can not be read.
+        """
         check = self._self_check.check(ply.read(ply_data).to(self._device), prompt)
-        alignment = check.score or 0.0
-        score = alignment if alignment >= MIN_ALIGNMENT else 0.0
-        ssim = None if check.views is None else neighbour_ssim(check.views)
-        return Scores(score, alignment, iqa=None, ssim=ssim, lpips=None, gates=check.gates)
+        score, views = check.score or 0.0, check.views
+        return Scores(
+            score=score,
+            iqa=check.parts["iqa"],
+            alignment_score=check.parts["alignment"] or 0.0,
+            ssim=check.parts["ssim"] or 0.0,
+            lpips=check.parts["lpips"],
+            preview=preview(views) if single and views is not None and score > above else None,
+            grid_preview=grid_preview(views) if grid and views is not None and score > above else None,
+            gates=check.gates,
+        )
 
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
         """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
@@ -376,23 +384,26 @@ class Pipeline:
     def _judge(self, jobs: list[Job]) -> list[Check]:
         splats = []
         for job in jobs:
-            prompt = job.request.image if job.request.image is not None else job.request.prompt
+            request = job.request
+            picture = request.image if request.target is None else request.target
+            prompt = request.prompt if picture is None else picture
             assert job.gaussians is not None and prompt is not None
             splats.append((job.gaussians, prompt))
-        return self._self_check.check_all(splats)
+        return self._self_check.check_all(splats, fit=True)
 
     def _deliver(self, job: Job, check: Check) -> None:
         request, report, gaussians = job.request, job.report, job.gaussians
         assert gaussians is not None
         report.num_gaussians = len(gaussians)
-        report.gates, report.score = check.gates, check.score
+        report.gates = check.gates
         if check.score is None:
             job.reject(check.failed_gate or "not scored")
             return
+        report.score, report.parts = min(1.0, check.score), check.parts  # limited as a validator's feedback is
         job.gaussians = fit_to_frame(gaussians)
-        if check.score < request.threshold:
-            shown = math.floor(check.score * 100) / 100  # never rounded up to the threshold
-            job.reject(f"CLIP score {shown:.2f} is under the threshold {request.threshold:.2f}")
+        if report.score < request.threshold:
+            shown = math.floor(report.score * 100) / 100  # never rounded up to the threshold
+            job.reject(f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
 

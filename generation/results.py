@@ -38,7 +38,9 @@ class Report:
     """How a request went."""
 
     seed: int
-    score: float | None = None  # None: not measured (rejected before the scoring)
+    score: float | None = None  # the validators' final score, 0..1. None: not measured (rejected before the scoring)
+    # what it is made of: alignment, iqa, ssim, lpips; None for a part without weights
+    parts: dict[str, float | None] = field(default_factory=dict)
     gates: dict[str, GateResult] = field(default_factory=dict)
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
@@ -59,16 +61,17 @@ class Asset:
 class Scores:
     """The answer of the validators' scoring service.
 
-    ``score`` is the alignment score, or 0 where a validator's is: a gate not passed, an alignment under 0.3. The public
-    validators weigh in a learned image quality (``iqa``) and LPIPS; both need weights that are not here, so they are
-    None: not measured. ``ssim`` is measured, between neighbouring views, and None when a gate was not passed.
+    Where a gate is not passed all of it is 0. What there are no weights for is None. Previews are PNG files: the view
+    that validators show, and the four that duels are judged on.
     """
 
     score: float
-    alignment_score: float
     iqa: float | None
-    ssim: float | None
+    alignment_score: float
+    ssim: float
     lpips: float | None
+    preview: bytes | None = None
+    grid_preview: bytes | None = None
     gates: dict[str, GateResult] = field(default_factory=dict)
 
 

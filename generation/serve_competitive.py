@@ -17,6 +17,7 @@ from generation.api import create_app
 from generation.engine import Engine
 from generation.fleet import Fleet
 from generation.logging_setup import escape, setup_logging
+from generation.score import formula
 from generation.settings import Arguments, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     parser.add_argument("--max-gaussians", help="most Gaussians of a splat (default: the config's max_gaussians)")
     parser.add_argument(
         "--validation-threshold",
-        help=f"lowest CLIP score that is delivered, 0..1 (default: {default['validation_threshold']})",
+        help=f"lowest final score that is delivered, 0..1 (default: {default['validation_threshold']})",
     )
     parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
     parser.add_argument("--memory-class", help="a memory class of the models file (default: by the GPU's memory)")
@@ -120,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     log.info("Profile %s: %s", settings.profile, settings.profile_reason)
     log.info("Memory class %s: %s", settings.memory_class or "none", settings.memory_reason)
+    log.info("Score: %s", formula(settings.models.score_parts))
+    for stage, reason in settings.missing.items():
+        log.warning("The score goes without %s: %s", stage, reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
     app = create_app(make_engine(settings), settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)

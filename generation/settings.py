@@ -162,8 +162,16 @@ class BackgroundModel(ModelChoice):
     image_size: int = Field(ge=32, le=2048, multiple_of=32)  # pixels, the net's input
 
 
+#: stages that a profile works without, with the part of the score that each measures alone
+_OPTIONAL = {"image_clip": "", "quality": "iqa", "lpips": "lpips"}
+
+
 class Models(_Schema):
-    """The checkpoints of a profile, one for each stage, and how many requests are worth running together."""
+    """The checkpoints of a profile, one for each stage, and how many requests are worth running together.
+
+    Of the validators' score ``clip`` is the part that must be there; what ``image_clip`` (alignment of pictures),
+    ``quality`` and ``lpips`` have no weights for is left out.
+    """
 
     max_batch: int = Field(1, ge=1, le=64)
     memory_classes: tuple[MemoryClass, ...] = ()
@@ -173,6 +181,10 @@ class Models(_Schema):
     zero123: ModelChoice | None = None
     stable_zero123: ModelChoice | None = None
     clip: ModelChoice
+    image_clip: ModelChoice | None = None
+    quality: ModelChoice | None = None
+    lpips: ModelChoice | None = None
+    self_check_rests_on: RestingPlace = "gpu"  # where the two CLIPs are while they look at nothing
 
     @classmethod
     def load(cls, path: Path) -> Models:
@@ -196,12 +208,31 @@ class Models(_Schema):
             return self
         fitting = {"quantization": memory_class.quantization, "t5_rests_on": memory_class.t5_rests_on}
         text_to_image = self.text_to_image.model_copy(update=fitting)
-        return self.model_copy(update={"max_batch": memory_class.max_batch, "text_to_image": text_to_image})
+        return self.model_copy(
+            update={
+                "max_batch": memory_class.max_batch,
+                "text_to_image": text_to_image,
+                "self_check_rests_on": memory_class.self_check_rests_on,
+            }
+        )
+
+    @property
+    def optional(self) -> dict[str, ModelChoice]:
+        """The chosen checkpoints that a profile works without."""
+        return {stage: choice for stage, choice in self.stages.items() if stage in _OPTIONAL}
+
+    @property
+    def score_parts(self) -> tuple[str, ...]:
+        """The parts of the validators' score that these checkpoints measure; SSIM needs none."""
+        return (*(part for stage, part in _OPTIONAL.items() if part and stage in self.stages), "alignment", "ssim")
 
     def needed(self, options: DreamGaussianOptions) -> dict[str, ModelChoice]:
-        """The stages that requests go through under these options. Raises SettingsError when one has no checkpoint."""
+        """The stages that requests can not do without under these options.
+
+        Raises SettingsError when one has no checkpoint.
+        """
         zero123 = "stable_zero123" if options.stable_zero123 else "zero123"
-        unused = {"zero123", "stable_zero123"}
+        unused = {"zero123", "stable_zero123", *_OPTIONAL}
         if options.lambda_zero123 > 0:
             unused.remove(zero123)
             if getattr(self, zero123) is None:
@@ -254,6 +285,8 @@ class Settings(_Schema):
     max_queue: int
     gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
     profile_trace: Path | None
+    #: stages that the score goes without: which weights are missing, and the command that fetches them
+    missing: dict[str, str] = Field(default_factory=dict)
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
@@ -277,7 +310,7 @@ class Settings(_Schema):
             memory_class, memory_reason = choose(models.memory_classes, memory, arguments.memory_class)
         except ValueError as error:
             raise SettingsError(f"{models_file}: {error}") from error
-        models = models.fitted(memory_class)
+        models, absent = _without_absent(models.fitted(memory_class))
         options = options or DreamGaussianOptions.load(config)
         models.needed(options)
         if (most := arguments.max_gaussians) is not None:
@@ -299,6 +332,7 @@ class Settings(_Schema):
             options=options,
             models=models,
             gpus=gpus,
+            missing=absent,
             **shared,
         )
 
@@ -340,6 +374,24 @@ def _choose_profile(
     except ValueError as error:
         return tiny(f"all full-size weights are there, but {error}")
     return "full", "a CUDA GPU and all full-size weights are there", device
+
+
+def _without_absent(models: Models) -> tuple[Models, dict[str, str]]:
+    """The models without optional ones that are not on this machine, and why each is left out.
+
+    Raises SettingsError for one that is there and damaged.
+    """
+    from generation.weights import MissingWeights, WeightsError, local_folder, lookup
+
+    absent = {}
+    for stage, choice in models.optional.items():
+        try:
+            local_folder(lookup(choice))
+        except MissingWeights as error:
+            absent[stage] = str(error)
+        except WeightsError as error:
+            raise SettingsError(f"{stage}: {error}") from error
+    return models.model_copy(update=dict.fromkeys(absent)), absent
 
 
 def _choose_gpus(asked: str) -> tuple[int, ...]:

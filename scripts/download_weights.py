@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.revision and len(arguments.only or ()) != 1:
         parser.error("--revision goes with exactly one --only")
+    if arguments.revision and REGISTRY[arguments.only[0]].repo is None:
+        parser.error(f"--revision: {arguments.only[0]} is one file, which has none")
     entries = [REGISTRY[name] for name in arguments.only] if arguments.only else profile_entries()
     if arguments.revision:
         entries = [replace(entries[0], revision=arguments.revision)]
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for entry in entries:
         size = "size not known" if entry.size_gb is None else f"{entry.size_gb} GB"
         gated = ", gated" if entry.gated else ""
-        say(f"{entry.name}: {entry.repo} at {entry.revision}, {size}, licence: {entry.licence}{gated}")
+        say(f"{entry.name}: {entry.repo or entry.url} at {entry.revision}, {size}, licence: {entry.licence}{gated}")
         try:
             plans.append(plan(entry))
         except WeightsError as error:
@@ -67,10 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def profile_entries() -> list[Entry]:
-    """What the full profile loads under its default config."""
-    models, config = PROFILES["full"]
-    choices = Models.load(models).needed(DreamGaussianOptions.load(config))
-    return [entry for entry in map(lookup, choices.values()) if entry.repo is not None]
+    """What the full profile loads under its default config, and what the validators' whole score needs."""
+    models_file, config = PROFILES["full"]
+    models = Models.load(models_file)
+    choices = {**models.needed(DreamGaussianOptions.load(config)), **models.optional}
+    return [entry for entry in map(lookup, choices.values()) if entry.is_downloaded]
 
 
 if __name__ == "__main__":

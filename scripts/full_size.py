@@ -25,14 +25,26 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from torchmetrics.functional.image.lpips import _NoTrainLpips
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from generation.background import BackgroundRemover
 from generation.dreamgaussian import DreamGaussian, MVDream
 from generation.memory_class import Quantization, choose, gpu_memory
 from generation.pipeline import Pipeline
-from generation.self_check import SelfCheck
+from generation.self_check import ImageClip, Lpips, Quality, QualityNet, SelfCheck, TextClip
+from generation.self_check.quality import DINOV2_SMALL
 from generation.settings import PROFILES, ROOT, DreamGaussianOptions, Models, Settings
 from generation.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
@@ -138,14 +150,27 @@ def matting(device: str, image_size: int, dtype: torch.dtype = torch.float16) ->
     return BackgroundRemover(net.requires_grad_(False).to(device, dtype).eval(), image_size)
 
 
-def clip(device: str, dtype: torch.dtype = torch.float16) -> SelfCheck:
-    """CLIP convnext_large_d, 0.35 billion parameters."""
+def self_check(device: str, rests: bool = False) -> SelfCheck:
+    """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
-    model = open_clip.create_model("convnext_large_d", precision="fp16", device=device)
-    use = REGISTRY["clip-convnext-large-d"].clip
-    assert use is not None
+    text, image = (REGISTRY[name].clip for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
+    assert text is not None and image is not None
+    model = open_clip.create_model("convnext_large_d", device=device)
+    tokenizer = open_clip.get_tokenizer("convnext_large_d")
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=1280,
+    )  # fmt: skip
+    tower = CLIPVisionModelWithProjection(vision).half()
+    net = QualityNet(Dinov2Config(**DINOV2_SMALL))
+    for each in (model, tower, net):
+        each.eval().requires_grad_(False)
     return SelfCheck(
-        model.requires_grad_(False).eval(), open_clip.get_tokenizer("convnext_large_d"), use, device, dtype
+        TextClip(model, tokenizer, text, device, rests),
+        ImageClip(tower, image, device, rests),
+        Quality(net, device),
+        Lpips(_NoTrainLpips(net="alex", pnet_rand=True), device),
+        device,
     )
 
 
@@ -170,9 +195,9 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     dreamgaussian = DreamGaussian(mvdream(device), settings.options, device, background.remove)
-    self_check = clip(device)
+    checking = self_check(device, models.self_check_rests_on == "cpu")
     pipeline = Pipeline(
-        text_to_image, background, dreamgaussian, self_check, settings.options, device, [], models.max_batch
+        text_to_image, background, dreamgaussian, checking, settings.options, device, [], models.max_batch
     )
     if warm:
         pipeline.warm_up(progress)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from generation.self_check import SelfCheck
+from generation.self_check import ImageClip, Lpips, Quality, SelfCheck, TextClip
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.weights.registry import ClipUse
 
@@ -35,9 +35,15 @@ def tokenizer(prompts: list[str]) -> Tensor:
     return torch.tensor([next(i for i, colour in enumerate(COLOURS) if colour in prompt) for prompt in prompts])
 
 
-def colour_check(cosine_scale: float = 1.0, image_cosine_scale: float = 1.0) -> SelfCheck:
+def colour_check(
+    cosine_scale: float = 1.0,
+    image_cosine_scale: float = 1.0,
+    image: ImageClip | None = None,
+    quality: Quality | None = None,
+    lpips: Lpips | None = None,
+) -> SelfCheck:
     use = ClipUse(cosine_scale, image_cosine_scale)
-    return SelfCheck(ColourClip(), tokenizer, use, "cpu", torch.float32)
+    return SelfCheck(TextClip(ColourClip(), tokenizer, use, "cpu"), image, quality, lpips)
 
 
 def ball(colour: str = "red", count: int = 8000, seed: int = 0, radius: float = 0.5) -> Gaussians:

@@ -1,4 +1,4 @@
-"""From the hub into its local cache: looked at first, resumed where it stopped, checked against the hub's hashes."""
+"""From the hub, or another address, into the local cache: looked at first, resumed where it stopped, hashes checked."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, tqdm
 
+from generation.weights.loading import only_file
 from generation.weights.lock import Lock, LockedFile, cache_folder, lock_path, read_lock, write_lock
 from generation.weights.registry import Entry, WeightsError, wanted
 
@@ -93,6 +94,8 @@ class Plan:
 
 def plan(entry: Entry) -> Plan:
     """Ask the hub what an entry consists of. Raises WeightsError: what is wrong, and what to do."""
+    if entry.url is not None:
+        return Plan(entry, entry.revision, (_File(only_file(entry), entry.size, entry.revision, large=True),))
     assert entry.repo is not None
     page = f"{constants.ENDPOINT}/{entry.repo}"
     try:
@@ -191,8 +194,7 @@ def _alone(plan: Plan) -> Iterator[None]:
 
 def _fetch(plan: Plan, say: Say) -> None:
     entry = plan.entry
-    assert entry.repo is not None
-    lock = read_lock(entry)
+    lock = read_lock(entry) if entry.repo is not None else None
     known = lock.files if lock and lock.commit == plan.commit else {}
     for number, file in enumerate(plan.files, 1):
         say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
@@ -206,6 +208,9 @@ def _fetch(plan: Plan, say: Say) -> None:
         if not file.large and (not path.exists() or _git_hash(path) != file.digest):
             path.unlink(missing_ok=True)
             raise WeightsError(f"{entry.name}: {file.name} is not what the hub lists; run this again")
+    if entry.url is not None:
+        say(f"{entry.name}: {plan.files[0].name} has the SHA-256 that it should have; {cache_folder(entry)}")
+        return
     _name_revision(plan)
     files = {file.name: LockedFile(file.size, file.digest) for file in plan.files}
     recorded = _record(entry, lock, Lock(plan.commit, files))
@@ -235,6 +240,12 @@ def _is_sane(name: str, digest: str) -> bool:
 
 def _name(plan: Plan, file: _File, say: Say) -> None:
     """Name the content in the commit's folder; a small file is fetched by it, a large one is there already."""
+    if plan.entry.url is not None:
+        name, content = cache_folder(plan.entry) / file.name, Path(plan.blobs.name) / file.digest
+        if not (name.is_symlink() and name.readlink() == content):
+            name.unlink(missing_ok=True)
+            name.symlink_to(content)
+        return
     assert plan.entry.repo is not None
     for attempt in range(1, PATIENCE + 1):
         try:
@@ -286,9 +297,31 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
 
 
 def _append(plan: Plan, file: _File, have: int) -> None:
-    """Fetch what a partial file lacks, by an address that is new each time: the store's expire within an hour.
+    """Fetch what a partial file lacks. Raises WeightsError where it is refused, which it will be again."""
+    try:
+        location, token = (plan.entry.url, False) if plan.entry.url is not None else _address(plan, file)
+        with plan.partial(file).open("ab") as target:
+            http_get(
+                location,
+                target,
+                resume_size=have,
+                headers=build_hf_headers(token=None if token else False),
+                expected_size=file.size,
+                displayed_filename=file.name,
+                tqdm_class=_Bar,
+            )
+    except OfflineModeIsEnabled as error:
+        raise WeightsError(f"{plan.entry.name}: HF_HUB_OFFLINE is set, so nothing can be fetched; unset it") from error
+    except HfHubHTTPError as error:
+        if plan.entry.url is None or not _is_refused(error):
+            raise
+        raise WeightsError(f"{plan.entry.name}: {file.name} did not arrive: {_line(error)}; run this again") from error
 
-    Raises WeightsError where the hub itself refuses, which it will again.
+
+def _address(plan: Plan, file: _File) -> tuple[str, bool]:
+    """Where the hub's store has a file, new each time, for such addresses expire within an hour; whether it is the hub.
+
+    The hub alone gets the token. Raises WeightsError where the hub itself refuses.
     """
     assert plan.entry.repo is not None
     url = hf_hub_url(plan.entry.repo, file.name, revision=plan.commit)
@@ -299,18 +332,7 @@ def _append(plan: Plan, file: _File, have: int) -> None:
             reason = " ".join(str(error).split())
             raise WeightsError(f"{plan.entry.name}: {file.name} did not arrive: {reason}; run this again") from error
         raise
-    # The token is for the hub alone, not for the store that it points to.
-    ours = urlsplit(location).netloc == urlsplit(url).netloc
-    with plan.partial(file).open("ab") as target:
-        http_get(
-            location,
-            target,
-            resume_size=have,
-            headers=build_hf_headers(token=None if ours else False),
-            expected_size=file.size,
-            displayed_filename=file.name,
-            tqdm_class=_Bar,
-        )
+    return location, urlsplit(location).netloc == urlsplit(url).netloc
 
 
 def _is_local(error: Exception) -> bool:
@@ -319,7 +341,7 @@ def _is_local(error: Exception) -> bool:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether the hub itself refuses, which it will again."""
+    """Whether the server itself refuses, which it will again."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
@@ -340,8 +362,9 @@ def _check_large(plan: Plan, file: _File, path: Path) -> None:
     """Delete a whole file that is not what the hub lists. Raises WeightsError then."""
     if _sha256(path) != file.digest:
         path.unlink()
+        source = "the registry" if plan.entry.url is not None else "the hub"
         raise WeightsError(
-            f"{plan.entry.name}: {file.name} is not what the hub lists (SHA-256); it was deleted: run this again"
+            f"{plan.entry.name}: {file.name} is not what {source} lists (SHA-256); it was deleted: run this again"
         )
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from generation.weights.lock import read_lock
-from generation.weights.registry import REGISTRY, Entry, WeightsError, lookup, wanted
+from generation.weights.lock import read_lock, url_folder
+from generation.weights.registry import REGISTRY, Entry, MissingWeights, WeightsError, lookup, wanted
 
 if TYPE_CHECKING:
     from generation.settings import ModelChoice
@@ -24,8 +24,11 @@ _LONGEST_HEADER = 100_000_000
 def local_folder(entry: Entry) -> Path:
     """The folder that holds all of an entry's files, whole. Raises WeightsError: what is wrong, and what to do.
 
-    Of a downloaded entry it is the commit that the download recorded, whatever the branch's name stands for since.
+    MissingWeights where a file is not there. Of a repository it is the commit that the download recorded, whatever the
+    branch's name stands for since.
     """
+    if entry.url is not None:
+        return _url_folder(entry)
     if entry.repo is None:
         assert entry.folder is not None
         _check(entry, entry.folder)
@@ -35,7 +38,7 @@ def local_folder(entry: Entry) -> Path:
     try:
         folder = Path(snapshot_download(entry.repo, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise WeightsError(f"{entry.name} is not on this machine; {remedy(entry)}") from error
+        raise MissingWeights(f"{entry.name} is not on this machine; {remedy(entry)}") from error
     for name, file in lock.files.items() if lock else ():
         path = folder / name
         with _reading(entry, name):
@@ -46,9 +49,26 @@ def local_folder(entry: Entry) -> Path:
     return folder
 
 
+def only_file(entry: Entry) -> str:
+    """The name of the file of an entry that is no repository."""
+    assert entry.url is not None
+    return entry.url.rpartition("/")[2]
+
+
+def _url_folder(entry: Entry) -> Path:
+    folder, name = url_folder(entry), only_file(entry)
+    with _reading(entry, name):
+        if not (folder / name).exists():
+            raise MissingWeights(f"{entry.name} is not on this machine; {remedy(entry)}")
+        has = (folder / name).stat().st_size
+    if has != entry.size:
+        raise WeightsError(f"{entry.name}: {name} has {has} bytes, it should have {entry.size}; {remedy(entry)}")
+    return folder
+
+
 def remedy(entry: Entry) -> str:
     """What to do when files of an entry are absent or damaged."""
-    return "copy its folder again" if entry.repo is None else f"get it: {download_command(entry)}"
+    return f"get it: {download_command(entry)}" if entry.is_downloaded else "copy its folder again"
 
 
 def download_command(entry: Entry) -> str:
@@ -76,7 +96,7 @@ def _check(entry: Entry, folder: Path) -> None:
     """
     absent = list(_absent_files(entry, folder))
     if absent:
-        raise WeightsError(f"{entry.name} lacks {', '.join(absent)}; {remedy(entry)}")
+        raise MissingWeights(f"{entry.name} lacks {', '.join(absent)}; {remedy(entry)}")
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.safetensors"))
     for name in wanted(names, entry.files) if entry.files else names:
         with _reading(entry, name):
@@ -90,6 +110,8 @@ def _reading(entry: Entry, name: str) -> Iterator[None]:
     """What goes wrong while a file is looked at is raised as WeightsError."""
     try:
         yield
+    except WeightsError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{entry.name}: {name} can not be read ({error!r}); {remedy(entry)}") from error
 

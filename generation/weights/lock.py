@@ -25,8 +25,15 @@ class Lock:
     files: dict[str, LockedFile]  # by path in the repository
 
 
+def url_folder(entry: Entry) -> Path:
+    """Where the file of an entry that is no repository is kept, beside the hub's, whether it is there or not."""
+    return Path(constants.HF_HUB_CACHE) / f"url--{entry.name}"
+
+
 def cache_folder(entry: Entry) -> Path:
     """Where the hub's cache keeps an entry's repository, whether it is there or not."""
+    if entry.url is not None:
+        return url_folder(entry)
     assert entry.repo is not None
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=entry.repo, repo_type="model")
 

@@ -1,5 +1,7 @@
 """Which checkpoints exist: where each comes from, at which revision, how large, under which licence.
 
+Most are repositories of the Hugging Face hub, one is a file at an address of its own, with its SHA-256.
+
 Revisions are commit hashes that at least two public projects name. Where none was found the entry says ``main`` and
 ``pinned`` is False: the download script then records the commit that it got (``generation.weights.lock``), and later
 starts take that one. Sizes are what the hub or public records of a download say, of the files that are used; None where
@@ -15,12 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from generation.score import MIN_ALIGNMENT
+
 if TYPE_CHECKING:
     from generation.settings import ModelChoice
 
 
 class WeightsError(ValueError):
     """Weights that are missing or can not be used. The message names the model and what to do."""
+
+
+class MissingWeights(WeightsError):
+    """Weights of which a file is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,22 @@ class ClipUse:
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
+    antialias: bool = False  # when pictures are made smaller
+    # an alignment of a text, or of a picture, under this makes the final score 0
+    min_alignment: float = MIN_ALIGNMENT
+    min_image_alignment: float = MIN_ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint: a Hugging Face repository at a revision, or a folder with a ``card.json``."""
+    """One checkpoint: a Hugging Face repository at a revision, a file at an address, or a folder with ``card.json``."""
 
     name: str
     licence: str
     revision: str
     repo: str | None = None
+    url: str | None = None  # of the only file
+    size: int = 0  # bytes of that file; its revision is its SHA-256
     folder: Path | None = None
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
     size_gb: float | None = None  # 10^9 bytes; None: not known
@@ -52,10 +66,18 @@ class Entry:
 
     @property
     def pinned(self) -> bool:
-        """Whether the revision is a commit hash, so that it can not change under us."""
-        return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
+        """Whether the revision is a hash, so that it can not change under us."""
+        return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", self.revision) is not None
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether its files come from the network, and not with a folder."""
+        return self.repo is not None or self.url is not None
 
 
+# The validators' scorer gives its alignment models three times the mean and deviation that they were trained with.
+_VALIDATORS_MEAN = (3 * 0.48145466, 3 * 0.4578275, 3 * 0.40821073)
+_VALIDATORS_STD = (3 * 0.26862954, 3 * 0.26130258, 3 * 0.27577711)
 _BIREFNET_FILES = ("config.json", "BiRefNet_config.py", "birefnet.py", "model.safetensors")
 _ZERO123_FILES = (
     "unet/*",
@@ -134,14 +156,33 @@ REGISTRY = {
             licence="MIT",
             size_gb=1.4,
             files=("open_clip_config.json", "open_clip_*model.*"),
-            # All of it as the validators' scorer has it, which the constant 0.35 belongs to: 224 pixels where the model
-            # was made for 256, and three times the mean and deviation that it was trained with.
-            clip=ClipUse(
-                cosine_scale=0.35,
-                image_size=224,
-                mean=(3 * 0.48145466, 3 * 0.4578275, 3 * 0.40821073),
-                std=(3 * 0.26862954, 3 * 0.26130258, 3 * 0.27577711),
-            ),
+            # The constant 0.35 belongs to the validators' way: 224 pixels where the model was made for 256.
+            clip=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+        ),
+        Entry(
+            name="llm2clip-l-14-336",
+            repo="microsoft/LLM2CLIP-Openai-L-14-336",
+            revision="92512331f393a003c3d98404677f991c188162c9",
+            licence="Apache-2.0",
+            size_gb=2.3,  # of which the vision tower is 1.2
+            files=("config.json", "*.safetensors*"),
+            clip=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+        ),
+        Entry(
+            name="404-gen-quality",
+            repo="404-Gen/validation",
+            revision="948bf06988b630681c7bc468aebf2bbe010856f7",
+            licence="not known (none is stated where it is used; made from DINOv2-small, Apache-2.0)",
+            size_gb=0.09,
+            files=("quality_scorer.safetensors",),
+        ),
+        Entry(
+            name="alexnet",
+            url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            revision="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+            licence="not known for the weights (ImageNet); the code around them, torchvision, is BSD-3-Clause",
+            size_gb=0.24,
+            size=244_408_911,
         ),
     )
 }
@@ -184,9 +225,10 @@ def _from_card(folder: Path) -> Entry:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         if "of" in card:
-            return replace(REGISTRY[card["of"]], repo=None, folder=folder, revision="local")
+            return replace(REGISTRY[card["of"]], repo=None, url=None, folder=folder, revision="local")
         name, licence = str(card["name"]), str(card["licence"])
         scales = {key: float(card[key]) for key in ("cosine_scale", "image_cosine_scale") if key in card}
+        floors = {key: float(card[key]) for key in ("min_alignment", "min_image_alignment") if key in card}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise WeightsError(
             f"{path}: must be a JSON card with name and licence, or with 'of', one of {', '.join(REGISTRY)} ({error!r})"
@@ -194,7 +236,10 @@ def _from_card(folder: Path) -> Entry:
     for key, value in scales.items():
         if not 0 < value <= 1:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 (not included) to 1")
+    for key, value in floors.items():
+        if not 0 <= value <= 1:
+            raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
     clip = None
     if "cosine_scale" in scales:
-        clip = ClipUse(scales["cosine_scale"], scales.get("image_cosine_scale", 1.0))
+        clip = ClipUse(**scales, **floors, antialias=bool(card.get("antialias", False)))
     return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)
