@@ -66,16 +66,21 @@ class StandInPipeline:
         job.progress("dreamgaussian", 0.25)
         what = request.prompt if request.image is None else f"{request.image.mode} {request.image.size}"
         seconds = {"text_to_image": 0.25, "dreamgaussian": 1.5}
-        report = Report(request.seed, score=0.7654, num_gaussians=9000, seconds=seconds)
+        parts = {"iqa": 0.8, "alignment": 0.6, "ssim": 0.9, "lpips": None}
+        report = Report(request.seed, score=0.7654, parts=parts, num_gaussians=9000, seconds=seconds)
         return Asset(f"ply\n{what} {request.seed}".encode(), report)
 
-    def validate(self, ply: bytes, prompt: Any) -> Scores:
+    def validate(self, ply: bytes, prompt: Any, single: bool, grid: bool, above: float) -> Scores:
         self.validated.append((ply, prompt))
         self.on_validate()
         if not ply.startswith(b"ply"):
             raise ValueError("not a PLY")
         gates = {"finite": GateResult(False, float("inf"), 0.0)}
-        return Scores(score=0.8, alignment_score=0.75, iqa=None, ssim=0.9, lpips=0.1, gates=gates)
+        shown = above < 0.8
+        return Scores(
+            score=0.8, alignment_score=0.75, iqa=None, ssim=0.9, lpips=0.1, gates=gates,
+            preview=b"one" if single and shown else None, grid_preview=b"four" if grid and shown else None,
+        )  # fmt: skip
 
 
 class Service:

@@ -58,6 +58,8 @@ def test_a_prompt_gives_a_ply_and_its_report(service: Service, path: str) -> Non
     assert response.headers["content-type"] == "application/octet-stream"
     assert response.headers["X-Seed"] == "42"
     assert response.headers["X-Score"] == "0.7654"
+    parts = {"iqa": 0.8, "alignment": 0.6, "ssim": 0.9, "lpips": None}
+    assert json.loads(response.headers["X-Score-Parts"]) == parts
     assert response.headers["X-Num-Gaussians"] == "9000"
     assert json.loads(response.headers["X-Seconds"]) == {"text_to_image": 0.25, "dreamgaussian": 1.5}
     assert "X-Rejected" not in response.headers
@@ -264,6 +266,26 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
         ply, prompt = service.pipeline.validated[-1]
         assert prompt == "a red cube"
         assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 2\n" if compression == 2 else raw)
+
+
+def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Service) -> None:
+    fields = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
+    both = {"generate_grid_preview": True, "generate_single_preview": True}
+    for more, shown in (
+        ({}, (None, None)),
+        (both, (b64(b"one"), b64(b"four"))),
+        ({"generate_preview": True}, (b64(b"one"), None)),
+        ({**both, "preview_score_threshold": 0.8}, (None, None)),
+    ):
+        body = score(service, **fields, **more).json()
+        assert (body["preview"], body["grid_preview"]) == shown
+
+
+def test_the_other_prompt_may_be_null(service: Service) -> None:
+    fields = {"data": b64(packed()), "compression": 2}
+    assert score(service, prompt="a red cube", prompt_image=None, **fields).status_code == 200
+    assert score(service, "img", prompt=None, prompt_image=b64(png(9, 7)), **fields).status_code == 200
+    error(score(service, prompt=None, prompt_image=b64(png(9, 7)), **fields), 422, "prompt")
 
 
 def test_a_splat_is_scored_against_an_image(service: Service) -> None:

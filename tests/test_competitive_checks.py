@@ -38,9 +38,9 @@ class Pipeline(StandInPipeline):
             return Asset(b"", Report(seed, 0.2, seconds=self.seconds, rejected="score 0.20 under 0.60"))
         return Asset(self.content, Report(seed, 0.75, num_gaussians=7000, seconds=self.seconds))
 
-    def validate(self, ply: bytes, prompt: Any) -> Scores:
+    def validate(self, ply: bytes, prompt: Any, *previews: Any) -> Scores:
         score = 0.75 if prompt == checks.PROMPT else 0.1
-        return Scores(score=score, alignment_score=score, iqa=None, ssim=None, lpips=None)
+        return Scores(score=score, alignment_score=score, iqa=None, ssim=0.0, lpips=None)
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import io
 import logging
 import sys
 import time
@@ -248,6 +249,11 @@ class TestFullMemory:
         assert pipeline.generate([ask("red")])[0].ply
 
 
+def align(pipeline, monkeypatch, score: float) -> None:
+    """Let every splat agree with its prompt to this degree."""
+    monkeypatch.setattr(pipeline._self_check, "_align", lambda views, prompts: [(score, [0.1] * 16) for _ in prompts])
+
+
 class TestRejections:
     def reject(self, pipeline, prompt: str, **more):
         (asset,) = pipeline.generate([ask(prompt, **more)])
@@ -267,13 +273,13 @@ class TestRejections:
         assert not report.gates["min_gaussians"].passed
 
     def test_a_low_score(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.419, [0.1] * 16))
+        align(pipeline, monkeypatch, 0.419)
         report = self.reject(pipeline, "red")
-        assert report.rejected == "CLIP score 0.41 is under the threshold 0.60"
-        assert report.score == 0.419
+        assert report.rejected == "score 0.41 (alignment 0.42) is under the threshold 0.60"
+        assert report.score == report.parts["alignment"] == 0.419
 
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.6, [0.1] * 16))
+        align(pipeline, monkeypatch, 0.6)
         (asset,) = pipeline.generate([ask("red")])
         assert asset.ply and asset.report.rejected is None
 
@@ -290,6 +296,16 @@ class TestImagePrompts:
         (asset,) = pipeline.generate([ask(None, image=picture)])
         assert asset.report.score > 0.9
         assert prompts == [""]
+
+    def test_what_a_validator_opens_is_compared(self, pipeline):
+        """Where the picture is upright only with its metadata, say, that is not what validators look at."""
+        picture, target = Image.new("RGB", (90, 60), "white"), Image.new("RGB", (90, 60), "white")
+        picture.paste((0, 0, 255), (20, 10, 70, 50))
+        target.paste((255, 0, 0), (20, 10, 70, 50))
+        (asset,) = pipeline.generate([ask(None, image=picture, target=target)])
+        assert asset.report.score < 0.6 and asset.ply == b""
+        (asset,) = pipeline.generate([ask(None, image=target, target=target)])
+        assert asset.report.score > 0.9
 
     def test_neither_is_an_error(self, pipeline):
         (outcome,) = pipeline.generate([ask(None)])
@@ -336,13 +352,26 @@ class TestValidate:
         assert pipeline.validate(good, "a blue ball").score == 0
 
     def test_low_alignment_counts_as_nothing(self, pipeline, monkeypatch):
-        monkeypatch.setattr(pipeline._self_check, "_score", lambda views, prompt, target: (0.29, [0.1] * 16))
+        align(pipeline, monkeypatch, 0.29)
         scores = pipeline.validate(ply.write(ball()), "red")
         assert (scores.score, scores.alignment_score) == (0, 0.29)
 
+    def test_previews(self, pipeline):
+        good = ply.write(ball("red"))
+        scores = pipeline.validate(good, "a red ball", single=True, grid=True, above=0.6)
+        sizes = [Image.open(io.BytesIO(png)).size for png in (scores.preview, scores.grid_preview)]
+        assert sizes == [(518, 518), (1041, 1041)]
+        for hidden in (
+            pipeline.validate(good, "a red ball"),
+            pipeline.validate(good, "a red ball", True, True, above=scores.score),
+            pipeline.validate(good, "a blue ball", True, True),
+            pipeline.validate(ply.write(ball(count=10)), "a red ball", True, True, above=-1.0),
+        ):
+            assert hidden.preview is hidden.grid_preview is None
+
     def test_a_failed_gate_is_zero(self, pipeline):
         scores = pipeline.validate(ply.write(ball(count=10)), "red")
-        assert (scores.score, scores.alignment_score, scores.ssim) == (0, 0, None)
+        assert (scores.score, scores.alignment_score, scores.ssim, scores.iqa) == (0, 0, 0, None)
         assert not scores.gates["min_gaussians"].passed
 
     @pytest.mark.parametrize("data", [b"", b"ply\nnonsense"])

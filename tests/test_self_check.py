@@ -6,8 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from generation import self_check
-from generation.self_check import SelfCheck, drop_outliers, fit_to_frame, neighbour_ssim, render_views, run_gates
+from generation.self_check import (
+    TextClip,
+    check,
+    drop_outliers,
+    fit_to_frame,
+    render_views,
+    run_gates,
+    to_validators_frame,
+)
+from generation.self_check.outliers import geometric_mean
 from generation.settings import Models
 from generation.splats.gaussians import Gaussians
 from generation.weights import WeightsError, local_folder, lookup
@@ -59,10 +67,11 @@ class TestGates:
         assert not run_gates(empty)["min_gaussians"].passed
 
     def test_a_failed_gate_ends_the_check(self, monkeypatch):
-        monkeypatch.setattr(self_check, "render_views", None)
-        check = colour_check().check(ball(count=100), "a red ball")
-        assert check.score is None
-        assert check.failed_gate is not None and check.failed_gate.startswith("min_gaussians: 100 Gaussians")
+        monkeypatch.setattr(check, "render_views", None)
+        outcome = colour_check().check(ball(count=100), "a red ball")
+        assert outcome.score is None
+        assert outcome.failed_gate is not None and outcome.failed_gate.startswith("min_gaussians: 100 Gaussians")
+        assert outcome.parts == {"iqa": None, "alignment": 0.0, "ssim": 0.0, "lpips": None}
 
 
 class TestFrame:
@@ -80,11 +89,29 @@ class TestFrame:
         close = (render_views(fit_to_frame(ball())) - render_views(fit_to_frame(moved))).abs()
         assert close.mean() < 1e-3
 
+    def test_a_splat_in_the_frame_stays_as_it_is(self):
+        fitted = fit_to_frame(ball(radius=3.0))
+        again = to_validators_frame(fitted)
+        for name, value in fitted.tensors().items():
+            assert torch.allclose(value, getattr(again, name), atol=1e-4), name
+
+    def test_elsewhere_the_validators_mistakes_are_made(self):
+        """One mean over all coordinates, and opacities divided by the factor of size, up to 1."""
+        moved = ball(radius=1.5)
+        moved.means += torch.tensor([3.0, 0.0, 0.0])
+        moved.logit_opacities[:10] = -1.0
+        framed = to_validators_frame(moved)
+        assert framed.means.mean(0).tolist() == pytest.approx([1.0, -0.5, -0.5], abs=0.02)
+        faint = float(torch.tensor(-1.0).sigmoid())
+        assert float(framed.logit_opacities[0].sigmoid()) == pytest.approx(faint * 2, abs=1e-2)
+        assert (framed.logit_opacities[10:].sigmoid() == 1).all()
+        assert render_views(framed).isfinite().all()
+
     def test_views_are_the_validators(self):
         gaussians = ball("blue")
         gaussians.log_scales[:] = math.log(0.01)  # thin, so that the ball ends where its points are
         views = render_views(fit_to_frame(gaussians))
-        assert views.shape == (16, 3, 224, 224)
+        assert views.shape == (16, 3, 518, 518)
         assert torch.equal(views[:, :, 0, 0], torch.ones(16, 3))  # white background
         assert torch.equal(views[0], views[15])  # azimuth 0 and 360
         assert torch.equal((views * 255).round() / 255, views)  # 8 bits
@@ -109,42 +136,50 @@ class TestFrame:
 
 class TestScore:
     def test_a_right_prompt_scores_above_a_wrong_one(self):
-        check = colour_check()
-        right, wrong = check.check(ball("red"), "a red ball"), check.check(ball("red"), "a blue ball")
-        assert right.score > 0.9 > 0.3 > wrong.score
+        checking = colour_check()
+        right, wrong = checking.check(ball("red"), "a red ball"), checking.check(ball("red"), "a blue ball")
+        assert right.score > 0.9 and wrong.score == 0.0 and wrong.parts["alignment"] < 0.3
         assert len(right.cosines) == 16
-        assert right.views.shape == (16, 3, 224, 224)
+        assert right.views.shape == (16, 3, 518, 518)
 
-    def test_scale_and_clamp(self):
+    def test_scale(self):
         images = torch.ones(16, 3, 64, 64)
         images[:, :, 16:48, 16:48] = torch.tensor([1.0, 1.0, 0.0])[:, None, None]  # yellow: cosine 0.7071 with red
-        score, cosines = colour_check().score_images(images, "a red square")
+        score, cosines = align(colour_check(), images, "a red square")
         assert score == pytest.approx(math.sqrt(0.5), abs=1e-3)
         assert cosines == pytest.approx([math.sqrt(0.5)] * 16, abs=1e-3)
-        assert colour_check(cosine_scale=0.9).score_images(images, "red")[0] == pytest.approx(0.7857, abs=1e-3)
-        assert colour_check(cosine_scale=0.35).score_images(images, "red")[0] == 1.0
-
-    def test_geometric_mean_of_what_is_kept(self):
-        check = colour_check()
-        images = torch.ones(4, 3, 64, 64)  # fewer than have five neighbours: all are kept
-        for image, colour in zip(images, [(1.0, 0, 0), (1.0, 0, 0), (1.0, 1, 0), (1.0, 1, 0)], strict=True):
-            image[:] = torch.tensor(colour)[:, None, None]
-        assert check.score_images(images, "red")[0] == pytest.approx(math.sqrt(math.sqrt(0.5)), abs=1e-3)
+        assert align(colour_check(cosine_scale=0.9), images, "red")[0] == pytest.approx(0.7857, abs=1e-3)
+        # Not limited to 1, as with the validators.
+        assert align(colour_check(cosine_scale=0.35), images, "red")[0] == pytest.approx(2.0203, abs=2e-3)
 
     def test_no_likeness_is_zero_not_an_error(self):
         images = torch.zeros(16, 3, 64, 64)
         images[:, 2] = 1.0
-        assert colour_check().score_images(images, "red")[0] == pytest.approx(0, abs=1e-4)
+        assert align(colour_check(), images, "red")[0] == pytest.approx(0, abs=1e-4)
 
     def test_image_prompts_compare_images(self):
-        check = colour_check(image_cosine_scale=0.9)
+        checking = colour_check(image_cosine_scale=0.9)
         picture = Image.new("RGBA", (50, 40))  # transparent: white
         picture.paste((255, 255, 0, 255), (10, 10, 40, 30))
         red, yellow = torch.ones(16, 3, 64, 64), torch.ones(16, 3, 64, 64)
         red[:, 1:, 20:40, 20:40] = 0
         yellow[:, 2:, 20:40, 20:40] = 0
-        assert check.score_images(yellow, picture)[0] == 1.0
-        assert check.score_images(red, picture)[0] == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
+        assert align(checking, yellow, picture)[0] == pytest.approx(1 / 0.9, abs=1e-3)
+        assert align(checking, red, picture)[0] == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
+
+    def test_texts_and_pictures_together(self):
+        checking = colour_check()
+        picture = Image.new("RGB", (60, 60), "white")
+        picture.paste((0, 0, 255), (15, 15, 45, 45))
+        asked = [(ball("red"), "a red ball"), (ball("blue"), picture), (ball("red"), picture), (ball("blue"), "blue")]
+        together = checking.check_all(asked)
+        assert [round(each.score, 6) for each in together] == [round(checking.check(*each).score, 6) for each in asked]
+        assert [each.score > 0.9 for each in together] == [True, True, False, True]
+
+
+def align(checking, images, prompt):
+    with torch.no_grad():
+        return checking._align([images], [prompt])[0]
 
 
 class TestOutliers:
@@ -154,6 +189,10 @@ class TestOutliers:
         assert len(kept) == 14
         assert kept.min() == pytest.approx(0.20) and kept.max() == pytest.approx(0.26)
 
+    def test_geometric_mean(self):
+        assert geometric_mean(torch.tensor([1.0, 1.0, 0.5, 0.5])) == pytest.approx(math.sqrt(0.5))
+        assert geometric_mean(torch.tensor([1.0, 0.0])) == 0.0
+
     def test_equal_values_all_stay(self):
         assert len(drop_outliers(torch.full((16,), 0.3))) == 16
 
@@ -162,30 +201,19 @@ class TestOutliers:
         assert torch.equal(drop_outliers(values).sort().values, drop_outliers(values.flip(0)).sort().values)
 
 
-def test_ssim():
-    generator = torch.Generator().manual_seed(0)
-    same = torch.rand(1, 3, 32, 32, generator=generator).expand(16, -1, -1, -1)
-    assert neighbour_ssim(same) == pytest.approx(1.0, abs=1e-4)
-    assert neighbour_ssim(torch.rand(16, 3, 32, 32, generator=generator)) < 0.1
-    shifted = torch.full((16, 3, 32, 32), 0.2)
-    shifted[::2] = 0.6  # constant pictures: only the luminance term is left
-    expected = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
-    assert neighbour_ssim(shifted) == pytest.approx(expected, abs=1e-3)
-
-
 class TestLoading:
     def test_open_clip_folder_without_network(self, mini_models, no_network):
         choice = Models.load(mini_models).clip
         entry = lookup(choice)
-        check = SelfCheck.load(local_folder(entry), choice, entry.clip, "cpu")
-        score, cosines = check.score_images(torch.rand(16, 3, 224, 224), "a red cube")
+        check = TextClip.load(local_folder(entry), choice, entry.clip, "cpu")
+        score, cosines = check.score_images(torch.rand(16, 3, 518, 518), "a red cube")
         assert 0 <= score <= 1
         assert len(cosines) == 16 and all(-1 <= cosine <= 1 for cosine in cosines)
 
     def test_clip_without_a_scale_is_refused(self, mini_models):
         choice = Models.load(mini_models).clip
         with pytest.raises(WeightsError, match="cosine_scale"):
-            SelfCheck.load(local_folder(lookup(choice)), choice, None, "cpu")
+            TextClip.load(local_folder(lookup(choice)), choice, None, "cpu")
 
     def test_a_folder_without_weights_is_refused(self, mini_models, tmp_path):
         choice = Models.load(mini_models).clip
@@ -193,4 +221,4 @@ class TestLoading:
         config = json.loads((local_folder(entry) / "open_clip_config.json").read_text())
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="not a usable open_clip model"):
-            SelfCheck.load(tmp_path, choice, entry.clip, "cpu")
+            TextClip.load(tmp_path, choice, entry.clip, "cpu")

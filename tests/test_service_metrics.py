@@ -37,7 +37,7 @@ def test_what_the_service_did_is_counted() -> None:
     outcomes = {"delivered": 2, "rejected": 1, "failed": 1, "cancelled": 0, "refused": 0}
     for outcome, count in outcomes.items():
         assert value(found, "requests_total", outcome=outcome) == count
-    assert value(found, "rejections_total", reason="clip_score", device="cpu") == 1
+    assert value(found, "rejections_total", reason="score", device="cpu") == 1
     assert value(found, "request_seconds_count", device="cpu") == 3
     assert value(found, "stage_seconds_count", stage="dreamgaussian", device="cpu") == 2
     assert value(found, "stage_seconds_sum", stage="dreamgaussian", device="cpu") == 3.0
@@ -79,7 +79,7 @@ def test_each_gpu_has_its_own_figures() -> None:
     ("report", "reason"),
     [
         (Report(1, rejected="nothing in the image"), "no_object"),
-        (Report(1, score=0.2, rejected="CLIP score 0.20 is under ..."), "clip_score"),
+        (Report(1, score=0.2, rejected="score 0.20 is under ..."), "score"),
         (
             Report(
                 1,

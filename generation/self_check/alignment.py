@@ -45,8 +45,7 @@ class _Clip:
     def _pixels(self, images: Tensor) -> Tensor:
         images = images.to(self._device, torch.float32).to(self._dtype)
         if images.shape[-2:] != (self._size, self._size):
-            size = (self._size, self._size)
-            images = F.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=self.use.antialias)
+            images = F.interpolate(images, size=(self._size, self._size), mode="bicubic", align_corners=False)
         return (images - self._mean) / self._std
 
     def _awake(self) -> Any:

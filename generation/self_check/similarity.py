@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -30,24 +31,29 @@ def neighbour_ssim(views: Tensor) -> Tensor:
     As torchmetrics computes it: borders are mirrored, so that windows reach over them. The window is separable, and a
     view's mean and variance serve both of its pairs.
     """
-    channels = views.shape[1]
-    offsets = torch.arange(-_RADIUS, _RADIUS + 1, dtype=views.dtype, device=views.device)
-    window = torch.exp(-(offsets**2) / (2 * _DEVIATION**2))
-    window = (window / window.sum())[None, None, None].expand(channels, 1, 1, -1)
-
-    def blur(z: Tensor) -> Tensor:
-        z = F.pad(z, (_RADIUS,) * 4, mode="reflect")
-        return F.conv2d(F.conv2d(z, window, groups=channels), window.transpose(2, 3), groups=channels)
-
     after = views.roll(-1, dims=0)
-    mean = blur(views)
+    mean = _blur(views)
     square = mean * mean
-    variance = (blur(views * views) - square).clamp_min(0)
+    variance = (_blur(views * views) - square).clamp_min(0)
     product = mean * mean.roll(-1, dims=0)
-    covariance = blur(views * after) - product
+    covariance = _blur(views * after) - product
     upper = (2 * product + _C1) * (2 * covariance + _C2)
     lower = (square + square.roll(-1, dims=0) + _C1) * (variance + variance.roll(-1, dims=0) + _C2)
     return (upper / lower).mean(dim=(1, 2, 3)).double().cpu()
+
+
+def _blur(images: Tensor) -> Tensor:
+    """With SSIM's window, borders mirrored. Sums of shifted pictures: on a CPU, four times as fast as a convolution."""
+    window = [math.exp(-(offset**2) / (2 * _DEVIATION**2)) for offset in range(-_RADIUS, _RADIUS + 1)]
+    weights = [weight / sum(window) for weight in window]
+    padded = F.pad(images, (_RADIUS,) * 4, mode="reflect")
+    for dim in (-1, -2):
+        size = images.shape[dim]
+        blurred = padded.narrow(dim, 0, size) * weights[0]
+        for offset, weight in enumerate(weights[1:], 1):
+            blurred.add_(padded.narrow(dim, offset, size), alpha=weight)
+        padded = blurred
+    return padded
 
 
 class Lpips:

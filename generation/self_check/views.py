@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from generation.splats import cameras
-from generation.splats.gaussians import Gaussians
+from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize
 
 VIEWS = 16
 VIEW_SIZE = 518  # pixels
 ELEVATION, RADIUS, FOVY = 15.0, 2.5, 49.1  # degrees, world units, degrees
 BOX_SIDE = 1.5  # world units
+MAX_LIFT = 16.0  # how far under black a colour is followed
 #: which views a preview is made of: the single one, and the grid that duels are judged on
 FRONT_VIEW, GRID_VIEWS, GRID_GAP = 1, (1, 5, 9, 13), 5
 
@@ -53,13 +55,24 @@ def to_validators_frame(gaussians: Gaussians) -> Gaussians:
 def render_views(gaussians: Gaussians) -> Tensor:
     """The validators' views (16, 3, 518, 518) of a splat in their frame, in 0..1, on white, cut down to 8 bits.
 
-    The last azimuth is a full turn, so its view is the first one's. Only the constant colour is drawn.
+    The last azimuth is a full turn, so its view is the first one's. Only the constant colour is drawn, and one that is
+    darker than black takes light away from what is blended with it.
     """
-    gaussians = replace(gaussians, sh=gaussians.sh[:, :1])
+    sh = gaussians.sh[:, :1]
+    # Our rasteriser draws no colour under 0. All colours and the background may be brighter by the same, for the
+    # weights that a pixel is blended with sum to 1; by a power of two, which takes nothing from their last digits.
+    darkest = float((-0.5 - SH_C0 * sh).amax())
+    lift = min(MAX_LIFT, 2.0 ** math.ceil(math.log2(darkest))) if darkest > 0 else 0.0
     azimuths = torch.linspace(0, 360, VIEWS, dtype=torch.float64)[:-1]
     orbit = cameras.orbit(ELEVATION, azimuths, RADIUS, FOVY, VIEW_SIZE, VIEW_SIZE)
-    rgb, _, _ = rasterize(gaussians, orbit.to(gaussians.means.device), VIEW_SIZE, VIEW_SIZE, torch.ones(3))
-    views = (rgb.permute(0, 3, 1, 2).clamp(0, 1) * 255).floor() / 255
+    rgb, _, _ = rasterize(
+        replace(gaussians, sh=sh + lift / SH_C0),
+        orbit.to(gaussians.means.device),
+        VIEW_SIZE,
+        VIEW_SIZE,
+        torch.full((3,), 1.0 + lift),
+    )
+    views = ((rgb - lift).permute(0, 3, 1, 2).clamp(0, 1) * 255).floor() / 255
     return torch.cat([views, views[:1]])
 
 

@@ -41,7 +41,6 @@ class ClipUse:
     image_size: int | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    antialias: bool = False  # when pictures are made smaller
     # an alignment of a text, or of a picture, under this makes the final score 0
     min_alignment: float = MIN_ALIGNMENT
     min_image_alignment: float = MIN_ALIGNMENT
@@ -241,5 +240,5 @@ def _from_card(folder: Path) -> Entry:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
     clip = None
     if "cosine_scale" in scales:
-        clip = ClipUse(**scales, **floors, antialias=bool(card.get("antialias", False)))
+        clip = ClipUse(**scales, **floors)
     return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)

@@ -8,7 +8,8 @@ import json
 import math
 import time
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
@@ -27,6 +28,7 @@ HEALTH_CONNECT_TIMEOUT_S = 3.0
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
+PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
 NO_CONNECTION = "not reachable (no connection in time)"
 
 
@@ -58,6 +60,7 @@ class EndpointUnavailable(Exception):
 class Generated:
     """The service's answer: a PLY, or b"" when its own checks reject the result.
 
+    `score`: the validators' final score, and `parts`: what it is made of ("alignment", "iqa", "ssim", "lpips").
     `endpoint`: which service, and `seconds`: how long it had the task.
     """
 
@@ -67,6 +70,7 @@ class Generated:
     rejected: str
     endpoint: str = ""
     seconds: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def prompt_problem(prompt: str) -> str | None:
@@ -144,6 +148,7 @@ class GenerationService:
                     headers.get("X-Rejected", ""),
                     self.endpoint,
                     time.monotonic() - started,
+                    _parts(headers.get("X-Score-Parts")),
                 )
         except aiohttp.ConnectionTimeoutError as error:
             raise EndpointUnavailable(NO_CONNECTION) from error
@@ -185,6 +190,15 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
     except ValueError:
         return DEFAULT_RETRY_AFTER_S
     return min(max(seconds, 0.1), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else DEFAULT_RETRY_AFTER_S
+
+
+def _parts(header: str | None) -> dict[str, float]:
+    """The parts of the score that were measured; those that are no numbers are left out."""
+    try:
+        values = json.loads(header or "{}")
+        return {part: number for part in PARTS if (number := _score(str(values.get(part)))) is not None}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _score(header: str | None) -> float | None:

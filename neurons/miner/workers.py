@@ -112,7 +112,11 @@ class Worker:
             done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS))
             if generated.score is not None:
                 seed = quoted(generated.seed)
-                log.info("CLIP Score: %.2f (validator [%d], seed %s)", generated.score, validator.uid, seed)
+                alignment = generated.parts.get("alignment", generated.score)
+                log.info("CLIP Score: %.2f (validator [%d], seed %s)", alignment, validator.uid, seed)
+                if generated.parts:
+                    parts = ", ".join(f"{part} {value:.2f}" for part, value in generated.parts.items())
+                    log.info("Score: %.2f (%s)", generated.score, parts)
             reason = _rejection(generated, assignment.threshold)
             if reason is not None:
                 return b"", over("rejected", reason)
