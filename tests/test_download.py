@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.numpy import save
 
 from generation.settings import ROOT
-from generation.weights import WeightsError, download, loading
+from generation.weights import MissingWeights, WeightsError, download, loading
 from generation.weights.lock import Lock, lock_path, write_lock
 from generation.weights.registry import REGISTRY, Entry, wanted
 from tests.fake_hub import LARGE, Hub, Repository, digest, serve
@@ -499,3 +499,74 @@ def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
 )  # fmt: skip
 def test_one_copy_of_the_weights(names, kept):
     assert wanted(names, ("a/*", "b/*")) == kept
+
+
+class TestOneFile:
+    """A checkpoint that is one file at an address of its own, with its SHA-256 in the registry."""
+
+    @pytest.fixture
+    def entry(self, hub, cache, monkeypatch) -> Entry:
+        monkeypatch.setattr(download, "PAUSE", 0)
+        url = f"{hub.url}/{BIREFNET.repo}/resolve/{BIREFNET.revision}/model.safetensors"
+        return replace(REGISTRY["alexnet"], url=url, revision=digest(WEIGHTS), size=len(WEIGHTS))
+
+    def fetch(self, entry: Entry) -> list[str]:
+        said: list[str] = []
+        download.fetch(download.plan(entry), said.append)
+        return said
+
+    def test_arrives_and_is_not_fetched_again(self, hub, cache, entry):
+        with pytest.raises(MissingWeights, match=r"alexnet is not on this machine; get it: .*--only alexnet"):
+            loading.local_folder(entry)
+        assert download.plan(entry).remaining() == len(WEIGHTS)
+        self.fetch(entry)
+        assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == WEIGHTS
+        assert "SHA-256" in self.fetch(entry)[-1] and download.plan(entry).remaining() == 0
+        assert hub.fetched("model.safetensors") == [""]
+
+    def test_goes_on_where_it_was_cut_off(self, hub, cache, entry, large):
+        hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
+        entry = replace(entry, revision=digest(large), size=len(large))
+        self.fetch(entry)
+        assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+        assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == large
+
+    def test_what_has_another_hash_is_deleted(self, hub, cache, entry):
+        hub.repositories[BIREFNET.repo].forged["model.safetensors"] = OTHER
+        with pytest.raises(WeightsError, match=r"model\.safetensors is not what the registry lists \(SHA-256\)"):
+            self.fetch(entry)
+        with pytest.raises(MissingWeights):
+            loading.local_folder(entry)
+        del hub.repositories[BIREFNET.repo].forged["model.safetensors"]
+        self.fetch(entry)
+        loading.local_folder(entry)
+
+    def test_what_is_damaged_is_not_missing(self, hub, cache, entry):
+        self.fetch(entry)
+        path = loading.local_folder(entry) / loading.only_file(entry)
+        path.resolve().write_bytes(WEIGHTS[:-1])
+        with pytest.raises(WeightsError, match="bytes, it should have") as caught:
+            loading.local_folder(entry)
+        assert not isinstance(caught.value, MissingWeights)
+        self.fetch(entry)
+        loading.local_folder(entry)
+
+    def test_what_is_refused_is_said_at_once(self, hub, cache, entry):
+        entry = replace(entry, url=entry.url.replace("model.safetensors", "gone.pth"))
+        with pytest.raises(WeightsError, match=r"gone\.pth did not arrive: HTTP 404 from 127\.0\.0\.1"):
+            self.fetch(entry)
+        assert len(hub.fetched("gone.pth")) == 1
+
+    def test_the_hubs_token_stays_away(self, hub, cache, entry, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        sent = []
+        get = download.http_get
+        monkeypatch.setattr(
+            download, "http_get", lambda *a, headers, **k: sent.append(headers) or get(*a, headers=headers, **k)
+        )
+        self.fetch(entry)
+        assert sent and "authorization" not in {name.lower() for headers in sent for name in headers}
+
+    def test_it_has_no_other_revision(self, hub, cache):
+        done = run(hub, cache, "--only", "alexnet", "--revision", "main")
+        assert done.returncode == 2 and "--revision: alexnet is one file, which has none" in done.stderr

@@ -7,6 +7,7 @@ import torch
 from generation import settings, weights
 from generation.settings import CONFIGS, DreamGaussianOptions, Models, Settings, SettingsError
 from generation.splats.rasterize import kernels
+from scripts.download_weights import profile_entries
 
 # The keys of upstream's configs/text_mv.yaml and their values, in an order of our own.
 UPSTREAM = """
@@ -216,6 +217,53 @@ def test_gpus_that_can_not_be_used_are_named_with_how_many_there_are(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     with pytest.raises(SettingsError, match=words):
         Settings.resolve({"profile": "tiny", "gpus": asked})
+
+
+class TestScoreParts:
+    """What the validators' score has beside the alignment with texts may be missing; it is named then."""
+
+    @pytest.fixture
+    def models_file(self, tmp_path, mini_models, monkeypatch) -> Path:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        text = mini_models.read_text().replace("./", f"{mini_models.parent}/")
+        path = tmp_path / "models.yaml"
+        more = "image_clip: {model: llm2clip-l-14-336}\nquality: {model: 404-gen-quality}\nlpips: {model: alexnet}\n"
+        path.write_text(text + more)
+        return path
+
+    def test_absent_ones_are_left_out(self, models_file):
+        resolved = Settings.resolve({"profile": "tiny", "models": models_file})
+        assert resolved.models.optional == {} and resolved.models.score_parts == ("alignment", "ssim")
+        assert set(resolved.missing) == {"image_clip", "quality", "lpips"}
+        assert resolved.missing["lpips"].endswith("--only alexnet")
+
+    def test_a_damaged_one_is_an_error(self, models_file, tmp_path):
+        folder = tmp_path / "hub" / "url--alexnet"
+        folder.mkdir(parents=True)
+        (folder / "alexnet-owt-7be5be79.pth").write_bytes(b"half")
+        with pytest.raises(SettingsError, match=r"lpips: alexnet: .* has 4 bytes, it should have 244408911"):
+            Settings.resolve({"profile": "tiny", "models": models_file})
+
+    def test_those_that_are_there_are_loaded(self, models_file, tmp_path):
+        for name in ("image_clip", "quality"):  # any folder with a card
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "card.json").write_text('{"name": "mine", "licence": "MIT"}')
+        text = (
+            models_file.read_text().replace("404-gen-quality", "./quality").replace("llm2clip-l-14-336", "./image_clip")
+        )
+        models_file.write_text(text)
+        resolved = Settings.resolve({"profile": "tiny", "models": models_file})
+        assert set(resolved.models.optional) == {"image_clip", "quality"} and set(resolved.missing) == {"lpips"}
+        assert resolved.models.score_parts == ("iqa", "alignment", "ssim")
+
+    def test_the_download_brings_all_of_the_full_profiles(self):
+        names = {entry.name for entry in profile_entries()}
+        assert {"clip-convnext-large-d", "llm2clip-l-14-336", "404-gen-quality", "alexnet"} <= names
+
+    def test_16_gb_keep_the_clips_off_the_gpu(self):
+        models = Models.load(settings.PROFILES["full"][0])
+        places = {each.name: models.fitted(each).self_check_rests_on for each in models.memory_classes}
+        assert places == {"48gb": "gpu", "24gb": "gpu", "16gb": "cpu"}
 
 
 class TestResolve:

@@ -38,7 +38,8 @@ def hub(tmp_path, monkeypatch):
 def test_every_entry_is_complete():
     for name, entry in REGISTRY.items():
         assert entry.name == name
-        assert entry.repo and entry.licence and entry.files and (entry.size_gb is None or entry.size_gb > 0)
+        assert entry.licence and (entry.size_gb is None or entry.size_gb > 0)
+        assert entry.repo and entry.files if entry.url is None else entry.url.startswith("https://") and entry.size
         assert entry.pinned or entry.revision == "main"
     assert REGISTRY["clip-convnext-large-d"].clip.cosine_scale == 0.35
 
@@ -163,6 +164,17 @@ def test_download_command_names_another_revision():
 
 
 class TestCard:
+    def test_may_have_floors_of_its_own_for_alignment(self, tmp_path):
+        def use(**more: float):
+            card = {"name": "mine", "licence": "MIT", "cosine_scale": 0.5, **more}
+            (tmp_path / "card.json").write_text(json.dumps(card))
+            return lookup(ModelChoice(model=str(tmp_path))).clip
+
+        assert (use().min_alignment, use().min_image_alignment) == (0.3, 0.3)
+        assert use(min_alignment=0.6, min_image_alignment=0.0).min_alignment == 0.6
+        with pytest.raises(WeightsError, match=r"min_alignment: 1\.5 is outside of 0 to 1"):
+            use(min_alignment=1.5)
+
     def choice(self, tmp_path, card) -> ModelChoice:
         (tmp_path / "card.json").write_text(card if isinstance(card, str) else json.dumps(card))
         return ModelChoice(model=str(tmp_path))
