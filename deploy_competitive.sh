@@ -22,7 +22,7 @@ usage: ./deploy_competitive.sh [flags]
   --models PATH                models file: which checkpoint each stage loads (the profile's)
   --flux-steps N               steps of text to image (the profile's)
   --max-gaussians N            most Gaussians that a splat may grow to (the config's)
-  --validation-threshold X     lowest CLIP score worth submitting, 0..1 (0.6)
+  --validation-threshold X     lowest final score worth submitting, 0..1 (0.6)
   --memory-class NAME          what runs at once and in how many bits, a class of the models file (by the GPU's memory)
   --gpus all|N,N               GPUs that the generation service uses (all)
   --host ADDRESS               where the generation service listens (127.0.0.1)

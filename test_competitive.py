@@ -176,7 +176,7 @@ def clip_tells_prompts_apart(service: Service) -> str:
 def full_pipeline(service: Service) -> str:
     ply, headers, seconds = service.generated()
     expect(ply, f"rejected: {headers.get('X-Rejected')}")
-    measured = f"CLIP Score: {headers['X-Score']}, {headers['X-Num-Gaussians']} Gaussians, {len(ply) / 1e6:.1f} MB"
+    measured = f"Score: {headers['X-Score']}, {headers['X-Num-Gaussians']} Gaussians, {len(ply) / 1e6:.1f} MB"
     return f"{measured} in {seconds:.1f} s"
 
 

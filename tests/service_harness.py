@@ -96,6 +96,8 @@ def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
     values |= {"memory_class": "24gb", "memory_reason": "a test"}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
+    values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
+    values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 
 

@@ -219,6 +219,9 @@ def test_health(service: Service) -> None:
     assert health["status"] == "ready"
     assert (health["profile"], health["profile_reason"], health["device"]) == ("tiny", "a test", "cpu")
     assert health["models"][0]["licence"] == "MIT"
+    assert health["score"]["formula"] == "0.7692 quality + 0.2051 alignment + 0.0256 SSIM"
+    assert health["score"]["shares"]["iqa"] == pytest.approx(0.75 / 0.975)
+    assert health["score"]["missing"] == {"lpips": "alexnet is not on this machine"}
     assert health["queue_depth"] == 0
     assert health["active"] == []
     assert health["totals"]["delivered"] > 0
