@@ -69,7 +69,7 @@ def _random(*shape: int, seed: int) -> Tensor:
 
 
 class Clip(nn.Module):
-    """Embeds a picture by its coarse pixels, a text by its number."""
+    """Embeds a picture by its coarse pixels, which saturate, and a text by its number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Clip(nn.Module):
         self.words = torch.stack([each.float() for each in words])
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return F.avg_pool2d(pixels, 16).flatten(1) @ self.layer
+        return (F.avg_pool2d(pixels, 16).flatten(1) @ self.layer / 20).tanh()
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         return self.words[tokens.flatten()].clone()
@@ -110,7 +110,7 @@ class Tower(nn.Module):
         self.layer = _random(3 * 14 * 14, 32, seed=3)
 
     def forward(self, pixels: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(image_embeds=F.avg_pool2d(pixels, 24).flatten(1) @ self.layer)
+        return SimpleNamespace(image_embeds=(F.avg_pool2d(pixels, 24).flatten(1) @ self.layer / 20).tanh())
 
 
 def tokenizer(prompts: str | list[str]) -> Tensor:

@@ -6,6 +6,7 @@ import base64
 import io
 import itertools
 import json
+import logging
 import struct
 import threading
 import zlib
@@ -228,6 +229,14 @@ def test_health(service: Service) -> None:
     assert [(each["device"], each["status"], each["memory"]) for each in health["engines"]] == [("cpu", "ready", None)]
     assert health["uptime_seconds"] > 0
     assert health["version"] == service.client.get("/version/").json()
+
+
+def test_the_log_has_the_alignment_and_the_whole_score(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    service.generate()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "CLIP Score: 0.60" in lines
+    assert "Score: 0.77 (quality 0.80, alignment 0.60, SSIM 0.90)" in lines
 
 
 def test_openapi_describes_what_is_read_by_hand(service: Service) -> None:

@@ -194,6 +194,16 @@ async def test_pull_generate_submit(bench: Bench, caplog: pytest.LogCaptureFixtu
         assert any(expected in line for line in lines), expected
 
 
+async def test_the_log_has_the_alignment_and_the_whole_score(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    parts = {"iqa": 0.75, "alignment": 0.81, "ssim": 0.9}
+    bench.generator.result = Generated(PLY, 0.76, "1", "", parts=parts)
+    bench.network.answers = {1: [task_for(1)]}
+    await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "CLIP Score: 0.81 (validator [1]" in text
+    assert "Score: 0.76 (iqa 0.75, alignment 0.81, ssim 0.90)" in text
+
+
 async def test_validators_are_asked_at_once_and_each_by_its_own_clock(bench: Bench) -> None:
     now = int(time.time())
     bench.network.answers = {
@@ -496,6 +506,23 @@ async def test_a_generated_splat_comes_with_its_score() -> None:
         return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})
 
     assert await ask_service(handler, TextTask(id="1", prompt="größer")) == Generated(PLY, 0.76, "5", "")
+
+
+@pytest.mark.parametrize(
+    ("header", "parts"),
+    [
+        ('{"alignment": 0.81, "iqa": 0.75, "ssim": 0.9, "lpips": null}', {"iqa": 0.75, "alignment": 0.81, "ssim": 0.9}),
+        ('{"alignment": NaN, "iqa": [1], "more": 1, "ssim": true, "lpips": "x"}', {}),
+        ("[1]", {}),
+        ("{", {}),
+        ("[" * 4000, {}),
+    ],
+)
+async def test_a_score_comes_with_its_parts(header: str, parts: dict[str, float]) -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5", "X-Score-Parts": header})
+
+    assert await ask_service(handler, TextTask(id="1", prompt="p")) == Generated(PLY, 0.76, "5", "", parts=parts)
 
 
 async def test_line_breaks_are_no_reason_to_lose_a_task() -> None:
