@@ -122,7 +122,7 @@ class ImageClip(_Clip):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             vision = CLIPVisionConfig(**{**config["vision_config"], "projection_dim": config["projection_dim"]})
-            state = {}
+            state: dict[str, Tensor] = {}
             for path in sorted(folder.glob("*.safetensors")):
                 with safe_open(path, "pt") as file:
                     state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(_TOWER)}  # noqa: SIM118

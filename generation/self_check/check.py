@@ -126,7 +126,7 @@ class SelfCheck:
         qualities: Sequence[Tensor | None] = [None] * len(views)
         if self._quality is not None:
             qualities = self._quality.score(torch.cat(views)).split(VIEWS)
-        checks = []
+        checks: list[Check] = []
         for each, quality, (alignment, cosines) in zip(views, qualities, self._align(views, prompts), strict=True):
             prompt = prompts[len(checks)]
             parts = {

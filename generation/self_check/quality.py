@@ -29,6 +29,9 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class QualityNet(nn.Module):
     """Pictures to the logit of their quality."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: Dinov2Config, backbone: Dinov2Model | None = None) -> None:
         super().__init__()
         self.backbone = Dinov2Model(config) if backbone is None else backbone

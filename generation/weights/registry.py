@@ -240,5 +240,10 @@ def _from_card(folder: Path) -> Entry:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
     clip = None
     if "cosine_scale" in scales:
-        clip = ClipUse(**scales, **floors)
+        clip = ClipUse(
+            scales["cosine_scale"],
+            scales.get("image_cosine_scale", 1.0),
+            min_alignment=floors.get("min_alignment", MIN_ALIGNMENT),
+            min_image_alignment=floors.get("min_image_alignment", MIN_ALIGNMENT),
+        )
     return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)
