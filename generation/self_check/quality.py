@@ -60,7 +60,7 @@ class QualityNet(nn.Module):
             for key, value in state.items():
                 part, _, name = key.partition(".")
                 parts[part][name] = value.float()
-            parts["backbone"].setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))  # for training only
+            parts["backbone"].setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))  # of training
             # By the class's own loader, because names inside of it have changed since the file was written.
             backbone, about = Dinov2Model.from_pretrained(
                 None, config=config, state_dict=parts["backbone"], dtype=torch.float32, output_loading_info=True
