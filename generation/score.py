@@ -48,7 +48,10 @@ def final_score(parts: Mapping[str, float | None], min_alignment: float = MIN_AL
 
 def formula(available: Collection[str]) -> str:
     """What the score consists of, in words: ``0.75 quality + 0.2 alignment + 0.025 SSIM + 0.025 LPIPS``."""
-    return " + ".join(f"{round(share, 4):g} {_NAMES[part]}" for part, share in shares(available).items())
+    counted = shares(available)
+    if len(counted) == 1:
+        return "alignment alone"
+    return " + ".join(f"{round(share, 4):g} {_NAMES[part]}" for part, share in counted.items())
 
 
 def in_words(score: float, parts: Mapping[str, float | None]) -> str:

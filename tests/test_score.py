@@ -70,7 +70,7 @@ class TestFinalScore:
 
     def test_in_words(self):
         assert formula(ALL) == "0.75 quality + 0.2 alignment + 0.025 SSIM + 0.025 LPIPS"
-        assert formula(["ssim", "alignment"]) == "1 alignment"
+        assert formula(["ssim", "alignment"]) == "alignment alone"
         assert in_words(0.71, ALL) == "0.71 (quality 0.70, alignment 0.80, SSIM 0.90, LPIPS 0.75)"
         assert in_words(0.8, {**ALL, "iqa": None}) == "0.80 (alignment 0.80)"
 
