@@ -45,6 +45,7 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
             cooldowns={7: 120.5, 8: -1.0},
             endpoints={"http://127.0.0.1:10006": True, "http://127.0.0.1:10008": False},
             ledger_backlog=5,
+            clock_behind=37.5,
         )
     )
     port = metrics.serve(0)
@@ -72,9 +73,11 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
     assert value("miner_endpoint_up", endpoint="http://127.0.0.1:10006") == 1
     assert value("miner_endpoint_up", endpoint="http://127.0.0.1:10008") == 0
     assert value("miner_ledger_backlog_rows") == 5
+    assert value("miner_clock_behind_seconds") == 37.5
 
     metrics.show(Snapshot())
-    assert not any(name == "miner_cooldown_seconds" for name, _ in scrape(port))
+    gone = {"miner_cooldown_seconds", "miner_clock_behind_seconds"}
+    assert not any(name in gone for name, _ in scrape(port))
 
 
 def test_two_miners_in_one_process_do_not_meet(metrics: Metrics) -> None:

@@ -21,7 +21,7 @@ from neurons.miner.generator import GenerationService
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.options import REHEARSAL, MinerOptions
 from neurons.miner.spool import Spool, SpoolInUse, hold
-from neurons.miner.status import IdleLog, StatusFile, snapshot
+from neurons.miner.status import ClockLog, IdleLog, StatusFile, snapshot
 from neurons.miner.submitter import Submitter
 from neurons.miner.supervisor import keep_running
 from neurons.miner.sync import Synchroniser
@@ -79,7 +79,9 @@ class CompetitiveMiner:
         async with AsyncExitStack() as stack:
             books = Bookkeeping(ledger, options.metrics_port, options.min_reward)
             clocks = ValidatorClocks()
-            dendrite = await stack.enter_async_context(ValidatorDendrite(keypair, clocks.answered))
+            dendrite = await stack.enter_async_context(
+                ValidatorDendrite(keypair, clocks.answered, clocks.highest_offset)
+            )
             services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
             pool = GeneratorPool(services)
             spool = Spool(folder)
@@ -110,7 +112,7 @@ class CompetitiveMiner:
             for number in range(1, options.workers + 1):
                 worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
                 workers.append(_start(f"Worker {number}", worker.run))
-            report = functools.partial(self._report_status, books, directory, manager, pool, synchroniser)
+            report = functools.partial(self._report_status, books, clocks, directory, manager, pool, synchroniser)
             background = [
                 _start("Watching the generation services", pool.watch),
                 _start("Following the chain", synchroniser.follow_chain),
@@ -165,13 +167,14 @@ class CompetitiveMiner:
     async def _report_status(
         self,
         books: Bookkeeping,
+        clocks: ValidatorClocks,
         directory: ValidatorDirectory,
         manager: AsyncTaskManager,
         pool: GeneratorPool,
         synchroniser: Synchroniser,
     ) -> None:
         """Keeps the status file as things are, and says in the log when there is nothing to do."""
-        idle_log = IdleLog()
+        idle_log, clock_log = IdleLog(), ClockLog()
         while True:
             if not directory.eligible:
                 status = synchroniser.problem
@@ -187,7 +190,9 @@ class CompetitiveMiner:
                 totals=dict(books.totals),
             )
             idle_log.update(manager, len(directory.eligible))
-            books.show(snapshot(directory, manager, pool, books.backlog))
+            moment = snapshot(directory, manager, pool, clocks, books.backlog)
+            clock_log.update(moment.clock_behind)
+            books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)
 
 

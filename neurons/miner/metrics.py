@@ -27,13 +27,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The miner at one moment. Validators are named by UID, endpoints by address; ages and cooldowns in seconds."""
+    """The miner at one moment. Validators are named by UID, endpoints by address; ages, cooldowns and
+    `clock_behind` in seconds; the latter is None while too few validators have told the time.
+    """
 
     queued: int = 0
     ages: Sequence[float] = ()
     cooldowns: Mapping[int, float] = field(default_factory=dict)
     endpoints: Mapping[str, bool] = field(default_factory=dict)
     ledger_backlog: int = 0
+    clock_behind: float | None = None
 
 
 class _Moment(Collector):
@@ -50,6 +53,12 @@ class _Moment(Collector):
         yield GaugeMetricFamily("miner_held_task_oldest_seconds", "Age of the oldest held task", oldest)
         yield GaugeMetricFamily("miner_held_task_mean_seconds", "Mean age of the held tasks", mean)
         yield GaugeMetricFamily("miner_ledger_backlog_rows", "Ledger rows not written yet", now.ledger_backlog)
+        if now.clock_behind is not None:
+            yield GaugeMetricFamily(
+                "miner_clock_behind_seconds",
+                "By how much this machine's clock is behind the validators' (their median)",
+                now.clock_behind,
+            )
         cooldowns = GaugeMetricFamily(
             "miner_cooldown_seconds", "Seconds until the validator may be asked again", labels=["uid"]
         )
