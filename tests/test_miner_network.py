@@ -394,6 +394,39 @@ def test_coming_and_going_is_no_way_around_a_cooldown(tmp_path: Path) -> None:
     in_virtual_time(test)
 
 
+@pytest.mark.parametrize("doing", ["waits out a cooldown", "is left alone", "ends"])
+def test_a_validator_that_leaves_and_returns_at_once_keeps_its_poller(tmp_path: Path, doing: str) -> None:
+    """Within one turn of the event loop, and no synchronisation comes to the rescue for an hour."""
+
+    async def test() -> None:
+        network = Network([Behaviour()], limits())
+        service = StandInService(20.0, 4)
+        async with mining(network, tmp_path, service) as miner:
+            (validator,) = network.validators
+            await asyncio.sleep(100)
+            if doing == "is left alone":
+                network.down = True
+                await asyncio.sleep(HOUR)
+                network.down = False
+                assert miner.manager.silent == 1
+            before = validator.accepted
+            if doing == "ends":
+                miner.pool.ready.clear()
+                await asyncio.sleep(300)  # the cooldown is over, and nobody can generate
+            miner.directory.update(Metagraph(17, ()))
+            miner.manager.sync()
+            if doing == "ends":
+                miner.pool.ready.set()
+                await asyncio.sleep(0)
+            miner.directory.update(network.metagraph())
+            miner.manager.sync()
+            await asyncio.sleep(HOUR)
+            assert validator.accepted - before >= 11
+        assert violations(network) == 0
+
+    in_virtual_time(test)
+
+
 def test_it_is_said_when_nobody_is_left_to_ask(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "neurons.miner.status")
 

@@ -32,7 +32,7 @@ from scripts.virtual_time import now
 
 HOTKEY = "5" + "F" * 47
 VALIDATOR = Neuron(uid=5, hotkey=HOTKEY, ip="127.0.0.1", port=8091, stake=5000.0, serving=True)
-MINER = Neuron(uid=9, hotkey="5M", ip="0.0.0.0", port=0, stake=0.0, serving=False, validator_permit=False)
+MINER = Neuron(uid=9, hotkey="5M", ip="0.0.0.0", port=0, stake=0.0, serving=False)
 
 
 # --- the supervisor

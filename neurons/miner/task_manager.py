@@ -96,7 +96,9 @@ class AsyncTaskManager:
             address = validator.ip, validator.port
             if self._addresses.get(hotkey, address) != address and hotkey in self._backing_off:
                 self._backing_off[hotkey].set()
-            if hotkey not in self._pollers:
+            poller = self._pollers.get(hotkey)
+            # One that was told to end, or has ended this very moment, is as good as none.
+            if poller is None or poller.done() or poller.cancelling():
                 name = f"Polling of validator [{validator.uid}]"
                 poller = asyncio.create_task(keep_running(name, functools.partial(self._poll, hotkey)))
                 self._pollers[hotkey] = poller
@@ -148,8 +150,9 @@ class AsyncTaskManager:
     def queued(self) -> int:
         return self._queue.qsize()
 
-    def _poller_ended(self, hotkey: str, _: asyncio.Task[None]) -> None:
-        del self._pollers[hotkey]
+    def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:
+        if self._pollers.get(hotkey) is poller:
+            del self._pollers[hotkey]
 
     async def _poll(self, hotkey: str) -> None:
         """Until the validator is not eligible any more."""

@@ -112,7 +112,7 @@ class RehearsalNetwork:
             Neuron(validator.uid, validator.hotkey, "127.0.0.1", validator.port, VALIDATOR_STAKE, serving=True)
             for validator in self._all()
         ]
-        miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False, validator_permit=False)
+        miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False)
         return Metagraph(NETUID, (*neurons, miner))
 
 
