@@ -22,6 +22,7 @@ from aiohttp import web
 from neurons import logging_setup, ply, spz
 from neurons.chain import Metagraph, Neuron
 from neurons.miner import generators, options, submitter, task_manager
+from neurons.miner.admission import USEFUL_AGE_S
 from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import DateListener
 from neurons.miner.events import Event, Generation
@@ -98,7 +99,8 @@ class FakeGenerator:
     def expected_seconds(self, tasks: int) -> float | None:
         return self.seconds_per_task and tasks * self.seconds_per_task
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, patience: float) -> Generated:
+        assert 0 < patience <= USEFUL_AGE_S
         self.tasks.append(task)
         self.seeds.append(seed)
         await asyncio.sleep(0)
@@ -292,7 +294,7 @@ async def test_a_task_that_would_be_tried_again_stays_open_at_a_stop(bench: Benc
     bench.retries = 2
     began, go_on = asyncio.Event(), asyncio.Event()
 
-    async def generate(task: Task, seed: int) -> Generated:
+    async def generate(task: Task, seed: int, patience: float) -> Generated:
         began.set()
         await go_on.wait()
         return Generated(b"", 0.41, "1", "score 0.41 under 0.60")

@@ -14,12 +14,14 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 
 from neurons.logging_setup import quoted
+from neurons.miner.admission import USEFUL_AGE_S
 from neurons.protocol import ImageTask, Task
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_PLY_BYTES = 512 << 20
 MAX_HEALTH_BYTES = 1 << 20
-REQUEST_TIMEOUT_S = 900.0
+# The pool gives up earlier where the task was pulled some time before.
+REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
