@@ -512,16 +512,29 @@ def test_a_rejected_result_is_tried_again_in_time(
     in_virtual_time(test)
 
 
-def test_a_service_that_hangs_keeps_no_validator_for_longer_than_a_task_is_worth(tmp_path: Path) -> None:
-    """Each second past 30 delays the next task by one."""
+class Hanging(Rejecting):
+    """As `Rejecting`, and then it does not answer any more."""
+
+    async def generate(self, task: Task, seed: int) -> Generated:
+        if len(self.seeds) == self.rejections:
+            self.seconds = 1e6
+        return await super().generate(task, seed)
+
+
+@pytest.mark.parametrize("rejections", [0, 1])
+def test_a_service_that_hangs_keeps_no_validator_for_longer_than_a_task_is_worth(
+    tmp_path: Path, rejections: int
+) -> None:
+    """Each second past 30 delays the next task by one, be it spent on the first seed or on another."""
 
     async def test() -> None:
         network = Network([Behaviour()], limits())
-        async with mining(network, tmp_path, Rejecting(0, 1e6)) as miner:
+        async with mining(network, tmp_path, Hanging(rejections, 100.0)) as miner:
             await asyncio.sleep(USEFUL_AGE_S - 1)
             assert network.submitted == []
             await asyncio.sleep(10)
             assert [submission.results for submission in network.submitted] == [""]
+            assert miner.count(Generation, "rejected") == rejections
             assert miner.count(Generation, "failed") == miner.count(Submission, "empty") == 1
         assert violations(network) == 0
 
