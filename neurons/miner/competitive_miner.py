@@ -13,7 +13,8 @@ import bittensor as bt
 
 from neurons import chain
 from neurons.chain import Metagraph
-from neurons.miner.blacklist import Blacklist
+from neurons.miner import keys
+from neurons.miner.blacklist import Blacklist, BlacklistUnreadable
 from neurons.miner.bookkeeping import Bookkeeping
 from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import ValidatorDendrite
@@ -53,15 +54,16 @@ class CompetitiveMiner:
         self._stopping.set()
 
     async def run(self) -> int:
-        """The process' exit status: 0 after `stop`, 1 when there is no key to mine with, or another miner with it."""
+        """The process' exit status: 0 after `stop`, 1 when it can not begin, which a line in the log explains."""
+        options = self._options
         try:
+            blacklist = Blacklist(options.blacklist, options.blacklist_file)
+            blacklist.load()
             if await self._network_is_there():
-                keypair = self._load_keypair()
-                if keypair is None:
-                    return 1
-                with hold(self._options.spool_of(keypair.ss58_address)):
-                    await self._mine(keypair)
-        except SpoolInUse as error:
+                keypair = keys.load(options.wallet_name, options.wallet_hotkey, options.wallet_path)
+                with hold(options.spool_of(keypair.ss58_address)):
+                    await self._mine(keypair, blacklist)
+        except (BlacklistUnreadable, keys.KeyUnusable, SpoolInUse) as error:
             log.critical("%s", error)
             return 1
         finally:
@@ -69,7 +71,7 @@ class CompetitiveMiner:
         log.info("Stopped")
         return 0
 
-    async def _mine(self, keypair: bt.Keypair) -> None:
+    async def _mine(self, keypair: bt.Keypair, blacklist: Blacklist) -> None:
         options = self._options
         ledger, folder = options.ledger_of(keypair.ss58_address), options.spool_of(keypair.ss58_address)
         log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
@@ -85,8 +87,6 @@ class CompetitiveMiner:
             services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
             pool = GeneratorPool(services)
             spool = Spool(folder)
-            blacklist = Blacklist(options.blacklist, options.blacklist_file)
-            blacklist.reload()
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
             submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
             manager = AsyncTaskManager(
@@ -149,14 +149,6 @@ class CompetitiveMiner:
             except TimeoutError:
                 pass
         return True
-
-    def _load_keypair(self) -> bt.Keypair | None:
-        options = self._options
-        try:
-            return bt.Wallet(options.wallet_name, options.wallet_hotkey, str(options.wallet_path)).hotkey
-        except bt.KeyFileError as error:
-            log.critical("Wallet %r, hotkey %r: %s", options.wallet_name, options.wallet_hotkey, error)
-            return None
 
     async def _fetch(self) -> Metagraph:
         options = self._options
