@@ -21,6 +21,8 @@ PUBLIC_HALF = {
     "publicKey": "0xd88032ee6996db5464685740a1df8cf8987759054264c78dad7252965e6ec93d",
     "ss58Address": "5GxaHPGo9pQtpbmN5THq4V9SGWAMdz2JeAnDQ1n7GcVdaFt8",
 }
+# To bittensor a file that begins like this has a password.
+ENCRYPTED = "$NACL" + "x" * 200
 
 
 @pytest.fixture
@@ -28,12 +30,6 @@ def file(tmp_path: Path) -> Path:
     file = tmp_path / "cold" / "hotkeys" / "hot"
     file.parent.mkdir(parents=True)
     return file
-
-
-def encrypt(folder: Path) -> bt.Wallet:
-    wallet = bt.Wallet("cold", "hot", str(folder))
-    wallet.set_hotkey(bt.Keypair.create_from_uri("//hot"), encrypt=True, overwrite=True, hotkey_password="tr0ub4dor")
-    return wallet
 
 
 def test_a_key_that_signs(file: Path, tmp_path: Path) -> None:
@@ -67,18 +63,17 @@ def test_what_can_not_sign_is_one_line_without_what_the_file_holds(
 def test_a_key_with_a_password_asks_nobody(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wallet = encrypt(tmp_path)
-    capfd.readouterr()
+    file.write_text(ENCRYPTED)
     with pytest.raises(keys.KeyUnusable, match="hot has a password, and the miner asks nobody for it"):
         keys.load("cold", "hot", tmp_path)
     assert capfd.readouterr() == ("", "")
-    variable = wallet.hotkey_file.env_var_name()
+    variable = bt.Wallet("cold", "hot", str(tmp_path)).hotkey_file.env_var_name()
     monkeypatch.setitem(os.environ, variable, "d3Jvbmc=")
     with pytest.raises(keys.KeyUnusable, match=rf"hot does not open with \${variable}$"):
         keys.load("cold", "hot", tmp_path)
 
 
-@pytest.mark.parametrize("content", [json.dumps(PUBLIC_HALF), "$NACL" + "x" * 200])
+@pytest.mark.parametrize("content", [json.dumps(PUBLIC_HALF), ENCRYPTED])
 async def test_the_miner_says_so_and_does_not_begin(
     file: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
