@@ -60,13 +60,18 @@ def test_what_can_not_sign_is_one_line_without_what_the_file_holds(
     assert str(unusable.value) == f"Wallet 'cold', hotkey 'hot': {file} {reason}"
 
 
-def test_a_key_with_a_password_asks_nobody(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_key_with_a_password_asks_nobody(file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     file.write_text(ENCRYPTED)
     with pytest.raises(keys.KeyUnusable, match="hot has a password, and the miner asks nobody for it"):
         keys.load("cold", "hot", tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_password_in_bittensor_s_variable_is_tried(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(ENCRYPTED)
     variable = bt.Wallet("cold", "hot", str(tmp_path)).hotkey_file.env_var_name()
     monkeypatch.setitem(os.environ, variable, "d3Jvbmc=")
     with pytest.raises(keys.KeyUnusable, match=rf"hot does not open with \${variable}$"):

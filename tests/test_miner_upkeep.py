@@ -116,9 +116,7 @@ def test_files_of_other_editors(tmp_path: Path, encoding: str, line_end: str) ->
     assert all(entry in blacklist for entry in (42, 7, HOTKEY))
 
 
-def test_a_mark_in_the_middle_is_of_a_file_that_was_appended(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_mark_in_the_middle_is_of_a_file_that_was_appended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "blacklist"
     file.write_bytes(b"\xef\xbb\xbf42\r\n" + b"\xef\xbb\xbf43\r\n")
     blacklist = Blacklist([], file)

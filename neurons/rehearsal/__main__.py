@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from neurons import home
 from neurons.miner.options import REHEARSAL_STATE
 
 MAX_VALIDATORS = 64
@@ -45,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.rehearsal.hostile import HABITS
