@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from neurons.miner import standings
+from neurons.miner import standings, stopping
 from neurons.miner.clock import MAX_COOLDOWN_S, steady_time
 from neurons.miner.events import Event
 from neurons.miner.ledger import Ledger
@@ -44,7 +44,7 @@ class Bookkeeping:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._metrics.close)
-        await asyncio.to_thread(self._ledger.close)
+        await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
         self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1

@@ -13,10 +13,10 @@ import bittensor as bt
 
 from neurons import chain
 from neurons.chain import Metagraph
-from neurons.miner import keys
+from neurons.miner import keys, stopping
 from neurons.miner.blacklist import Blacklist, BlacklistUnreadable
 from neurons.miner.bookkeeping import Bookkeeping
-from neurons.miner.clock import ValidatorClocks
+from neurons.miner.clock import ValidatorClocks, steady_time
 from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.generator import GenerationService
 from neurons.miner.generators import GeneratorPool
@@ -33,9 +33,6 @@ from neurons.miner.workers import Worker
 SYNC_INTERVAL_S = 300.0
 REHEARSAL_SYNC_INTERVAL_S = 5.0
 STATUS_INTERVAL_S = 1.0
-# Of the 30 s that a stop may take: first what the workers have in hand, then the submissions.
-STOP_WORKERS_S = 15.0
-STOP_SUBMISSIONS_S = 8.0
 
 log = logging.getLogger(__name__)
 
@@ -122,17 +119,19 @@ class CompetitiveMiner:
             ]
             await self._stopping.wait()
 
+            stopped_at = steady_time()
             pool.stop_waiting()
             for task in background:
                 task.cancel()
             await manager.close()
-            _, late = await asyncio.wait(workers, timeout=STOP_WORKERS_S)
+            _, late = await asyncio.wait(workers, timeout=stopping.WORKERS_S)
             for task in late:
                 task.cancel()
             if late:
                 log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
             await asyncio.gather(*background, *late, return_exceptions=True)
-            await submitter.drain(STOP_SUBMISSIONS_S)
+            left = stopped_at + stopping.TASKS_S - steady_time()
+            await submitter.drain(min(stopping.SUBMISSIONS_S, left))
 
     async def _network_is_there(self) -> bool:
         """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
