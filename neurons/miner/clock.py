@@ -68,14 +68,6 @@ class ValidatorClock:
         """The offset is at least this, unless the clock was set back since the last answer."""
         return self._low - self._drift(now)
 
-    def highest_offset(self, now: float) -> float:
-        """The offset is at most this, unless the clock was set forward since the last answer."""
-        return self._high + self._drift(now)
-
-    def measured_offset(self) -> float | None:
-        """The likeliest offset; None where no answer has told."""
-        return None if self._measured_at is None else (self._low + self._high) / 2
-
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
         low, high = date - received, date + MAX_HEADER_AGE_S - sent
@@ -96,6 +88,14 @@ class ValidatorClock:
             self._header_is_wrong |= self._measured_at is not None
             self._measured_at = None
             self._low, self._high = highest - UNKNOWN_CLOCK_MARGIN_S, highest
+
+    def highest_offset(self, now: float) -> float:
+        """The offset is at most this, unless the clock was set forward since the last answer."""
+        return self._high + self._drift(now)
+
+    def measured_offset(self) -> float | None:
+        """The likeliest offset; None where no answer has told."""
+        return None if self._measured_at is None else (self._low + self._high) / 2
 
     def _drift(self, now: float) -> float:
         return 0.0 if self._measured_at is None else MAX_DRIFT * (now - self._measured_at)
@@ -130,6 +130,10 @@ class ValidatorClocks:
         at += MAX_DRIFT * max(at - now, 0.0)
         return min(max(at, now + MIN_PAUSE_S), now + MAX_COOLDOWN_S)
 
+    def keep(self, hotkeys: Collection[str]) -> None:
+        """Forgets the clocks of all others."""
+        self._clocks = {hotkey: clock for hotkey, clock in self._clocks.items() if hotkey in hotkeys}
+
     def highest_offset(self, hotkey: str) -> float:
         """How many seconds the validator's clock is ahead of our steady one, at most."""
         return self._clock(hotkey).highest_offset(self.now())
@@ -143,10 +147,6 @@ class ValidatorClocks:
         if len(offsets) < MIN_CLOCKS:
             return None
         return statistics.median(offsets) + self.now() - self._wall()
-
-    def keep(self, hotkeys: Collection[str]) -> None:
-        """Forgets the clocks of all others."""
-        self._clocks = {hotkey: clock for hotkey, clock in self._clocks.items() if hotkey in hotkeys}
 
     def _clock(self, hotkey: str) -> ValidatorClock:
         return self._clocks.setdefault(hotkey, ValidatorClock())

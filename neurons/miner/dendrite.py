@@ -100,9 +100,10 @@ class ValidatorDendrite(bt.Dendrite):
         """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
 
         `is_success` needs a complete, well-formed answer with status 200. The `axon` status is that of any complete
-        answer, and None when there was none. `timeout` is for each of up to two requests: a 401 is answered with
-        another uuid at once, and not again before this validator has taken one.
+        answer, and None when there was none.
         """
+        # A 401 is answered with another uuid at once, and not again before this validator has taken one. `timeout` is
+        # for each of the two requests.
         sender = self._senders.setdefault(target_axon.hotkey, _Sender())
         refused_before = sender.refused
         status = await self._attempt(target_axon, synapse, timeout, sender)
