@@ -444,6 +444,21 @@ def test_it_is_said_when_nobody_is_left_to_ask(tmp_path: Path, caplog: pytest.Lo
     in_virtual_time(test)
 
 
+def test_validators_that_are_all_silent_have_no_next_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "neurons.miner.status")
+
+    async def test() -> None:
+        network = Network([Behaviour(dead=True)], limits())
+        async with mining(network, tmp_path) as miner:
+            idle_log = IdleLog()
+            for _ in range(40):
+                await asyncio.sleep(1)
+                idle_log.update(miner.manager, len(miner.directory.eligible))
+        assert "No available validators: 1 not answering" in [record.getMessage() for record in caplog.records]
+
+    in_virtual_time(test)
+
+
 # --- parts that break
 
 

@@ -193,3 +193,19 @@ async def test_what_one_validator_refuses_is_no_business_of_the_others(
         assert len(other.axon.nonces) == 1 and len(validator.axon.nonces) == 2
     finally:
         other.stop()
+
+
+async def test_nobody_is_asked_for_this_machine_s_address(
+    validator: Validator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bittensor's own dendrite asks the internet for it, and calls an axon that has it at 0.0.0.0."""
+
+    def offline() -> str:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("bittensor.utils.networking.get_external_ip", offline)
+    miner = Miner()
+    miner.dendrite.external_ip = validator.address.ip
+    assert miner.dendrite._get_endpoint_url(validator.address, "PullTask").startswith("http://127.0.0.1:")
+    assert await miner.pull(validator) == 200
+    await miner.close()

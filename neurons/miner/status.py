@@ -78,13 +78,13 @@ class IdleLog:
         if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:
             return
         self._logged_at = now
-        seconds = max(0.0, min(cooldowns.values(), default=now) - now)
-        log.info(
-            "No available validators: %d on cooldown, the next one for %.0f s, %d not answering",
-            len(cooldowns),
-            seconds,
-            silent,
-        )
+        states = []
+        if cooldowns:
+            seconds = max(0.0, min(cooldowns.values()) - now)
+            states.append(f"{len(cooldowns)} on cooldown, the next one for {seconds:.0f} s")
+        if silent:
+            states.append(f"{silent} not answering")
+        log.info("No available validators: %s", ", ".join(states))
 
 
 class ClockLog:
