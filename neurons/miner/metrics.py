@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from neurons.miner.events import Event, Generation, Pull
 
 HOST = "127.0.0.1"
-# Up to the protocol's time-outs for a pull and for a submission, and to when a generation is given up.
+# Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
 _SUBMISSION_BUCKETS_S = (0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
