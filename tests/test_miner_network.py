@@ -74,7 +74,7 @@ class Miner:
         record = self._record
         self.submitter = Submitter(network, self.directory, clocks, MINER, self.spool, record)
         self.manager = AsyncTaskManager(
-            *(network, self.directory, clocks, self.submitter, self.spool, self.pool, record),
+            *(network, self.directory, clocks, self.submitter, self.pool, record),
             workers=4,
             threshold=0.6,
             worth_asking_at=self.worth_asking_at.__getitem__,

@@ -86,13 +86,13 @@ class CompetitiveMiner:
             blacklist = Blacklist(options.blacklist, options.blacklist_file)
             blacklist.reload()
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
-            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
+            history = await books.submissions()
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
             manager = AsyncTaskManager(
                 dendrite,
                 directory,
                 clocks,
                 submitter,
-                spool,
                 pool,
                 books.record,
                 workers=options.workers,
