@@ -37,7 +37,7 @@ RETRY_FOR_S = 300.0
 # So long after one that may have arrived, another one meets its lock, the time for the upload taken off.
 UNDER_LOCK_S = LOCK_S - 5.0
 # So often a pull may ask for a result that is then not taken.
-MAX_ROUNDS = 4
+MAX_ROUNDS = 12
 # Before the pull that says what has become of a task: doubled where a validator refuses one result after another.
 SOON_S = 2.0
 MAX_PAUSE_S = 300.0
@@ -75,6 +75,7 @@ class _Kept:
 
     size: int | None  # None: not looked at yet, in the spool since an earlier run
     first_sent: float
+    still_open_at: float  # when its validator last waited for it
     result: bytes | None = None  # where it could not be spooled
     may_have_arrived: bool = False  # with an answer that was lost
     rounds: int = 0
@@ -82,6 +83,7 @@ class _Kept:
     reason: str = "no answer"
     refused: bool = False
     given_up: SubmissionOutcome | None = None  # and its task is to be ended with an empty result
+    ask_again_at: float | None = None  # by the answer that ended its task
     recorded: bool = False
 
 
@@ -130,7 +132,7 @@ class Submitter:
         self._refusals: Counter[str] = Counter()  # hotkey -> 403s in a row
         # Whether an earlier run sent them is not known.
         self._kept = {
-            (hotkey, task.id): _Kept(None, self._now() - spool.age(hotkey, task.id), may_have_arrived=True)
+            (hotkey, task.id): _Kept(None, *[self._now() - spool.age(hotkey, task.id)] * 2, may_have_arrived=True)
             for hotkey, tasks in spool.entries().items()
             for task in tasks
         }
@@ -192,11 +194,12 @@ class Submitter:
     async def _deliver(self, assignment: Assignment, result: bytes, again: bool) -> None:
         """Spool, send, find out what became of it, forget. Whatever ends this before leaves the result spooled."""
         hotkey, task = assignment.validator.hotkey, assignment.task
-        ask_again_at: float | None = None
+        kept = self._kept.get((hotkey, task.id)) if again else None
+        is_new = kept is None
+        if kept is None:
+            kept = self._kept[hotkey, task.id] = _Kept(len(result), self._now(), self._now())
         try:
-            kept = self._kept.get((hotkey, task.id)) if again else None
-            if kept is None:
-                kept = self._kept[hotkey, task.id] = _Kept(len(result), self._now())
+            if is_new:
                 await self._keep(assignment, kept, result)
             if kept.size is None:
                 kept.size = len(result)
@@ -204,8 +207,9 @@ class Submitter:
             if ask_again_at is None:
                 await self._keep(assignment, kept, b"")
                 ask_again_at = await self._hand_in(assignment, kept, b"")
+            kept.ask_again_at = ask_again_at
         finally:
-            assignment.settle(self._now() + DEFAULT_PAUSE_S if ask_again_at is None else ask_again_at)
+            assignment.settle(self._now() + DEFAULT_PAUSE_S if kept.ask_again_at is None else kept.ask_again_at)
 
     async def _keep(self, assignment: Assignment, kept: _Kept, result: bytes) -> None:
         validator, task = assignment.validator, assignment.task
@@ -227,6 +231,7 @@ class Submitter:
         """
         validator, shown = assignment.validator, quoted(assignment.task.id)
         kept.rounds += 1
+        kept.still_open_at = self._now()
         answer = await self._send(assignment, result, kept)
         if answer is None:
             if kept.rounds >= MAX_ROUNDS or (kept.rounds > 1 and kept.seconds_tried >= RETRY_FOR_S):
@@ -263,7 +268,6 @@ class Submitter:
         validator, task, now = assignment.validator, assignment.task, self._now()
         hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
         ahead = self._clocks.ahead(hotkey, until)
-        cooldown = ahead + now - kept.first_sent
         outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
         memory.last_told = until or memory.last_told
         # Then an earlier one may have been accepted, and this one was too much.
@@ -278,7 +282,7 @@ class Submitter:
         if repeated:
             if found.pop():
                 outcome = "accepted"
-            elif outcome == "declined" and not is_penalty(cooldown, memory.usual_cooldown):
+            elif outcome == "declined" and not is_penalty(ahead, 0.0, memory.usual_cooldown):
                 outcome = "broken"
         self._settle(validator, memory, found)
         if outcome is None:
@@ -291,7 +295,7 @@ class Submitter:
             )
             return now + LOCK_S
         if outcome != "declined":
-            memory.usual_cooldown = max(cooldown, MIN_PAUSE_S)
+            memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         self._forget(hotkey, task.id)
         log.info(
             "Feedback from [%d]: Score=%.2f, Reward=%.2f (average %.2f, %d accepted in the window, rating %.0f)",
@@ -302,7 +306,7 @@ class Submitter:
             feedback.generations_within_the_window,
             feedback.current_duel_rating,
         )
-        ask_again_at = self._clocks.next_pull_at(hotkey, until)
+        ask_again_at = kept.ask_again_at = self._clocks.next_pull_at(hotkey, until)
         if outcome == "empty" and kept.given_up is not None:
             outcome = kept.given_up
         self._conclude(validator, task.id, kept, outcome, feedback, ask_again_at)
@@ -366,14 +370,16 @@ class Submitter:
         ask_again_at = self._clocks.next_pull_at(hotkey, answer.cooldown_until) if cooling else None
         outcome: SubmissionOutcome = kept.given_up or ("refused" if kept.refused else "given_up")
         if kept.may_have_arrived:
-            cooldown = self._clocks.ahead(hotkey, answer.cooldown_until) + now - kept.first_sent
-            outcome = "unknown"
-            if is_empty:
-                outcome = "empty"
-            elif cooling and is_penalty(cooldown, memory.usual_cooldown):
-                outcome = "declined"
+            declined = None
+            if cooling:
+                ahead = self._clocks.ahead(hotkey, answer.cooldown_until)
+                declined = is_penalty(ahead, now - kept.still_open_at, memory.usual_cooldown)
+            outcome = "empty" if is_empty else "declined" if declined else "unknown"
+            if declined is None:
+                ask_again_at = None  # which says so in the ledger; the pull has it, too
         if outcome == "unknown" and not kept.recorded:
-            memory.unsettled.append(_Unsettled(task_id, Span(kept.first_sent - ANSWER_S, now), cooling))
+            span = Span(kept.first_sent - ANSWER_S, now)
+            memory.unsettled.append(_Unsettled(task_id, span, ask_again_at is not None))
         self._conclude(validator, task_id, kept, outcome, None, ask_again_at)
 
     def _conclude(

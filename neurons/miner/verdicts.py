@@ -8,6 +8,7 @@ LOCK_S it looks at no other), or has another task for this miner.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,6 @@ from neurons.protocol import Feedback
 LOCK_S = 30.0
 # The validators' default, of one that has not yet told of a cooldown.
 TASK_COOLDOWN_S = 300.0
-# A declined result's cooldown is three times as long as any other's.
-DECLINED_COOLDOWNS = 2.0
 # `generations_within_the_window` counts the results of this time.
 WINDOW_S = 4 * 3600.0
 # How far apart a moment at the validator and its answer's arrival here may be.
@@ -40,12 +39,14 @@ def judge(size: int, feedback: Feedback, ends_task: bool) -> SubmissionOutcome |
     return "declined" if ends_task else None
 
 
-def is_penalty(cooldown: float, usual: float) -> bool:
-    """Whether a cooldown of so many seconds since a result was first sent is that of a declined one.
+def is_penalty(cooldown: float, elapsed: float, usual: float) -> bool | None:
+    """Whether a cooldown that has so many seconds left is a declined result's; None where that can not be told.
 
-    The others are over some 300 s after the task was given or the result was judged, and a declined one after 900 s.
+    That of a declined one is three times the `usual` one from when it was judged, `elapsed` seconds ago at most.
     """
-    return cooldown > DECLINED_COOLDOWNS * usual
+    if cooldown > 1.5 * usual:
+        return True
+    return False if cooldown + elapsed < 2.5 * usual else None
 
 
 @dataclass(frozen=True)
@@ -59,19 +60,25 @@ class Span:
 class Window:
     """The accepted results that one validator counts, followed from answer to answer.
 
-    Its count grows by what it accepted and shrinks by what is older than WINDOW_S. What is known of each counted result
-    is when it was accepted, to within some seconds; of those that were counted before we first heard of the validator,
-    that it was in the window. So from one answer to the next the count has a lowest and a highest value, and what it is
-    beyond the highest are results that were accepted without our hearing of it.
+    Its count grows by what it accepted and shrinks by what is older than WINDOW_S. When each counted result was accepted
+    is known to within some seconds; of those from before we first heard of the validator, that it was in the window. So
+    from one answer to the next the count has a lowest and a highest value, and what it is beyond the highest are results
+    that were accepted without our hearing of it.
     """
 
     def __init__(self) -> None:
-        self._counted: list[Span] = []
+        # Of the n-th oldest, the earliest and the latest time: both in order, though not of the same result.
+        self._earliest: list[float] = []
+        self._latest: list[float] = []
         self._heard = False
+
+    def __len__(self) -> int:
+        return len(self._earliest)
 
     def add(self, accepted: Span) -> None:
         """One that a later answer will count."""
-        self._counted.append(accepted)
+        bisect.insort(self._earliest, accepted.earliest)
+        bisect.insort(self._latest, accepted.latest)
 
     def answered(
         self, at: float, count: int, accepted: Span | None = None, unsettled: Sequence[Span] = ()
@@ -81,28 +88,36 @@ class Window:
         `count` came in at `at` and includes `accepted`, the result that it was the answer to.
         """
         begin = at - WINDOW_S
-        counted = [span for span in self._counted if span.latest > begin - ANSWER_S]
+        del self._earliest[: (gone := bisect.bisect_right(self._latest, begin - ANSWER_S))]
+        del self._latest[:gone]
+        may_be_gone = bisect.bisect_right(self._earliest, begin)
         new = count - (accepted is not None)
-        more = min(max(new - len(counted), 0), len(unsettled))  # at least so many were accepted
-        if not self._heard and new > len(unsettled):
-            more = 0  # some are from before we first heard of it
+        more = min(max(new - len(self), 0), len(unsettled))  # at least so many were accepted
+        most = min(new - (len(self) - may_be_gone), len(unsettled))
+        if not self._heard and new not in (0, len(unsettled)):
+            more, most = 0, len(unsettled)  # some are from before we first heard of it
         self._heard = True
-        most = new - sum(span.earliest > begin for span in counted)
+        for span in unsettled[:more]:
+            # Where not all were accepted it is known how many, and not which.
+            self.add(span if more == len(unsettled) else Span(unsettled[0].earliest, unsettled[-1].latest))
+        if accepted is not None:
+            self.add(accepted)
+        if most > more:
+            # As many as may have been accepted may have taken the places of the oldest ones.
+            self._latest = self._latest[most - more :] + [at] * min(most - more, len(self))
+        self._agree_with(count, begin, at, may_be_gone)
         # A count that fell by more than its oldest results is that of a validator which forgot some.
         others = False if 0 <= most <= more else None
-        counted += [*unsettled[:more], *([accepted] if accepted is not None else [])]
-        self._counted = self._reconciled(counted, count, begin, at)
         return [True] * more + [others] * (len(unsettled) - more)
 
-    @staticmethod
-    def _reconciled(counted: list[Span], count: int, begin: float, at: float) -> list[Span]:
-        """Takes out or puts in as many as the validator's count has fewer or more, as its own words are what counts."""
-        counted.sort(key=lambda span: span.latest)
-        surplus = len(counted) - max(count, 0)
-        for span in [span for span in counted if span.earliest <= begin][: max(surplus, 0)]:
-            counted.remove(span)
+    def _agree_with(self, count: int, begin: float, at: float, may_be_gone: int) -> None:
+        """The validator's own words are what counts."""
+        # A stranger's number: more than one a second is none.
+        count = min(max(count, 0), int(WINDOW_S))
+        gone = min(max(len(self) - count, 0), may_be_gone)
+        del self._earliest[:gone], self._latest[:gone]
         # One that crashed forgot the newest.
-        del counted[max(count, 0) :]
-        # A stranger's number: of more than one a second nothing is kept.
-        missing = min(max(count, 0), int(WINDOW_S)) - len(counted)
-        return [Span(begin, at)] * max(missing, 0) + counted
+        del self._earliest[count:], self._latest[count:]
+        missing = count - len(self)
+        self._earliest = sorted([begin] * missing + self._earliest)
+        self._latest = sorted([at] * missing + self._latest)
