@@ -89,11 +89,11 @@ class _Kept:
 
 @dataclass
 class _Unsettled:
-    """A result of which only the validator's next count can tell. `cooldown`: the validator told of one, no penalty."""
+    """A result of which only the validator's next count can tell. `otherwise`: what it was if that has not grown."""
 
     task_id: str
     span: Span
-    cooldown: bool
+    otherwise: SubmissionOutcome
 
 
 @dataclass
@@ -270,7 +270,7 @@ class Submitter:
         ahead = self._clocks.ahead(hotkey, until)
         outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
         memory.last_told = until or memory.last_told
-        # Then an earlier one may have been accepted, and this one was too much.
+        # Then an earlier one may have been accepted, or be under way still.
         repeated = kept.may_have_arrived and outcome in ("declined", "broken")
         span = Span(kept.first_sent - ANSWER_S, now)
         found = memory.window.answered(
@@ -279,12 +279,14 @@ class Submitter:
             span if outcome == "accepted" else None,
             [*(each.span for each in memory.unsettled), *([span] if repeated else [])],
         )
+        otherwise: SubmissionOutcome = outcome or "unknown"
         if repeated:
-            if found.pop():
-                outcome = "accepted"
-            elif outcome == "declined" and not is_penalty(ahead, 0.0, memory.usual_cooldown):
-                outcome = "broken"
+            if otherwise == "declined" and not is_penalty(ahead, 0.0, memory.usual_cooldown):
+                otherwise = "broken"
+            outcome = "accepted" if found.pop() else "unknown"
         self._settle(validator, memory, found)
+        if outcome == "unknown":
+            memory.unsettled.append(_Unsettled(task.id, span, otherwise))
         if outcome is None:
             kept.may_have_arrived = True
             if kept.rounds >= MAX_ROUNDS:
@@ -294,7 +296,7 @@ class Submitter:
                 *(validator.uid, quoted(task.id), LOCK_S),
             )
             return now + LOCK_S
-        if outcome != "declined":
+        if otherwise != "declined":
             memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         self._forget(hotkey, task.id)
         log.info(
@@ -379,7 +381,7 @@ class Submitter:
                 ask_again_at = None  # which says so in the ledger; the pull has it, too
         if outcome == "unknown" and not kept.recorded:
             span = Span(kept.first_sent - ANSWER_S, now)
-            memory.unsettled.append(_Unsettled(task_id, span, ask_again_at is not None))
+            memory.unsettled.append(_Unsettled(task_id, span, "unknown" if ask_again_at is None else "broken"))
         self._conclude(validator, task_id, kept, outcome, None, ask_again_at)
 
     def _conclude(
@@ -403,11 +405,11 @@ class Submitter:
     def _settle(self, validator: Neuron, memory: _Memory, accepted: list[bool | None]) -> None:
         """Takes what an answer's count tells of earlier results, and no later one will tell more."""
         for each, is_accepted in zip(memory.unsettled, accepted, strict=True):
-            outcome: SubmissionOutcome = "unknown"
+            outcome = each.otherwise
             if is_accepted:
                 outcome = "accepted"
-            elif is_accepted is False and each.cooldown:
-                outcome = "broken"
+            elif is_accepted is None and outcome == "broken":
+                outcome = "unknown"
             log.info("Validator [%d]'s count tells of %s, whose answer was lost", validator.uid, quoted(each.task_id))
             _say(validator, each.task_id, outcome)
             self._record(Settlement(validator, each.task_id, outcome))
@@ -417,13 +419,16 @@ class Submitter:
         memory = self._memories[past.hotkey]
         span = Span(past.at - past.seconds - ANSWER_S, past.at)
         accepted = span if past.outcome == "accepted" else None
-        if past.outcome == "unknown":
-            memory.unsettled.append(_Unsettled(past.task_id, span, past.cooldown is not None))
-        elif past.accepted_in_window is not None:
+        if past.accepted_in_window is not None:
             memory.window.answered(past.at, past.accepted_in_window, accepted, [each.span for each in memory.unsettled])
             memory.unsettled = []
         elif accepted is not None:
             memory.window.add(accepted)
+        if past.outcome == "unknown":
+            otherwise: SubmissionOutcome = "unknown"
+            if past.cooldown is not None:
+                otherwise = "declined" if is_penalty(past.cooldown, 0.0, TASK_COOLDOWN_S) else "broken"
+            memory.unsettled.append(_Unsettled(past.task_id, span, otherwise))
 
 
 _SAID: dict[SubmissionOutcome, tuple[int, str]] = {

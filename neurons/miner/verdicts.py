@@ -60,10 +60,10 @@ class Span:
 class Window:
     """The accepted results that one validator counts, followed from answer to answer.
 
-    Its count grows by what it accepted and shrinks by what is older than WINDOW_S. When each counted result was accepted
-    is known to within some seconds; of those from before we first heard of the validator, that it was in the window. So
-    from one answer to the next the count has a lowest and a highest value, and what it is beyond the highest are results
-    that were accepted without our hearing of it.
+    Its count grows by what it accepted and shrinks by what is older than WINDOW_S. When each counted result was
+    accepted is known to within some seconds; of those from before we first heard of the validator, that it was in the
+    window. So from one answer to the next the count has a lowest and a highest value, and what it is beyond the highest
+    are results that were accepted without our hearing of it.
     """
 
     def __init__(self) -> None:
