@@ -489,6 +489,15 @@ def test_what_a_restart_finds_is_not_rewritten_and_expires_by_its_true_age(tmp_p
     assert miner.service.generated == 1 and miner.submissions == [("task", "accepted")]
 
 
+def test_a_result_expires_while_the_miner_runs(tmp_path: Path) -> None:
+    path = spooled(tmp_path, "task", age=MAX_AGE_S - 50)
+    spool = Spool(tmp_path)
+    task = TextTask(id="task", prompt="prompt of task")
+    assert spool.get(VALIDATOR.hotkey, task) is not None
+    os.utime(path, (time.time() - MAX_AGE_S - 1,) * 2)
+    assert spool.get(VALIDATOR.hotkey, task) is None
+
+
 async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) -> None:
     books = Bookkeeping(tmp_path / "ledger.sqlite", 0, 0.0)
     books.start()
