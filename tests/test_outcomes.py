@@ -356,6 +356,14 @@ def test_a_403_without_a_lost_answer_brings_a_pull_soon(tmp_path: Path) -> None:
     assert miner.settlements == []
 
 
+@pytest.mark.parametrize(
+    "answer", [NOT_ASSIGNED, REPETITION, LOST, Answer(status=500)], ids=["403", "repetition", "lost", "500"]
+)
+def test_a_validator_that_tells_nothing_of_any_result_gets_fewer_and_fewer(tmp_path: Path, answer: Answer) -> None:
+    miner = mine(tmp_path, [f"task {number}" for number in range(1000)], [answer], 3600)
+    assert 8 <= miner.service.generated <= 22
+
+
 def test_a_403_for_a_task_that_is_still_assigned_makes_nothing_twice(tmp_path: Path) -> None:
     miner = mine(tmp_path, ["task", "task"], [NOT_ASSIGNED, ACCEPTED], 60)
     assert miner.submissions == [("task", "accepted")] and miner.service.generated == 1

@@ -50,7 +50,7 @@ class Policy:
             return None
         if standing is None:
             return PRIOR_ACCEPTED / PRIOR_TASKS / self._typical_s
-        probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.known)
+        probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.submitted)
         # By tasks worked on: the newest is not submitted yet, and would make all that came before it look dear.
         seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + _tasks(standing))
         return probability / seconds

@@ -38,7 +38,8 @@ RETRY_FOR_S = 300.0
 UNDER_LOCK_S = LOCK_S - 5.0
 # So often a pull may ask for a result that is then not taken.
 MAX_ROUNDS = 12
-# Before the pull that says what has become of a task: doubled where a validator refuses one result after another.
+# Before the pull that says what has become of a task. This and LOCK_S are doubled for one result after another of which
+# a validator tells nothing: each costs a generation.
 SOON_S = 2.0
 MAX_PAUSE_S = 300.0
 # Those that may be another answer the next time: not authorised (a nonce), too slow, too early, too many.
@@ -129,7 +130,7 @@ class Submitter:
         self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
         self._memories: defaultdict[str, _Memory] = defaultdict(_Memory)
-        self._refusals: Counter[str] = Counter()  # hotkey -> 403s in a row
+        self._untold: Counter[str] = Counter()  # hotkey -> results in a row that it told nothing of
         # Whether an earlier run sent them is not known.
         self._kept = {
             (hotkey, task.id): _Kept(None, *[self._now() - spool.age(hotkey, task.id)] * 2, may_have_arrived=True)
@@ -237,19 +238,17 @@ class Submitter:
             if kept.rounds >= MAX_ROUNDS or (kept.rounds > 1 and kept.seconds_tried >= RETRY_FOR_S):
                 return self._give_up(assignment, kept, result, "given_up")
             log.warning("Validator [%d] gave no answer to %s: its next pull decides", validator.uid, shown)
-            return self._now() + SOON_S
+            return self._after(SOON_S, validator, kept)
         status = _status_code(answer)
         if status == 403:
             kept.refused, kept.reason = True, status_of(answer)
-            self._refusals[validator.hotkey] += 1
             if kept.rounds >= MAX_ROUNDS:
                 return self._give_up(assignment, kept, result, "refused")
             log.warning("Validator [%d] has no task for %s: its next pull tells more", validator.uid, shown)
-            return self._now() + min(SOON_S * 2.0 ** min(self._refusals[validator.hotkey] - 1, 10), MAX_PAUSE_S)
+            return self._after(SOON_S, validator, kept)
         if status != 200:
             kept.reason = status_of(answer)
             return self._give_up(assignment, kept, result, "refused")
-        self._refusals.pop(validator.hotkey, None)
         log.info("Task submitted to validator [%d]: %s, %d bytes", validator.uid, shown, len(result))
         if answer.is_success and answer.feedback is not None:
             return self._told(assignment, kept, result, answer, answer.feedback)
@@ -259,7 +258,13 @@ class Submitter:
         log.warning(line, validator.uid, shown, why)
         if answer.is_success and answer.cooldown_until > 0:
             return self._clocks.next_pull_at(validator.hotkey, answer.cooldown_until)
-        return self._now() + SOON_S
+        return self._after(SOON_S, validator, kept)
+
+    def _after(self, seconds: float, validator: Neuron, kept: _Kept) -> float:
+        """When to ask again a validator that tells nothing of this result."""
+        if kept.rounds == 1:
+            self._untold[validator.hotkey] += 1
+        return self._now() + min(seconds * 2.0 ** min(max(self._untold[validator.hotkey] - 1, 0), 10), MAX_PAUSE_S)
 
     def _told(
         self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
@@ -292,10 +297,11 @@ class Submitter:
             if kept.rounds >= MAX_ROUNDS:
                 return self._give_up(assignment, kept, result, "given_up")
             log.info(
-                "Validator [%d] says nothing of %s: it is at work on it, or has another task for us; asked in %.0f s",
-                *(validator.uid, quoted(task.id), LOCK_S),
+                "Validator [%d] says nothing of %s: it is at work on it, or has another task; its next pull tells more",
+                *(validator.uid, quoted(task.id)),
             )
-            return now + LOCK_S
+            return self._after(LOCK_S, validator, kept)
+        self._untold.pop(hotkey, None)
         if otherwise != "declined":
             memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         self._forget(hotkey, task.id)
