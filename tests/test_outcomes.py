@@ -249,6 +249,15 @@ def test_a_repetition_keeps_the_result_and_hands_it_in_after_the_lock(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_repetition_keeps_the_result_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Spool, entry: SpooledResult) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Spool, "put", full)
+    miner = mine(tmp_path, ["task", "task"], [REPETITION, ACCEPTED], 100)
+    assert miner.submissions == [("task", "accepted")] and miner.service.generated == 1
+
+
 @pytest.mark.parametrize(
     ("pull", "count", "settled"),
     [

@@ -77,7 +77,7 @@ class _Kept:
     size: int | None  # None: not looked at yet, in the spool since an earlier run
     first_sent: float
     still_open_at: float  # when its validator last waited for it
-    result: bytes | None = None  # where it could not be spooled
+    in_memory: SpooledResult | None = None  # where it could not be spooled
     may_have_arrived: bool = False  # with an answer that was lost
     rounds: int = 0
     seconds_tried: float = 0.0
@@ -131,12 +131,12 @@ class Submitter:
         self._under_way: set[asyncio.Task[None]] = set()
         self._memories: defaultdict[str, _Memory] = defaultdict(_Memory)
         self._untold: Counter[str] = Counter()  # hotkey -> results in a row that it told nothing of
-        # Whether an earlier run sent them is not known.
-        self._kept = {
-            (hotkey, task.id): _Kept(None, *[self._now() - spool.age(hotkey, task.id)] * 2, may_have_arrived=True)
-            for hotkey, tasks in spool.entries().items()
-            for task in tasks
-        }
+        self._kept: dict[tuple[str, str], _Kept] = {}
+        for hotkey, tasks in spool.entries().items():
+            for task in tasks:
+                written_at = self._now() - spool.age(hotkey, task.id)
+                # Whether an earlier run sent it is not known.
+                self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
         for past in history:
             self._remember(past)
 
@@ -156,10 +156,10 @@ class Submitter:
     async def kept_result(self, validator: Neuron, task: Task) -> bytes | None:
         """The result for exactly this task, if there is one."""
         kept = self._kept.get((validator.hotkey, task.id))
-        if kept is None or kept.result is not None:
-            return None if kept is None else kept.result
-        entry = await asyncio.to_thread(self._spool.get, validator.hotkey, task)
-        if entry is None:
+        if kept is None:
+            return None
+        entry = kept.in_memory or await asyncio.to_thread(self._spool.get, validator.hotkey, task)
+        if entry is None or entry.task != task:
             # Too old, or for another task of this name.
             self._conclude(validator, task.id, kept, "given_up")
             self._forget(validator.hotkey, task.id)
@@ -213,13 +213,13 @@ class Submitter:
             assignment.settle(self._now() + DEFAULT_PAUSE_S if kept.ask_again_at is None else kept.ask_again_at)
 
     async def _keep(self, assignment: Assignment, kept: _Kept, result: bytes) -> None:
-        validator, task = assignment.validator, assignment.task
+        entry = SpooledResult(assignment.validator.hotkey, assignment.task, result)
         try:
-            await asyncio.to_thread(self._spool.put, SpooledResult(validator.hotkey, task, result))
-            kept.result = None
+            await asyncio.to_thread(self._spool.put, entry)
+            kept.in_memory = None
         except OSError as error:
-            kept.result = result
-            log.error("Spool: %s; the result for validator [%d] is in memory alone", error, validator.uid)
+            kept.in_memory = entry
+            log.error("Spool: %s; the result for validator [%d] is in memory alone", error, assignment.validator.uid)
 
     def _forget(self, hotkey: str, task_id: str) -> None:
         self._spool.remove(hotkey, task_id)
