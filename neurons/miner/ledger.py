@@ -249,18 +249,17 @@ def _row(event: Event, now: float) -> Row:
     who: tuple[Value, ...] = (event.validator.uid, _text(event.validator.hotkey))
     if isinstance(event, Settlement):
         return Row(_SETTLE, now, (event.outcome, who[1], _text(event.task_id)))
-    head = (now, *who, event.outcome, _within(0.0, event.seconds, MAX_NUMBER))
+    head: tuple[Value, ...] = (*who, event.outcome, _within(0.0, event.seconds, MAX_NUMBER))
     reason = _text(event.reason)
     if isinstance(event, Generation):
         task = event.task
         score = _within(-MAX_SCORE, event.score, MAX_SCORE)
-        return _inserted(
-            "generations", *head, _text(task.id), task.type, score, event.size, _text(event.endpoint), reason
-        )
+        values = (*head, _text(task.id), task.type, score, event.size, _text(event.endpoint), reason)
+        return _inserted("generations", now, values)
     wait = None if event.ask_again_at is None else _within(0.0, event.ask_again_at - now, MAX_NUMBER)
     if isinstance(event, Pull):
         violations = _within(0, event.violations, MAX_NUMBER)
-        return _inserted("pulls", *head, _text(event.task_id), wait, violations, reason)
+        return _inserted("pulls", now, (*head, _text(event.task_id), wait, violations, reason))
     feedback = event.feedback
     told: tuple[Value, ...] = (None,) * 5
     if feedback is not None:
@@ -272,14 +271,14 @@ def _row(event: Event, now: float) -> Row:
             _within(-MAX_NUMBER, feedback.current_duel_rating, MAX_NUMBER),
             _within(-MAX_NUMBER, feedback.current_miner_reward, MAX_NUMBER),
         )
-    return _inserted("submissions", *head, _text(event.task_id), event.size, *told, wait, reason)
+    return _inserted("submissions", now, (*head, _text(event.task_id), event.size, *told, wait, reason))
 
 
 _SETTLE = """UPDATE submissions SET outcome = ? WHERE id =
     (SELECT max(id) FROM submissions WHERE outcome = 'unknown' AND hotkey = ? AND task_id = ?)"""
 
 
-def _inserted(table: str, at: float, *values: Value) -> Row:
+def _inserted(table: str, at: float, values: tuple[Value, ...]) -> Row:
     """`values` are in the order of the table's columns, after `id` and `at`."""
     return Row(f"INSERT INTO {table} VALUES (NULL, ?{', ?' * len(values)})", at, (at, *values))
 
