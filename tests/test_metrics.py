@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from neurons.miner.events import Generation, Pull, Submission
+from neurons.miner.events import Generation, Pull, Settlement, Submission
 from neurons.miner.metrics import Metrics, Snapshot
 from neurons.protocol import TextTask
 from tests.ledger_events import validator
@@ -78,6 +78,21 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
     metrics.show(Snapshot())
     gone = {"miner_cooldown_seconds", "miner_clock_behind_seconds"}
     assert not any(name in gone for name, _ in scrape(port))
+
+
+def test_a_result_is_counted_when_it_is_known_what_became_of_it(metrics: Metrics) -> None:
+    def values() -> list[float | None]:
+        names = [("miner_submissions_total", {"uid": "7", "outcome": each}) for each in ("unknown", "accepted")]
+        names.append(("miner_submissions_unsettled", {}))
+        return [metrics.registry.get_sample_value(*name) for name in names]
+
+    metrics.record(Submission(validator(7), "t", "unknown", 2.5, 100))
+    metrics.record(Submission(validator(7), "u", "unknown", 2.5, 100))
+    assert values() == [None, None, 2]
+    metrics.record(Settlement(validator(7), "t", "accepted"))
+    assert values() == [None, 1, 1]
+    metrics.record(Settlement(validator(7), "u", "unknown"))
+    assert values() == [1, 1, 0]
 
 
 def test_two_miners_in_one_process_do_not_meet(metrics: Metrics) -> None:

@@ -167,7 +167,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
 
         submitter = Submitter(network, directory, clocks, MINER, spool, record)
         manager = AsyncTaskManager(
-            *(network, directory, clocks, submitter, spool, pool, record),
+            *(network, directory, clocks, submitter, pool, record),
             workers=4,
             threshold=0.6,
             worth_asking_at=books.policy.ask_at,

@@ -68,6 +68,9 @@ class ValidatorClock:
         """The offset is at least this, unless the clock was set back since the last answer."""
         return self._low - self._drift(now)
 
+    def middle_offset(self) -> float:
+        return (self._low + self._high) / 2
+
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
         low, high = date - received, date + MAX_HEADER_AGE_S - sent
@@ -129,6 +132,10 @@ class ValidatorClocks:
         # The clocks may drift apart on the way there.
         at += MAX_DRIFT * max(at - now, 0.0)
         return min(max(at, now + MIN_PAUSE_S), now + MAX_COOLDOWN_S)
+
+    def ahead(self, hotkey: str, moment: int) -> float:
+        """In how many seconds it is `moment`, in unix seconds, by the validator's clock; negative: it was."""
+        return _within_reason(moment) - self.now() - self._clock(hotkey).middle_offset()
 
     def keep(self, hotkeys: Collection[str]) -> None:
         """Forgets the clocks of all others."""

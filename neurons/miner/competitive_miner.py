@@ -85,13 +85,13 @@ class CompetitiveMiner:
             pool = GeneratorPool(services)
             spool = Spool(folder)
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
-            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
+            history = await books.submissions()
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
             manager = AsyncTaskManager(
                 dendrite,
                 directory,
                 clocks,
                 submitter,
-                spool,
                 pool,
                 books.record,
                 workers=options.workers,

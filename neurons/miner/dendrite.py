@@ -30,6 +30,8 @@ MAX_MESSAGE_CHARACTERS = 500
 # Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
 # bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
 KEEPALIVE_S = 4.0
+# The status of a call whose connection could not be made, and of one that lost it later.
+NO_CONNECTION, CONNECTION_LOST = 503, 502
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
@@ -100,7 +102,8 @@ class ValidatorDendrite(bt.Dendrite):
         """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
 
         `is_success` needs a complete, well-formed answer with status 200. The `axon` status is that of any complete
-        answer, and None when there was none.
+        answer, and None when there was none: then the `dendrite` status is NO_CONNECTION where none was made, so that
+        nothing can have arrived, and another one where the request may have.
         """
         # A 401 is answered with another uuid at once, and not again before this validator has taken one. `timeout` is
         # for each of the two requests.
@@ -126,10 +129,12 @@ class ValidatorDendrite(bt.Dendrite):
                 fill(synapse, answer)
             else:
                 message = str(answer.get("message"))
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            code, message = NO_CONNECTION, f"{type(error).__name__}: {error}"
         except TimeoutError:
             code, message = 408, f"no answer within {timeout:.0f} s"
         except (aiohttp.ClientError, OSError) as error:
-            code, message = 503, f"{type(error).__name__}: {error}"
+            code, message = CONNECTION_LOST, f"{type(error).__name__}: {error}"
         except (ValueError, RecursionError) as error:
             if code in (0, 200):
                 code = 422

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from neurons.miner.events import Event, Generation, Pull
+from neurons.miner.events import Event, Generation, Pull, Settlement
 
 HOST = "127.0.0.1"
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
@@ -112,6 +112,12 @@ class Metrics:
             buckets=_SUBMISSION_BUCKETS_S,
             registry=self.registry,
         )
+        self._unsettled: set[tuple[str, str]] = set()
+        Gauge(
+            "miner_submissions_unsettled",
+            "Results of which it is not known yet whether they were accepted",
+            registry=self.registry,
+        ).set_function(lambda: len(self._unsettled))
         self._stop_serving = lambda: None
 
     def record(self, event: Event) -> None:
@@ -122,9 +128,16 @@ class Metrics:
         elif isinstance(event, Generation):
             self._generations.labels(event.task.type, event.outcome).inc()
             self._generation_s.labels(event.task.type).observe(event.seconds)
-        else:
+        elif isinstance(event, Settlement):
+            self._unsettled.discard((event.validator.hotkey, event.task_id))
             self._submissions.labels(uid, event.outcome).inc()
+        else:
             self._submission_s.observe(event.seconds)
+            if event.outcome == "unknown":
+                # Counted when the validator's next answer has told what it was.
+                self._unsettled.add((event.validator.hotkey, event.task_id))
+            else:
+                self._submissions.labels(uid, event.outcome).inc()
 
     def show(self, snapshot: Snapshot) -> None:
         """What the gauges say from now on."""
