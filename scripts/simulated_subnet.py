@@ -43,6 +43,7 @@ class Behaviour:
     dead: bool = False
     pull_delay: float = 0.0
     validation: float = VALIDATION_S
+    score: float = SCORE
 
 
 class SimulatedValidator:
@@ -84,7 +85,7 @@ class SimulatedValidator:
         if not isinstance(judgement, Judgement):
             self.held.append((now(), self.clock() - assigned_at))
             await asyncio.sleep(self.behaviour.validation)
-            judgement = self.rules.score(miner, SCORE)
+            judgement = self.rules.score(miner, self.behaviour.score)
             self.accepted += judgement.outcome == "accepted"
         synapse.feedback = judgement.feedback
         synapse.cooldown_until = judgement.cooldown_until

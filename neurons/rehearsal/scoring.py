@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 
@@ -81,9 +81,9 @@ def _body(task: Task, results: str) -> dict[str, object]:
     }
 
 
-def _score(answer: dict[str, object]) -> float:
+def _score(answer: Any) -> float:
     """Raises ValueError."""
-    score = answer.get("score")
+    score = answer.get("score") if isinstance(answer, dict) else None
     if not isinstance(score, int | float) or not math.isfinite(score):
         raise ValueError(f"the answer has no score: {quoted(answer)}")
     return float(score)
