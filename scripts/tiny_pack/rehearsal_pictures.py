@@ -1,6 +1,6 @@
 """The rehearsal's picture prompts: exact renders of objects that the pack knows, from the front, on white.
 
-    python -m scripts.tiny_pack.rehearsal_pictures [FOLDER]
+python -m scripts.tiny_pack.rehearsal_pictures [FOLDER]
 """
 
 from __future__ import annotations
