@@ -10,9 +10,10 @@ from typing import Literal
 class Trouble:
     """`score` is given to everything in place of the scoring service's: None for no answer.
 
-    `hangs_up`: a submission's connection is dropped when its scoring begins, or in place of the answer. Scoring goes
-    on, as it does in a validator whose client has gone. `crashes`: in the middle of every third task, without a state
-    file; or soon after its result, with a state from before. `unknown_seconds`: before it has heard of the miner.
+    `hangs_up`: the connection of every other task's submissions is dropped when scoring begins, or in place of the
+    answer. Scoring goes on, as it does in a validator whose client has gone.
+    `crashes`: in the middle of every third task, without a state file; or soon after its result, with an older state.
+    `unknown_seconds`: for how long it has not heard of the miner yet.
     """
 
     score: float | Literal["asked for"] | None = "asked for"

@@ -213,6 +213,7 @@ class RehearsalValidator:
         hotkey = _sender(synapse)
         began = self.rules.clock()
         lost = False
+        hangs_up = self._trouble.hangs_up if self._tasks % 2 else "never"
 
         def signed(task: Task) -> bool:
             return signature_matches(synapse, task, self.hotkey, hotkey)
@@ -220,13 +221,13 @@ class RehearsalValidator:
         task = self.rules.miners[hotkey].task
         verdict = self.rules.receive(hotkey, _task_id(synapse), signed, empty=not synapse.results)
         if not isinstance(verdict, Judgement):
-            if self._trouble.hangs_up == "while scoring":
+            if hangs_up == "while scoring":
                 _hang_up.get()()
                 lost = True
             seconds = self._trouble.scoring_seconds * self.rules.limits.second
             score, _ = await asyncio.gather(self._scoring.score(verdict, synapse.results), asyncio.sleep(seconds))
             verdict = self.rules.score(hotkey, score)
-        if self._trouble.hangs_up == "for the answer":
+        if hangs_up == "for the answer":
             _hang_up.get()()
             lost = True
         self._log(hotkey, task, verdict)
