@@ -179,8 +179,9 @@ class Stage:
 
 @asynccontextmanager
 async def stage(folder: Path, validators: int, limits: Callable[[], None] | None = None) -> AsyncIterator[Stage]:
-    async with Service() as service:
-        network = RehearsalNetwork(folder, service.endpoint, validators + 1, LIMITS, ["never used"])
+    # Validators have a scoring service of their own, which is not killed: a result without a score is lost.
+    async with Service() as service, Service() as scoring:
+        network = RehearsalNetwork(folder, scoring.endpoint, validators + 1, LIMITS, ["never used"])
         books = []
         for validator in network.validators:
             validator.rules = Books(validator.uid, network.miner_hotkey)
