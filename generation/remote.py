@@ -155,8 +155,8 @@ class RemoteEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
-            command = [sys.executable, "-m", "generation.engine_process", str(number)]
-            try:
+            command = [sys.executable, "-m", "generation.engine_process", str(number), str(os.getpid())]
+            try:  # on this thread, with which the process will end: see generation.engine_process.die_with
                 process = subprocess.Popen(
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )
