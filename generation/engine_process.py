@@ -130,9 +130,9 @@ def _lost_device(error: BaseException | None) -> str | None:
 def die_with(service: int) -> None:
     """Have the kernel kill this process when the one that started it, of this PID, has ended.
 
-    No thread of ours could: gsplat holds Python's lock while it waits for a GPU, for ever when that hangs. The setting is
-    the calling thread's own, so it is the main thread's, and it is about the thread that forked us: the service's event
-    loop, which lives as long as the service does.
+    No thread of ours could: gsplat holds Python's lock while it waits for a GPU, for ever when that hangs. The setting
+    is the calling thread's own, so it is the main thread's; and it is about the thread that forked us: the service's
+    event loop, which lives as long as the service does.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != service:  # it ended before

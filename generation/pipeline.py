@@ -205,6 +205,13 @@ class Pipeline:
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
         self._put_back(running)
+        self._count_good(running)
+
+    def _count_good(self, running: list[Job]) -> None:
+        """Requests that came to a result, for the limits of all stages that they went through."""
+        for job in running:
+            for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
+                self._stage_limits.get(stage, self.limit).went_well()
 
     def _put_back(self, running: list[Job]) -> None:
         """Let those for which memory was full beside others try once more when the others are done."""

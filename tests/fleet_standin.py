@@ -18,8 +18,8 @@ from generation.results import Asset, Report, Request
 
 class Pipeline:
     """Prompts are "WORD [PATH]". ``hold``: takes ticks until PATH is there. ``hang``: never comes back, the first time
-    that PATH is not there. ``seize``: the same, in C and with Python's lock held. ``die``: ends the process, the first time
-    that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
+    that PATH is not there. ``seize``: the same, in C and with Python's lock held. ``die``: ends the process, the first
+    time that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
     ``crash``: some other error. ``reject``: no splat. Anything else is made at once.
     """
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation.out_of_memory import GOOD_BEFORE_MORE
 from generation.pipeline import Cancelled, Pipeline, Request
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
@@ -185,6 +186,15 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
         assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
         assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+
+    def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
+        pipeline.limit.out_of_memory(4)
+        for _ in range(GOOD_BEFORE_MORE):
+            pipeline.generate([ask("red collapse")])  # each has begun a scene
+        pipeline.generate([ask("red", seed=seed) for seed in range(GOOD_BEFORE_MORE - 1)])
+        assert pipeline.limit.now == 2
+        pipeline.generate([ask("red")])
+        assert pipeline.limit.now == 3
 
     def test_pictures_are_made_fewer_at_once_and_scenes_are_not(self, pipeline, sculptor, monkeypatch):
         remove, sizes = pipeline._background.remove, []
