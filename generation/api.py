@@ -79,7 +79,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
                 return Response(b"", media_type="video/mp4", headers=headers)
             following.progress("video", 0.0)
             film = partial(_film, data=asset.ply, device=settings.device)
-            frames = await _while_connected(request, engine.call(film))
+            frames = await _while_connected(request, engine.call(film, following.background))
             return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
     @contextmanager
@@ -87,7 +87,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         """Whoever follows the request is told how it ends."""
         request_id = intake.check_request_id(request.headers.get("X-Request-Id"))
         request.state.request_id = request_id
-        with events.request(request_id) as following:
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        with events.request(request_id, background) as following:
             try:
                 yield following
             except BaseException as error:
@@ -98,11 +99,12 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
         started = time.monotonic()
-        engine.check_admission()
+        engine.check_admission(following.background)
         prompt, image, seed = await intake.read_form(request)
         seed = secrets.randbits(32) if seed is None else seed
         following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
-        asset = await _while_connected(request, engine.generate(prompt, image, seed, following.progress))
+        work = engine.generate(prompt, image, seed, following.progress, following.background)
+        asset = await _while_connected(request, work)
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
@@ -123,10 +125,11 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             return await _score(request, body, await asyncio.to_thread(intake.decode_image, data, "prompt_image"))
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
+        background = intake.check_priority(request.headers.get("X-Priority"))
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
         score = partial(_validate, data=data, compression=body.compression, prompt=prompt)
         try:
-            scores = await _while_connected(request, engine.call(score))
+            scores = await _while_connected(request, engine.call(score, background))
         except ValueError as error:
             raise ApiError(422, "data", str(error)) from error
         return {**_jsonable(asdict(scores)), "preview": None, "grid_preview": None}

@@ -87,7 +87,9 @@ class EngineProcess:
             self._channel.send(Progress(message.number, stage, fraction))
 
         on_progress = progress if message.wants_progress else None
-        asset = await self._engine.generate(message.prompt, message.image, message.seed, on_progress)
+        asset = await self._engine.generate(
+            message.prompt, message.image, message.seed, on_progress, message.background
+        )
         return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
 
     async def _answer(self, message: Generate | Call) -> None:
@@ -96,7 +98,7 @@ class EngineProcess:
             if isinstance(message, Generate):
                 self._channel.send(Outcome(number, await self._generate(message)))
             else:
-                self._channel.send(Outcome(number, await self._engine.call(message.function)))
+                self._channel.send(Outcome(number, await self._engine.call(message.function, message.background)))
         except DeadlineExceeded as error:
             self._channel.send(Failure(number, "late", str(error)))
         except ValueError as error:

@@ -25,6 +25,7 @@ from generation.logging_setup import escape
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
 MAX_REQUEST_ID_CHARACTERS = 64
+PRIORITIES = ("interactive", "background")
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_SIDE = 4096  # pixels
 IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -164,6 +165,13 @@ def check_request_id(text: str | None) -> str:
         limit = f"1..{MAX_REQUEST_ID_CHARACTERS} of A-Z a-z 0-9 . _ -"
         raise ApiError(422, "X-Request-Id", f"can not be an id: {escape(text[:32])}", limit)
     return text
+
+
+def check_priority(text: str | None) -> bool:
+    """Whether a request is in the background, by its X-Priority; None: it is not. Raises ApiError for other words."""
+    if text not in (None, *PRIORITIES):
+        raise ApiError(422, "X-Priority", f"unknown: {escape(text[:32])}", list(PRIORITIES))
+    return text == "background"
 
 
 def decode_image(data: bytes, field: str) -> Image.Image:

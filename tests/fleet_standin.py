@@ -26,11 +26,20 @@ class Pipeline:
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
     limit = SimpleNamespace(now=64)  # what memory allows
 
-    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Any:
-        return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, outcome=None)
+    def begin(
+        self,
+        request: Request,
+        progress: Callable[[str, float], None],
+        cancelled: Callable[[], bool],
+        paused: Callable[[], bool],
+    ) -> Any:
+        return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, paused=paused, outcome=None)
 
     def tick(self, jobs: list[Any]) -> None:
         for job in jobs:
+            if job.paused():
+                job.progress("paused", 0.0)
+                continue
             job.progress("dreamgaussian", 0.25)
             try:
                 job.outcome = self._one(job)

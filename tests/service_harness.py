@@ -38,14 +38,24 @@ class StandInPipeline:
         self.validated: list[tuple[bytes, Any]] = []
         self.on_validate: Callable[[], Any] = lambda: None
 
-    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Job:
+    def begin(
+        self,
+        request: Request,
+        progress: Callable[[str, float], None],
+        cancelled: Callable[[], bool],
+        paused: Callable[[], bool],
+    ) -> Job:
         self.started.append(request)
-        return Job(request, progress, cancelled, Report(request.seed))
+        return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
-        self.ticks.append([job.request.prompt for job in jobs])
+        running = [job for job in jobs if not job.paused()]
+        self.ticks.append([job.request.prompt for job in running])
         for job in jobs:
-            job.outcome = self._one(job)
+            if job in running:
+                job.outcome = self._one(job)
+            else:
+                job.rest()
 
     def _one(self, job: Job) -> Asset | Exception | None:
         request = job.request

@@ -491,6 +491,7 @@ async def ask_service(handler: Handler, task: Task) -> Generated:
 async def test_a_generated_splat_comes_with_its_score() -> None:
     async def handler(request: web.Request) -> web.Response:
         assert request.path == "/generate/"
+        assert request.headers["X-Priority"] == "background"  # who asks in person goes first
         form = await request.post()
         assert form["prompt"] == "größer" and form["seed"] == "5" and len(form) == 2
         return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})

@@ -154,6 +154,68 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     assert first.outcome.report.rejected is None and second.outcome.ply == alone
 
 
+class TestPausing:
+    def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
+        alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
+        paint, start, painted, paused = Painter.paint, sculptor.start, [], []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
+        # Somebody else comes while the first of two scenes is begun.
+        monkeypatch.setattr(sculptor, "start", lambda *arguments: paused.append(1) or start(*arguments))
+        sculptor.batches.clear()
+        seen: list[str] = []
+        jobs = [
+            pipeline.begin(ask(prompt, seed=seed), lambda stage, _: seen.append(stage), paused=lambda: len(paused) == 1)
+            for prompt, seed in (("red", 1), ("blue", 2))
+        ]
+        for _ in range(3):
+            pipeline.tick(jobs)
+        assert [job.scene is None for job in jobs] == [False, True] and not sculptor.batches
+        assert seen[-1] == "paused"
+        paused.append(1)
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+        assert [job.outcome.ply for job in jobs] == alone and painted == ["red", "blue"]
+
+    def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
+        now = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+        paused: list[int] = []
+        job = pipeline.begin(ask("red"), paused=lambda: bool(paused))
+        pipeline.tick([job])
+        paused.append(1)
+        for _ in range(3):
+            now.seconds += 100
+            pipeline.tick([job])
+        paused.clear()
+        now.seconds += 100
+        while job.outcome is None:
+            now.seconds += 1
+            pipeline.tick([job])
+        assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
+
+    def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
+        start, paused = sculptor.start, []
+        resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
+        alone = pipeline.generate([ask("blue", seed=4)])[0].ply
+        pipeline.tick([resting])
+        paused.append(1)
+        first = pipeline.begin(ask("red"))
+
+        def full(*arguments: Any) -> Scene:
+            if resting.scene is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return start(*arguments)
+
+        monkeypatch.setattr(sculptor, "start", full)
+        while first.outcome is None:
+            pipeline.tick([resting, first])
+        assert first.outcome.ply and resting.outcome is None
+        paused.clear()
+        while resting.outcome is None:
+            pipeline.tick([resting])
+        assert resting.outcome.ply == alone
+
+
 def test_a_failure_is_its_requests_own(pipeline):
     outcomes = pipeline.generate(
         [ask("red"), ask("explode"), ask("red unstartable"), ask("red collapse"), ask("a blue ball")]

@@ -14,6 +14,7 @@ from neurons.rehearsal.checks import Unacceptable
 # Within the 300 s that a miner waits for the answer to a submission.
 SCORING_LIMIT_S = 240.0
 RETRY_S = 3.0
+PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first
 
 
 class ScoringUnavailable(Exception):
@@ -39,7 +40,7 @@ class ScoringService:
             async with asyncio.timeout(SCORING_LIMIT_S), aiohttp.ClientSession() as session:
                 while True:
                     try:
-                        async with session.post(self._url, json=body) as response:
+                        async with session.post(self._url, json=body, headers=PRIORITY) as response:
                             if response.status == 200:
                                 return _score(await response.json())
                             problem = f"{response.status} {quoted(await response.text())}"
