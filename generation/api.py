@@ -23,6 +23,7 @@ from generation import intake, openapi
 from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.events import Events, EventStream, Following
 from generation.fleet import Fleet
+from generation.hosts import SameSite
 from generation.intake import ApiError, BodyLimit
 from generation.logging_setup import escape
 from generation.metrics import Metrics
@@ -54,6 +55,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     app = FastAPI(title="Competitive miner: generation", version=version, lifespan=lifespan)
     limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
     app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
+    app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
     _add_error_handlers(app)
     app.state.events = events  # to be closed before the server waits for its open answers
     # Bodies are read before a request is admitted; not too many big ones at once.

@@ -70,7 +70,7 @@ def generate(url: str, prompt: str, seed: int, priority: str = "interactive") ->
 
 
 def beside(url: str, requests: int, background: int) -> dict:
-    """Seconds of requests alone, then of the same while so many in the background are in flight, one after the other."""
+    """Seconds of requests, one after the other: alone, then while so many in the background are in flight."""
 
     def ask(i: int) -> float:
         return generate(url, PROMPTS[i % len(PROMPTS)], i + 1)[0]
@@ -159,7 +159,8 @@ def main() -> None:
     args = parser.parse_args()
     load = os.getloadavg()[0]
     print(f"{psutil.cpu_count()} cores, load {load:.1f} before the start", flush=True)
-    for result in [measure(args.profile, config, args.requests, args.background) for config in args.config or TINY_CONFIGS]:
+    configs = args.config or TINY_CONFIGS
+    for result in [measure(args.profile, config, args.requests, args.background) for config in configs]:
         print(json.dumps(result))
 
 

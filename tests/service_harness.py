@@ -99,6 +99,7 @@ class Service:
 
 def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
+    values["allowed_hosts"] = ("gpu.example", "10.0.0.5")
     values |= {"memory_class": "24gb", "memory_reason": "a test"}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
     return SimpleNamespace(**{**values, **changes})

@@ -45,7 +45,7 @@ def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
     body = f"prompt={prompt}"
     client = socket.create_connection((host, int(port)))
     client.sendall(
-        f"POST /generate/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"POST /generate/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
     )
     return client

@@ -239,7 +239,7 @@ def stalled(service: Service) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    client.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     events = events_of(service)
     wait_until(lambda: events._listeners)
     with events.request("big") as following:
