@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from generation import intake, openapi
+from generation import docs_page, intake, openapi
 from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.events import Events, EventStream, Following
 from generation.fleet import Fleet
@@ -52,7 +52,9 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
 
-    app = FastAPI(title="Competitive miner: generation", version=version, lifespan=lifespan)
+    app = FastAPI(
+        title="Competitive miner: generation", version=version, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
     limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
     app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
     app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
@@ -171,6 +173,10 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def get_metrics() -> Response:
         """For Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page.render(app.openapi()), headers=docs_page.HEADERS)
 
     @app.get("/version/")
     async def get_version() -> str:
