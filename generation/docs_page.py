@@ -1,7 +1,7 @@
 """``/docs``: the OpenAPI description as one page of HTML, without scripts and without anything from elsewhere.
 
-FastAPI's own page fetches its script and styles from a CDN, which a rented machine's user may not reach, and which could
-then do whatever the service does.
+FastAPI's own page fetches its script and styles from a CDN, which may be out of reach, and whose script could do all
+that the service does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def render(openapi: dict[str, Any]) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f'<h1>{title}</h1><p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</html>'
+        f'<h1>{title}</h1><p>{escape(openapi["info"].get("description", ""))}</p>'
+        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</html>'
     )
 
 
@@ -48,15 +49,19 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
         rows = ([each["name"], f"in the {each['in']}; {_about(each)}"] for each in parameters)
         parts.append(_table("Parameters", rows))
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-        fields = content["schema"].get("properties", {})
-        required = content["schema"].get("required", ())
-        rows = ([name, ("required; " if name in required else "") + _about(field)] for name, field in fields.items())
-        parts.append(_table(f"Body: {kind}", rows))
+        schema = content["schema"]
+        for number, form in enumerate([schema] if "properties" in schema else schema["oneOf"]):
+            parts.append(_table(f"Body: {kind}" if number == 0 else "or", _fields(form)))
         if kind == "multipart/form-data":
-            parts.append(_form(path, fields))
+            parts.append(_form(path, schema["properties"]))
     parts.append(_table("Answers", (_answer(status, each) for status, each in operation["responses"].items())))
     head = f"<b>{method.upper()}</b> <code>{escape(path)}</code>{escape(operation.get('summary', ''))}"
     return f"<details open><summary>{head}</summary>{''.join(parts)}</details>"
+
+
+def _fields(form: dict[str, Any]) -> Iterator[list[str]]:
+    for name, field in form["properties"].items():
+        yield [name, ("required; " if name in form.get("required", ()) else "") + _about(field)]
 
 
 def _answer(status: str, answer: dict[str, Any]) -> list[str]:

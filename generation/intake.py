@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -207,6 +207,8 @@ def _decode_image(data: bytes, field: str) -> Image.Image:
 
 class ScoreRequest(BaseModel):
     """What the public validators send to have a splat scored. Fields that they add later are ignored."""
+
+    model_config = ConfigDict(strict=True)
 
     prompt: str = ""
     prompt_image: str = Field("", max_length=MAX_IMAGE_BYTES * 4 // 3 + 4, description="base64")
