@@ -74,7 +74,7 @@ METRICS: dict[int | str, dict[str, Any]] = {
 _REPORT_HEADERS = {
     "X-Request-Id": "the request's id: as sent, or a new one",
     "X-Score": "CLIP score as the validators compute it, 0..1",
-    "X-Seed": "the seed: on a CPU the same prompt and seed give the same splat, on a GPU a similar one",
+    "X-Seed": "the seed: it gives the same splat again on a CPU; on a GPU it differs, for sums have no fixed order",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",
     "X-Rejected": "why the body is empty, when it is",

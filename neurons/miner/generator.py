@@ -112,6 +112,9 @@ class GenerationService:
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
+                if response.status in (403, 421):  # it tells why, and the flag that lets us in
+                    message = (await response.content.read(500)).decode(errors="replace")
+                    raise EndpointUnavailable(f"refuses to answer ({response.status}): {quoted(message)}")
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
                 return str(body["status"])[:40]
         except aiohttp.ConnectionTimeoutError as error:
