@@ -105,10 +105,11 @@ _FORM_FIELDS = {"prompt": _PROMPT, "prompt_image_file": _PICTURE, "seed": _SEED}
 _TEXT_FIELDS = {"prompt": _PROMPT, "seed": _SEED}
 
 
-def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
-    """An object of these properties and no others, exactly one of the required ones among them."""
-    one = [{"required": [name]} for name in required]
-    return {"type": "object", "properties": properties, "additionalProperties": False, "oneOf": one}
+_ONE = {"oneOf": [{"required": ["prompt"]}, {"required": ["prompt_image_file"]}]}
+
+
+def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
 
 
 PRIORITY = {
@@ -131,10 +132,10 @@ FORM = {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": _object(_FORM_FIELDS, "prompt", "prompt_image_file"),
+                "schema": _object(_FORM_FIELDS, **_ONE),
                 "encoding": {"prompt_image_file": {"contentType": ", ".join(intake.IMAGE_FORMATS.values())}},
             },
-            "application/x-www-form-urlencoded": {"schema": _object(_TEXT_FIELDS, "prompt")},
+            "application/x-www-form-urlencoded": {"schema": _object(_TEXT_FIELDS, required=["prompt"])},
         },
     },
 }
