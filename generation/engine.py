@@ -365,7 +365,7 @@ class Engine:
         except BaseException as error:  # as above
             broken = error
         self._memory = memory.measure(self._device)
-        going_on = []
+        going_on, done = [], []
         for generation, job in running:
             outcome = broken if broken is not None and generation in stepped else job.outcome
             if outcome is None:
@@ -373,9 +373,11 @@ class Engine:
             else:
                 if isinstance(outcome, Asset):
                     self._mean_seconds += (outcome.report.total_seconds - self._mean_seconds) / 4
-                _settle(generation, outcome)
+                done.append((generation, outcome))
         with self._changed:
             self._active = [generation for generation, _ in going_on]
+        for generation, outcome in done:  # only now: who has its answer may ask what runs
+            _settle(generation, outcome)
         return going_on
 
 

@@ -57,7 +57,8 @@ class Traced:
             self._pipeline.tick(jobs)
             return
         scene = self._first.scene
-        self._collect(self._profile, self._ticks < FIRST_TICKS or scene is None or scene.done)
+        wanted = self._ticks < FIRST_TICKS or scene is None or scene.done
+        self._collect(self._profile, wanted and not self._first.paused())
         self._ticks += 1
         over = True  # a tick that raises ends all its requests
         try:

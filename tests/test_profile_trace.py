@@ -75,6 +75,19 @@ def test_the_first_request_is_traced_its_middle_left_out(tmp_path: Path, caplog:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_runs_while_the_first_request_is_paused_is_left_out(tmp_path: Path) -> None:
+    paused: list[int] = []
+    first, second = new_job(), new_job()
+    first.paused = lambda: bool(paused)
+    pipeline = Traced(Multiplying(), tmp_path / "trace")
+    pipeline.tick([first])
+    paused.append(1)
+    pipeline.tick([second])
+    paused.clear()
+    run(pipeline, first, TICKS - 1)
+    assert ticks_in(tmp_path / "trace") == [1, *range(3, FIRST_TICKS + 1), TICKS + 1]
+
+
 def test_the_first_request_is_not_kept(tmp_path: Path) -> None:
     pipeline, job = Traced(Multiplying(), tmp_path / "trace"), new_job()
     run(pipeline, job)
