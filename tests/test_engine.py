@@ -167,6 +167,27 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
     assert order == ["interactive", "background"]
 
 
+async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+    ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    tick, under_way, paused = pipeline.tick, threading.Event(), []
+
+    def first(jobs: list[Any]) -> None:
+        pipeline.tick = tick  # type: ignore[method-assign]
+        paused.append(jobs[0].paused())
+        under_way.set()
+        wait_until(lambda: engine.queue_depth)
+        paused.append(jobs[0].paused())
+        tick(jobs)
+
+    pipeline.tick = first  # type: ignore[method-assign]
+    background = asyncio.create_task(engine.generate("a", None, 1, background=True))
+    await asyncio.to_thread(under_way.wait, PATIENCE_S)
+    assert (await engine.generate("b", None, 1)).ply and (await background).ply
+    assert paused == [False, True] and [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+
+
 async def test_the_background_has_no_deadline(
     ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -130,7 +130,7 @@ class Metrics:
         except OSError as error:
             log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
             return None
-        server.set_app(_by_name(server.get_app()))
+        server.set_app(_by_name(make_wsgi_app(self.registry)))
 
         def stop() -> None:
             server.shutdown()
