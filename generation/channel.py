@@ -37,6 +37,7 @@ class Generate:
     image: Image.Image | None
     seed: int
     wants_progress: bool
+    background: bool
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Call:
 
     number: int
     function: Callable[[Any], Any]
+    background: bool
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from fastapi import Request
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +25,7 @@ from generation.logging_setup import escape
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
 MAX_REQUEST_ID_CHARACTERS = 64
+PRIORITIES = ("interactive", "background")
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_SIDE = 4096  # pixels
 IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
@@ -166,6 +167,13 @@ def check_request_id(text: str | None) -> str:
     return text
 
 
+def check_priority(text: str | None) -> bool:
+    """Whether a request is in the background, by its X-Priority; None: it is not. Raises ApiError for other words."""
+    if text not in (None, *PRIORITIES):
+        raise ApiError(422, "X-Priority", f"unknown: {escape(text[:32])}", list(PRIORITIES))
+    return text == "background"
+
+
 def decode_image(data: bytes, field: str) -> Image.Image:
     """An uploaded image as RGB or RGBA, upright. Its size is checked before a pixel is decoded. Raises ApiError."""
     if len(data) > MAX_IMAGE_BYTES:
@@ -199,6 +207,8 @@ def _decode_image(data: bytes, field: str) -> Image.Image:
 
 class ScoreRequest(BaseModel):
     """What the public validators send to have a splat scored. Fields that they add later are ignored."""
+
+    model_config = ConfigDict(strict=True)
 
     prompt: str = ""
     prompt_image: str = Field("", max_length=MAX_IMAGE_BYTES * 4 // 3 + 4, description="base64")

@@ -172,23 +172,38 @@ class Pipeline:
         request: Request,
         progress: Progress = lambda stage, fraction: None,
         cancelled: Callable[[], bool] = lambda: False,
+        paused: Callable[[], bool] = lambda: False,
     ) -> Job:
         """The request as a job for ``tick``. Every random number comes from generators seeded with its seed."""
-        return Job(request, progress, cancelled, Report(request.seed))
+        return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
         """Bring each job closer to its outcome: to a scene at first, then by one iteration, at last through the check.
 
         All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
-        and its outcome does not depend on the others.
+        and its outcome does not depend on the others. Those that are paused meanwhile are left alone, from the next
+        stage on: they go on in a later tick, where they are.
         """
-        running = [job for job in jobs if not job.waits]
+        paused = [job for job in jobs if job.paused()]
+        running = [job for job in jobs if job not in paused and not job.waits]
         for job in jobs:
-            if job.waits:
+            if job in paused:
+                job.rest()
+            elif job.waits:
                 job.wanted("queued")
+            else:
+                job.resume()
+        for stages in (self._to_scenes, self._through_scenes, self._to_results):
+            stages([job for job in running if not job.paused()])
+        self._put_back(running, paused)
+        self._count_good(running)
+
+    def _to_scenes(self, running: list[Job]) -> None:
         fresh = [job for job in running if job.scene is None]
         for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
+        if any(job.paused() for job in fresh):
+            return
         # Where the CPU would only wait, while the GPU draws and while it works on the first iteration, it does what it
         # can for later: texts are read, and scenes begun as far as they do not depend on the picture.
         self._read(self._dreamgaussian.read, fresh)
@@ -198,25 +213,45 @@ class Pipeline:
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
-        self._begin_scenes(fresh)
-        self._step([job for job in running if job.outcome is None])
-        self._read(self._self_check.read, fresh)
+        for job in fresh:
+            if not job.paused():
+                self._begin_scenes([job])
+
+    def _through_scenes(self, running: list[Job]) -> None:
+        self._step([job for job in running if job.outcome is None and job.scene is not None])
+        begun = [job for job in running if job.scene is not None and job.scene.iteration == 1]
+        self._read(self._self_check.read, begun)
+
+    def _to_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
-        self._put_back(running)
 
-    def _put_back(self, running: list[Job]) -> None:
-        """Let those for which memory was full beside others try once more when the others are done."""
+    def _count_good(self, running: list[Job]) -> None:
+        """Requests that came to a result, for the limits of all stages that they went through."""
+        for job in running:
+            for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
+                self._stage_limits.get(stage, self.limit).went_well()
+
+    def _put_back(self, running: list[Job], paused: list[Job]) -> None:
+        """Let those for which memory was full beside others try once more when the others are done.
+
+        Not behind those that are paused for them: these give up their scenes, and begin them again.
+        """
         full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
         going_on = [job for job in running if job.outcome is None]
         for job in full:
-            if len(running) == 1 or job.put_back:
+            if job.put_back or (len(running) == 1 and not paused):
                 continue
+            for other in paused:
+                other.scene, other.gaussians = None, None
+            if paused:
+                release_cache()
             job.outcome, job.scene, job.gaussians = None, None, None
             job.put_back, job.behind = True, list(going_on)
             going_on.append(job)  # of several, one after the other
-            self.limit.out_of_memory(len(running))
+            if len(running) > 1:
+                self.limit.out_of_memory(len(running))
 
     def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
         """The stage's result for each job that it could be done for; timed. The others have their outcome.

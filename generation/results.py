@@ -44,6 +44,11 @@ class Report:
     rejected: str | None = None  # the reason, when it was
     device: str = ""  # that it ran on: the engine says
 
+    @property
+    def total_seconds(self) -> float:
+        """What all stages took; what it waited is not in it."""
+        return sum(self.seconds.values())
+
 
 @dataclass
 class Asset:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from yaml import YAMLError
 
+from generation.hosts import is_loopback, is_wildcard, parse_names
 from generation.memory_class import MemoryClass, Quantization, RestingPlace, choose, gpu_memory
 
 log = logging.getLogger("generation.settings")
@@ -219,6 +221,7 @@ class Arguments(_Schema):
     models: Path | None = None  # a models file in place of the profile's
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(10006, ge=1, le=65535)
+    allowed_hosts: str = ""  # names beside loopback's that requests may call the service by: "gpu.example,10.0.0.5"
     flux_steps: int | None = Field(None, ge=1, le=50)
     max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
     validation_threshold: UnitInterval = 0.6
@@ -227,6 +230,13 @@ class Arguments(_Schema):
     gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, text: str) -> str:
+        if text:
+            parse_names(text)
+        return text
 
     @field_validator("max_gaussians")
     @classmethod
@@ -254,6 +264,7 @@ class Settings(_Schema):
     max_queue: int
     gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
     profile_trace: Path | None
+    allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
@@ -299,8 +310,19 @@ class Settings(_Schema):
             options=options,
             models=models,
             gpus=gpus,
+            allowed_hosts=_allowed_hosts(arguments),
             **shared,
         )
+
+
+def _allowed_hosts(arguments: Arguments) -> tuple[str, ...]:
+    """Those that are asked for, and the one address that it listens on: nobody could reach it otherwise."""
+    own: tuple[str, ...] = ()
+    if not is_wildcard(arguments.host):
+        with suppress(ValueError):  # no host at all: listening there says so
+            own = parse_names(arguments.host)
+    given = parse_names(arguments.allowed_hosts) if arguments.allowed_hosts else ()
+    return tuple(dict.fromkeys(name for name in (*own, *given) if not is_loopback(name)))
 
 
 def _choose_profile(

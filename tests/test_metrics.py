@@ -118,6 +118,20 @@ def test_only_this_machine_is_served(metrics: Metrics, monkeypatch: pytest.Monke
     assert [address[0] for address in bound] == ["127.0.0.1"]
 
 
+def test_a_foreign_name_is_refused(metrics: Metrics) -> None:
+    """As a website's would be that has come to stand for this machine's address."""
+    port = metrics.serve(0)
+    statuses = []
+    for host in (f"127.0.0.1:{port}", "localhost", f"evil.example:{port}", "localhost.evil.example"):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Host": host})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                statuses.append(answer.status)
+        except urllib.error.HTTPError as error:
+            statuses.append(error.code)
+    assert statuses == [200, 200, 421, 421]
+
+
 def test_the_port_is_free_again_afterwards(metrics: Metrics) -> None:
     port = metrics.serve(0)
     assert port is not None

@@ -468,11 +468,23 @@ async def ask_service(handler: Handler, task: Task) -> Generated:
 async def test_a_generated_splat_comes_with_its_score() -> None:
     async def handler(request: web.Request) -> web.Response:
         assert request.path == "/generate/"
+        assert request.headers["X-Priority"] == "background"  # who asks in person goes first
         form = await request.post()
         assert form["prompt"] == "größer" and form["seed"] == "5" and len(form) == 2
         return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})
 
     assert await ask_service(handler, TextTask(id="1", prompt="größer")) == Generated(PLY, 0.76, "5", "")
+
+
+async def test_a_service_that_refuses_its_name_says_so() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=421, text="the flag --allowed-hosts adds it")
+
+    runner, url = await serve(handler)
+    async with GenerationService(url) as service:
+        with pytest.raises(EndpointUnavailable, match=r"refuses to answer \(421\): .*--allowed-hosts"):
+            await service.health()
+    await runner.cleanup()
 
 
 async def test_line_breaks_are_no_reason_to_lose_a_task() -> None:

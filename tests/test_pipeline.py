@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation.out_of_memory import GOOD_BEFORE_MORE
 from generation.pipeline import Cancelled, Pipeline, Request
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
@@ -153,6 +154,68 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     assert first.outcome.report.rejected is None and second.outcome.ply == alone
 
 
+class TestPausing:
+    def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
+        alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
+        paint, start, painted, paused = Painter.paint, sculptor.start, [], []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
+        # Somebody else comes while the first of two scenes is begun.
+        monkeypatch.setattr(sculptor, "start", lambda *arguments: paused.append(1) or start(*arguments))
+        sculptor.batches.clear()
+        seen: list[str] = []
+        jobs = [
+            pipeline.begin(ask(prompt, seed=seed), lambda stage, _: seen.append(stage), paused=lambda: len(paused) == 1)
+            for prompt, seed in (("red", 1), ("blue", 2))
+        ]
+        for _ in range(3):
+            pipeline.tick(jobs)
+        assert [job.scene is None for job in jobs] == [False, True] and not sculptor.batches
+        assert seen[-1] == "paused"
+        paused.append(1)
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+        assert [job.outcome.ply for job in jobs] == alone and painted == ["red", "blue"]
+
+    def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
+        now = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+        paused: list[int] = []
+        job = pipeline.begin(ask("red"), paused=lambda: bool(paused))
+        pipeline.tick([job])
+        paused.append(1)
+        for _ in range(3):
+            now.seconds += 100
+            pipeline.tick([job])
+        paused.clear()
+        now.seconds += 100
+        while job.outcome is None:
+            now.seconds += 1
+            pipeline.tick([job])
+        assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
+
+    def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
+        start, paused = sculptor.start, []
+        resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
+        alone = pipeline.generate([ask("blue", seed=4)])[0].ply
+        pipeline.tick([resting])
+        paused.append(1)
+        first = pipeline.begin(ask("red"))
+
+        def full(*arguments: Any) -> Scene:
+            if resting.scene is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return start(*arguments)
+
+        monkeypatch.setattr(sculptor, "start", full)
+        while first.outcome is None:
+            pipeline.tick([resting, first])
+        assert first.outcome.ply and resting.outcome is None
+        paused.clear()
+        while resting.outcome is None:
+            pipeline.tick([resting])
+        assert resting.outcome.ply == alone
+
+
 def test_a_failure_is_its_requests_own(pipeline):
     outcomes = pipeline.generate(
         [ask("red"), ask("explode"), ask("red unstartable"), ask("red collapse"), ask("a blue ball")]
@@ -185,6 +248,15 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
         assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
         assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+
+    def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
+        pipeline.limit.out_of_memory(4)
+        for _ in range(GOOD_BEFORE_MORE):
+            pipeline.generate([ask("red collapse")])  # each has begun a scene
+        pipeline.generate([ask("red", seed=seed) for seed in range(GOOD_BEFORE_MORE - 1)])
+        assert pipeline.limit.now == 2
+        pipeline.generate([ask("red")])
+        assert pipeline.limit.now == 3
 
     def test_pictures_are_made_fewer_at_once_and_scenes_are_not(self, pipeline, sculptor, monkeypatch):
         remove, sizes = pipeline._background.remove, []

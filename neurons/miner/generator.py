@@ -23,6 +23,8 @@ MAX_HEALTH_BYTES = 1 << 20
 # The pool gives up earlier where the task was pulled some time before.
 REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
+# Who asks the service in person goes first: what is made for validators is paused meanwhile.
+PRIORITY = {"X-Priority": "background"}
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
 # Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
@@ -112,6 +114,9 @@ class GenerationService:
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
+                if response.status in (403, 421):  # it tells why, and the flag that lets us in
+                    message = (await response.content.read(500)).decode(errors="replace")
+                    raise EndpointUnavailable(f"refuses to answer ({response.status}): {quoted(message)}")
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
                 return str(body["status"])[:40]
         except aiohttp.ConnectionTimeoutError as error:
@@ -130,7 +135,7 @@ class GenerationService:
             return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
 
         try:
-            async with self._session.post(f"{self._url}/generate/", data=form) as response:
+            async with self._session.post(f"{self._url}/generate/", data=form, headers=PRIORITY) as response:
                 if response.status == 503:
                     raise EndpointUnavailable("busy (503)", _retry_after(response))
                 if response.status != 200:

@@ -7,16 +7,18 @@ by the event loop, and read by the server's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from neurons.miner.events import Event, Generation, Pull, Settlement
 
 HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
@@ -150,6 +152,7 @@ class Metrics:
         except OSError as error:
             log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
             return None
+        server.set_app(_by_name(make_wsgi_app(self.registry)))
 
         def stop() -> None:
             server.shutdown()
@@ -163,3 +166,15 @@ class Metrics:
     def close(self) -> None:
         """Takes up to half a second when it has served."""
         self._stop_serving()
+
+
+def _by_name(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Refuses what calls this machine by another name: a website can have one that stands for it (DNS rebinding)."""
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("HTTP_HOST", "").partition(":")[0].lower() in NAMES:
+            return app(environ, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [f"only {' and '.join(NAMES)} are answered here\n".encode()]
+
+    return guarded

@@ -18,6 +18,7 @@ SCORING_LIMIT_S = 300.0
 # A validator's service is there for scoring alone; this one makes the miner's results, too.
 BUSY = (429, 503)
 RETRY_S = 3.0
+PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ class ScoringService:
         try:
             async with asyncio.timeout(SCORING_LIMIT_S), aiohttp.ClientSession() as session:
                 while True:
-                    async with session.post(self._url(task), json=_body(task, results)) as response:
+                    async with session.post(
+                        self._url(task), json=_body(task, results), headers=PRIORITY
+                    ) as response:
                         if response.status == 200:
                             return _score(await response.json())
                         problem = f"{response.status} {quoted(await response.text())}"
