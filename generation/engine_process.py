@@ -84,9 +84,7 @@ class EngineProcess:
             self._channel.send(Progress(message.number, stage, fraction))
 
         on_progress = progress if message.wants_progress else None
-        asset = await self._engine.generate(
-            message.prompt, message.image, message.seed, on_progress, message.target
-        )
+        asset = await self._engine.generate(message.prompt, message.image, message.seed, on_progress, message.target)
         return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
 
     async def _answer(self, message: Generate | Call) -> None:
