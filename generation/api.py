@@ -209,6 +209,8 @@ def report_headers(report: Any) -> dict[str, str]:
         "X-Num-Gaussians": str(report.num_gaussians),
         "X-Seconds": json.dumps({stage: round(seconds, 3) for stage, seconds in report.seconds.items()}),
     }
+    if report.text_cut:
+        headers["X-Text-Cut"] = json.dumps(report.text_cut)
     if report.score is not None:
         headers["X-Score"] = f"{report.score:.4f}"
     if report.rejected is not None:

@@ -46,6 +46,7 @@ _REPORT_HEADERS = {
     "X-Seed": "the seed: the same prompt and seed give the same splat",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",
+    "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
     "X-Rejected": "why the body is empty, when it is",
 }
 

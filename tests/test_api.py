@@ -31,7 +31,10 @@ def service() -> Iterator[Service]:
 
 def png(width: int = 8, height: int = 6, mode: str = "RGB", kind: str = "PNG") -> bytes:
     out = io.BytesIO()
-    Image.new(mode, (width, height), 128).save(out, kind)
+    image = Image.new(mode, (width, height), 128)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(128)
+    image.save(out, kind)
     return out.getvalue()
 
 
@@ -79,6 +82,11 @@ def test_a_rejected_result_is_an_empty_200_whose_reason_is_one_ascii_line(servic
     assert response.content == b""
     assert response.headers["X-Rejected"] == "CLIP score 0.21 is under 0.6 \\u2014\\nX-Evil: 1"
     assert "X-Evil" not in response.headers
+
+
+def test_a_text_that_was_cut_is_told(service: Service) -> None:
+    assert json.loads(service.generate("long").headers["X-Text-Cut"]) == {"mvdream": [77, 90]}
+    assert "X-Text-Cut" not in service.generate("short").headers
 
 
 @pytest.mark.parametrize(
