@@ -156,7 +156,7 @@ async def _read_urlencoded(request: Request) -> FormData:
     pairs = (await request.body()).split(b"&", MAX_FIELDS)
     if len(pairs) > MAX_FIELDS:
         raise ApiError(400, "body", f"more than {MAX_FIELDS} fields", MAX_FIELDS)
-    items: list[tuple[str, str]] = []
+    items: list[tuple[str, str | UploadFile]] = []
     for pair in filter(None, pairs):
         if len(pair) > 3 * MAX_TEXT_BYTES:
             raise _too_long()
@@ -255,7 +255,7 @@ def decode_image(data: bytes, field: str) -> Picture:
 
 def _decode_image(data: bytes, field: str) -> Picture:
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
+        image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
         if max(image.size) > MAX_IMAGE_SIDE:
             size = f"{image.width} x {image.height} pixels"
             raise ApiError(422, field, size, f"{MAX_IMAGE_SIDE} x {MAX_IMAGE_SIDE} pixels")
@@ -272,11 +272,9 @@ def _decode_image(data: bytes, field: str) -> Picture:
     for each in picture:
         each.info.clear()  # of no use from here on: profiles, metadata, a transparent level of another depth
     picture.image.thumbnail((KEPT_IMAGE_SIDE, KEPT_IMAGE_SIDE))
-    if picture.image.mode == "RGBA":
-        (_, most) = picture.image.getchannel("A").getextrema()
-        if most < LEAST_VISIBLE:
-            least = f"a pixel with an alpha of {LEAST_VISIBLE} of 255"
-            raise ApiError(422, field, "nothing is visible in it: all of it is transparent", least)
+    if picture.image.mode == "RGBA" and not any(picture.image.getchannel("A").histogram()[LEAST_VISIBLE:]):
+        least = f"a pixel with an alpha of {LEAST_VISIBLE} of 255"
+        raise ApiError(422, field, "nothing is visible in it: all of it is transparent", least)
     return picture
 
 
@@ -304,7 +302,7 @@ def _colours(image: Image.Image, layout: Any, data: bytes) -> Image.Image:
         image.putalpha(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
+        if any(image.getchannel("A").histogram()[:255]):
             return image
     return image.convert("RGB")
 
@@ -319,7 +317,7 @@ def _low_bytes(data: bytes) -> np.ndarray:
 def _upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     """Turned by the EXIF orientation of the file; as it is where that can not be read."""
     try:
-        turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # broken metadata is no reason to lose a picture
         turn = None
     return image if turn is None else image.transpose(turn)
