@@ -117,10 +117,11 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
         started = time.monotonic()
         engine.check_admission(following.background)
-        prompt, image, seed = await intake.read_form(request)
+        prompt, picture, seed = await intake.read_form(request)
+        image, target = picture or (None, None)
         seed = secrets.randbits(32) if seed is None else seed
         following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
-        work = engine.generate(prompt, image, seed, following.progress, following.background)
+        work = engine.generate(prompt, image, seed, following.progress, background=following.background, target=target)
         asset = await _while_connected(request, work)
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
@@ -139,7 +140,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         async with scoring_bodies:
             body = await intake.read_score_request(request)
             data = intake.decode_base64(body.prompt_image, "prompt_image")
-            return await _score(request, body, await asyncio.to_thread(intake.decode_image, data, "prompt_image"))
+            picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
+            return await _score(request, body, picture.target)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
         background = intake.check_priority(request.headers.get("X-Priority"))
@@ -232,6 +234,8 @@ def report_headers(report: Any) -> dict[str, str]:
         "X-Num-Gaussians": str(report.num_gaussians),
         "X-Seconds": json.dumps({stage: round(seconds, 3) for stage, seconds in report.seconds.items()}),
     }
+    if report.text_cut:
+        headers["X-Text-Cut"] = json.dumps(report.text_cut)
     if report.score is not None:
         headers["X-Score"] = f"{report.score:.4f}"
     if report.rejected is not None:

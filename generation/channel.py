@@ -38,6 +38,7 @@ class Generate:
     seed: int
     wants_progress: bool
     background: bool
+    target: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class _Job:
 class _Generation(_Job):
     prompt: str | None = None
     image: Image.Image | None = None
+    target: Image.Image | None = None
     seed: int = 0
     stage: str = "queued"
     fraction: float = 0.0
@@ -218,15 +219,18 @@ class Engine:
         seed: int,
         on_progress: OnProgress | None = None,
         background: bool = False,
+        target: Image.Image | None = None,
     ) -> Asset:
-        """Make a splat from exactly one of prompt and image.
+        """Make a splat from exactly one of prompt and image; ``target``: the image as a validator opens it.
 
         Cancelling the awaiting task frees the request's place and stops its work. In the background there is no
         deadline: how long it may be paused is for whoever waits for it to say. Raises Unavailable, DeadlineExceeded and
         StageFailed.
         """
         deadline = None if background else time.monotonic() + TIMEOUT_S
-        job = _Generation(deadline, background, prompt=prompt, image=image, seed=seed, on_progress=on_progress)
+        job = _Generation(
+            deadline, background, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress
+        )
         queue = self._generations.like(background)
         self._check_room(queue)
         self.totals["requests"] += 1
@@ -352,7 +356,7 @@ class Engine:
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
         g = generation
-        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline)
+        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline, g.target)
         return pipeline.begin(request, g.progress, g.future.done, partial(self._is_paused, g))
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:

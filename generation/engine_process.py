@@ -88,7 +88,12 @@ class EngineProcess:
 
         on_progress = progress if message.wants_progress else None
         asset = await self._engine.generate(
-            message.prompt, message.image, message.seed, on_progress, message.background
+            message.prompt,
+            message.image,
+            message.seed,
+            on_progress,
+            background=message.background,
+            target=message.target,
         )
         return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
 

@@ -135,11 +135,12 @@ class Fleet:
         seed: int,
         on_progress: OnProgress | None = None,
         background: bool = False,
+        target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``."""
 
         async def generate(remote: RemoteEngine) -> Asset:
-            asset = await remote.generate(prompt, image, seed, on_progress, background)
+            asset = await remote.generate(prompt, image, seed, on_progress, background=background, target=target)
             self._mean_seconds += (asset.report.total_seconds - self._mean_seconds) / 4
             return asset
 

@@ -77,6 +77,7 @@ _REPORT_HEADERS = {
     "X-Seed": "the seed: it gives the same splat again on a CPU; on a GPU it differs, for sums have no fixed order",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",
+    "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
     "X-Rejected": "why the body is empty, when it is",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw
@@ -37,6 +39,8 @@ from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
+
+log = logging.getLogger("generation.pipeline")
 
 T = TypeVar("T")
 
@@ -200,6 +204,7 @@ class Pipeline:
 
     def _to_scenes(self, running: list[Job]) -> None:
         fresh = [job for job in running if job.scene is None]
+        self._note_cuts(fresh)
         for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
         if any(job.paused() for job in fresh):
@@ -311,12 +316,13 @@ class Pipeline:
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
         """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
         requests = [job.request for job in jobs]
-        written = [(r.prompt, r.seed) for r in requests if r.image is None and r.prompt is not None]
+        ask = self._options.text_to_image_prompt
+        written = [(ask(r.prompt), r.seed) for r in requests if r.image is None and r.prompt is not None]
         drawn = iter(self._text_to_image.generate([w[0] for w in written], [w[1] for w in written]) if written else [])
         images = []
         for request in requests:
             if request.image is not None:
-                images.append(to_tensor(request.image).to(self._device))
+                images.append(to_tensor(request.image.convert("RGB")).to(self._device))
             elif request.prompt is not None:
                 images.append(next(drawn))
             else:
@@ -324,17 +330,24 @@ class Pipeline:
         return images
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
-        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together."""
+        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together.
+
+        The alpha of a picture that was sent with one is its mask, as in DreamGaussian.
+        """
         alphas: dict[Job, Tensor] = {}
-        for shape in {job.image.shape for job in jobs if job.image is not None}:
-            same = [(job, job.image) for job in jobs if job.image is not None and job.image.shape == shape]
+        for job in jobs:
+            if (mask := _mask(job.request.image)) is not None:
+                alphas[job] = mask.to(self._device)
+        given, matted = set(alphas), [job for job in jobs if job not in alphas]
+        for shape in {job.image.shape for job in matted if job.image is not None}:
+            same = [(job, job.image) for job in matted if job.image is not None and job.image.shape == shape]
             removed = self._background.remove(torch.stack([image for _, image in same]))
             alphas |= dict(zip([job for job, _ in same], removed, strict=True))
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
             assert job.image is not None
             try:
-                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size))
+                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size, given=job in given))
             except NothingInImage as nothing:
                 cutouts.append(nothing)
         return cutouts
@@ -345,6 +358,18 @@ class Pipeline:
         if texts := [prompt for prompt in prompts if prompt]:
             with suppress(Exception):  # whose fault it was is unknown: each reads its own when it is needed
                 read(texts)
+
+    def _note_cuts(self, jobs: list[Job]) -> None:
+        """Tell which models will read only the beginning of a prompt."""
+        for job in jobs:
+            if (prompt := job.request.prompt) is None or job.report.text_cut:
+                continue
+            with suppress(Exception):  # what can not be read fails in its stage, and is told then
+                drawn = self._text_to_image.cut(self._options.text_to_image_prompt(prompt))
+                job.report.text_cut = drawn | self._dreamgaussian.cut(prompt) | self._self_check.cut(prompt)
+            if job.report.text_cut:
+                tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
+                log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
 
     def _sketch(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -430,6 +455,14 @@ class Pipeline:
             job.reject(f"CLIP score {shown:.2f} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+
+def _mask(image: Image.Image | None) -> Tensor | None:
+    """The alpha (1, H, W) in 0..1 of a picture in which anything is transparent."""
+    if image is None or not image.has_transparency_data:
+        return None
+    alpha = np.array(image.convert("RGBA").getchannel("A"))
+    return torch.from_numpy(alpha)[None].float() / 255 if alpha.min() < 255 else None
 
 
 def _words(job: Job) -> str:

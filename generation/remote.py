@@ -102,10 +102,11 @@ class RemoteEngine:
         seed: int,
         on_progress: OnProgress | None,
         background: bool = False,
+        target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``, but raises EngineLost when the process ends first."""
         number = next(self._numbers)
-        message = Generate(number, prompt, image, seed, on_progress is not None, background)
+        message = Generate(number, prompt, image, seed, on_progress is not None, background, target)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset

@@ -16,10 +16,11 @@ class Request:
     """What to make: a text or an image prompt, exactly one of them."""
 
     prompt: str | None
-    image: Image.Image | None
+    image: Image.Image | None  # where it is transparent its sender cut it out: it is not matted then
     seed: int
     threshold: float  # lowest score worth submitting, 0..1
     deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
+    target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Report:
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
     rejected: str | None = None  # the reason, when it was
+    text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
     device: str = ""  # that it ran on: the engine says
 
     @property

@@ -22,7 +22,7 @@ from generation.settings import MIN_GAUSSIANS, ModelChoice
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
-from generation.text_cache import TextCache
+from generation.text_cache import TextCache, cut
 from generation.transfer import send
 from generation.weights.registry import ClipUse, WeightsError
 
@@ -102,6 +102,11 @@ class SelfCheck:
     def read(self, prompts: Sequence[str]) -> None:
         """Texts that splats will be compared with."""
         self._texts.read(prompts)
+
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """Where only the beginning of it is read: tokens that are, and of how many."""
+        tokens = cut(self._tokenizer, prompt)
+        return {"self_check": tokens} if tokens else {}
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:

@@ -77,6 +77,8 @@ class Pipeline:
             return Asset(b"", report)
         if request.image is not None:
             word = f"{request.image.mode} {request.image.size}"
+        if request.target is not None:
+            word += f" {request.target.mode} {request.target.size}"
         return Asset(f"{os.getpid()} {word} {request.seed}".encode(), report, gaussians=object())  # type: ignore[arg-type]
 
     def validate(self, ply: bytes, prompt: Any) -> Any:

@@ -33,7 +33,10 @@ def service() -> Iterator[Service]:
 
 def png(width: int = 8, height: int = 6, mode: str = "RGB", kind: str = "PNG") -> bytes:
     out = io.BytesIO()
-    Image.new(mode, (width, height), 128).save(out, kind)
+    image = Image.new(mode, (width, height), 128)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(128)
+    image.save(out, kind)
     return out.getvalue()
 
 
@@ -81,6 +84,11 @@ def test_a_rejected_result_is_an_empty_200_whose_reason_is_one_ascii_line(servic
     assert response.content == b""
     assert response.headers["X-Rejected"] == "CLIP score 0.21 is under 0.6 \\u2014\\nX-Evil: 1"
     assert "X-Evil" not in response.headers
+
+
+def test_a_text_that_was_cut_is_told(service: Service) -> None:
+    assert json.loads(service.generate("long").headers["X-Text-Cut"]) == {"mvdream": [77, 90]}
+    assert "X-Text-Cut" not in service.generate("short").headers
 
 
 @pytest.mark.parametrize(
@@ -152,7 +160,7 @@ def test_image_modes_are_made_rgb_or_rgba(service: Service) -> None:
 def test_pictures_of_16_bits_keep_their_levels(level: int, shown: int) -> None:
     out = io.BytesIO()
     Image.new("I;16", (3, 2), level).save(out, "PNG")
-    assert intake.decode_image(out.getvalue(), "picture").getpixel((2, 1)) == (shown,) * 3
+    assert intake.decode_image(out.getvalue(), "picture").image.getpixel((2, 1)) == (shown,) * 3
 
 
 def test_what_is_not_an_image(service: Service) -> None:

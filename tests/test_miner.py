@@ -526,6 +526,26 @@ async def test_an_image_task_is_uploaded() -> None:
     assert await ask_service(handler, ImageTask(id="1", prompt="aGk=")) == Generated(b"", None, "?", "gates")
 
 
+async def test_a_picture_in_which_nothing_was_found_is_given_up() -> None:
+    """How an object is looked for does not depend on the seed: another one would end the same way."""
+
+    async def nothing(request: web.Request) -> web.Response:
+        return web.Response(body=b"", headers={"X-Num-Gaussians": "0", "X-Rejected": "no object in the image"})
+
+    with pytest.raises(GenerationFailed, match="no object in the image"):
+        await ask_service(nothing, ImageTask(id="1", prompt="aGk="))
+    assert (await ask_service(nothing, TextTask(id="1", prompt="p"))).ply == b""  # another seed is another picture
+
+
+async def test_base64_in_lines_is_a_picture() -> None:
+    async def handler(request: web.Request) -> web.Response:
+        upload = (await request.post())["prompt_image_file"]
+        assert isinstance(upload, web.FileField) and upload.file.read() == b"hi there"
+        return web.Response(body=PLY)
+
+    assert (await ask_service(handler, ImageTask(id="1", prompt="aGkg\r\ndGhlcmU=\n"))).ply == PLY
+
+
 async def test_a_busy_service_says_for_how_long() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(status=503, headers={"Retry-After": "7"})

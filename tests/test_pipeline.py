@@ -24,6 +24,10 @@ class Painter:
     def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
         return [self.paint(prompt) for prompt in prompts]
 
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        self.asked = prompt
+        return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
+
     def paint(self, prompt: str) -> torch.Tensor:
         if "explode" in prompt:
             raise RuntimeError("out of paint")
@@ -70,6 +74,9 @@ class Sculptor:
         if any("unreadable" in prompt for prompt in prompts):
             raise ValueError("not words")
 
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        return {"mvdream": (2, 4)} if "epic" in prompt else {}
+
     def sketch(self, prompt: str, seed: int) -> list[tuple[str, int]]:
         return [(prompt, seed)]
 
@@ -99,7 +106,7 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64)
+    options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64, prompt_template="{prompt}")
     return Pipeline(Painter(), WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 4)
 
 
@@ -363,6 +370,39 @@ class TestImagePrompts:
         assert asset.report.score > 0.9
         assert prompts == [""]
 
+    def test_what_the_sender_cut_out_is_not_matted(self, pipeline, sculptor, monkeypatch):
+        """White on white, and half as transparent as glass: the alpha says where it is."""
+        cutouts = []
+        start = sculptor.start
+        monkeypatch.setattr(sculptor, "start", lambda c, *more: cutouts.append(c) or start(c, *more))
+        monkeypatch.setattr(pipeline._background, "remove", None)
+        monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
+        for alpha in (255, 60):
+            picture = Image.new("RGBA", (90, 60), (255, 0, 0, 0))
+            picture.paste((250, 250, 250, alpha), (20, 10, 70, 50))
+            picture.putpixel((5, 5), (0, 0, 0, alpha // 4))  # what is left of a shadow
+            pipeline.generate([ask(None, image=picture)])
+            (cutout,) = cutouts
+            cutouts.clear()
+            rows, columns = torch.nonzero(cutout[3] > alpha / 510, as_tuple=True)
+            assert (int(columns.max() - columns.min()) + 1, int(rows.max() - rows.min()) + 1) == (51, 41)
+            assert torch.allclose(cutout[3, 32, 32], torch.tensor(alpha / 255))
+            assert torch.allclose(cutout[:3, 32, 32], torch.tensor(250 / 255))
+
+    def test_cut_out_pictures_and_others_go_together(self, pipeline):
+        opaque = Image.new("RGBA", (90, 60), "white")
+        opaque.paste((0, 0, 255), (20, 10, 70, 50))
+        cut_out = Image.new("RGBA", (90, 60))
+        cut_out.paste((255, 0, 0), (20, 10, 70, 50))
+        first, second, third = pipeline.generate([ask(None, image=opaque), ask(None, image=cut_out), ask("green")])
+        assert first.report.score > 0.9 and second.ply and third.ply
+
+    def test_nothing_in_it_is_told_before_anything_is_optimised(self, pipeline, sculptor):
+        for picture in (Image.new("RGBA", (40, 40)), Image.new("RGB", (40, 40), "white")):
+            (asset,) = pipeline.generate([ask(None, image=picture)])
+            assert asset.ply == b"" and asset.report.num_gaussians == 0
+        assert sculptor.batches == []
+
     def test_neither_is_an_error(self, pipeline):
         (outcome,) = pipeline.generate([ask(None)])
         assert isinstance(outcome, ValueError)
@@ -501,3 +541,26 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     assert first.report.num_gaussians > 0 and list(first.report.seconds) == STAGES
     assert first.ply == second.ply
     assert "red cube" not in caplog.text
+
+
+class TestWords:
+    def test_text_to_image_is_asked_by_the_template(self, sculptor, monkeypatch):
+        painter = Painter()
+        asked = []
+        monkeypatch.setattr(painter, "generate", lambda prompts, seeds: asked.extend(prompts) or [painter.paint("red")])
+        options = DreamGaussianOptions(ref_size=64, iters=1, elevation=-20, prompt_template="a {prompt}, {view}")
+        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 1)
+        pipeline.generate([ask("red {view} ball")])
+        assert asked == ["a red {view} ball, front view from slightly above"]
+        assert painter.asked == asked[0]
+
+    def test_a_text_that_is_cut_is_told_with_how_much(self, pipeline, caplog):
+        with caplog.at_level(logging.WARNING, "generation.pipeline"):
+            short, long = pipeline.generate([ask("a red ball"), ask("an epic red ball" + " of clay" * 8, seed=5)])
+        assert short.report.text_cut == {}
+        assert long.report.text_cut == {"text_to_image CLIP": (2, 3), "mvdream": (2, 4), "self_check": (12, 22)}
+        (record,) = caplog.records
+        words = (
+            "The prompt is cut (seed 5), tokens read: text_to_image CLIP 2 of 3, mvdream 2 of 4, self_check 12 of 22"
+        )
+        assert record.getMessage() == words

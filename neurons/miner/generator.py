@@ -144,6 +144,9 @@ class GenerationService:
                     raise failed(reason) if response.status >= 500 else GenerationFailed(reason)
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
+                if not ply and isinstance(task, ImageTask) and headers.get("X-Num-Gaussians") == "0":
+                    # Nothing was found in the picture. How it is looked for does not depend on the seed.
+                    raise GenerationFailed(quoted(headers.get("X-Rejected", "nothing was made of the picture")))
                 return Generated(
                     ply,
                     _score(headers.get("X-Score")),
@@ -164,7 +167,7 @@ def _form(task: Task, seed: int) -> aiohttp.FormData:
     form = aiohttp.FormData({"seed": str(seed)})
     if isinstance(task, ImageTask):
         try:
-            image = base64.b64decode(task.prompt, validate=True)
+            image = base64.b64decode("".join(task.prompt.split()), validate=True)  # as MIME has it, in lines
         except (binascii.Error, ValueError) as error:
             raise GenerationFailed(f"image prompt is not base64 ({error})") from error
         form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")

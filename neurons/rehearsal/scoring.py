@@ -45,9 +45,7 @@ class ScoringService:
         try:
             async with asyncio.timeout(SCORING_LIMIT_S), aiohttp.ClientSession() as session:
                 while True:
-                    async with session.post(
-                        self._url(task), json=_body(task, results), headers=PRIORITY
-                    ) as response:
+                    async with session.post(self._url(task), json=_body(task, results), headers=PRIORITY) as response:
                         if response.status == 200:
                             return _score(await response.json())
                         problem = f"{response.status} {quoted(await response.text())}"
