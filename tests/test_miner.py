@@ -587,7 +587,7 @@ async def test_other_answers_end_the_task_or_the_attempt(failure: type[Exception
         TextTask(id="1", prompt="a\x1b[2Jb"),
         TextTask(id="1", prompt=" \n\t"),
         TextTask(id="1", prompt="\x9b"),
-        ImageTask(id="1", prompt="no base64"),
+        ImageTask(id="1", prompt="no base64!"),
     ],
 )
 async def test_prompts_that_are_not_fit_never_reach_the_service(task: Task) -> None:
