@@ -30,7 +30,7 @@ from neurons.miner.dendrite import CONNECTION_LOST, NO_CONNECTION
 from neurons.miner.events import Event, Settlement, Submission
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.spool import MAX_AGE_S, Spool, SpooledResult
-from neurons.miner.submitter import Submitter
+from neurons.miner.submitter import PastSubmission, Submitter
 from neurons.miner.task_manager import AsyncTaskManager
 from neurons.miner.validators import Eligibility, ValidatorDirectory
 from neurons.miner.verdicts import WINDOW_S, Span, Window
@@ -134,7 +134,7 @@ class Service(StandInService):
 
 
 class Miner:
-    def __init__(self, validator: Scripted, folder: Path) -> None:
+    def __init__(self, validator: Scripted, folder: Path, history: Sequence[PastSubmission] = ()) -> None:
         self.validator = validator
         self.events: list[Event] = []
         clocks = ValidatorClocks(now)
@@ -145,7 +145,7 @@ class Miner:
         self.service = Service(GENERATION_S, 4)
         self.pool = GeneratorPool([self.service], now)
         record = self.events.append
-        self.submitter = Submitter(validator, directory, clocks, KEYPAIR, self.spool, record)
+        self.submitter = Submitter(validator, directory, clocks, KEYPAIR, self.spool, record, history)
         self.manager = AsyncTaskManager(
             *(validator, directory, clocks, self.submitter, self.pool, record), workers=4, threshold=0.6
         )
@@ -504,6 +504,19 @@ def test_what_a_restart_finds_is_not_rewritten_and_expires_by_its_true_age(tmp_p
     os.utime(path, (time.time() - MAX_AGE_S - 1,) * 2)
     miner = mine(tmp_path, ["task"], [ACCEPTED], 200)
     assert miner.service.generated == 1 and miner.submissions == [("task", "accepted")]
+
+
+def test_a_restart_knows_what_cooldown_is_usual(tmp_path: Path) -> None:
+    """50 s with this validator, so that 140 s are a declined result's."""
+    spooled(tmp_path, "task", age=5)
+
+    async def main() -> None:
+        history = [PastSubmission(now() - 100, VALIDATOR.hotkey, "before", "accepted", 1.0, 1, 50.0)]
+        miner = Miner(Scripted([140.0], [ACCEPTED]), tmp_path, history)
+        await miner.run(10)
+        assert miner.submissions == [("task", "declined")]
+
+    virtual_time.run(main())
 
 
 def test_a_result_expires_while_the_miner_runs(tmp_path: Path) -> None:

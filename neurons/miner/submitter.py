@@ -428,12 +428,14 @@ class Submitter:
         if past.accepted_in_window is not None:
             memory.window.answered(past.at, past.accepted_in_window, accepted, [each.span for each in memory.unsettled])
             memory.unsettled = []
+            if past.outcome in ("accepted", "broken", "empty") and past.cooldown:
+                memory.usual_cooldown = past.cooldown
         elif accepted is not None:
             memory.window.add(accepted)
         if past.outcome == "unknown":
             otherwise: SubmissionOutcome = "unknown"
             if past.cooldown is not None:
-                otherwise = "declined" if is_penalty(past.cooldown, 0.0, TASK_COOLDOWN_S) else "broken"
+                otherwise = "declined" if is_penalty(past.cooldown, 0.0, memory.usual_cooldown) else "broken"
             memory.unsettled.append(_Unsettled(past.task_id, span, otherwise))
 
 
