@@ -27,6 +27,8 @@ usage: ./deploy_competitive.sh [flags]
   --gpus all|N,N               GPUs that the generation service uses (all)
   --host ADDRESS               where the generation service listens (127.0.0.1)
   --port N                     its port (10006)
+  --allowed-hosts NAME,NAME    names by which requests may call it, beside those of loopback and --host where that is one
+                               address
   --generation.endpoint URL .. services on other machines, used beside this one; may be repeated
   --workers N                  tasks that the miner works on at once (as many as the services do, at least 4)
   --retries N                  other seeds tried, in time, for a rejected result, 0..10 (2)
@@ -55,7 +57,7 @@ misuse() {
 
 profile=auto config="" flux_steps="" threshold=0.6 host=127.0.0.1 port=10006
 workers="" network=auto wallet_name="" wallet_hotkey="" wallet_path="" netuid=17 blacklist=(180) blacklist_file=""
-models="" max_gaussians="" memory_class="" gpus="" endpoints=() retries="" min_reward="" metrics_port=""
+models="" max_gaussians="" memory_class="" gpus="" allowed_hosts="" endpoints=() retries="" min_reward="" metrics_port=""
 
 whole() { # FLAG VALUE LOWEST HIGHEST
     if ! [[ $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3 || 10#$2 > $4)); then
@@ -103,7 +105,7 @@ while (($# > 0)); do
             done
             continue
             ;;
-        --profile | --config | --models | --flux-steps | --max-gaussians | --memory-class | --gpus | \
+        --profile | --config | --models | --flux-steps | --max-gaussians | --memory-class | --gpus | --allowed-hosts | \
             --validation-threshold | --host | --port | --workers | --retries | --min-reward | --metrics-port | \
             --network | --wallet.name | --wallet.hotkey | --wallet.path | --netuid | --blacklist-file) ;;
         *) misuse "unknown flag $flag" ;;
@@ -144,6 +146,10 @@ while (($# > 0)); do
             threshold=$value
             ;;
         --host) host=$value ;;
+        --allowed-hosts)
+            [[ $value =~ ^[][A-Za-z0-9._:,-]+$ ]] || misuse "--allowed-hosts $value: must be names, separated by commas"
+            allowed_hosts=$value
+            ;;
         --port)
             whole "$flag" "$value" 1 65535
             port=$value
@@ -204,6 +210,7 @@ processes=(generation_service miner)
 [[ $network != rehearsal ]] || processes=(generation_service rehearsal miner)
 flags=$(printf '%q ' "$profile" "$config" "$flux_steps" "$threshold" "$host" "$port" "$workers" "$network" \
     "$wallet_name" "$wallet_hotkey" "$wallet_path" "$netuid" "$blacklist_file" "$models" "$max_gaussians" "$memory_class" "$gpus" \
+    "$allowed_hosts" \
     "$retries" "$min_reward" "$metrics_port" "${blacklist[@]}" "${endpoints[@]+"${endpoints[@]}"}")
 
 # ---- what is already there ----
@@ -313,6 +320,7 @@ service=(--profile "$profile" --host "$host" --port "$port" --validation-thresho
 [[ -z $max_gaussians ]] || service+=(--max-gaussians "$max_gaussians")
 [[ -z $memory_class ]] || service+=(--memory-class "$memory_class")
 [[ -z $gpus ]] || service+=(--gpus "$gpus")
+[[ -z $allowed_hosts ]] || service+=(--allowed-hosts "$allowed_hosts")
 start generation_service "${service[@]}"
 started generation_service logs/generation_service.log \
     .venv/bin/python scripts/probe.py service "$url" "$(cat run/generation_service.pid)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stops what deploy_competitive.sh started in this folder, and nothing else: SIGTERM first, so that work in flight is
-# finished or spooled, and SIGKILL for whatever is left after 30 seconds in all.
+# finished or spooled, and SIGKILL for whatever takes longer than that may take (scripts/lib.sh has the seconds).
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -12,15 +12,16 @@ if (($# > 0)); then
     [[ $1 == --help || $1 == -h ]] && exit 0 || exit 2
 fi
 
-stop() { # NAME SECONDS: by when it must have ended, counted from the script's start
-    local name=$1 until=$2 pid
+stop() { # NAME SECONDS: what it may take
+    local name=$1 seconds=$2 pid
     if ! pid=$(running "$name"); then
         [[ ! -e run/$name.pid ]] || echo "$name: was not running any more"
         rm -f "run/$name.pid"
         return
     fi
+    SECONDS=0
     kill -TERM "$pid" 2>/dev/null || true
-    while running "$name" >/dev/null && ((SECONDS < until)); do
+    while running "$name" >/dev/null && ((SECONDS < seconds)); do
         sleep 0.1
     done
     if running "$name" >/dev/null; then
@@ -33,12 +34,11 @@ stop() { # NAME SECONDS: by when it must have ended, counted from the script's s
 }
 
 lock_deploy
-SECONDS=0
 shopt -s nullglob
 found=(run/*.pid)
 # The miner first: what it still waits for and submits needs the others.
-stop miner 25
-stop rehearsal 27
-stop generation_service 30
+stop miner "$STOP_MINER_S"
+stop rehearsal "$STOP_REHEARSAL_S"
+stop generation_service "$STOP_SERVICE_S"
 rm -f run/flags run/url run/miner.status run/*.up
 ((${#found[@]} > 0)) || echo "nothing was running"

@@ -242,14 +242,13 @@ def task_manager_works(_: Service) -> str:
         directory = ValidatorDirectory(Eligibility(keypair.ss58_address, "rehearsal", frozenset()))
         neurons = [Neuron(uid, f"validator {uid}", "127.0.0.1", 9000 + uid, 5000.0, True) for uid in range(count)]
         directory.update(Metagraph(17, tuple(neurons)))
-        validators, clocks, spool, events = Validators(), ValidatorClocks(), Spool(folder), list[Event]()
-        submitter = Submitter(validators, directory, clocks, keypair, spool, events.append)
+        validators, clocks, events = Validators(), ValidatorClocks(), list[Event]()
+        submitter = Submitter(validators, directory, clocks, keypair, Spool(folder), events.append)
         manager = AsyncTaskManager(
             validators,
             directory,
             clocks,
             submitter,
-            spool,
             ReadyGenerators(),
             events.append,
             workers=count,

@@ -13,17 +13,18 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import FastAPI, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from generation import intake, openapi
+from generation import docs_page, intake, openapi
 from generation.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.events import Events, EventStream, Following
 from generation.fleet import Fleet
+from generation.hosts import SameSite
 from generation.intake import ApiError, BodyLimit
 from generation.logging_setup import escape
 from generation.metrics import Metrics
@@ -53,9 +54,17 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         yield
         await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
 
-    app = FastAPI(title="Competitive miner: generation", version=version, lifespan=lifespan)
+    app = FastAPI(
+        title="Competitive miner: generation",
+        description=openapi.ABOUT,
+        version=version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
     app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
+    app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
     _add_error_handlers(app)
     app.state.events = events  # to be closed before the server waits for its open answers
     # Bodies are read before a request is admitted; not too many big ones at once.
@@ -63,7 +72,10 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.post("/generate", include_in_schema=False)
     @app.post(
-        "/generate/", openapi_extra=openapi.FORM, responses=openapi.results("application/octet-stream", "A 3DGS PLY")
+        "/generate/",
+        response_class=Response,
+        openapi_extra=openapi.FORM,
+        responses=openapi.results("application/octet-stream", "A 3DGS PLY"),
     )
     async def generate(request: Request) -> Response:
         """A prompt or an image to a Gaussian splat. 200 with an empty body: not worth submitting, see X-Rejected."""
@@ -72,7 +84,12 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         return Response(asset.ply, media_type="application/octet-stream", headers=headers)
 
     @app.post("/generate_video", include_in_schema=False)
-    @app.post("/generate_video/", openapi_extra=openapi.FORM, responses=openapi.results("video/mp4", "A turntable"))
+    @app.post(
+        "/generate_video/",
+        response_class=Response,
+        openapi_extra=openapi.FORM,
+        responses=openapi.results("video/mp4", "A turntable"),
+    )
     async def generate_video(request: Request) -> Response:
         """The same splat as from /generate/, filmed once around."""
         with followed(request) as following:
@@ -81,7 +98,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
                 return Response(b"", media_type="video/mp4", headers=headers)
             following.progress("video", 0.0)
             film = partial(_film, data=asset.ply, device=settings.device)
-            frames = await _while_connected(request, engine.call(film))
+            frames = await _while_connected(request, engine.call(film, following.background))
             return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
     @contextmanager
@@ -89,7 +106,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         """Whoever follows the request is told how it ends."""
         request_id = intake.check_request_id(request.headers.get("X-Request-Id"))
         request.state.request_id = request_id
-        with events.request(request_id) as following:
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        with events.request(request_id, background) as following:
             try:
                 yield following
             except BaseException as error:
@@ -100,24 +118,25 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
         started = time.monotonic()
-        engine.check_admission()
+        engine.check_admission(following.background)
         prompt, picture, seed = await intake.read_form(request)
         image, target = picture or (None, None)
         seed = secrets.randbits(32) if seed is None else seed
         following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
-        asset = await _while_connected(request, engine.generate(prompt, image, seed, following.progress, target))
+        work = engine.generate(prompt, image, seed, following.progress, background=following.background, target=target)
+        asset = await _while_connected(request, work)
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
 
-    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.SCORE, responses=openapi.ERRORS)
+    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.ERRORS)
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         async with scoring_bodies:
             body = await intake.read_score_request(request)
             return await _score(request, body, intake.check_prompt(body.prompt or ""))
 
-    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.SCORE, responses=openapi.ERRORS)
+    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.ERRORS)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
         async with scoring_bodies:
@@ -127,11 +146,12 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             return await _score(request, body, picture.target)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
+        background = intake.check_priority(request.headers.get("X-Priority"))
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
         previews = (body.generate_single_preview, body.generate_grid_preview, body.preview_score_threshold)
         score = partial(_validate, data=data, compression=body.compression, prompt=prompt, previews=previews)
         try:
-            scores = await _while_connected(request, engine.call(score))
+            scores = await _while_connected(request, engine.call(score, background))
         except ValueError as error:
             raise ApiError(422, "data", str(error)) from error
         encoded = {
@@ -140,7 +160,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         }
         return {**_jsonable(asdict(scores)), **encoded}
 
-    @app.get("/health")
+    @app.get("/health", responses=openapi.COMMON)
     async def health() -> dict[str, Any]:
         """What the service is, what it is doing, and how it went so far."""
         return {
@@ -166,23 +186,28 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "version": version,
         }
 
-    @app.get("/events/{request_id}", responses=openapi.EVENTS)
-    async def follow(request_id: str) -> Response:
+    @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
+    async def follow(request_id: Annotated[str, Path(json_schema_extra=openapi.REQUEST_ID)]) -> Response:
         """Progress of the request that is, or will soon be, sent with this X-Request-Id, until it has ended."""
         return EventStream(events, intake.check_request_id(request_id))
 
-    @app.get("/events", responses=openapi.EVENTS)
+    @app.get("/events", response_class=Response, responses=openapi.EVENTS)
     async def follow_all() -> Response:
         """Progress of all requests."""
         return EventStream(events, None)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     async def get_metrics() -> Response:
         """For Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/version/")
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page.render(app.openapi()), headers=docs_page.HEADERS)
+
+    @app.get("/version/", responses=openapi.COMMON)
     async def get_version() -> str:
+        """Of this software."""
         return version
 
     return app
@@ -223,6 +248,8 @@ def report_headers(report: Any) -> dict[str, str]:
         "X-Num-Gaussians": str(report.num_gaussians),
         "X-Seconds": json.dumps({stage: round(seconds, 3) for stage, seconds in report.seconds.items()}),
     }
+    if report.text_cut:
+        headers["X-Text-Cut"] = json.dumps(report.text_cut)
     if report.score is not None:
         headers["X-Score"] = f"{report.score:.4f}"
         parts = {part: None if value is None else round(value, 4) for part, value in report.parts.items()}

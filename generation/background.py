@@ -96,16 +96,21 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def recentre(image: torch.Tensor, alpha: torch.Tensor, size: int, border_ratio: float = 0.2) -> torch.Tensor:
+def recentre(
+    image: torch.Tensor, alpha: torch.Tensor, size: int, border_ratio: float = 0.2, given: bool = False
+) -> torch.Tensor:
     """The cut-out (4, size, size), RGBA in 0..1, as DreamGaussian expects its reference view.
 
     The object's bounding box is cut from ``image`` (3, H, W) and ``alpha`` (1, H, W), its longer side scaled to
     ``size * (1 - border_ratio)`` pixels, and put into the middle of a transparent square.
-    Raises NothingInImage when less than a thousandth of ``alpha`` is opaque.
+    With ``given`` the picture's sender made ``alpha``: small or half-transparent, what it shows is the object.
+    Raises NothingInImage when nothing of ``alpha`` is opaque, or less than a thousandth where it is not given.
     """
-    rows, columns = torch.nonzero(alpha[0] > _OPAQUE, as_tuple=True)
-    if len(rows) < max(1, _MIN_SHARE * alpha.numel()):
-        raise NothingInImage("the background remover found no object in the image")
+    rows, columns = torch.nonzero(alpha[0] > (alpha.max() / 2 if given else _OPAQUE), as_tuple=True)
+    if len(rows) < (1 if given else max(1, _MIN_SHARE * alpha.numel())):
+        raise NothingInImage(
+            "all of the image is transparent" if given else "the background remover found no object in the image"
+        )
     top, bottom = int(rows.min()), int(rows.max()) + 1
     left, right = int(columns.min()), int(columns.max()) + 1
     # Premultiplied while it is resized, so that background colour does not bleed into the edge.

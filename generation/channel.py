@@ -37,6 +37,7 @@ class Generate:
     image: Image.Image | None
     seed: int
     wants_progress: bool
+    background: bool
     target: Image.Image | None = None
 
 
@@ -46,6 +47,7 @@ class Call:
 
     number: int
     function: Callable[[Any], Any]
+    background: bool
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
@@ -31,7 +32,8 @@ LATE = f"no result within {TIMEOUT_S:.0f} s"
 LOADING_RETRY_S = 5
 
 T = TypeVar("T")
-#: Told the stage, and the share of it that is done. Called from any thread; must be quick and must not raise.
+#: Told the stage ("paused" while others go before it), and the share of it that is done. Called from any thread; must
+#: be quick and must not raise.
 OnProgress = Callable[[str, float], None]
 
 
@@ -55,7 +57,8 @@ class DeadlineExceeded(Exception):
 class _Job:
     """Waits in a queue, then runs on the engine thread. Cancelling its future gives its place free."""
 
-    deadline: float
+    deadline: float | None  # on time.monotonic()
+    background: bool
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -67,7 +70,6 @@ class _Generation(_Job):
     seed: int = 0
     stage: str = "queued"
     fraction: float = 0.0
-    began: float = 0.0  # on time.monotonic()
     on_progress: OnProgress | None = None
 
     def progress(self, stage: str, fraction: float) -> None:
@@ -83,8 +85,27 @@ class _Call(_Job):
     function: Callable[[Pipeline], Any] = lambda pipeline: None
 
 
+class _Waiting:
+    """Jobs of one kind that wait: those that a person waits for go before those in the background."""
+
+    def __init__(self) -> None:
+        self.interactive: deque[Any] = deque()
+        self.background: deque[Any] = deque()
+
+    def like(self, background: bool) -> deque[Any]:
+        return self.background if background else self.interactive
+
+    def __len__(self) -> int:
+        return len(self.interactive) + len(self.background)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((*self.interactive, *self.background))
+
+
 class Engine:
     """Runs requests through a pipeline that it loads by itself, up to ``max_batch`` at once; one joins when one ends.
+
+    Requests are interactive, or in the background: these are paused, with what they have, while there are others.
 
     Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
     progress in words, and returns a ``generation.pipeline.Pipeline`` or what has its methods. ``device`` is where that
@@ -111,8 +132,7 @@ class Engine:
         self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
         self._at_once = max_batch
         self._step_began: float | None = None  # on time.monotonic()
-        self._calls: deque[_Call] = deque()
-        self._generations: deque[_Generation] = deque()
+        self._calls, self._generations = _Waiting(), _Waiting()
         self._active: list[_Generation] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -142,8 +162,16 @@ class Engine:
 
     @property
     def active(self) -> list[dict[str, Any]]:
-        """What runs now: seed, stage and the share of the stage that is done."""
-        return [{"seed": job.seed, "stage": job.stage, "fraction": round(job.fraction, 3)} for job in self._active]
+        """What runs now: seed, priority, stage ("paused" is one) and the share of the stage that is done."""
+        return [
+            {
+                "seed": job.seed,
+                "priority": priority(job.background),
+                "stage": job.stage,
+                "fraction": round(job.fraction, 3),
+            }
+            for job in self._active
+        ]
 
     def health(self) -> list[dict[str, Any]]:
         """One entry, of JSON's own types; where there are several engines, there is one for each.
@@ -168,9 +196,12 @@ class Engine:
             }
         ]
 
-    def check_admission(self) -> None:
-        """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full."""
-        self._check_room(self._generations)
+    def check_admission(self, background: bool = False) -> None:
+        """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full.
+
+        As many may wait in the background, and take no place from the others.
+        """
+        self._check_room(self._generations.like(background))
 
     def _check_room(self, queue: deque[Any]) -> None:
         if self.status == "loading":
@@ -188,20 +219,25 @@ class Engine:
         image: Image.Image | None,
         seed: int,
         on_progress: OnProgress | None = None,
+        background: bool = False,
         target: Image.Image | None = None,
     ) -> Asset:
         """Make a splat from exactly one of prompt and image; ``target``: the image as a validator opens it.
 
-        Cancelling the awaiting task frees the request's place and stops its work. Raises Unavailable,
-        DeadlineExceeded and StageFailed.
+        Cancelling the awaiting task frees the request's place and stops its work. In the background there is no
+        deadline: how long it may be paused is for whoever waits for it to say. Raises Unavailable, DeadlineExceeded and
+        StageFailed.
         """
-        deadline = time.monotonic() + TIMEOUT_S
-        job = _Generation(deadline, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress)
-        self._check_room(self._generations)
+        deadline = None if background else time.monotonic() + TIMEOUT_S
+        job = _Generation(
+            deadline, background, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress
+        )
+        queue = self._generations.like(background)
+        self._check_room(queue)
         self.totals["requests"] += 1
         started = time.monotonic()
         try:
-            asset: Asset = await self._outcome(job, self._generations)
+            asset: Asset = await self._outcome(job, queue)
         except asyncio.CancelledError:
             self.totals["cancelled"] += 1
             log.info("Generation cancelled: seed %d, in stage %s", seed, job.stage)
@@ -227,13 +263,15 @@ class Engine:
             log.warning("Validation failed: %s (seed %d): %s", report.rejected, seed, prompt or "(image)")
         return asset
 
-    async def call(self, function: Callable[[Pipeline], T]) -> T:
-        """Run ``function(pipeline)`` on the engine thread, before generations that wait.
+    async def call(self, function: Callable[[Pipeline], T], background: bool = False) -> T:
+        """Run ``function(pipeline)`` on the engine thread, before generations of its priority.
 
         Raises as ``generate`` does, and what ``function`` raises when that is a ValueError: its verdict on the input.
         """
-        self._check_room(self._calls)
-        return await self._outcome(_Call(time.monotonic() + TIMEOUT_S, function=function), self._calls)
+        queue = self._calls.like(background)
+        self._check_room(queue)
+        deadline = None if background else time.monotonic() + TIMEOUT_S
+        return await self._outcome(_Call(deadline, background, function=function), queue)
 
     async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
         def forget(_: Future[Any]) -> None:
@@ -247,7 +285,7 @@ class Engine:
             self._changed.notify_all()
         answer: Awaitable[Any] = asyncio.wrap_future(job.future)
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + job.deadline - time.monotonic()):
+            async with asyncio.timeout(None if job.deadline is None else job.deadline - time.monotonic()):
                 return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(LATE) from error
@@ -294,12 +332,23 @@ class Engine:
             self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
             if self._stopping:
                 return None
-            call = self._calls.popleft() if self._calls else None
             self._at_once = min(self._max_batch, fitting)
-            room = max(0, min(self._at_once - len(self._active), len(self._generations)))
-            admitted = [self._generations.popleft() for _ in range(room)]
+            # What is paused takes no place: the memory that it keeps is small beside what a tick needs.
+            running = [generation for generation in self._active if not generation.background]
+            waiting = self._generations.interactive
+            if not running and not waiting:
+                running, waiting = self._active, self._generations.background
+            admitted = [waiting.popleft() for _ in range(min(self._at_once - len(running), len(waiting)))]
             self._active = self._active + admitted
-            return call, admitted
+            calls = self._calls.interactive or (() if self._urgent() else self._calls.background)
+            return (calls.popleft() if calls else None), admitted
+
+    def _urgent(self) -> bool:
+        """Whether there is a generation that a person waits for, so that the background is to be left alone."""
+        return bool(self._generations.interactive) or not all(generation.background for generation in self._active)
+
+    def _is_paused(self, generation: _Generation) -> bool:
+        return generation.background and (bool(self._calls.interactive) or self._urgent())
 
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:
@@ -310,30 +359,38 @@ class Engine:
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
         g = generation
-        g.began = time.monotonic()
         request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline, g.target)
-        return pipeline.begin(request, g.progress, g.future.done)
+        return pipeline.begin(request, g.progress, g.future.done, partial(self._is_paused, g))
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
         """Those that go on afterwards."""
-        self._ticks[len(running)] += 1
+        if stepped := [generation for generation, _ in running if not self._is_paused(generation)]:
+            self._ticks[len(stepped)] += 1
         broken: BaseException | None = None
         try:
             pipeline.tick([job for _, job in running])
         except BaseException as error:  # as above
             broken = error
         self._memory = memory.measure(self._device)
-        going_on = []
+        going_on, done = [], []
         for generation, job in running:
-            outcome = broken if broken is not None else job.outcome
+            outcome = broken if broken is not None and generation in stepped else job.outcome
             if outcome is None:
                 going_on.append((generation, job))
             else:
-                self._mean_seconds += (time.monotonic() - generation.began - self._mean_seconds) / 4
-                _settle(generation, outcome)
+                if isinstance(outcome, Asset):
+                    self._mean_seconds += (outcome.report.total_seconds - self._mean_seconds) / 4
+                done.append((generation, outcome))
         with self._changed:
             self._active = [generation for generation, _ in going_on]
+        for generation, outcome in done:  # only now: who has its answer may ask what runs
+            _settle(generation, outcome)
         return going_on
+
+
+def priority(background: bool) -> str:
+    """As clients name it."""
+    return "background" if background else "interactive"
 
 
 def describe(error: BaseException) -> str:
@@ -349,7 +406,7 @@ def _settle(job: _Job, outcome: Any) -> None:
         own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(job, _Call))
         if not own_verdict:
             log.error("A request failed", exc_info=outcome)
-            late = time.monotonic() >= job.deadline
+            late = job.deadline is not None and time.monotonic() >= job.deadline
             failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
             failure.__cause__ = outcome
             outcome = failure

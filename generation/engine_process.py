@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import pkgutil
@@ -21,6 +22,8 @@ from generation.results import Asset
 STATE_INTERVAL_S = 0.2
 FLUSH_S = 5.0
 LOST_MARKS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUDNN_STATUS_EXECUTION_FAILED")
+
+_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger("generation.engine_process")
 
@@ -84,7 +87,14 @@ class EngineProcess:
             self._channel.send(Progress(message.number, stage, fraction))
 
         on_progress = progress if message.wants_progress else None
-        asset = await self._engine.generate(message.prompt, message.image, message.seed, on_progress, message.target)
+        asset = await self._engine.generate(
+            message.prompt,
+            message.image,
+            message.seed,
+            on_progress,
+            background=message.background,
+            target=message.target,
+        )
         return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
 
     async def _answer(self, message: Generate | Call) -> None:
@@ -93,7 +103,7 @@ class EngineProcess:
             if isinstance(message, Generate):
                 self._channel.send(Outcome(number, await self._generate(message)))
             else:
-                self._channel.send(Outcome(number, await self._engine.call(message.function)))
+                self._channel.send(Outcome(number, await self._engine.call(message.function, message.background)))
         except DeadlineExceeded as error:
             self._channel.send(Failure(number, "late", str(error)))
         except ValueError as error:
@@ -124,7 +134,20 @@ def _lost_device(error: BaseException | None) -> str | None:
     return found
 
 
+def die_with(service: int) -> None:
+    """Have the kernel kill this process when the one that started it, of this PID, has ended.
+
+    No thread of ours could: gsplat holds Python's lock while it waits for a GPU, for ever when that hangs. The setting
+    is the calling thread's own, so it is the main thread's; and it is about the thread that forked us: the service's
+    event loop, which lives as long as the service does.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != service:  # it ended before
+        os._exit(0)
+
+
 def main() -> None:
+    die_with(int(sys.argv[2]))
     # Signals to the whole group or service unit: the service decides how long requests in flight may take.
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda *_: None)

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from generation.engine import Unavailable
+from generation.engine import Unavailable, priority
 from generation.intake import ApiError
 from generation.time_left import TimeLeft
 
@@ -33,9 +33,11 @@ STOP_S = 1.0  # what listeners get to read the last of it in, when the service e
 class Following:
     """A request in progress, seen from outside."""
 
-    def __init__(self, events: Events, request_id: str) -> None:
+    def __init__(self, events: Events, request_id: str, background: bool) -> None:
         self.request_id = request_id
+        self.background = background
         self.stage = ""
+        self._paused_at = 0.0  # on time.monotonic(), while that is its stage
         self.latest = b""  # its latest event
         self.ended = False
         self.report: Any = None  # once there is a result
@@ -49,11 +51,18 @@ class Following:
 
     def progress(self, stage: str, fraction: float) -> None:
         """From any thread: it has come to this share of the stage."""
+        if stage == "paused":
+            if self.stage != "paused":
+                self._paused_at = time.monotonic()
+                self.show(stage, fraction, None)
+            return
+        if self.stage == "paused":
+            self._time_left.delay(time.monotonic() - self._paused_at)
         self.show(stage, fraction, self._time_left.reached(stage, fraction, time.monotonic()))
 
     def show(self, stage: str, fraction: float, seconds: float | None) -> None:
         self.stage = stage
-        about: dict[str, Any] = {"request_id": self.request_id, "stage": stage}
+        about: dict[str, Any] = {"request_id": self.request_id, "priority": priority(self.background), "stage": stage}
         if (iterations := self._events.iterations.get(stage)) is not None:
             about |= {"iteration": round(fraction * iterations), "iterations": iterations}
         about |= {"fraction": round(fraction, 4), "eta_seconds": None if seconds is None else round(seconds, 1)}
@@ -79,9 +88,9 @@ class Events:
         self._closed = False
 
     @contextmanager
-    def request(self, request_id: str) -> Iterator[Following]:
+    def request(self, request_id: str, background: bool = False) -> Iterator[Following]:
         """A request that is in progress inside of the ``with``. Raises ApiError when its id is in use."""
-        following = Following(self, request_id)
+        following = Following(self, request_id, background)
         with self._lock:
             if request_id in self._in_progress:
                 raise ApiError(409, "X-Request-Id", "a request with this id is in progress", "one at a time")

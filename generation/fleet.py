@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
@@ -30,8 +30,9 @@ T = TypeVar("T")
 class _Place:
     """What a request waits for: a place on one of the engines; ``alone``: on one that runs nothing else meanwhile."""
 
-    def __init__(self, is_call: bool, alone: bool) -> None:
+    def __init__(self, is_call: bool, background: bool, alone: bool) -> None:
         self.is_call = is_call
+        self.background = background
         self.alone = alone
         self.engine: RemoteEngine | None = None
         self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -52,7 +53,7 @@ class Fleet:
         ]
         self._max_queue = next(iter(devices.values())).max_queue
         self._waiting: deque[_Place] = deque()
-        self._calls = 0  # waiting and in flight
+        self._calls: Counter[bool] = Counter()  # waiting and in flight, by whether they are in the background
         self._mean_seconds = 30.0  # of a generation; follows what is measured
         self._stopping = False
         self._supervision: list[asyncio.Task[None]] = []
@@ -106,9 +107,9 @@ class Fleet:
         """An entry for each engine, as an ``Engine`` has it."""
         return [each.health() for each in self._engines]
 
-    def check_admission(self) -> None:
+    def check_admission(self, background: bool = False) -> None:
         """Raises Unavailable when ``generate`` would: with no engine ready, with the queue full."""
-        self._check_room(sum(not place.is_call for place in self._waiting))
+        self._check_room(sum(not place.is_call and place.background == background for place in self._waiting))
 
     def _check_room(self, waiting: int) -> None:
         if self.status == "loading":
@@ -133,20 +134,20 @@ class Fleet:
         image: Image.Image | None,
         seed: int,
         on_progress: OnProgress | None = None,
+        background: bool = False,
         target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``."""
 
         async def generate(remote: RemoteEngine) -> Asset:
-            started = time.monotonic()
-            asset = await remote.generate(prompt, image, seed, on_progress, target)
-            self._mean_seconds += (time.monotonic() - started - self._mean_seconds) / 4
+            asset = await remote.generate(prompt, image, seed, on_progress, background=background, target=target)
+            self._mean_seconds += (asset.report.total_seconds - self._mean_seconds) / 4
             return asset
 
-        self.check_admission()
+        self.check_admission(background)
         self.totals["requests"] += 1
         try:
-            asset = await self._run(False, generate)
+            asset = await self._run(False, background, generate)
         except asyncio.CancelledError:
             self.totals["cancelled"] += 1
             raise
@@ -156,25 +157,25 @@ class Fleet:
         self.totals["delivered" if asset.report.rejected is None else "rejected"] += 1
         return asset
 
-    async def call(self, function: Callable[[Any], T]) -> T:
+    async def call(self, function: Callable[[Any], T], background: bool = False) -> T:
         """As ``Engine.call``, for a picklable function with a picklable result."""
-        self._check_room(self._calls)
-        self._calls += 1
+        self._check_room(self._calls[background])
+        self._calls[background] += 1
         try:
-            return await self._run(True, lambda remote: remote.call(function))
+            return await self._run(True, background, lambda remote: remote.call(function, background))
         finally:
-            self._calls -= 1
+            self._calls[background] -= 1
 
-    async def _run(self, is_call: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
+    async def _run(self, is_call: bool, background: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
         """``work`` on the least busy engine, and again when that is lost meanwhile.
 
         Again is alone: whose fault it was is unknown, and those beside it must not be lost with it once more.
         """
         lost: list[str] = []
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(None if background else TIMEOUT_S):
                 while len(lost) < MAX_RUNS:
-                    async with self._place(is_call, again=bool(lost)) as remote:
+                    async with self._place(is_call, background, again=bool(lost)) as remote:
                         try:
                             return await work(remote)
                         except EngineLost as error:
@@ -186,11 +187,11 @@ class Fleet:
         raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
 
     @asynccontextmanager
-    async def _place(self, is_call: bool, again: bool) -> AsyncIterator[RemoteEngine]:
+    async def _place(self, is_call: bool, background: bool, again: bool) -> AsyncIterator[RemoteEngine]:
         """A place on the engine with the least work, waited for behind those that wait already, or before them."""
         if self._stopping:
             raise self._no_engine()
-        place = _Place(is_call, alone=again and not is_call)
+        place = _Place(is_call, background, alone=again and not is_call)
         if again:
             self._waiting.appendleft(place)
         else:
@@ -208,16 +209,20 @@ class Fleet:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give places to those who wait, in their order; turn them away when no engine is left to wait for."""
+        """Give places to those who wait, in their order, the background after the others.
+
+        Turn them away when no engine is left to wait for.
+        """
         held_back = False
-        for place in list(self._waiting):
+        for place in sorted(self._waiting, key=lambda place: place.background):
             if held_back and not place.is_call:
                 continue  # or no engine would ever be free for the one that runs alone
             engines = [each for each in self._engines if each.status == "ready" and _is_for(each, place)]
             held_back = held_back or (place.alone and not engines)
             if engines and not place.given.done():
                 self._waiting.remove(place)
-                place.engine = min(engines, key=lambda each: each.load)
+                # A person's request disturbs others where it must, and only the background.
+                place.engine = min(engines, key=lambda each: (not place.is_call and each.interactive, each.load))
                 place.given.set_result(None)
                 _count(place, 1)
         if not any(each.hopeful for each in self._engines):
@@ -231,7 +236,7 @@ class Fleet:
 
 
 def _is_for(engine: RemoteEngine, place: _Place) -> bool:
-    return place.is_call or (engine.has_room and not (place.alone and engine.generations))
+    return place.is_call or (engine.has_room(place.background) and not (place.alone and engine.generations))
 
 
 def _count(place: _Place, change: int) -> None:
@@ -240,4 +245,5 @@ def _count(place: _Place, change: int) -> None:
         place.engine.calls += change
     else:
         place.engine.generations += change
+        place.engine.interactive += change * (not place.background)
         place.engine.alone = place.alone and change > 0

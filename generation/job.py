@@ -24,6 +24,9 @@ class Job:
     progress: Progress
     cancelled: Callable[[], bool]
     report: Report
+    #: Whether something goes before it: then it is left alone between two stages or iterations, and keeps what it has.
+    paused: Callable[[], bool] = lambda: False
+    paused_at: float | None = None  # on time.perf_counter(), while it is
     image: Tensor | None = None  # (3, H, W) in 0..1
     cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
     sketch: Any = None  # of the scene, until it starts
@@ -46,6 +49,17 @@ class Job:
     @property
     def waits(self) -> bool:
         return any(other.outcome is None for other in self.behind)
+
+    def rest(self) -> None:
+        """It is paused: neither that nor what it takes is in the times of its report."""
+        if self.paused_at is None:
+            self.paused_at = time.perf_counter()
+        self.wanted("paused")
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            self.scene_began += time.perf_counter() - self.paused_at
+            self.paused_at = None
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason

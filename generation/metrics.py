@@ -45,6 +45,7 @@ class _Engines(Collector):
 
         up, queued = gauge("engine_up", "Whether it takes requests"), gauge("queue_depth", "Requests that wait")
         active = gauge("active_requests", "Requests that run")
+        paused = gauge("paused_requests", "Of these, requests that are paused for what goes before them")
         batches = HistogramMetricFamily("generation_batch_scenes", "Requests that shared a tick", labels=["device"])
         memory = {key: gauge(f"gpu_memory_{key}_bytes", text) for key, text in _MEMORY.items()}
         for entry in self._engine.health():
@@ -52,6 +53,7 @@ class _Engines(Collector):
             up.add_metric(device, entry["status"] == "ready")
             queued.add_metric(device, entry["queue_depth"])
             active.add_metric(device, len(entry["active"]))
+            paused.add_metric(device, sum(each["stage"] == "paused" for each in entry["active"]))
             ticks = {int(size): count for size, count in entry["ticks"].items()}
             buckets = [
                 (str(float(limit)), sum(n for size, n in ticks.items() if size <= limit)) for limit in _BATCH_BUCKETS
@@ -61,7 +63,7 @@ class _Engines(Collector):
             for key, family in memory.items():
                 if entry["memory"] is not None:
                     family.add_metric(device, entry["memory"][f"{key}_bytes"])
-        yield from (up, queued, active, batches, *memory.values())
+        yield from (up, queued, active, paused, batches, *memory.values())
 
 
 class Metrics:

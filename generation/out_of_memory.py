@@ -50,11 +50,11 @@ class BatchLimit:
         self._good = 0
         log.warning("Out of GPU memory with %d at once; at most %d from now on", together, self.now)
 
-    def went_well(self, count: int = 1) -> None:
-        """``count`` requests are done. After GOOD_BEFORE_MORE in a row there may be one more at once."""
+    def went_well(self) -> None:
+        """A request came to its result. After GOOD_BEFORE_MORE in a row there may be one more at once."""
         if self.now == self.most:
             return
-        self._good += count
+        self._good += 1
         if self._good >= GOOD_BEFORE_MORE:
             self.now += 1
             self._good = 0
@@ -78,7 +78,6 @@ def in_batches(limit: BatchLimit, items: Sequence[T], work: Callable[[list[T]], 
             if not is_out_of_memory(error) or len(batch) == 1:
                 raise
         else:
-            limit.went_well(len(batch))
             continue
         limit.out_of_memory(len(batch))
         release_cache()  # here the exception is gone, and with it what its frames held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageDraw
@@ -31,6 +33,8 @@ from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
+
+log = logging.getLogger("generation.pipeline")
 
 T = TypeVar("T")
 
@@ -168,23 +172,39 @@ class Pipeline:
         request: Request,
         progress: Progress = lambda stage, fraction: None,
         cancelled: Callable[[], bool] = lambda: False,
+        paused: Callable[[], bool] = lambda: False,
     ) -> Job:
         """The request as a job for ``tick``. Every random number comes from generators seeded with its seed."""
-        return Job(request, progress, cancelled, Report(request.seed))
+        return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
         """Bring each job closer to its outcome: to a scene at first, then by one iteration, at last through the check.
 
         All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
-        and its outcome does not depend on the others.
+        and its outcome does not depend on the others. Those that are paused meanwhile are left alone, from the next
+        stage on: they go on in a later tick, where they are.
         """
-        running = [job for job in jobs if not job.waits]
+        paused = [job for job in jobs if job.paused()]
+        running = [job for job in jobs if job not in paused and not job.waits]
         for job in jobs:
-            if job.waits:
+            if job in paused:
+                job.rest()
+            elif job.waits:
                 job.wanted("queued")
+            else:
+                job.resume()
+        for stages in (self._to_scenes, self._through_scenes, self._to_results):
+            stages([job for job in running if not job.paused()])
+        self._put_back(running, paused)
+        self._count_good(running)
+
+    def _to_scenes(self, running: list[Job]) -> None:
         fresh = [job for job in running if job.scene is None]
+        self._note_cuts(fresh)
         for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
             job.image = image
+        if any(job.paused() for job in fresh):
+            return
         # Where the CPU would only wait, while the GPU draws and while it works on the first iteration, it does what it
         # can for later: texts are read, and scenes begun as far as they do not depend on the picture.
         self._read(self._dreamgaussian.read, fresh)
@@ -194,25 +214,45 @@ class Pipeline:
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
-        self._begin_scenes(fresh)
-        self._step([job for job in running if job.outcome is None])
-        self._read(self._self_check.read, fresh)
+        for job in fresh:
+            if not job.paused():
+                self._begin_scenes([job])
+
+    def _through_scenes(self, running: list[Job]) -> None:
+        self._step([job for job in running if job.outcome is None and job.scene is not None])
+        begun = [job for job in running if job.scene is not None and job.scene.iteration == 1]
+        self._read(self._self_check.read, begun)
+
+    def _to_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
-        self._put_back(running)
 
-    def _put_back(self, running: list[Job]) -> None:
-        """Let those for which memory was full beside others try once more when the others are done."""
+    def _count_good(self, running: list[Job]) -> None:
+        """Requests that came to a result, for the limits of all stages that they went through."""
+        for job in running:
+            for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
+                self._stage_limits.get(stage, self.limit).went_well()
+
+    def _put_back(self, running: list[Job], paused: list[Job]) -> None:
+        """Let those for which memory was full beside others try once more when the others are done.
+
+        Not behind those that are paused for them: these give up their scenes, and begin them again.
+        """
         full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
         going_on = [job for job in running if job.outcome is None]
         for job in full:
-            if len(running) == 1 or job.put_back:
+            if job.put_back or (len(running) == 1 and not paused):
                 continue
+            for other in paused:
+                other.scene, other.gaussians = None, None
+            if paused:
+                release_cache()
             job.outcome, job.scene, job.gaussians = None, None, None
             job.put_back, job.behind = True, list(going_on)
             going_on.append(job)  # of several, one after the other
-            self.limit.out_of_memory(len(running))
+            if len(running) > 1:
+                self.limit.out_of_memory(len(running))
 
     def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
         """The stage's result for each job that it could be done for; timed. The others have their outcome.
@@ -284,12 +324,13 @@ class Pipeline:
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
         """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
         requests = [job.request for job in jobs]
-        written = [(r.prompt, r.seed) for r in requests if r.image is None and r.prompt is not None]
+        ask = self._options.text_to_image_prompt
+        written = [(ask(r.prompt), r.seed) for r in requests if r.image is None and r.prompt is not None]
         drawn = iter(self._text_to_image.generate([w[0] for w in written], [w[1] for w in written]) if written else [])
         images = []
         for request in requests:
             if request.image is not None:
-                images.append(to_tensor(request.image).to(self._device))
+                images.append(to_tensor(request.image.convert("RGB")).to(self._device))
             elif request.prompt is not None:
                 images.append(next(drawn))
             else:
@@ -297,17 +338,24 @@ class Pipeline:
         return images
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
-        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together."""
+        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together.
+
+        The alpha of a picture that was sent with one is its mask, as in DreamGaussian.
+        """
         alphas: dict[Job, Tensor] = {}
-        for shape in {job.image.shape for job in jobs if job.image is not None}:
-            same = [(job, job.image) for job in jobs if job.image is not None and job.image.shape == shape]
+        for job in jobs:
+            if (mask := _mask(job.request.image)) is not None:
+                alphas[job] = mask.to(self._device)
+        given, matted = set(alphas), [job for job in jobs if job not in alphas]
+        for shape in {job.image.shape for job in matted if job.image is not None}:
+            same = [(job, job.image) for job in matted if job.image is not None and job.image.shape == shape]
             removed = self._background.remove(torch.stack([image for _, image in same]))
             alphas |= dict(zip([job for job, _ in same], removed, strict=True))
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
             assert job.image is not None
             try:
-                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size))
+                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size, given=job in given))
             except NothingInImage as nothing:
                 cutouts.append(nothing)
         return cutouts
@@ -318,6 +366,18 @@ class Pipeline:
         if texts := [prompt for prompt in prompts if prompt]:
             with suppress(Exception):  # whose fault it was is unknown: each reads its own when it is needed
                 read(texts)
+
+    def _note_cuts(self, jobs: list[Job]) -> None:
+        """Tell which models will read only the beginning of a prompt."""
+        for job in jobs:
+            if (prompt := job.request.prompt) is None or job.report.text_cut:
+                continue
+            with suppress(Exception):  # what can not be read fails in its stage, and is told then
+                drawn = self._text_to_image.cut(self._options.text_to_image_prompt(prompt))
+                job.report.text_cut = drawn | self._dreamgaussian.cut(prompt) | self._self_check.cut(prompt)
+            if job.report.text_cut:
+                tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
+                log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
 
     def _sketch(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -406,6 +466,14 @@ class Pipeline:
             job.reject(f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+
+def _mask(image: Image.Image | None) -> Tensor | None:
+    """The alpha (1, H, W) in 0..1 of a picture in which anything is transparent."""
+    if image is None or not image.has_transparency_data:
+        return None
+    alpha = np.array(image.convert("RGBA").getchannel("A"))
+    return torch.from_numpy(alpha)[None].float() / 255 if alpha.min() < 255 else None
 
 
 def _words(job: Job) -> str:

@@ -39,7 +39,7 @@ class Traced:
 
     def __init__(self, pipeline: Any, path: Path) -> None:
         self._pipeline, self._path = pipeline, path
-        self._first: Job | None = None
+        self._first: Job | None = None  # while it is traced
         self._ticks = 0
         self._profile: profile | None = None
         self._collecting = True
@@ -49,15 +49,16 @@ class Traced:
         return getattr(self._pipeline, name)
 
     def tick(self, jobs: list[Job]) -> None:
-        if self._first is None:
+        if self._ticks == 0:
             self._first = jobs[0]
             self._profile = profile(activities=self._activities, acc_events=True)
             self._profile.start()
-        if self._profile is None:
+        if self._profile is None or self._first is None:
             self._pipeline.tick(jobs)
             return
         scene = self._first.scene
-        self._collect(self._profile, self._ticks < FIRST_TICKS or scene is None or scene.done)
+        wanted = self._ticks < FIRST_TICKS or scene is None or scene.done
+        self._collect(self._profile, wanted and not self._first.paused())
         self._ticks += 1
         over = True  # a tick that raises ends all its requests
         try:
@@ -67,7 +68,7 @@ class Traced:
         finally:
             if over:
                 self._write(self._profile)
-                self._profile = None
+                self._profile = self._first = None  # with its scene, it would stay in memory
 
     def _collect(self, running: profile, collecting: bool) -> None:
         if collecting != self._collecting:

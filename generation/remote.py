@@ -52,6 +52,7 @@ class RemoteEngine:
         self.device = device
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
+        self.interactive = 0  # of the generations
         self.alone = False  # whether the generation in flight is to have no others beside it
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
@@ -83,9 +84,13 @@ class RemoteEngine:
         """What is in flight, in shares of what the engine takes at once."""
         return (self.generations + self.calls) / self.capacity
 
-    @property
-    def has_room(self) -> bool:
-        return self.generations < self.capacity and not self.alone
+    def has_room(self, background: bool) -> bool:
+        """For one more generation. Those in the background make way for others, and would only wait behind them."""
+        if self.alone:
+            return False
+        if background:
+            return self.generations < self.capacity and not self.interactive
+        return self.interactive < self.capacity
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
@@ -96,18 +101,19 @@ class RemoteEngine:
         image: Image.Image | None,
         seed: int,
         on_progress: OnProgress | None,
+        background: bool = False,
         target: Image.Image | None = None,
     ) -> Asset:
         """As ``Engine.generate``, but raises EngineLost when the process ends first."""
         number = next(self._numbers)
-        message = Generate(number, prompt, image, seed, on_progress is not None, target)
+        message = Generate(number, prompt, image, seed, on_progress is not None, background, target)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset
 
-    async def call(self, function: Callable[[Any], Any]) -> Any:
+    async def call(self, function: Callable[[Any], Any], background: bool = False) -> Any:
         """As ``Engine.call``, for a picklable function with a picklable result. Raises EngineLost as well."""
-        return await self._ask(Call(next(self._numbers), function))
+        return await self._ask(Call(next(self._numbers), function, background))
 
     async def _ask(self, message: Generate | Call, on_progress: OnProgress | None = None) -> Any:
         if self.status != "ready":
@@ -161,8 +167,8 @@ class RemoteEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
-            command = [sys.executable, "-m", "generation.engine_process", str(number)]
-            try:
+            command = [sys.executable, "-m", "generation.engine_process", str(number), str(os.getpid())]
+            try:  # on this thread, with which the process will end: see generation.engine_process.die_with
                 process = subprocess.Popen(
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )

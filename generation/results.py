@@ -16,7 +16,7 @@ class Request:
     """What to make: a text or an image prompt, exactly one of them."""
 
     prompt: str | None
-    image: Image.Image | None
+    image: Image.Image | None  # where it is transparent its sender cut it out: it is not matted then
     seed: int
     threshold: float  # lowest score worth submitting, 0..1
     deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
@@ -45,7 +45,13 @@ class Report:
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
     rejected: str | None = None  # the reason, when it was
+    text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
     device: str = ""  # that it ran on: the engine says
+
+    @property
+    def total_seconds(self) -> float:
+        """What all stages took; what it waited is not in it."""
+        return sum(self.seconds.values())
 
 
 @dataclass

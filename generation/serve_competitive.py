@@ -40,6 +40,11 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     parser.add_argument("--models", help="models file in place of the profile's")
     parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
     parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")
+    parser.add_argument(
+        "--allowed-hosts",
+        help="names or addresses, separated by commas, by which requests may call it (default: those of loopback, and "
+        "--host where that is one address)",
+    )
     parser.add_argument("--flux-steps", help="steps of text to image (default: the profile's)")
     parser.add_argument("--max-gaussians", help="most Gaussians of a splat (default: the config's max_gaussians)")
     parser.add_argument(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from generation.hosts import is_loopback, is_wildcard, parse_names
 from generation.memory_class import MemoryClass, Quantization, RestingPlace, choose, gpu_memory
 
 log = logging.getLogger("generation.settings")
@@ -29,9 +31,22 @@ PROFILES = {
     "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
 }
 
+#: What memory classes say in place of the text_to_image stage.
+CLASS_KEYS = {"quantization", "t5_rests_on"}
+
 #: A validator rejects splats of fewer.
 MIN_GAUSSIANS = 7000
 MAX_GAUSSIANS = 2_000_000
+#: Degrees above and below the horizon that training cameras stay within.
+HIGHEST = 80.0
+#: What {view} stands for in a template, by the least elevation (degrees up) of its camera.
+VIEWS = (
+    (45, "front view from high above"),
+    (5, "front view from slightly above"),
+    (-5, "front view at eye level"),
+    (-45, "front view from slightly below"),
+    (-90, "front view from far below"),
+)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -89,6 +104,12 @@ class DreamGaussianOptions(_Schema):
     sh_degree: int = Field(0, ge=0, le=3)
     init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
     init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
+    # What models are told. {view} is where the elevation has the reference view's camera; MVDream's is its authors'
+    # (github.com/bytedance/MVDream, the suffix of scripts/t2i.py), the tag of all objects that it was trained on.
+    prompt_template: str = Field(
+        "{prompt}, a single object, whole, centered, {view}, plain white background", max_length=1024
+    )  # of text to image
+    mvdream_template: str = Field("{prompt}, 3d asset", max_length=1024)
     # Learning rates.
     position_lr_init: LearningRate = 0.001
     position_lr_final: LearningRate = 0.00002
@@ -105,6 +126,47 @@ class DreamGaussianOptions(_Schema):
     densification_interval: Interval = 50
     opacity_reset_interval: Interval = 700
     densify_grad_threshold: float = Field(0.01, ge=0, le=1000)
+
+    @field_validator("prompt_template", "mvdream_template")
+    @classmethod
+    def _has_prompt(cls, template: str) -> str:
+        if template.count("{prompt}") != 1:
+            raise ValueError("must contain {prompt} exactly once")
+        return template
+
+    @model_validator(mode="after")
+    def _agrees(self) -> DreamGaussianOptions:
+        """Refuse what contradicts something else. Upstream's configs must load: some of their keys have no effect."""
+        o = self
+        above = -o.elevation
+        contradictions = {
+            f"min_ver {o.min_ver:g} is over max_ver {o.max_ver:g}": o.min_ver > o.max_ver,
+            f"elevation {o.elevation:g} with min_ver {o.min_ver:g} and max_ver {o.max_ver:g} leaves no camera within "
+            f"{HIGHEST:g} degrees of the horizon": above - o.max_ver > HIGHEST or above - o.min_ver < -HIGHEST,
+            f"density_start_iter {o.density_start_iter} is after density_end_iter {o.density_end_iter}":
+                o.density_start_iter > o.density_end_iter,
+            f"num_pts {o.num_pts} is over max_gaussians {o.max_gaussians}": o.num_pts > o.max_gaussians,
+            f"position_lr_final {o.position_lr_final:g} is over position_lr_init {o.position_lr_init:g}":
+                0 < o.position_lr_init < o.position_lr_final,
+            "init views asks for views of MVDream, which mvdream false turns off": o.init == "views" and not o.mvdream,
+            f"lambda_views {o.lambda_views:g} weighs views that init {o.init} does not sample":
+                o.lambda_views > 0 and o.init != "views",
+            "stable_zero123 true is of no use with lambda_zero123 0": o.stable_zero123 and o.lambda_zero123 == 0,
+            "lambda_sd, lambda_zero123, lambda_reference and lambda_views are all 0: there is nothing to follow":
+                o.lambda_sd == o.lambda_zero123 == o.lambda_reference == o.lambda_views == 0,
+        }  # fmt: skip
+        if found := [words for words, contradicts in contradictions.items() if contradicts]:
+            raise ValueError("; ".join(found))
+        return self
+
+    def text_to_image_prompt(self, prompt: str) -> str:
+        """What text to image is asked for: a picture as the reference view's camera sees the object."""
+        view = next(words for least, words in VIEWS if -self.elevation >= least)
+        return self.prompt_template.replace("{view}", view).replace("{prompt}", prompt)
+
+    def mvdream_prompt(self, prompt: str) -> str:
+        """What MVDream is asked for; nothing where there are no words."""
+        return self.mvdream_template.replace("{prompt}", prompt) if prompt else ""
 
     @classmethod
     def load(cls, path: Path) -> DreamGaussianOptions:
@@ -142,20 +204,12 @@ class TextToImageModel(ModelChoice):
     image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
-    prompt_template: str = Field("{prompt}", max_length=1024)
     quantization: Quantization = "none"  # of the transformer and T5
     t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
 
     @property
     def precision(self) -> str:
         return self.dtype if self.quantization == "none" else f"{self.quantization} and {self.dtype}"
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _has_prompt(cls, template: str) -> str:
-        if template.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
-        return template
 
 
 class BackgroundModel(ModelChoice):
@@ -189,7 +243,18 @@ class Models(_Schema):
     @classmethod
     def load(cls, path: Path) -> Models:
         """Read a models file. Folders in it are relative to the file. Raises SettingsError."""
-        models = _validate(cls, read_yaml(path), str(path))
+        values = read_yaml(path)
+        if isinstance(stage := values.get("text_to_image"), dict) and stage.pop("prompt_template", None) is not None:
+            log.warning(
+                "%s: text_to_image.prompt_template has no effect here any more: it belongs into the optimisation "
+                "config (prompt_template), where the elevation is that it must agree with", path,
+            )  # fmt: skip
+        models = _validate(cls, values, str(path))
+        if models.memory_classes:
+            said = [f"text_to_image.{key}" for key in sorted(models.text_to_image.model_fields_set & CLASS_KEYS)]
+            said += ["max_batch"] if "max_batch" in models.model_fields_set else []
+            if said:
+                raise SettingsError(f"{path}: {', '.join(said)}: memory_classes say that, for each class")
         absolute = {
             stage: choice.model_copy(update={"model": str((path.parent / choice.model).resolve())})
             for stage, choice in models.stages.items()
@@ -250,6 +315,7 @@ class Arguments(_Schema):
     models: Path | None = None  # a models file in place of the profile's
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(10006, ge=1, le=65535)
+    allowed_hosts: str = ""  # names beside loopback's that requests may call the service by: "gpu.example,10.0.0.5"
     flux_steps: int | None = Field(None, ge=1, le=50)
     max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
     validation_threshold: UnitInterval = 0.6
@@ -258,6 +324,13 @@ class Arguments(_Schema):
     gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _names(cls, text: str) -> str:
+        if text:
+            parse_names(text)
+        return text
 
     @field_validator("max_gaussians")
     @classmethod
@@ -285,6 +358,7 @@ class Settings(_Schema):
     max_queue: int
     gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
     profile_trace: Path | None
+    allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
     #: stages that the score goes without: which weights are missing, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
 
@@ -333,8 +407,19 @@ class Settings(_Schema):
             models=models,
             gpus=gpus,
             missing=absent,
+            allowed_hosts=_allowed_hosts(arguments),
             **shared,
         )
+
+
+def _allowed_hosts(arguments: Arguments) -> tuple[str, ...]:
+    """Those that are asked for, and the one address that it listens on: nobody could reach it otherwise."""
+    own: tuple[str, ...] = ()
+    if not is_wildcard(arguments.host):
+        with suppress(ValueError):  # no host at all: listening there says so
+            own = parse_names(arguments.host)
+    given = parse_names(arguments.allowed_hosts) if arguments.allowed_hosts else ()
+    return tuple(dict.fromkeys(name for name in (*own, *given) if not is_loopback(name)))
 
 
 def _choose_profile(

@@ -4,7 +4,7 @@ and from more than one validator."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
@@ -32,3 +32,18 @@ class TextCache(Generic[V]):
         while len(self._known) > KEPT:
             del self._known[next(iter(self._known))]
         return found
+
+
+def cut(tokenizer: Any, text: str, most: int | None = None) -> tuple[int, int] | None:
+    """Tokens that are read and tokens of `text` when these are more; None when all are read.
+
+    `tokenizer` is one of transformers or open_clip; `most` is what it is asked for, by default its own limit.
+    """
+    most = most or getattr(tokenizer, "context_length", None) or tokenizer.model_max_length
+    if hasattr(tokenizer, "clean_fn"):  # open_clip's
+        text = tokenizer.clean_fn(text)
+        inner = getattr(tokenizer, "tokenizer", None)
+        count = len(tokenizer.encode(text)) + 2 if inner is None else len(inner(text).input_ids)  # 2: start and end
+    else:
+        count = len(tokenizer(text).input_ids)
+    return (most, count) if count > most else None

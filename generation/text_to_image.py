@@ -12,7 +12,7 @@ from transformers import T5EncoderModel
 
 from generation.dreamgaussian.guidance.compiled import compile_autoencoder
 from generation.settings import TextToImageModel
-from generation.text_cache import TextCache
+from generation.text_cache import TextCache, cut
 from generation.weights.quantise import quantise_linears
 from generation.weights.resting import Resting
 from generation.weights.strict import load_model
@@ -76,7 +76,7 @@ class TextToImage:
         its prompt and seed only, up to rounding.
         """
         options = self._options
-        words, pooled = self._embed([options.prompt_template.replace("{prompt}", prompt) for prompt in prompts])
+        words, pooled = self._embed(prompts)
         images = self._pipe(  # type: ignore[operator]
             prompt_embeds=words,
             pooled_prompt_embeds=pooled,
@@ -88,6 +88,12 @@ class TextToImage:
             output_type="pt",
         ).images
         return list(images.float().clamp(0, 1))
+
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """Of each encoder that reads only the beginning of it: tokens that it reads, and of how many."""
+        t5 = cut(self._pipe.tokenizer_2, prompt, self._options.max_sequence_length)
+        found = {"text_to_image CLIP": cut(self._pipe.tokenizer, prompt), "text_to_image T5": t5}
+        return {name: tokens for name, tokens in found.items() if tokens}
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width), on the device."""

@@ -32,6 +32,10 @@ class Trip:
         mean = self._means.get(checkpoint)
         return None if mean is None or mean <= since else mean - since
 
+    def delay(self, seconds: float) -> None:
+        """It was paused for so long, which says nothing about others."""
+        self._reached = {checkpoint: reached + seconds for checkpoint, reached in self._reached.items()}
+
     def finished(self, now: float) -> None:
         """It went through all stages: its times count for the next ones."""
         for checkpoint, reached in self._reached.items():

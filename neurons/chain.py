@@ -1,6 +1,6 @@
 """Who is on the subnet: one `Metagraph` of plain values, from the chain or from a rehearsal's file.
 
-The file is JSON: {"netuid": int, "neurons": [{"uid", "hotkey", "ip", "port", "stake", "serving", "validator_permit"}]}.
+The file is JSON: {"netuid": int, "neurons": [{"uid", "hotkey", "ip", "port", "stake", "serving"}]}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Neuron:
     port: int
     stake: float
     serving: bool
-    validator_permit: bool = True
 
     def axon_info(self) -> bt.AxonInfo:
         version = ipaddress.ip_address(self.ip).version
@@ -101,9 +100,7 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
 
 def from_chain(metagraph: Any) -> Metagraph:
     """Plain values of a bittensor metagraph."""
-    neurons = zip(
-        metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, metagraph.validator_permit, strict=True
-    )
+    neurons = zip(metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, strict=True)
     return Metagraph(
         netuid=int(metagraph.netuid),
         neurons=tuple(
@@ -114,9 +111,8 @@ def from_chain(metagraph: Any) -> Metagraph:
                 port=int(axon.port),
                 stake=float(stake),
                 serving=bool(axon.is_serving),
-                validator_permit=bool(permit),
             )
-            for uid, hotkey, axon, stake, permit in neurons
+            for uid, hotkey, axon, stake in neurons
         ),
     )
 

@@ -31,7 +31,8 @@ DECLARATION = (
     "display, distribute and make available my submitted results to this subnet and its end users"
 )
 PULL_TIMEOUT_S = 12.0
-SUBMIT_TIMEOUT_S = 300.0
+# A validator gives its scoring service 300 s. Who waits no longer than that never hears that it gave no answer.
+SUBMIT_TIMEOUT_S = 330.0
 COMPRESSION_SPZ = 2
 # Beyond any date or count that matters, and within what a float or a database holds exactly.
 LARGEST_INTEGER = 1 << 53

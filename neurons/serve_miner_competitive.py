@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 
+from neurons import home
 from neurons.miner import options as miner_options
+
+log = logging.getLogger("neurons.serve_miner_competitive")
 
 
 def main() -> int:
     options = miner_options.parse(sys.argv[1:])
+    home_problem = home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.miner.competitive_miner import CompetitiveMiner
 
-    logging_setup.configure(options.log_file)
+    try:
+        logging_setup.configure(options.log_file)
+    except OSError as error:
+        sys.exit(f"Log file {options.log_file}: {error.strerror}")
+    if home_problem:
+        log.warning("%s; the miner goes on without", home_problem)
 
     async def run() -> int:
         miner = CompetitiveMiner(options)

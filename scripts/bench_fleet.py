@@ -34,7 +34,7 @@ class StandIn:
         self._seconds = seconds
         self.limit = SimpleNamespace(now=STAND_IN_BATCH)
 
-    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Any:
+    def begin(self, request: Request, *_: Callable[..., object]) -> Any:
         return SimpleNamespace(request=request, ticks=0, outcome=None)
 
     def tick(self, jobs: list[Any]) -> None:

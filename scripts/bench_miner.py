@@ -158,9 +158,7 @@ async def our_miner(network: SimulatedNetwork, service: StandInService, folder: 
     spool = Spool(folder)
     pool = GeneratorPool([service], now)
     submitter = Submitter(network, directory, clocks, MINER, spool, _ignore)
-    manager = AsyncTaskManager(
-        network, directory, clocks, submitter, spool, pool, _ignore, workers=WORKERS, threshold=0.6
-    )
+    manager = AsyncTaskManager(network, directory, clocks, submitter, pool, _ignore, workers=WORKERS, threshold=0.6)
     manager.sync()
     workers = [Worker(manager, pool, submitter, _ignore, retries=2, now=now) for _ in range(WORKERS)]
     await asyncio.gather(pool.watch(), *(worker.run() for worker in workers))

@@ -2,12 +2,15 @@
 
 Starts a service of its own on a free port for each config, sends one request to warm it up, then the prompts.
 
-    python -m scripts.bench_service [--profile tiny] [--config PATH ...] [--requests 3]
+With --background N: how long a request takes alone, and while N requests with X-Priority: background are in flight.
+
+    python -m scripts.bench_service [--profile tiny] [--config PATH ...] [--requests 3] [--background 4]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -16,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -54,17 +58,56 @@ def wait_until_ready(process: subprocess.Popen, url: str) -> None:
     raise SystemExit("the service was not ready in time")
 
 
-def generate(url: str, prompt: str, seed: int) -> tuple[float, dict, str]:
+def generate(url: str, prompt: str, seed: int, priority: str = "interactive") -> tuple[float, dict, str]:
     """Seconds of one request, its stages, and what came of it."""
     form = urllib.parse.urlencode({"prompt": prompt, "seed": seed}).encode()
     began = time.perf_counter()
-    with http.open(urllib.request.Request(f"{url}/generate/", form), timeout=PATIENCE_S) as answer:
+    request = urllib.request.Request(f"{url}/generate/", form, {"X-Priority": priority})
+    with http.open(request, timeout=PATIENCE_S) as answer:
         body, headers = answer.read(), answer.headers
     outcome = f"{headers['X-Num-Gaussians']} Gaussians, score {headers['X-Score']}" if body else headers["X-Rejected"]
     return time.perf_counter() - began, json.loads(headers["X-Seconds"]), outcome
 
 
-def measure(profile: str, config: Path, requests: int) -> dict:
+def beside(url: str, requests: int, background: int) -> dict:
+    """Seconds of requests, one after the other: alone, then while so many in the background are in flight."""
+
+    def ask(i: int) -> float:
+        return generate(url, PROMPTS[i % len(PROMPTS)], i + 1)[0]
+
+    stopping, done = threading.Event(), []
+
+    def keep_busy(first: int) -> None:
+        for seed in itertools.count(1000 * first):
+            if stopping.is_set():
+                return
+            generate(url, PROMPTS[seed % len(PROMPTS)], seed, "background")
+            done.append(seed)
+
+    alone = [ask(i) for i in range(requests)]
+    threads = [threading.Thread(target=keep_busy, args=(number + 1,)) for number in range(background)]
+    for thread in threads:
+        thread.start()
+    with_others = []
+    for i in range(requests):
+        time.sleep(3 + 4 * i)  # so that they meet the background in different stages
+        with_others.append(ask(i))
+        print(f"  {PROMPTS[i % len(PROMPTS)]}: alone {alone[i]:.1f} s, beside {with_others[i]:.1f} s", flush=True)
+    before = len(done)
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    return {
+        "background": background,
+        "alone_s": round(statistics.median(alone), 2),
+        "beside_s": round(statistics.median(with_others), 2),
+        "ratio": round(statistics.median(with_others) / statistics.median(alone), 2),
+        "worst_ratio": round(max(b / a for a, b in zip(alone, with_others, strict=True)), 2),
+        "background_done": [before, len(done)],
+    }
+
+
+def measure(profile: str, config: Path, requests: int, background: int = 0) -> dict:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +120,8 @@ def measure(profile: str, config: Path, requests: int) -> dict:
             ready = time.perf_counter() - began
             print(f"{config.name}: ready after {ready:.1f} s", flush=True)
             generate(url, PROMPTS[0], 0)
+            if background:
+                return {"config": config.name, **beside(url, requests, background)}
             totals, stages = [], []
             for i in range(requests):
                 prompt = PROMPTS[i % len(PROMPTS)]
@@ -110,10 +155,12 @@ def main() -> None:
     parser.add_argument("--profile", default="tiny")
     parser.add_argument("--config", type=Path, action="append")
     parser.add_argument("--requests", type=int, default=3)
+    parser.add_argument("--background", type=int, default=0, help="measure beside so many")
     args = parser.parse_args()
     load = os.getloadavg()[0]
     print(f"{psutil.cpu_count()} cores, load {load:.1f} before the start", flush=True)
-    for result in [measure(args.profile, config, args.requests) for config in args.config or TINY_CONFIGS]:
+    configs = args.config or TINY_CONFIGS
+    for result in [measure(args.profile, config, args.requests, args.background) for config in configs]:
         print(json.dumps(result))
 
 

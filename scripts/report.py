@@ -7,13 +7,22 @@ entry of those in data, a rehearsal's only when there is no other, and says whic
 What the columns say:
 
 tasks            pulled, each counted once
-accepted, rate   by the validator's feedback; of all results that were sent
-mean score       the validator's, of accepted and declined results
+accepted, rate   by the validator's answers; of all results of which it is known what became of them
+mean score       the validator's, of accepted results: of others it tells none
 reward           accepted x rating, as the validator last said
 s per task       of the generation services' time
 of the ceiling   of one accepted result per 300 s; over 100 % in a rehearsal, whose clock runs faster
 violations       pulls that were answered with a cooldown
 penalty minutes  waits after results that were declined
+
+A second table says what became of every result:
+
+declined         the score was too low; 600 s more until the next task
+broken           the validator's scoring gave no answer, which costs nothing
+empty            there was nothing worth submitting, which costs nothing
+refused          by the validator's server
+given up         the validator was out of reach
+unknown          the answer was lost, and the next one has not told (yet) what became of it
 """
 
 from __future__ import annotations
@@ -28,6 +37,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import matplotlib
 
@@ -42,6 +52,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from neurons.miner.events import SubmissionOutcome
 from neurons.miner.options import DATA, LEDGER_NAME, REHEARSAL_STATE
 from neurons.miner.standings import WINDOW_S, Standing, connect, standings
 
@@ -59,7 +70,8 @@ PALETTE = (
 )
 GREY = "#b8b8b8"
 INK = "#333333"
-DECLINED = "#c1121f"
+# What is drawn of results that were not accepted; the others are in the table.
+LOST = {"declined": "#c1121f", "broken": "#8d99ae"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Report:
     begins: float | None  # the ledger's first row of all
     standings: list[Standing]  # most accepted first
     accepted: Mapping[int, Sequence[tuple[float, float | None]]]  # UID -> (time, score)
-    declined: Sequence[tuple[float, float | None]]
+    lost: Mapping[str, Sequence[float]]  # outcome -> times: what was made and not accepted
 
     @property
     def ceiling(self) -> float:
@@ -104,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"  another, for --ledger: {other}")
     console = Console()
     console.print(table(report))
+    console.print(outcomes(report))
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(report, args.plot)
     console.print(f"Plot: {args.plot}", highlight=False)
@@ -130,20 +143,17 @@ def read(path: Path, until: float, window: float) -> Report:
     with closing(connect(path)) as connection:
         found = standings(connection, until, window)
         uids = {standing.hotkey: standing.uid for standing in found.values()}
-        accepted, declined = defaultdict(list), []
+        accepted, lost = defaultdict(list), defaultdict(list)
         for row in connection.execute(
-            "SELECT at, hotkey, outcome, score FROM submissions "
-            "WHERE at > ? AND at <= ? AND outcome IN ('accepted', 'failed') ORDER BY at",
-            (since, until),
+            "SELECT at, hotkey, outcome, score FROM submissions WHERE at > ? AND at <= ? ORDER BY at", (since, until)
         ):
-            point = row["at"], row["score"]
             if row["outcome"] == "accepted":
-                accepted[uids[row["hotkey"]]].append(point)
+                accepted[uids[row["hotkey"]]].append((row["at"], row["score"]))
             else:
-                declined.append(point)
+                lost[row["outcome"]].append(row["at"])
         begins = connection.execute("SELECT min(at) FROM pulls").fetchone()[0]
     ranked = sorted(found.values(), key=lambda each: (-each.accepted, each.uid))
-    return Report(since, until, begins, ranked, accepted, declined)
+    return Report(since, until, begins, ranked, accepted, lost)
 
 
 def table(report: Report) -> Table:
@@ -154,8 +164,27 @@ def table(report: Report) -> Table:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
         caption += f".\nThe ledger begins {(report.until - report.begins) / 3600:.1f} h ago"
+    result = _table(_COLUMNS, _total(report.standings, report.ceiling), f"Last {hours:g} hours", caption)
+    for each in report.standings:
+        # A hotkey may look like markup.
+        result.add_row(*map(escape, _cells(each, report.ceiling)))
+    return result
+
+
+def outcomes(report: Report) -> Table:
+    """What became of every result."""
+    found = report.standings
+    footer = [f"all {len(found)}", *(f"{sum(getattr(each, name) for each in found)}" for name in _OUTCOMES)]
+    headers = ("validator", *(name.replace("_", " ") for name in _OUTCOMES))
+    result = _table(headers, footer, "What became of the results", None)
+    for each in found:
+        result.add_row(escape(_name(each)), *(f"{getattr(each, name)}" for name in _OUTCOMES))
+    return result
+
+
+def _table(columns: Sequence[str], footer: Sequence[str], title: str, caption: str | None) -> Table:
     result = Table(
-        title=f"Last {hours:g} hours",
+        title=title,
         caption=caption,
         show_footer=True,
         header_style="bold",
@@ -164,13 +193,8 @@ def table(report: Report) -> Table:
         padding=0,
         pad_edge=False,
     )
-    rows = [_cells(each, report.ceiling) for each in report.standings]
-    footer = _total(report.standings, report.ceiling)
-    for name, foot in zip(_COLUMNS, footer, strict=True):
-        result.add_column(name, foot, justify="left" if name == _COLUMNS[0] else "right", no_wrap=True)
-    for cells in rows:
-        # A hotkey may look like markup.
-        result.add_row(*map(escape, cells))
+    for name, foot in zip(columns, footer, strict=True):
+        result.add_column(name, foot, justify="left" if name == columns[0] else "right", no_wrap=True)
     return result
 
 
@@ -178,11 +202,16 @@ _COLUMNS = (
     *("validator", "tasks", "accepted", "rate", "mean\nscore", "reward", "s per\n task"),
     *("of the\nceiling", "violations", "penalty\nminutes"),
 )
+_OUTCOMES = ("submitted", *get_args(SubmissionOutcome))
+
+
+def _name(each: Standing) -> str:
+    return f"{each.uid:>3} {each.hotkey[:5]}"
 
 
 def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
     return (
-        f"{each.uid:>3} {each.hotkey[:5]}",
+        _name(each),
         f"{each.tasks}",
         f"{each.accepted}",
         _percent(each.acceptance_rate),
@@ -197,14 +226,15 @@ def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
 
 def _total(found: Sequence[Standing], ceiling: float) -> tuple[str, ...]:
     submitted, accepted = sum(each.submitted for each in found), sum(each.accepted for each in found)
-    scored = [(each.mean_score, each.accepted + each.declined) for each in found if each.mean_score is not None]
+    known = sum(each.known for each in found)
+    scored = [(each.mean_score, each.accepted) for each in found if each.mean_score is not None]
     weights = sum(weight for _, weight in scored)
     rewards = [each.reward for each in found if each.reward is not None]
     return (
         f"all {len(found)}",
         f"{sum(each.tasks for each in found)}",
         f"{accepted}",
-        _percent(accepted / submitted if submitted else None),
+        _percent(accepted / known if known else None),
         _number(sum(score * weight for score, weight in scored) / weights if weights else None, 2),
         _number(sum(rewards) if rewards else None, 0),
         _number(sum(each.gpu_s for each in found) / submitted if submitted else None, 1),
@@ -323,18 +353,24 @@ def _draw_scores(axes: Axes, report: Report, colours: Mapping[int, str]) -> None
         if known:
             dates, scores = [_date(at) for at, _ in known], [score for _, score in known]
             axes.scatter(dates, scores, s=16, color=colours.get(uid, GREY), alpha=0.75, linewidths=0)
-    declined = [(at, score) for at, score in report.declined if score is not None]
-    if declined:
-        dates, scores = [_date(at) for at, _ in declined], [score for _, score in declined]
-        axes.scatter(dates, scores, s=32, marker="x", color=DECLINED, label="declined", linewidths=1.5)
-    if not scored and not declined:
+    # No score is told of what was not accepted: it is drawn along the time axis.
+    for outcome, colour in LOST.items():
+        times = report.lost.get(outcome, ())
+        if times:
+            axes.scatter(
+                *([_date(at) for at in times], [0.04] * len(times)),
+                **{"s": 32, "marker": "x", "color": colour, "linewidths": 1.5, "clip_on": False},
+                label=f"{len(times)} {outcome.replace('_', ' ')}",
+                transform=axes.get_xaxis_transform(),
+            )
+    if not scored and not any(report.lost.get(outcome) for outcome in LOST):
         _say_nothing_yet(axes)
         return
     means = _moving_mean(sorted(scored), BIN_S)
     if means:
         dates, scores = [_date(at) for at, _ in means], [mean for _, mean in means]
         axes.plot(dates, scores, color=INK, linewidth=1.8, label="mean of the accepted, 30 minutes")
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), frameon=False, ncols=2, fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), frameon=False, ncols=3, fontsize=9)
 
 
 def _moving_mean(points: Sequence[tuple[float, float]], step: float) -> list[tuple[float, float]]:

@@ -21,7 +21,7 @@ from neurons.miner.dendrite import DateListener
 from neurons.miner.generator import Generated
 from neurons.protocol import PullTask, SubmitResults, Task
 from neurons.rehearsal.network import load_prompts, shuffled
-from neurons.rehearsal.rules import Limits, Rules
+from neurons.rehearsal.rules import Judgement, Limits, Rules
 from scripts.virtual_time import now
 
 MINER = bt.Keypair.create_from_uri("//miner")
@@ -43,6 +43,7 @@ class Behaviour:
     dead: bool = False
     pull_delay: float = 0.0
     validation: float = VALIDATION_S
+    score: float = SCORE
 
 
 class SimulatedValidator:
@@ -66,14 +67,12 @@ class SimulatedValidator:
         return formatdate(clock - (clock - self._header_phase) % 1, usegmt=True)
 
     async def pull(self, synapse: PullTask) -> None:
-        state = self.rules.miners[MINER.ss58_address]
-        before = state.violations
         answer = self.rules.pull(MINER.ss58_address)
-        self.violations += state.violations > before
+        self.violations += answer.violations > 0
         synapse.task, synapse.cooldown_until = answer.task, answer.cooldown_until
         synapse.cooldown_violations = answer.violations
-        synapse.validation_threshold = self.rules.limits.validation_threshold
-        synapse.throttle_period = int(self.rules.limits.throttle_period)
+        synapse.validation_threshold = answer.validation_threshold
+        synapse.throttle_period = answer.throttle_period
         await asyncio.sleep(self.behaviour.pull_delay)
 
     async def submit(self, synapse: SubmitResults) -> int:
@@ -81,13 +80,15 @@ class SimulatedValidator:
         miner = MINER.ss58_address
         if self.rules.reason_to_refuse(miner) is not None:
             return 403
-        synapse.cooldown_until = 0  # which it stays for a resubmission
-        if self.rules.begin_validation(miner, synapse.task_id) is not None:
-            self.held.append((now(), self.clock() - self.rules.miners[miner].assigned_at))
+        assigned_at = self.rules.miners[miner].assigned_at or 0.0
+        judgement = self.rules.receive(miner, synapse.task_id, lambda _: True, empty=not synapse.results)
+        if not isinstance(judgement, Judgement):
+            self.held.append((now(), self.clock() - assigned_at))
             await asyncio.sleep(self.behaviour.validation)
-            self.accepted += self.rules.finish_validation(miner, SCORE if synapse.results else None)
-            synapse.cooldown_until = self.rules.cooldown_until(miner)
-        synapse.feedback = self.rules.feedback(miner)
+            judgement = self.rules.score(miner, self.behaviour.score)
+            self.accepted += judgement.outcome == "accepted"
+        synapse.feedback = judgement.feedback
+        synapse.cooldown_until = judgement.cooldown_until
         return 200
 
 

@@ -5,6 +5,7 @@ It shows what a fleet makes of engines that work, fail and die; it says nothing 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
@@ -17,19 +18,28 @@ from generation.results import Asset, Report, Request
 
 class Pipeline:
     """Prompts are "WORD [PATH]". ``hold``: takes ticks until PATH is there. ``hang``: never comes back, the first time
-    that PATH is not there. ``die``: ends the process, the first time
-    that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
+    that PATH is not there. ``seize``: the same, in C and with Python's lock held. ``die``: ends the process, the first
+    time that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
     ``crash``: some other error. ``reject``: no splat. Anything else is made at once.
     """
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
     limit = SimpleNamespace(now=64)  # what memory allows
 
-    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Any:
-        return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, outcome=None)
+    def begin(
+        self,
+        request: Request,
+        progress: Callable[[str, float], None],
+        cancelled: Callable[[], bool],
+        paused: Callable[[], bool],
+    ) -> Any:
+        return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, paused=paused, outcome=None)
 
     def tick(self, jobs: list[Any]) -> None:
         for job in jobs:
+            if job.paused():
+                job.progress("paused", 0.0)
+                continue
             job.progress("dreamgaussian", 0.25)
             try:
                 job.outcome = self._one(job)
@@ -48,6 +58,9 @@ class Pipeline:
         if word == "hang" and not Path(path).exists():
             Path(path).touch()
             threading.Event().wait()
+        if word == "seize":
+            Path(path).touch()
+            ctypes.PyDLL(None).sleep(600)
         if word in ("die", "cuda") and not Path(path).exists():
             Path(path).touch()
             if word == "die":

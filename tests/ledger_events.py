@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neurons.chain import Neuron
-from neurons.miner.events import Event, Generation, Pull, Submission, answered_outcome
+from neurons.miner.events import Event, Generation, Pull, Submission, SubmissionOutcome
 from neurons.miner.ledger import Ledger
 from neurons.protocol import Feedback, ImageTask, TextTask
 
@@ -31,12 +31,13 @@ def one_task(
     kind = ImageTask if image else TextTask
     task = kind(id=f"{uid} at {at}", prompt="a red cube")
     who = validator(uid)
-    feedback = Feedback(validation_failed=not accepted, task_fidelity_score=score, current_miner_reward=reward)
+    feedback = Feedback(task_fidelity_score=score if accepted else 0.0, current_miner_reward=reward)
+    outcome: SubmissionOutcome = "accepted" if accepted else "declined"
     done = at + seconds + 2
     return [
         (at, Pull(who, "task", 0.2, task.id, violations=0)),
         (at + seconds, Generation(who, task, "generated", seconds, 0.75, 1000, "http://127.0.0.1:10006")),
-        (done, Submission(who, task.id, answered_outcome(1000, feedback), 2.0, 1000, feedback, done + wait)),
+        (done, Submission(who, task.id, outcome, 2.0, 1000, feedback, done + wait)),
     ]
 
 

@@ -38,14 +38,24 @@ class StandInPipeline:
         self.validated: list[tuple[bytes, Any]] = []
         self.on_validate: Callable[[], Any] = lambda: None
 
-    def begin(self, request: Request, progress: Callable[[str, float], None], cancelled: Callable[[], bool]) -> Job:
+    def begin(
+        self,
+        request: Request,
+        progress: Callable[[str, float], None],
+        cancelled: Callable[[], bool],
+        paused: Callable[[], bool],
+    ) -> Job:
         self.started.append(request)
-        return Job(request, progress, cancelled, Report(request.seed))
+        return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
-        self.ticks.append([job.request.prompt for job in jobs])
+        running = [job for job in jobs if not job.paused()]
+        self.ticks.append([job.request.prompt for job in running])
         for job in jobs:
-            job.outcome = self._one(job)
+            if job in running:
+                job.outcome = self._one(job)
+            else:
+                job.rest()
 
     def _one(self, job: Job) -> Asset | Exception | None:
         request = job.request
@@ -58,6 +68,8 @@ class StandInPipeline:
             return Asset(
                 b"", Report(request.seed, score=0.21, rejected="CLIP score 0.21 is under 0.6 \u2014\nX-Evil: 1")
             )
+        if request.prompt == "long":
+            return Asset(b"ply", Report(request.seed, score=0.7, text_cut={"mvdream": (77, 90)}))
         if request.prompt == "hold" and not self.go.wait(0.005):
             if not job.cancelled():
                 return None
@@ -94,6 +106,7 @@ class Service:
 
 def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
+    values["allowed_hosts"] = ("gpu.example", "10.0.0.5")
     values |= {"memory_class": "24gb", "memory_reason": "a test"}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))

@@ -30,9 +30,22 @@ class ColourClip(nn.Module):
         return torch.tensor(list(COLOURS.values()))[tokens]
 
 
-def tokenizer(prompts: list[str]) -> Tensor:
-    """The number of the first colour that each names."""
-    return torch.tensor([next(i for i, colour in enumerate(COLOURS) if colour in prompt) for prompt in prompts])
+class ColourTokenizer:
+    """As open_clip's own, but that it gives the number of the first colour that each prompt names."""
+
+    context_length = 12
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        return torch.tensor([next(i for i, colour in enumerate(COLOURS) if colour in prompt) for prompt in prompts])
+
+    def clean_fn(self, text: str) -> str:
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * len(text.split())
+
+
+tokenizer = ColourTokenizer()
 
 
 def colour_check(

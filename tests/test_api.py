@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import itertools
 import json
 import logging
+import re
 import struct
 import threading
 import zlib
@@ -32,7 +34,10 @@ def service() -> Iterator[Service]:
 
 def png(width: int = 8, height: int = 6, mode: str = "RGB", kind: str = "PNG") -> bytes:
     out = io.BytesIO()
-    Image.new(mode, (width, height), 128).save(out, kind)
+    image = Image.new(mode, (width, height), 128)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(128)
+    image.save(out, kind)
     return out.getvalue()
 
 
@@ -82,6 +87,11 @@ def test_a_rejected_result_is_an_empty_200_whose_reason_is_one_ascii_line(servic
     assert response.content == b""
     assert response.headers["X-Rejected"] == "CLIP score 0.21 is under 0.6 \\u2014\\nX-Evil: 1"
     assert "X-Evil" not in response.headers
+
+
+def test_a_text_that_was_cut_is_told(service: Service) -> None:
+    assert json.loads(service.generate("long").headers["X-Text-Cut"]) == {"mvdream": [77, 90]}
+    assert "X-Text-Cut" not in service.generate("short").headers
 
 
 @pytest.mark.parametrize(
@@ -242,12 +252,33 @@ def test_the_log_has_the_alignment_and_the_whole_score(service: Service, caplog:
 def test_openapi_describes_what_is_read_by_hand(service: Service) -> None:
     paths = service.client.get("/openapi.json").json()["paths"]
     form = paths["/generate/"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    generating = {"200", "400", "403", "408", "409", "413", "415", "421", "422", "499", "500", "503", "504"}
+    assert set(paths["/generate/"]["post"]["responses"]) == generating
+    assert {"403", "421", "500"} <= set.intersection(
+        *(set(each["responses"]) for methods in paths.values() for each in methods.values())
+    )
+    answers = paths["/generate/"]["post"]["responses"]
+    assert "Retry-After" in answers["503"]["headers"]
+    assert "on a GPU" in answers["200"]["headers"]["X-Seed"]["description"]
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
     assert set(form) == set(intake.FORM_FIELDS)
     assert form["prompt"]["maxLength"] == 1024
     assert "video/mp4" in paths["/generate_video/"]["post"]["responses"]["200"]["content"]
     assert "503" in paths["/generate/"]["post"]["responses"]
     assert "data" in json.dumps(paths["/validate_txt_to_3d_ply/"]["post"]["requestBody"])
-    assert service.client.get("/docs").status_code == 200
+
+
+def test_the_docs_need_nothing_from_elsewhere(service: Service) -> None:
+    page = service.client.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert not re.search(r"://|<script|<link|@import|url\(|(src|href|action)=.?//", page.text)
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    description = service.client.get("/openapi.json").json()
+    for path, methods in description["paths"].items():
+        assert path in page.text
+        for operation in methods.values():
+            assert all(html.escape(answer["description"]) in page.text for answer in operation["responses"].values())
+    assert 'action="/generate/"' in page.text and service.client.get("/redoc").status_code == 404
 
 
 # ---- scoring ----

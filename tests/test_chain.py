@@ -54,12 +54,13 @@ def test_plain_values_of_the_chain_s_metagraph() -> None:
             hotkeys=["5A", "5B"],
             axons=[axon("203.0.113.9"), axon("0.0.0.0")],
             S=[12_000.5, 0.0],
-            validator_permit=[True, False],
+            # Which say nothing of who hands out tasks.
+            validator_permit=[False, True],
         )
     )
     assert metagraph.neurons == (
-        Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True, validator_permit=True),
-        Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False, validator_permit=False),
+        Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True),
+        Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False),
     )
     json.dumps([vars(neuron) for neuron in metagraph.neurons])  # plain, all of it
 
@@ -75,7 +76,6 @@ async def test_an_unreachable_chain_is_named() -> None:
         ({}, None),
         ({"uid": 180}, "blacklisted UID"),
         ({"hotkey": "5M"}, "this miner itself"),
-        ({"validator_permit": False}, "no validator permit"),
         ({"stake": 999.9}, "stake 999.9 under 1000"),
         ({"stake": float("nan")}, "stake nan under 1000"),
         ({"serving": False}, "axon not serving"),
@@ -109,14 +109,16 @@ def test_skips_are_logged_once_per_reason(caplog: pytest.LogCaptureFixture) -> N
     caplog.set_level(logging.INFO, "neurons.miner.validators")
     directory = ValidatorDirectory(Eligibility("5M", "rehearsal", frozenset({180})))
     blacklisted = replace(VALIDATOR, uid=180, hotkey="5W")
-    poor = replace(VALIDATOR, uid=6, hotkey="5P", stake=10.0)
-    miner = replace(VALIDATOR, uid=7, hotkey="5O", validator_permit=False)
+    rich = replace(VALIDATOR, uid=6, hotkey="5P", serving=False, stake=2000.0)
+    miner = replace(VALIDATOR, uid=7, hotkey="5O", stake=0.0)
+    for neuron in (rich, rich, replace(rich, serving=True)):
+        directory.update(Metagraph(17, (VALIDATOR, blacklisted, neuron, miner)))
+    assert list(directory.eligible) == ["5V", "5P"]
     for _ in range(2):
-        directory.update(Metagraph(17, (VALIDATOR, blacklisted, poor, miner)))
-    directory.update(Metagraph(17, (VALIDATOR, blacklisted, replace(poor, serving=False, stake=2000.0))))
+        directory.update(Metagraph(17, (VALIDATOR, blacklisted, replace(rich, serving=True, stake=10.0), miner)))
     assert list(directory.eligible) == ["5V"]
     assert [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()] == [
         "Validator [180] skipped: blacklisted UID",
-        "Validator [6] skipped: stake 10.0 under 1000",
         "Validator [6] skipped: axon not serving",
+        "Validator [6] skipped: stake 10.0 under 1000",
     ]

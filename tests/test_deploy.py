@@ -211,14 +211,14 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     models.write_text("{}\n")
     result = clone.deploy(
         "--gpus", "0,1", "--max-gaussians", "60000", "--memory-class", "24gb", "--models", str(models),
-        "--retries", "0", "--min-reward", ".5",
+        "--retries", "0", "--min-reward", ".5", "--allowed-hosts", "gpu.example,[::1]",
         "--metrics-port", "0", "--generation.endpoint", "http://10.0.0.2:10006", "https://far/a",
         "--generation.endpoint=http://10.0.0.3:1", "--workers", "8",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     service = (clone.path / "service-arguments").read_text().split("\n")
-    assert service[-8:-2] == ["--models", str(models), "--max-gaussians", "60000", "--memory-class", "24gb"]
-    assert service[-2:] == ["--gpus", "0,1"]
+    assert service[-10:-4] == ["--models", str(models), "--max-gaussians", "60000", "--memory-class", "24gb"]
+    assert service[-4:] == ["--gpus", "0,1", "--allowed-hosts", "gpu.example,[::1]"]
     miner = (clone.path / "miner-arguments").read_text().split("\n")
     assert miner[miner.index("--generation.endpoint") :][:5] == [
         "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "http://10.0.0.2:10006", "https://far/a",
@@ -290,6 +290,7 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--generation.endpoint", "--workers", "2"], ["--generation.endpoint", "at least one"]),
         (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint b:1", "http://"]),
         (["--gpus", "0,"], ["--gpus 0,", "all"]),
+        (["--allowed-hosts", "http://a"], ["--allowed-hosts http://a", "separated by commas"]),
         (["--max-gaussians", "100"], ["--max-gaussians 100", "7000..2000000"]),
         (["--models", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
     ],
@@ -303,7 +304,7 @@ def test_help_names_every_flag(clone: Clone) -> None:
     text = clone.run("deploy_competitive.sh", "--help").stdout
     for flag in ("flux-steps", "config", "validation-threshold", "port", "host", "workers", "profile", "network",
                  "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help", "models", "gpus",
-                 "max-gaussians", "memory-class", "retries", "min-reward", "metrics-port",
+                 "allowed-hosts", "max-gaussians", "memory-class", "retries", "min-reward", "metrics-port",
                  "generation.endpoint"):  # fmt: skip
         assert f"--{flag}" in text
 
@@ -437,7 +438,7 @@ def test_what_does_not_end_is_killed(clone: Clone) -> None:
     pid = clone.pid("rehearsal")
     started = time.monotonic()
     assert "rehearsal: killed" in clone.stop().stdout
-    assert time.monotonic() - started < 31
+    assert 11 < time.monotonic() - started < 25
     assert not alive(pid)
 
 

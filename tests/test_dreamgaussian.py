@@ -265,7 +265,12 @@ def cutout(size: int = 32) -> torch.Tensor:
 
 def options(**more) -> DreamGaussianOptions:
     values = {"iters": 12, "ref_size": 32, "render_size": 32, "num_pts": 300, "background": [0.5, 0.5, 0.5]}
-    values |= {"lambda_views": 1.0, "warmup_rgb_loss": False, "elevation": 0, "densification_interval": 5}
+    values |= {
+        "lambda_views": float(more.get("init") == "views"),
+        "warmup_rgb_loss": False,
+        "elevation": 0,
+        "densification_interval": 5,
+    }
     return DreamGaussianOptions(**(values | more))
 
 
@@ -349,3 +354,63 @@ def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
 
 def test_spherical_harmonics_of_the_asked_degree() -> None:
     assert sculptor(init="views", sh_degree=1).start(cutout(), "", 0).gaussians().sh.shape[1] == 4
+
+
+def test_harmonics_learn_at_a_twentieth_of_the_colours_rate() -> None:
+    """As in 3DGS, which gives Adam feature_lr / 20 for f_rest (its scene/gaussian_model.py)."""
+    dg = sculptor(init="ball", sh_degree=2, feature_lr=0.01, density_end_iter=0)
+    scenes = [dg.start(cutout(), "a red square", seed) for seed in (0, 1)]
+    wanted = []
+    for scene in scenes:
+        sh = scene.gaussians().sh.detach()
+        dc, rest = sh[:, :1].clone().requires_grad_(), sh[:, 1:].clone().requires_grad_()
+        groups = [{"params": [dc], "lr": 0.01}, {"params": [rest], "lr": 0.01 / 20}]
+        wanted.append((dc, rest, torch.optim.Adam(groups, eps=1e-15)))
+    gradients = []
+    step_together = optimiser.step_together
+
+    def step(optimisers: list[torch.optim.Adam]) -> None:
+        gradients.extend(scene.gaussians().sh.grad.clone() for scene in scenes)
+        step_together(optimisers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimiser, "step_together", step)
+        for _ in range(3):
+            gradients.clear()
+            dg.step(scenes)
+            for scene, gradient, (dc, rest, adam) in zip(scenes, gradients, wanted, strict=True):
+                dc.grad, rest.grad = gradient[:, :1].clone(), gradient[:, 1:].clone()
+                adam.step()
+                assert torch.allclose(scene.gaussians().sh, torch.cat([dc, rest], 1), atol=1e-6)
+    assert rest.abs().max() > 1e-3
+
+
+class Asked(NoGuidance):
+    """Remembers what it is asked."""
+
+    def __init__(self) -> None:
+        self.prepared: list[tuple[str, str]] = []
+        self.scored = 0
+
+    def prepare(self, prompt: str, negative_prompt: str) -> torch.Tensor:
+        self.prepared.append((prompt, negative_prompt))
+        return super().prepare(prompt, negative_prompt)
+
+    def loss(self, render, camera_to_world, conditions, *more):
+        self.scored += len(conditions)
+        return super().loss(render, camera_to_world, conditions, *more)
+
+
+@pytest.mark.parametrize("init", ["ball", "views"])
+def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
+    """What it draws around a picture is drawn with the picture in sight; scores by "" are none."""
+    guidance = Asked()
+    dg = DreamGaussian(guidance, options(init=init, iters=2), "cpu", lambda images: sphere_views()[1])
+    picture, words = dg.start(cutout(), "", 0), dg.start(cutout(), "a red square", 0)
+    assert [prompt for prompt, _ in guidance.prepared] == ["", "a red square, 3d asset"][init == "ball" :]
+    before = picture.gaussians().means.detach().clone()
+    dg.step([picture, words])
+    assert guidance.scored == 1
+    dg.step([picture])
+    assert guidance.scored == 1
+    assert picture.done and not torch.equal(before, picture.gaussians().means)

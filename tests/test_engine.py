@@ -25,9 +25,14 @@ def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     return thread, results
 
 
-def hold(service: Service) -> tuple[threading.Thread, list[Any]]:
+def ask(service: Service, prompt: str, priority: str) -> tuple[threading.Thread, list[Any]]:
+    form, headers = {"prompt": prompt}, {"X-Priority": priority}
+    return in_background(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=PATIENCE_S))
+
+
+def hold(service: Service, priority: str = "interactive") -> tuple[threading.Thread, list[Any]]:
     """Occupy the engine until ``service.pipeline.go`` is set."""
-    held = in_background(lambda: httpx.post(service.url + "/generate/", data={"prompt": "hold"}, timeout=PATIENCE_S))
+    held = ask(service, "hold", priority)
     wait_until(lambda: service.engine.active)
     return held
 
@@ -38,7 +43,7 @@ def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
     body = f"prompt={prompt}"
     client = socket.create_connection((host, int(port)))
     client.sendall(
-        f"POST /generate/ HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"POST /generate/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
         f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
     )
     return client
@@ -92,6 +97,114 @@ def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
             thread.join(PATIENCE_S)
             assert results[0].status_code == 200
         assert service.generate().status_code == 200
+
+
+def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
+    with serving(max_queue=1) as service:
+        expected = round(service.engine._mean_seconds)
+        for count in range(1, 6):
+            client = send_and_keep_open(service, "hold")
+            wait_until(lambda: service.engine.active)
+            client.close()
+            wait_until(lambda count=count: service.engine.totals["cancelled"] == count and not service.engine.active)
+        assert service.generate("crash").status_code == 500
+        hold(service)
+        ask(service, "a", "interactive")
+        wait_until(lambda: service.engine.queue_depth == 1)
+        assert int(service.generate().headers["Retry-After"]) == expected
+
+
+def test_what_a_person_asks_for_pauses_the_background() -> None:
+    with serving(max_batch=2) as service:
+        paused = hold(service, "background")
+        first = hold(service)
+        wait_until(lambda: len(service.engine.active) == 2)
+        wait_until(lambda: service.engine.active[0]["stage"] == "paused")
+        assert [each["priority"] for each in service.client.get("/health").json()["active"]] == [
+            "background",
+            "interactive",
+        ]
+        assert service.generate("b").status_code == 200  # beside the first: what is paused takes no place
+        assert "generation_paused_requests" in service.client.get("/metrics").text
+        service.pipeline.go.set()
+        for thread, answers in (paused, first):
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        together = [tick for tick in service.pipeline.ticks if len(tick) > 1]
+        assert together == [["hold", "b"]]
+        assert all("paused" not in json.loads(answers[0].headers["X-Seconds"]) for _, answers in (paused, first))
+
+
+def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None:
+    with serving(max_queue=1) as service:
+        held = [hold(service), ask(service, "b", "background")]
+        wait_until(lambda: service.engine.queue_depth == 1)
+        refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
+        assert refused.status_code == 503 and "queue full" in refused.text
+        held.append(ask(service, "c", "interactive"))
+        wait_until(lambda: service.engine.queue_depth == 2)
+        service.pipeline.go.set()
+        for thread, answers in held:
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        assert [request.prompt for request in service.pipeline.started] == ["hold", "c", "b"]
+
+
+async def test_calls_in_the_background_wait_for_generations_of_persons(
+    ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    held = asyncio.create_task(engine.generate("hold", None, 1))
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    order: list[str] = []
+    waits = asyncio.create_task(engine.call(lambda _: order.append("background"), background=True))
+    await engine.call(lambda _: order.append("interactive"))
+    pipeline.go.set()
+    await asyncio.gather(held, waits)
+    assert order == ["interactive", "background"]
+
+
+async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+    ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    tick, under_way, paused = pipeline.tick, threading.Event(), []
+
+    def first(jobs: list[Any]) -> None:
+        pipeline.tick = tick  # type: ignore[method-assign]
+        paused.append(jobs[0].paused())
+        under_way.set()
+        wait_until(lambda: engine.queue_depth)
+        paused.append(jobs[0].paused())
+        tick(jobs)
+
+    pipeline.tick = first  # type: ignore[method-assign]
+    background = asyncio.create_task(engine.generate("a", None, 1, background=True))
+    await asyncio.to_thread(under_way.wait, PATIENCE_S)
+    assert (await engine.generate("b", None, 1)).ply and (await background).ply
+    assert paused == [False, True] and [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+
+
+async def test_the_background_has_no_deadline(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task must not be lost because a person asked for something meanwhile."""
+    engine, pipeline = ready_engine
+    monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
+    held = asyncio.create_task(engine.generate("hold", None, 1, background=True))
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    assert pipeline.started[0].deadline is None
+    pipeline.go.set()
+    assert (await held).ply
+
+
+def test_an_unknown_priority_is_refused() -> None:
+    with serving() as service:
+        refused = service.client.post("/generate/", data={"prompt": "a"}, headers={"X-Priority": "urgent"})
+        assert (refused.status_code, refused.json()["error"]["field"]) == (422, "X-Priority")
+        assert refused.json()["error"]["limit"] == ["interactive", "background"]
 
 
 def test_a_client_that_hangs_up_while_waiting_frees_its_place() -> None:
@@ -241,7 +354,7 @@ async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[En
         await asyncio.sleep(0.005)
     entry = engine.health()[0]
     assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
-    assert entry["active"] == [{"seed": 7, "stage": "text_to_image", "fraction": 0.5}]
+    assert entry["active"] == [{"seed": 7, "priority": "interactive", "stage": "text_to_image", "fraction": 0.5}]
     assert entry["memory"] is None
     json.dumps(entry, allow_nan=False)  # it goes over a process border, and to clients
     pipeline.go.set()

@@ -103,6 +103,35 @@ def test_the_time_left_is_null_until_it_was_measured() -> None:
     assert 0 <= seen[1]["text_to_image"] < PATIENCE_S
 
 
+def test_a_pause_is_told_once_and_is_no_time_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [0.0], []
+    monkeypatch.setattr(events_module.time, "monotonic", lambda: now[0])
+    events = Events({})
+    publish = events.publish
+    monkeypatch.setattr(events, "publish", lambda *event: (told.append(event[2]), publish(*event)))
+
+    def run(request_id: str, pause: float, background: bool) -> None:
+        with events.request(request_id, background) as following:
+            following.queued("text")
+            following.progress("dreamgaussian", 0.0)
+            for _ in range(3 if pause else 0):
+                following.progress("paused", 0.0)
+            now[0] += pause
+            following.progress("dreamgaussian", 0.5)
+            now[0] += 10
+            following.end("delivered", None, 0.7)
+
+    run("first", 0.0, False)
+    told.clear()
+    run("paused", 500.0, True)
+    stages = [(each.get("stage"), each.get("eta_seconds")) for each in told[2:]]
+    assert stages == [("dreamgaussian", 10.0), ("paused", None), ("dreamgaussian", 10.0), (None, None)]
+    assert told[0]["priority"] == "background"
+    told.clear()
+    run("third", 0.0, False)
+    assert told[2]["eta_seconds"] == 10.0 and told[0]["priority"] == "interactive"
+
+
 @pytest.mark.parametrize(
     ("prompt", "outcome", "score", "reason"),
     [
@@ -239,7 +268,7 @@ def stalled(service: Service) -> socket.socket:
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
-    client.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+    client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     events = events_of(service)
     wait_until(lambda: events._listeners)
     with events.request("big") as following:

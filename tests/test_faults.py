@@ -24,9 +24,9 @@ from aiohttp import web
 
 from neurons import chain
 from neurons.miner.spool import LOCK_NAME
-from neurons.protocol import TextTask
+from neurons.protocol import Task
 from neurons.rehearsal.network import RehearsalNetwork
-from neurons.rehearsal.rules import Limits, PullAnswer, Rules
+from neurons.rehearsal.rules import Judgement, Limits, PullAnswer, Rules
 from tests.test_miner_rehearsal import ROOT, StandInService, until
 
 pytestmark = pytest.mark.slow
@@ -41,29 +41,29 @@ class Books(Rules):
 
     def __init__(self, uid: int, miner: str) -> None:
         super().__init__(LIMITS, [miner], (f"object {n} of validator {uid}" for n in range(10**6)))
-        self.assigned: list[TextTask] = []
+        self.assigned: list[Task] = []
         self.submitted: Counter[str] = Counter()  # whatever came of it
         self.accepted: Counter[str] = Counter()
         self.paused = False
 
     def pull(self, hotkey: str) -> PullAnswer:
         if self.paused and self.miners[hotkey].task is None:
-            return PullAnswer(None, 0, 0)
+            return PullAnswer()
         answer = super().pull(hotkey)
         if answer.task is not None and answer.task not in self.assigned:
             self.assigned.append(answer.task)
         return answer
 
-    def begin_validation(self, hotkey: str, task_id: str) -> TextTask | None:
+    def receive(self, hotkey: str, task_id: str, signed: Callable[[Task], bool], empty: bool) -> Judgement | Task:
         self.submitted[task_id] += 1
-        return super().begin_validation(hotkey, task_id)
+        return super().receive(hotkey, task_id, signed, empty)
 
-    def finish_validation(self, hotkey: str, score: float | None) -> bool:
+    def score(self, hotkey: str, score: float | None) -> Judgement:
         task = self.miners[hotkey].task
-        accepted = super().finish_validation(hotkey, score)
-        if accepted and task is not None:
+        judgement = super().score(hotkey, score)
+        if judgement.outcome == "accepted" and task is not None:
             self.accepted[task.id] += 1
-        return accepted
+        return judgement
 
 
 class Service(StandInService):
@@ -179,8 +179,9 @@ class Stage:
 
 @asynccontextmanager
 async def stage(folder: Path, validators: int, limits: Callable[[], None] | None = None) -> AsyncIterator[Stage]:
-    async with Service() as service:
-        network = RehearsalNetwork(folder, service.endpoint, validators + 1, LIMITS, ["never used"])
+    # Validators have a scoring service of their own, which is not killed: a result without a score is lost.
+    async with Service() as service, Service() as scoring:
+        network = RehearsalNetwork(folder, scoring.endpoint, validators + 1, LIMITS, ["never used"])
         books = []
         for validator in network.validators:
             validator.rules = Books(validator.uid, network.miner_hotkey)

@@ -17,7 +17,7 @@ from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
 from generation.weights.registry import REGISTRY
-from generation.weights.strict import naming
+from generation.weights.strict import load_model, naming
 from tests.golden_weights import golden, weights
 
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
@@ -164,6 +164,30 @@ def test_the_devices_faults_are_not_the_files():
     words = r"mvdream-sd2\.1 can not be loaded: size mismatch for x; get it: .*--only"
     with pytest.raises(WeightsError, match=words), naming(entry):
         raise RuntimeError("size\nmismatch  for x")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("GET was unable to find an engine to execute this computation: CUDNN_FE failure"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_a_devices_fault_within_a_loader_is_not_the_files_either(fault, tmp_path):
+    class Model:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise fault
+
+    words = "can not be loaded, for the device failed"
+    with pytest.raises(RuntimeError, match=words) as raised, naming(REGISTRY["mvdream-sd2.1"]):
+        load_model(Model, tmp_path, torch.float32)
+    assert str(fault) in str(raised.value) and "--only" not in str(raised.value)
 
 
 def test_projection_that_does_not_fit(tmp_path):

@@ -227,6 +227,24 @@ async def test_progress_is_told(tmp_path: Path) -> None:
         assert told == [("dreamgaussian", 0.25)]
 
 
+async def test_what_a_person_asks_for_pauses_the_background_where_it_disturbs_least(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    async with running(tmp_path, max_batch=1, max_queue=1) as fleet:
+        background = [asyncio.create_task(fleet.generate(f"hold {go}", None, 1, None, True)) for _ in range(2)]
+        await until(lambda: len(fleet.active) == 2)
+        background.append(asyncio.create_task(fleet.generate("b", None, 1, None, True)))
+        await until(lambda: fleet.queue_depth == 1)
+        with pytest.raises(Unavailable, match="queue full"):
+            await fleet.generate("c", None, 1, None, True)
+        assert (await ask(fleet, "a")).ply  # though both are busy, and the queue is full
+        persons = [ask(fleet, f"hold {go}") for _ in range(2)]
+        await until(lambda: [each["active"][0]["stage"] for each in fleet.health()] == ["paused"] * 2)
+        go.touch()
+        assert all(asset.ply for asset in await asyncio.gather(*background, *persons))
+        idle, busy = ask(fleet, "a"), asyncio.create_task(fleet.generate("a", None, 1, None, True))
+        assert (await idle).report.device != (await busy).report.device
+
+
 async def test_calls(tmp_path: Path) -> None:
     async with running(tmp_path) as fleet:
         assert await fleet.call(fleet_standin.pid) in {child.pid for child in children()}

@@ -16,6 +16,7 @@ import pytest
 from aiohttp import web
 
 from neurons.chain import Neuron
+from neurons.miner.clock import ValidatorClocks
 from neurons.miner.dendrite import MAX_ANSWER_BYTES, ValidatorDendrite
 from neurons.protocol import (
     DECLARATION,
@@ -68,9 +69,9 @@ def submission(result: bytes = b"spz") -> SubmitResults:
         ("never-answers", 408, None, "no answer within"),
         ("answers-late", 408, None, "no answer within"),
         ("trickles", 408, None, "no answer within"),
-        ("drops-connection", 503, None, "ClientPayloadError"),
-        ("floods", 503, None, "larger than"),
-        ("endless-headers", 503, None, ""),
+        ("drops-connection", 502, None, "ClientPayloadError"),
+        ("floods", 502, None, "larger than"),
+        ("endless-headers", 502, None, ""),
         ("fails", 500, 500, "Server Error"),
         ("redirects", 307, 307, ""),
         ("gzip-bomb", 422, 200, "malformed"),
@@ -192,9 +193,17 @@ async def test_a_text_without_utf8_is_a_malformed_answer() -> None:
     assert not answer.is_success and "utf-8" in answer.dendrite.status_message
 
 
-async def test_a_clock_an_hour_ahead_refuses_and_one_behind_does_not() -> None:
+async def test_a_clock_an_hour_ahead_refuses_who_does_not_know_it() -> None:
     assert (await pull("clock-ahead")).dendrite.status_code == 401
     assert (await pull("clock-behind")).task is not None
+    clocks = ValidatorClocks()
+    async with (
+        hostile("clock-ahead") as validator,
+        ValidatorDendrite(KEYPAIR, clocks.answered, clocks.highest_offset) as dendrite,
+    ):
+        axon = Neuron(1, VALIDATOR, "127.0.0.1", validator.port, 1e4, True).axon_info()
+        for _ in range(3):
+            assert (await dendrite.call(axon, PullTask(), timeout=1.0)).task is not None
 
 
 # --- what a validator could make this miner do
@@ -222,7 +231,7 @@ async def test_nothing_is_signed_but_requests_and_the_protocol_s_message(kind: s
         if pulled.is_success and pulled.task is not None:
             result = make_submission(pulled.task, b"spz", VALIDATOR, keypair)  # type: ignore[arg-type]
             await dendrite.call(axon, result, timeout=0.5)
-    request = re.compile(rf"\d+\.{KEYPAIR.ss58_address}\.{VALIDATOR}\.{dendrite.uuid}\.[0-9a-f]{{64}}".encode())
+    request = re.compile(rf"\d+\.{KEYPAIR.ss58_address}\.{VALIDATOR}\.[0-9a-f-]{{36}}\.[0-9a-f]{{64}}".encode())
     ending = (VALIDATOR + KEYPAIR.ss58_address).encode()
     submissions = [message for message in keypair.signed if request.fullmatch(message) is None]
     assert len(keypair.signed) - len(submissions) >= 1

@@ -30,7 +30,7 @@ SECONDS = 25.0
 NO_PULL_SUCCEEDS = {
     *("never-answers", "answers-late", "drops-connection", "fails", "floods", "trickles", "endless-headers"),
     *("gzip-bomb", "redirects", "slow-codec", "malformed", "nested", "many-values", "wrong-types", "overwrites"),
-    *("prompt-surrogate", "clock-ahead"),
+    "prompt-surrogate",
 }
 NO_RESULT_ANSWERED = {"keeps-silent-on-results", "drops-results", "fails-on-results"}
 NOT_FIT_FOR_GENERATION = {"prompt-1mb", "prompt-escapes", "prompt-empty", "image-is-none", "image-bomb"}
@@ -41,7 +41,7 @@ LOGGED = {
     ("drops-results", "fails-on-results"): "Submission to validator [{}] failed: ",
     ("keeps-silent-on-results",): "Generated for validator [{}]",
     tuple(NOT_FIT_FOR_GENERATION): "Generation failed for validator [{}]: ",
-    ("malformed-feedback",): "Validator [{}] took ",
+    ("malformed-feedback",): "Validator [{}] does not say what became of ",
 }
 
 
@@ -148,7 +148,8 @@ async def test_the_good_ones_are_served_at_full_rate_among_all_the_bad_ones(
         assert submissions, kind
         tasks = Counter(submission.task_id for submission in submissions)
         if kind in NO_RESULT_ANSWERED:
-            assert len(tasks) == validator.pulls == 1, kind  # sent until it is answered, while nothing else is asked
+            # Sent while the lock holds that the first may have begun; then the next pull decides.
+            assert len(tasks) == validator.pulls <= 2, kind
             assert (len(submissions) > 1) == (kind != "keeps-silent-on-results"), kind
         elif kind not in ("same-id", "prompt-escapes"):  # whose ids are always the same
             assert set(tasks.values()) == {1}, kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sqlite3
 import threading
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from neurons.miner import ledger as ledgers
 from neurons.miner import standings
-from neurons.miner.events import Event, Generation, Pull, Submission, answered_outcome
+from neurons.miner.events import Event, Generation, Pull, Settlement, Submission, SubmissionOutcome
 from neurons.miner.ledger import Ledger
 from neurons.protocol import Feedback, TextTask
 from tests.ledger_events import NOW, one_task, validator, write
@@ -108,18 +109,19 @@ def test_any_event_makes_a_row_that_sqlite_takes(text: str, number: float, whole
     events: list[Event] = [
         Pull(validator(1), "failed", 1.0, text, number, whole, text),
         Generation(validator(1), TextTask.model_construct(id=text, prompt=text), "failed", 1.0, number, size, text),
-        Submission(validator(1), text, "failed", 1.0, size, feedback, number, text),
+        Submission(validator(1), text, "unknown", 1.0, size, feedback, number, text),
+        Settlement(validator(1), text, "accepted"),
     ]
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.executescript(ledgers._SCHEMA)
         for event in events:
             row = ledgers._row(event, NOW)
-            marks = ", ".join("?" * (1 + len(row.values)))
-            connection.execute(f"INSERT INTO {row.table} VALUES (NULL, {marks})", (row.at, *row.values))
-            stored = connection.execute(f"SELECT * FROM {row.table}").fetchone()
-            for value in stored:
-                assert not isinstance(value, str) or (value.isprintable() and len(value) <= 120)
-                assert not isinstance(value, float | int) or abs(value) <= NOW
+            connection.execute(row.statement, row.values)
+        stored = [connection.execute(f"SELECT * FROM {table}").fetchone() for table in ledgers.TABLES]
+        assert stored[-1][4] == "accepted"
+        for value in itertools.chain(*stored):
+            assert not isinstance(value, str) or (value.isprintable() and len(value) <= 120)
+            assert not isinstance(value, float | int) or abs(value) <= NOW
 
 
 def test_prunes_what_is_old_and_what_is_too_much(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +155,7 @@ def test_a_file_of_another_version_is_set_aside(path: Path, caplog: pytest.LogCa
         connection.execute("PRAGMA user_version = 99")
     write(path, one_task(2, NOW))
     assert rows(path, "pulls", "uid") == [(2,)]
-    assert "version 99, this miner writes 1" in caplog.text
+    assert "version 99, this miner writes 2" in caplog.text
 
 
 def test_damaged_pages_are_found_at_the_start(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -254,14 +256,59 @@ def test_an_impossible_folder_is_a_log_line(tmp_path: Path, caplog: pytest.LogCa
     assert "1 rows could not be written and are lost" in caplog.text
 
 
-def test_answered_outcomes() -> None:
-    assert answered_outcome(0, Feedback()) == "empty"
-    assert answered_outcome(1, None) == "unrated"
-    assert answered_outcome(1, Feedback(validation_failed=True)) == "failed"
-    assert answered_outcome(1, Feedback()) == "accepted"
-    assert answered_outcome(0, Feedback(), judged=False) == "empty"
-    assert answered_outcome(1, Feedback(), judged=False) == "unrated"
-    assert answered_outcome(1, Feedback(validation_failed=True), judged=False) == "failed"
+@pytest.mark.parametrize("outcome", ["accepted", "broken", "unknown"])
+def test_a_settlement_changes_the_one_unknown_row(path: Path, started: Ledger, outcome: SubmissionOutcome) -> None:
+    for task_id, first in (("a", "unknown"), ("b", "unknown"), ("c", "declined")):
+        started.record(Submission(validator(1), task_id, first, 2.0, 1000))
+    started.record(Submission(validator(2), "a", "unknown", 2.0, 1000))
+    started.record(Settlement(validator(1), "a", outcome))
+    started.record(Settlement(validator(1), "c", "accepted"))  # is known already
+    started.close()
+    assert rows(path, "submissions", "uid, task_id, outcome") == [
+        (1, "a", outcome),
+        (1, "b", "unknown"),
+        (1, "c", "declined"),
+        (2, "a", "unknown"),
+    ]
+    assert standings.read(path, NOW)["hotkey1"].known == (1 if outcome == "unknown" else 2)
+
+
+def test_no_score_is_told_of_what_is_declined(path: Path) -> None:
+    write(path, [*one_task(1, NOW - 600), *one_task(1, NOW - 300, accepted=False)])
+    assert rows(path, "submissions", "outcome, score") == [("accepted", 0.7), ("declined", None)]
+
+
+# What the code before schema version 2 wrote for answers of public validators; see the ids for what they were.
+OLD = Path(__file__).parent / "golden" / "ledger_v1.sqlite"
+OLD_OUTCOMES = [
+    ("1-0", "accepted", 0.75),
+    ("1-1", "declined", None),  # was accepted with score 0, and 900 s to wait
+    ("1-2", "broken", None),  # was failed
+    ("1-3", "unknown", None),  # a repetition: was accepted with score 0, and 30 s to wait
+    ("1-4", "unknown", None),  # a repetition: was unrated
+    ("1-5", "empty", None),
+    ("2-0", "declined", 0.35),  # a rehearsal's of that time: was failed
+]
+
+
+def test_an_old_ledger_goes_on_in_today_s_words(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(OLD.read_bytes())
+    write(path, one_task(1, NOW))
+    assert rows(path, "submissions", "task_id, outcome, score")[:-1] == OLD_OUTCOMES
+    assert not path.with_name("ledger.sqlite.damaged").exists()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_an_old_ledger_is_read_in_today_s_words_before_a_miner_has_opened_it(tmp_path: Path) -> None:
+    old = tmp_path / "ledger.sqlite"
+    old.write_bytes(OLD.read_bytes())
+    found = standings.read(old, NOW)
+    one, two = found["hotkey1"], found["hotkey2"]
+    assert (one.submitted, one.accepted, one.declined, one.broken, one.empty, one.unknown) == (6, 1, 1, 1, 1, 2)
+    assert (two.submitted, two.declined, one.mean_score, one.penalty_s) == (1, 1, 0.75, 878.0)
+    assert old.read_bytes() == OLD.read_bytes()
 
 
 def test_standings(path: Path) -> None:
@@ -273,7 +320,7 @@ def test_standings(path: Path) -> None:
             *one_task(1, NOW - 2000, wait=300, score=0.8, reward=1.0),
             (NOW - 1000, early),
             (NOW - 999, failed),
-            *one_task(1, NOW - 900, wait=878, accepted=False, score=0.5, seconds=30, reward=2.0),
+            *one_task(1, NOW - 900, wait=878, accepted=False, seconds=30, reward=2.0),
             *one_task(1, NOW - 5 * 3600, wait=3600 + 100),  # before the window; its cooldown reaches 78 s into it
             *one_task(2, NOW - 100),
         ],
@@ -285,7 +332,7 @@ def test_standings(path: Path) -> None:
     assert (one.generated, one.submitted, one.accepted, one.declined, one.gpu_s) == (2, 2, 1, 1, 50.0)
     assert one.acceptance_rate == 0.5
     assert one.accepted_per_gpu_s == pytest.approx(0.02)
-    assert one.mean_score == pytest.approx(0.65)
+    assert one.mean_score == pytest.approx(0.8)
     assert (one.reward, one.penalty_s, one.last_task_at) == (2.0, 878.0, NOW - 900)
     # 122 s left of the old one, 300 s, 60 s, and 868 of 878 s up to now.
     assert one.cooling_share == pytest.approx((122 + 300 + 60 + 868) / standings.WINDOW_S)
@@ -318,13 +365,18 @@ def test_a_task_that_is_given_out_again_is_one_task(path: Path) -> None:
     assert standings.read(path, NOW)["hotkey1"].tasks == 1
 
 
-def test_a_result_of_which_nothing_is_told_was_sent_and_no_more(path: Path) -> None:
+@pytest.mark.parametrize("outcome", get_args(SubmissionOutcome))
+def test_each_outcome_is_counted_as_what_it_is(path: Path, outcome: SubmissionOutcome) -> None:
     told = Feedback(current_miner_reward=3000.0)
-    unrated = Submission(validator(1), "t", "unrated", 2.0, 1000, told, NOW + 330)
-    write(path, [*one_task(1, NOW - 300), (NOW, unrated)])
+    other = Submission(validator(1), "t", outcome, 2.0, 1000, told, NOW + 330)
+    write(path, [*one_task(1, NOW - 300), (NOW, other)])
     found = standings.read(path, NOW)["hotkey1"]
-    assert (found.submitted, found.accepted, found.declined, found.empty) == (2, 1, 0, 0)
-    assert (found.mean_score, found.reward, found.penalty_s) == (0.7, 3000.0, 0.0)
+    counts = {name: getattr(found, name) for name in get_args(SubmissionOutcome)}
+    assert counts == {**dict.fromkeys(counts, 0), "accepted": 1, outcome: 1 + (outcome == "accepted")}
+    assert (found.submitted, found.known) == (2, 2 - (outcome == "unknown"))
+    assert found.acceptance_rate == {"accepted": 1.0, "unknown": 1.0}.get(outcome, 0.5)
+    assert (found.mean_score, found.reward) == (0.7, 3000.0)
+    assert found.penalty_s == (330.0 if outcome == "declined" else 0.0)
 
 
 def test_only_a_generation_in_the_window(path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from neurons.miner.events import Generation, Pull, Submission
+from neurons.miner.events import Generation, Pull, Settlement, Submission
 from neurons.miner.metrics import Metrics, Snapshot
 from neurons.protocol import TextTask
 from tests.ledger_events import validator
@@ -45,6 +45,7 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
             cooldowns={7: 120.5, 8: -1.0},
             endpoints={"http://127.0.0.1:10006": True, "http://127.0.0.1:10008": False},
             ledger_backlog=5,
+            clock_behind=37.5,
         )
     )
     port = metrics.serve(0)
@@ -72,9 +73,26 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
     assert value("miner_endpoint_up", endpoint="http://127.0.0.1:10006") == 1
     assert value("miner_endpoint_up", endpoint="http://127.0.0.1:10008") == 0
     assert value("miner_ledger_backlog_rows") == 5
+    assert value("miner_clock_behind_seconds") == 37.5
 
     metrics.show(Snapshot())
-    assert not any(name == "miner_cooldown_seconds" for name, _ in scrape(port))
+    gone = {"miner_cooldown_seconds", "miner_clock_behind_seconds"}
+    assert not any(name in gone for name, _ in scrape(port))
+
+
+def test_a_result_is_counted_when_it_is_known_what_became_of_it(metrics: Metrics) -> None:
+    def values() -> list[float | None]:
+        names = [("miner_submissions_total", {"uid": "7", "outcome": each}) for each in ("unknown", "accepted")]
+        names.append(("miner_submissions_unsettled", {}))
+        return [metrics.registry.get_sample_value(*name) for name in names]
+
+    metrics.record(Submission(validator(7), "t", "unknown", 2.5, 100))
+    metrics.record(Submission(validator(7), "u", "unknown", 2.5, 100))
+    assert values() == [None, None, 2]
+    metrics.record(Settlement(validator(7), "t", "accepted"))
+    assert values() == [None, 1, 1]
+    metrics.record(Settlement(validator(7), "u", "unknown"))
+    assert values() == [1, 1, 0]
 
 
 def test_two_miners_in_one_process_do_not_meet(metrics: Metrics) -> None:
@@ -98,6 +116,20 @@ def test_only_this_machine_is_served(metrics: Metrics, monkeypatch: pytest.Monke
     monkeypatch.setattr(socket.socket, "bind", lambda self, address: bound.append(address) or bind(self, address))
     metrics.serve(0)
     assert [address[0] for address in bound] == ["127.0.0.1"]
+
+
+def test_a_foreign_name_is_refused(metrics: Metrics) -> None:
+    """As a website's would be that has come to stand for this machine's address."""
+    port = metrics.serve(0)
+    statuses = []
+    for host in (f"127.0.0.1:{port}", "localhost", f"evil.example:{port}", "localhost.evil.example"):
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Host": host})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                statuses.append(answer.status)
+        except urllib.error.HTTPError as error:
+            statuses.append(error.code)
+    assert statuses == [200, 200, 421, 421]
 
 
 def test_the_port_is_free_again_afterwards(metrics: Metrics) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from email.utils import formatdate
@@ -16,6 +17,7 @@ from neurons.miner.clock import (
     ValidatorClocks,
     steady_time,
 )
+from neurons.miner.status import ClockLog
 
 START = 1_800_000_000.25
 
@@ -138,3 +140,47 @@ def test_our_own_time_does_not_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == pytest.approx(time.time(), abs=60)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert 0 <= steady_time() - before < 10
+
+
+# --- this machine's clock, by the validators'
+
+
+def hear(clocks: ValidatorClocks, now: Time, offsets: list[float]) -> None:
+    """Two answers of each of these validators, as whole seconds of their clocks."""
+    for _ in range(2):
+        for number, offset in enumerate(offsets):
+            sent = now.now
+            now.now += 0.25
+            clocks.answered(f"5{number}", formatdate(sent + 0.1 + offset, usegmt=True), sent, now.now)
+
+
+@pytest.mark.parametrize("offset", [-3600.0, -20.0, 0.0, 20.0, 3600.0])
+def test_several_validators_tell_how_far_off_this_machine_s_clock_is(now: Time, offset: float) -> None:
+    clocks = ValidatorClocks(now, wall=now)
+    hear(clocks, now, [offset, offset + 0.4])
+    assert clocks.machine_is_behind() is None  # two may both lie
+    hear(clocks, now, [offset, offset + 0.4, offset - 0.4, 86_000.0])
+    assert clocks.machine_is_behind() == pytest.approx(offset, abs=2)
+
+
+def test_a_machine_s_clock_that_is_set_right_is_right(now: Time) -> None:
+    wall = 0.0
+    clocks = ValidatorClocks(now, wall=lambda: now.now + wall)
+    hear(clocks, now, [3600.0] * 5)
+    assert clocks.machine_is_behind() == pytest.approx(3600, abs=2)
+    wall = 3600.0
+    assert clocks.machine_is_behind() == pytest.approx(0, abs=2)
+    # What pulls rely on goes by the steady clock, which knows nothing of it.
+    assert clocks.next_pull_at("50", int(now.now + 3600 + 300)) == pytest.approx(now.now + 300, abs=3)
+
+
+def test_a_clock_that_is_off_is_said_once_and_when_it_is_right_again(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "neurons.miner.status")
+    clock_log = ClockLog()
+    for behind in (None, 0.0, 4.9, 37.2, 36.8, 4.0, 37.0, None, 2.0, -1.0, -40.0, -41.0):
+        clock_log.update(behind)
+    assert [record.getMessage() for record in caplog.records] == [
+        "This machine's clock is 37 s behind the validators' clocks: set it",
+        "This machine's clock agrees with the validators' again",
+        "This machine's clock is 40 s ahead of the validators' clocks: set it",
+    ]

@@ -9,6 +9,7 @@ import logging
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from neurons.miner.competitive_miner import CompetitiveMiner
 from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.options import MinerOptions
 from neurons.miner.spool import LOCK_NAME, hold
-from neurons.protocol import PullTask, SubmitResults, make_submission
+from neurons.protocol import PullTask, SubmitResults, TextTask, make_submission
 from neurons.rehearsal.network import RehearsalNetwork, load_prompts, make_wallet
 from neurons.rehearsal.rules import Limits
 from neurons.rehearsal.validator import RehearsalValidator
@@ -229,7 +230,7 @@ async def test_a_low_score_costs_the_penalty(service: StandInService, tmp_path: 
         state = validator.rules.miners[network.miner_hotkey]
         await until(lambda: state.cooldown_until > 0)
         assert accepted(validator) == 0
-        assert state.cooldown_until >= state.assigned_at + LIMITS.task_cooldown + LIMITS.failure_penalty
+        assert state.cooldown_until >= time.time() + LIMITS.failure_penalty - 1
         miner.stop()
         assert await asyncio.wait_for(running, 25) == 0
     finally:
@@ -257,22 +258,21 @@ async def test_validators_check_senders_signatures_and_tasks(service: StandInSer
         by_stranger = await call(stranger, make_submission(task, result, validator.hotkey, stranger))
         assert by_stranger.axon.status_code == 403
 
+        other = make_submission(TextTask(id="other", prompt=task.prompt), result, validator.hotkey, keypair)
+        other.cooldown_until = 5
+        answer = await call(keypair, other)
+        assert answer.is_success and answer.feedback is not None and answer.cooldown_until == 0
+
         forged: SubmitResults = make_submission(task, result, validator.hotkey, keypair)
         forged.submit_time += 1
         answer = await call(keypair, forged)
-        assert answer.is_success and answer.feedback.validation_failed
-        assert answer.cooldown_until > 0 and service.scored == 0
+        assert answer.is_success and not answer.feedback.validation_failed
+        assert answer.feedback.task_fidelity_score == 0
+        assert answer.cooldown_until > time.time() + 7 and service.scored == 0
 
-        repetition = make_submission(task, result, validator.hotkey, keypair)
-        repetition.cooldown_until = 5
-        answer = await call(keypair, repetition)
-        assert answer.is_success and answer.feedback is not None and answer.cooldown_until == 0
-
-        state = validator.rules.miners[network.miner_hotkey]
-        await until(lambda: validator.rules.reason_to_refuse(network.miner_hotkey) is not None)
         late = await call(keypair, make_submission(task, result, validator.hotkey, keypair))
         assert late.axon.status_code == 403
-        assert state.task is None
+        assert validator.rules.miners[network.miner_hotkey].task is None
     finally:
         await asyncio.to_thread(network.__exit__)
 

@@ -18,7 +18,7 @@ import pytest
 from neurons import chain
 from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner import spool as spools
-from neurons.miner.blacklist import MAX_FILE_BYTES, Blacklist, parse_entry
+from neurons.miner.blacklist import MAX_FILE_BYTES, Blacklist, BlacklistUnreadable, parse_entry
 from neurons.miner.bookkeeping import Bookkeeping
 from neurons.miner.clock import steady_time
 from neurons.miner.events import Pull, Submission
@@ -32,7 +32,7 @@ from scripts.virtual_time import now
 
 HOTKEY = "5" + "F" * 47
 VALIDATOR = Neuron(uid=5, hotkey=HOTKEY, ip="127.0.0.1", port=8091, stake=5000.0, serving=True)
-MINER = Neuron(uid=9, hotkey="5M", ip="0.0.0.0", port=0, stake=0.0, serving=False, validator_permit=False)
+MINER = Neuron(uid=9, hotkey="5M", ip="0.0.0.0", port=0, stake=0.0, serving=False)
 
 
 # --- the supervisor
@@ -92,8 +92,8 @@ def test_what_is_no_entry(text: str) -> None:
 def test_the_file_is_read_when_it_changes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "blacklist"
     blacklist = Blacklist([180], file)
-    assert blacklist.reload() is blacklist.reload() is False
-    assert caplog.text.count("not there, so nobody is left out by it") == 1
+    file.touch()
+    blacklist.load()
     assert 180 in blacklist and 7 not in blacklist
     file.write_text(f"# those who pay nothing\n7\n\n{HOTKEY} # why\nnonsense \x1b[2J\n")
     assert blacklist.reload()
@@ -104,25 +104,66 @@ def test_the_file_is_read_when_it_changes(tmp_path: Path, caplog: pytest.LogCapt
     os.utime(file, (1, 1))
     assert blacklist.reload()
     assert 7 not in blacklist and 8 in blacklist
-    file.unlink()
-    assert blacklist.reload()
-    assert 8 not in blacklist and 180 in blacklist
-    assert not blacklist.reload()
-    assert caplog.text.count("not there, so nobody is left out by it") == 2
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"7\n" * MAX_FILE_BYTES])
-def test_a_file_that_can_not_be_read_changes_nothing(
-    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_files_of_other_editors(tmp_path: Path, encoding: str, line_end: str) -> None:
+    file = tmp_path / "blacklist"
+    file.write_bytes(line_end.join(["42", HOTKEY, "7 # größte", ""]).encode(encoding))
+    blacklist = Blacklist([], file)
+    blacklist.load()
+    assert all(entry in blacklist for entry in (42, 7, HOTKEY))
+
+
+def test_a_mark_in_the_middle_is_of_a_file_that_was_appended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "blacklist"
+    file.write_bytes(b"\xef\xbb\xbf42\r\n" + b"\xef\xbb\xbf43\r\n")
+    blacklist = Blacklist([], file)
+    blacklist.load()
+    assert 42 in blacklist and 43 in blacklist and not caplog.records
+
+
+# Not there, no text, a part of a text in UTF-16, UTF-16 without its mark, and far too long.
+UNREADABLE = [None, b"\xff7\n", "7\n".encode("utf-16")[:-1], "7\n".encode("utf-16-le"), b"7\n" * MAX_FILE_BYTES]
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_file_that_breaks_or_vanishes_leaves_what_it_said(
+    tmp_path: Path, content: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "blacklist"
     file.write_text("7")
     blacklist = Blacklist([], file)
-    assert blacklist.reload()
-    file.write_bytes(content)
-    assert not blacklist.reload() and not blacklist.reload()
+    blacklist.load()
+    caplog.clear()
+    if content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    for _ in range(3):
+        assert not blacklist.reload()
     assert 7 in blacklist
-    assert len(caplog.records) == 1  # said once
+    (line,) = [record.getMessage() for record in caplog.records]  # said once
+    assert line.startswith(f"Blacklist {file}: ") and line.endswith("; the 1 entries of before stay in force")
+    file.write_text("7\n8")
+    assert blacklist.reload() and 8 in blacklist
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_at_the_start_a_file_that_can_not_be_read_is_an_error_that_names_it(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    file = tmp_path / "blacklist"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BlacklistUnreadable, match=f"^Blacklist {file}: "):
+        Blacklist([], file).load()
+
+
+def test_a_folder_is_no_blacklist(tmp_path: Path) -> None:
+    with pytest.raises(BlacklistUnreadable, match="not a file"):
+        Blacklist([], tmp_path).load()
 
 
 def test_by_uid_and_by_hotkey(caplog: pytest.LogCaptureFixture) -> None:

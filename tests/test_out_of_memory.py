@@ -42,6 +42,10 @@ def test_what_counts_as_out_of_memory(error, expected):
 
 
 class TestBatchLimit:
+    def go_well(self, limit, count):
+        for _ in range(count):
+            limit.went_well()
+
     def test_halves_and_never_falls_under_one(self):
         limit = BatchLimit(8)
         seen = []
@@ -64,10 +68,10 @@ class TestBatchLimit:
     def test_grows_back_by_one_after_enough_good_ones_in_a_row(self):
         limit = BatchLimit(4)
         limit.out_of_memory(4)
-        limit.went_well(GOOD_BEFORE_MORE - 1)
+        self.go_well(limit, GOOD_BEFORE_MORE - 1)
         assert limit.now == 2
         limit.out_of_memory(2)  # the row is broken
-        limit.went_well(GOOD_BEFORE_MORE - 1)
+        self.go_well(limit, GOOD_BEFORE_MORE - 1)
         assert limit.now == 1
         limit.went_well()
         assert limit.now == 2
@@ -75,8 +79,7 @@ class TestBatchLimit:
     def test_never_grows_over_the_most(self):
         limit = BatchLimit(2)
         limit.out_of_memory(2)
-        for _ in range(5 * GOOD_BEFORE_MORE):
-            limit.went_well()
+        self.go_well(limit, 5 * GOOD_BEFORE_MORE)
         assert limit.now == 2
 
 
@@ -105,6 +108,12 @@ class TestInBatches:
         assert in_batches(limit, range(4), card.work) == [0, 10, 20, 30]
         assert card.batches == [[0, 1, 2, 3], [0, 1], [0], [1], [2], [3]]
         assert limit.now == 1
+
+    def test_batches_are_no_requests(self):
+        card, limit = Card(room=4), BatchLimit(4)
+        limit.out_of_memory(4)
+        in_batches(limit, range(5 * GOOD_BEFORE_MORE), card.work)
+        assert limit.now == 2
 
     def test_what_was_done_is_not_done_again(self):
         results = iter([[1, 2], torch.OutOfMemoryError("full"), [3], [4]])

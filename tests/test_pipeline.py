@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from generation.out_of_memory import GOOD_BEFORE_MORE
 from generation.pipeline import Cancelled, Pipeline, Request
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
@@ -23,6 +24,10 @@ class Painter:
 
     def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
         return [self.paint(prompt) for prompt in prompts]
+
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        self.asked = prompt
+        return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
 
     def paint(self, prompt: str) -> torch.Tensor:
         if "explode" in prompt:
@@ -70,6 +75,9 @@ class Sculptor:
         if any("unreadable" in prompt for prompt in prompts):
             raise ValueError("not words")
 
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        return {"mvdream": (2, 4)} if "epic" in prompt else {}
+
     def sketch(self, prompt: str, seed: int) -> list[tuple[str, int]]:
         return [(prompt, seed)]
 
@@ -99,7 +107,7 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64)
+    options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64, prompt_template="{prompt}")
     return Pipeline(Painter(), WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 4)
 
 
@@ -154,6 +162,68 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     assert first.outcome.report.rejected is None and second.outcome.ply == alone
 
 
+class TestPausing:
+    def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
+        alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
+        paint, start, painted, paused = Painter.paint, sculptor.start, [], []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
+        # Somebody else comes while the first of two scenes is begun.
+        monkeypatch.setattr(sculptor, "start", lambda *arguments: paused.append(1) or start(*arguments))
+        sculptor.batches.clear()
+        seen: list[str] = []
+        jobs = [
+            pipeline.begin(ask(prompt, seed=seed), lambda stage, _: seen.append(stage), paused=lambda: len(paused) == 1)
+            for prompt, seed in (("red", 1), ("blue", 2))
+        ]
+        for _ in range(3):
+            pipeline.tick(jobs)
+        assert [job.scene is None for job in jobs] == [False, True] and not sculptor.batches
+        assert seen[-1] == "paused"
+        paused.append(1)
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+        assert [job.outcome.ply for job in jobs] == alone and painted == ["red", "blue"]
+
+    def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
+        now = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+        paused: list[int] = []
+        job = pipeline.begin(ask("red"), paused=lambda: bool(paused))
+        pipeline.tick([job])
+        paused.append(1)
+        for _ in range(3):
+            now.seconds += 100
+            pipeline.tick([job])
+        paused.clear()
+        now.seconds += 100
+        while job.outcome is None:
+            now.seconds += 1
+            pipeline.tick([job])
+        assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
+
+    def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
+        start, paused = sculptor.start, []
+        resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
+        alone = pipeline.generate([ask("blue", seed=4)])[0].ply
+        pipeline.tick([resting])
+        paused.append(1)
+        first = pipeline.begin(ask("red"))
+
+        def full(*arguments: Any) -> Scene:
+            if resting.scene is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return start(*arguments)
+
+        monkeypatch.setattr(sculptor, "start", full)
+        while first.outcome is None:
+            pipeline.tick([resting, first])
+        assert first.outcome.ply and resting.outcome is None
+        paused.clear()
+        while resting.outcome is None:
+            pipeline.tick([resting])
+        assert resting.outcome.ply == alone
+
+
 def test_a_failure_is_its_requests_own(pipeline):
     outcomes = pipeline.generate(
         [ask("red"), ask("explode"), ask("red unstartable"), ask("red collapse"), ask("a blue ball")]
@@ -186,6 +256,15 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
         assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
         assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+
+    def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
+        pipeline.limit.out_of_memory(4)
+        for _ in range(GOOD_BEFORE_MORE):
+            pipeline.generate([ask("red collapse")])  # each has begun a scene
+        pipeline.generate([ask("red", seed=seed) for seed in range(GOOD_BEFORE_MORE - 1)])
+        assert pipeline.limit.now == 2
+        pipeline.generate([ask("red")])
+        assert pipeline.limit.now == 3
 
     def test_pictures_are_made_fewer_at_once_and_scenes_are_not(self, pipeline, sculptor, monkeypatch):
         remove, sizes = pipeline._background.remove, []
@@ -306,6 +385,39 @@ class TestImagePrompts:
         assert asset.report.score < 0.6 and asset.ply == b""
         (asset,) = pipeline.generate([ask(None, image=target, target=target)])
         assert asset.report.score > 0.9
+
+    def test_what_the_sender_cut_out_is_not_matted(self, pipeline, sculptor, monkeypatch):
+        """White on white, and half as transparent as glass: the alpha says where it is."""
+        cutouts = []
+        start = sculptor.start
+        monkeypatch.setattr(sculptor, "start", lambda c, *more: cutouts.append(c) or start(c, *more))
+        monkeypatch.setattr(pipeline._background, "remove", None)
+        monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
+        for alpha in (255, 60):
+            picture = Image.new("RGBA", (90, 60), (255, 0, 0, 0))
+            picture.paste((250, 250, 250, alpha), (20, 10, 70, 50))
+            picture.putpixel((5, 5), (0, 0, 0, alpha // 4))  # what is left of a shadow
+            pipeline.generate([ask(None, image=picture)])
+            (cutout,) = cutouts
+            cutouts.clear()
+            rows, columns = torch.nonzero(cutout[3] > alpha / 510, as_tuple=True)
+            assert (int(columns.max() - columns.min()) + 1, int(rows.max() - rows.min()) + 1) == (51, 41)
+            assert torch.allclose(cutout[3, 32, 32], torch.tensor(alpha / 255))
+            assert torch.allclose(cutout[:3, 32, 32], torch.tensor(250 / 255))
+
+    def test_cut_out_pictures_and_others_go_together(self, pipeline):
+        opaque = Image.new("RGBA", (90, 60), "white")
+        opaque.paste((0, 0, 255), (20, 10, 70, 50))
+        cut_out = Image.new("RGBA", (90, 60))
+        cut_out.paste((255, 0, 0), (20, 10, 70, 50))
+        first, second, third = pipeline.generate([ask(None, image=opaque), ask(None, image=cut_out), ask("green")])
+        assert first.report.score > 0.9 and second.ply and third.ply
+
+    def test_nothing_in_it_is_told_before_anything_is_optimised(self, pipeline, sculptor):
+        for picture in (Image.new("RGBA", (40, 40)), Image.new("RGB", (40, 40), "white")):
+            (asset,) = pipeline.generate([ask(None, image=picture)])
+            assert asset.ply == b"" and asset.report.num_gaussians == 0
+        assert sculptor.batches == []
 
     def test_neither_is_an_error(self, pipeline):
         (outcome,) = pipeline.generate([ask(None)])
@@ -458,3 +570,26 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     assert first.report.num_gaussians > 0 and list(first.report.seconds) == STAGES
     assert first.ply == second.ply
     assert "red cube" not in caplog.text
+
+
+class TestWords:
+    def test_text_to_image_is_asked_by_the_template(self, sculptor, monkeypatch):
+        painter = Painter()
+        asked = []
+        monkeypatch.setattr(painter, "generate", lambda prompts, seeds: asked.extend(prompts) or [painter.paint("red")])
+        options = DreamGaussianOptions(ref_size=64, iters=1, elevation=-20, prompt_template="a {prompt}, {view}")
+        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 1)
+        pipeline.generate([ask("red {view} ball")])
+        assert asked == ["a red {view} ball, front view from slightly above"]
+        assert painter.asked == asked[0]
+
+    def test_a_text_that_is_cut_is_told_with_how_much(self, pipeline, caplog):
+        with caplog.at_level(logging.WARNING, "generation.pipeline"):
+            short, long = pipeline.generate([ask("a red ball"), ask("an epic red ball" + " of clay" * 8, seed=5)])
+        assert short.report.text_cut == {}
+        assert long.report.text_cut == {"text_to_image CLIP": (2, 3), "mvdream": (2, 4), "self_check": (12, 22)}
+        (record,) = caplog.records
+        words = (
+            "The prompt is cut (seed 5), tokens read: text_to_image CLIP 2 of 3, mvdream 2 of 4, self_check 12 of 22"
+        )
+        assert record.getMessage() == words

@@ -145,12 +145,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
     """Tasks given and results accepted by each validator; the last 4 of the 12 accept nothing."""
 
     async def main() -> tuple[list[int], list[int]]:
-        network = SimulatedNetwork([Behaviour()] * 12, Limits())
-        for each in network.validators[8:]:
-            finish = each.rules.finish_validation
-            each.rules.finish_validation = lambda hotkey, _, finish=finish: finish(hotkey, 0.1)
-            feedback = each.rules.feedback
-            each.rules.feedback = lambda hotkey, feedback=feedback: feedback(hotkey, validation_failed=True)
+        network = SimulatedNetwork([Behaviour()] * 8 + [Behaviour(score=0.1)] * 4, Limits())
         clocks = ValidatorClocks(now)
         network.on_date = clocks.answered
         directory = ValidatorDirectory(Eligibility(MINER.ss58_address, "rehearsal", frozenset()))
@@ -167,7 +162,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
 
         submitter = Submitter(network, directory, clocks, MINER, spool, record)
         manager = AsyncTaskManager(
-            *(network, directory, clocks, submitter, spool, pool, record),
+            *(network, directory, clocks, submitter, pool, record),
             workers=4,
             threshold=0.6,
             worth_asking_at=books.policy.ask_at,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,6 +73,28 @@ def test_the_first_request_is_traced_its_middle_left_out(tmp_path: Path, caplog:
     run(pipeline, new_job())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_runs_while_the_first_request_is_paused_is_left_out(tmp_path: Path) -> None:
+    paused: list[int] = []
+    first, second = new_job(), new_job()
+    first.paused = lambda: bool(paused)
+    pipeline = Traced(Multiplying(), tmp_path / "trace")
+    pipeline.tick([first])
+    paused.append(1)
+    pipeline.tick([second])
+    paused.clear()
+    run(pipeline, first, TICKS - 1)
+    assert ticks_in(tmp_path / "trace") == [1, *range(3, FIRST_TICKS + 1), TICKS + 1]
+
+
+def test_the_first_request_is_not_kept(tmp_path: Path) -> None:
+    pipeline, job = Traced(Multiplying(), tmp_path / "trace"), new_job()
+    run(pipeline, job)
+    kept = weakref.ref(job)
+    del job
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("lasted", [3, FIRST_TICKS + 2])

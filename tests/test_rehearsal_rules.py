@@ -1,21 +1,27 @@
-"""The rehearsal's rules and checks, without network: a fake clock and splats made in place."""
+"""The rehearsal's own parts: checks, scoring, prompts. That its rules are a validator's: test_validator_contract."""
 
 from __future__ import annotations
 
 import base64
 import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import bittensor as bt
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
+from generation.intake import decode_image
 from neurons import ply, spz
-from neurons.protocol import SubmitResults, TextTask, make_submission
+from neurons.protocol import ImageTask, TextTask, make_submission
 from neurons.rehearsal import __main__ as command
-from neurons.rehearsal.checks import Unacceptable, check_submission
-from neurons.rehearsal.network import load_prompts, make_wallet, shuffled, validator_uids
-from neurons.rehearsal.rules import DUEL_RATING, Limits, Rules
+from neurons.rehearsal.checks import Unacceptable, check_results, signature_matches
+from neurons.rehearsal.network import load_pictures, load_prompts, make_wallet, mixed, shuffled, validator_uids
+from neurons.rehearsal.rules import Judgement, Limits, Outcome, Rules
+from neurons.rehearsal.scoring import ScoringService
 
 MINER = "5Miner"
 
@@ -37,134 +43,55 @@ def rules(clock: Clock) -> Rules:
     return Rules(Limits(), [MINER], (f"prompt {i}" for i in itertools.count()), clock)
 
 
-def hand_in(rules: Rules, score: float | None) -> bool:
+def hand_in(rules: Rules, score: float | None) -> Outcome:
+    """`score` is None for an empty result."""
     task = rules.pull(MINER).task
     assert task is not None
     assert rules.reason_to_refuse(MINER) is None
-    assert rules.begin_validation(MINER, task.id) == task
-    return rules.finish_validation(MINER, score)
+    answer = rules.receive(MINER, task.id, lambda _: True, empty=score is None)
+    if isinstance(answer, Judgement):
+        return answer.outcome
+    assert answer == task
+    return rules.score(MINER, score).outcome
 
 
-def test_the_same_task_until_it_is_handed_in(rules: Rules, clock: Clock) -> None:
-    first = rules.pull(MINER)
-    clock.now += 5_000
-    assert rules.pull(MINER) == first
-    assert hand_in(rules, 0.9)
+def test_tasks_are_texts_and_pictures(clock: Clock) -> None:
+    rules = Rules(Limits(), [MINER], iter(["a cube", b"PNG"]), clock)
+    text = rules.pull(MINER).task
+    assert hand_in(rules, 0.9) == "accepted"
     clock.now += 300
-    second = rules.pull(MINER).task
-    assert second is not None and first.task is not None
-    assert second.id != first.task.id and second.prompt == "prompt 1"
+    picture = rules.pull(MINER).task
+    assert text is not None and (text.type, text.prompt) == ("text", "a cube")
+    assert picture is not None and (picture.type, base64.b64decode(picture.prompt)) == ("image", b"PNG")
+    # Both survive in the state file.
+    rules.restore(rules.saved())
+    assert rules.pull(MINER).task == picture
+    with pytest.raises(ValueError, match="JSON"):
+        rules.restore("no state")
 
 
-@pytest.mark.parametrize(
-    ("held", "score", "cooldown"),
-    [
-        (0, 0.9, 300),  # assignment + task_cooldown
-        (20, 0.9, 280),
-        (30, 0.9, 270),  # from here on now + task_cooldown - throttle_period
-        (200, 0.9, 270),
-        (200, 0.6, 270),  # the threshold itself is accepted
-        (200, None, 270),  # empty
-        (0, None, 300),
-        (200, 0.59, 870),
-        (0, 0.0, 900),
-    ],
-)
-def test_cooldown_after_a_submission(
-    rules: Rules, clock: Clock, held: float, score: float | None, cooldown: float
-) -> None:
-    rules.pull(MINER)
-    clock.now += held
-    hand_in(rules, score)
-    assert rules.cooldown_until(MINER) == clock.now + cooldown
-    clock.now += cooldown - 0.5
-    assert rules.pull(MINER).task is None
-    clock.now += 0.5
+def test_a_miner_that_nobody_has_heard_of_yet(clock: Clock) -> None:
+    rules = Rules(Limits(), [MINER], itertools.repeat("p"), clock, known_from=clock.now + 600)
+    assert rules.pull(MINER).cooldown_until == clock.now + 3600
+    assert rules.reason_to_refuse(MINER) == "unknown hotkey"
+    clock.now += 600
     assert rules.pull(MINER).task is not None
-
-
-def test_violations_cost_from_the_hundred_and_first_on(rules: Rules, clock: Clock) -> None:
-    hand_in(rules, 0.9)
-    until = rules.cooldown_until(MINER)
-    for count in range(1, 101):
-        answer = rules.pull(MINER)
-        assert (answer.violations, answer.cooldown_until, answer.task) == (count, until, None)
-    assert rules.pull(MINER).cooldown_until == until + 10
-    assert rules.pull(MINER).cooldown_until == until + 20
-    clock.now = until + 20
-    hand_in(rules, 0.9)
-    assert rules.miners[MINER].violations == 101
-    clock.now += 300
-    hand_in(rules, 0.1)
-    assert rules.miners[MINER].violations == 101  # only a good submission takes one off
-
-
-def test_resubmissions_get_feedback_and_nothing_else(rules: Rules, clock: Clock) -> None:
-    task = rules.pull(MINER).task
-    assert task is not None
-    assert rules.begin_validation(MINER, task.id) is not None
-    assert rules.begin_validation(MINER, task.id) is None  # while validating
-    rules.finish_validation(MINER, 0.8)
-    until = rules.cooldown_until(MINER)
-    clock.now += 29
-    assert rules.reason_to_refuse(MINER) is None
-    assert rules.begin_validation(MINER, task.id) is None
-    assert rules.cooldown_until(MINER) == until
-    assert rules.feedback(MINER).generations_within_the_window == 1
-    clock.now += 2
-    assert rules.reason_to_refuse(MINER) == "no task assigned"
-
-
-def test_who_may_submit(rules: Rules) -> None:
-    assert rules.reason_to_refuse("5Other") == "unknown hotkey"
-    assert rules.reason_to_refuse(MINER) == "no task assigned"
-    rules.pull(MINER)
-    assert rules.reason_to_refuse(MINER) is None
-    assert rules.begin_validation(MINER, "another task") is None
-
-
-def test_an_unregistered_miner_waits_an_hour(rules: Rules, clock: Clock) -> None:
-    answer = rules.pull("5Other")
-    assert (answer.task, answer.cooldown_until) == (None, clock.now + 3600)
-
-
-def test_a_validator_that_can_not_score_leaves_the_task(rules: Rules) -> None:
-    task = rules.pull(MINER).task
-    assert task is not None
-    rules.begin_validation(MINER, task.id)
-    rules.abandon_validation(MINER)
-    assert rules.begin_validation(MINER, task.id) == task
-
-
-def test_feedback_covers_four_hours(rules: Rules, clock: Clock) -> None:
-    hand_in(rules, 0.6)
-    clock.now += 4 * 3600 - 400
-    hand_in(rules, 0.8)
-    feedback = rules.feedback(MINER)
-    assert feedback.task_fidelity_score == 0.8
-    assert feedback.average_fidelity_score == pytest.approx(0.7)
-    assert feedback.generations_within_the_window == 2
-    assert feedback.current_miner_reward == 2 * DUEL_RATING
-    clock.now += 400
-    hand_in(rules, 0.3)
-    feedback = rules.feedback(MINER, validation_failed=True)
-    assert (feedback.generations_within_the_window, feedback.average_fidelity_score) == (1, 0.8)
-    assert (feedback.validation_failed, feedback.task_fidelity_score) == (True, 0.3)
 
 
 def test_compressed_time_divides_every_time_and_nothing_else() -> None:
     limits = Limits().compressed(20)
     assert (limits.task_cooldown, limits.throttle_period, limits.failure_penalty) == (15, 1.5, 30)
     assert (limits.validation_lock, limits.violation_penalty, limits.window) == (1.5, 0.5, 720)
-    assert limits.unregistered_cooldown == 180
+    assert (limits.unregistered_cooldown, limits.state_interval, limits.second) == (180, 30, 0.05)
     assert (limits.violations_allowed, limits.validation_threshold) == (100, 0.6)
 
 
-def test_announced_cooldowns_are_whole_seconds_and_never_early(clock: Clock) -> None:
+def test_compressed_cooldowns_are_announced_in_whole_seconds_and_never_early(clock: Clock) -> None:
     rules = Rules(Limits().compressed(7), [MINER], itertools.repeat("p"), clock)
     hand_in(rules, 0.9)
-    clock.now = rules.cooldown_until(MINER)
-    assert isinstance(rules.cooldown_until(MINER), int)
+    until = rules.pull(MINER).cooldown_until
+    assert isinstance(until, int)
+    clock.now = until
     assert rules.pull(MINER).task is not None
 
 
@@ -185,13 +112,9 @@ def splat(count: int = 7_000, opacity: float = 2.0, invisible: float = 0.0, iden
     return spz.compress(ply.write(ply.Vertices(names, table)))
 
 
-def check(submission: SubmitResults) -> None:
-    check_submission(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
-
-
 @pytest.mark.parametrize("result", [splat(), splat(invisible=0.8)])
-def test_good_submissions_pass(result: bytes) -> None:
-    check(make_submission(TASK, result, VALIDATOR, KEYPAIR))
+def test_good_results_pass(result: bytes) -> None:
+    check_results(base64.b64encode(result).decode())
 
 
 @pytest.mark.parametrize(
@@ -206,24 +129,64 @@ def test_good_submissions_pass(result: bytes) -> None:
 )
 def test_hard_rejections(result: bytes, message: str) -> None:
     with pytest.raises(Unacceptable, match=message):
-        check(make_submission(TASK, result, VALIDATOR, KEYPAIR))
+        check_results(base64.b64encode(result).decode())
 
 
-def test_a_tampered_signature_is_unacceptable() -> None:
-    submission = make_submission(TASK, splat(), VALIDATOR, KEYPAIR)
+def test_what_is_not_base64_is_unacceptable() -> None:
+    with pytest.raises(Unacceptable, match="base64"):
+        check_results("=not base64")
+
+
+def test_signatures() -> None:
+    submission = make_submission(TASK, b"x", VALIDATOR, KEYPAIR)
+    assert signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
     signature = bytearray(base64.b64decode(submission.signature))
     signature[5] ^= 1
     submission.signature = base64.b64encode(signature).decode()
-    with pytest.raises(Unacceptable, match="signature"):
-        check(submission)
+    assert not signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
+    for nonsense in ("", "=?=?", "YWJj"):
+        submission.signature = nonsense
+        with pytest.raises(ValueError):
+            signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
 
 
-@pytest.mark.parametrize(("field", "value"), [("compression", 1), ("data_format", "obj"), ("results", "=not base64")])
-def test_other_encodings_are_unacceptable(field: str, value: object) -> None:
-    submission = make_submission(TASK, splat(), VALIDATOR, KEYPAIR)
-    setattr(submission, field, value)
-    with pytest.raises(Unacceptable):
-        check(submission)
+# --- the service that scores
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "score"),
+    [
+        (200, {"score": 0.7}, 0.7),
+        (200, {"score": 0}, 0.0),
+        (200, {"score": None}, None),
+        (200, {"score": float("nan")}, None),
+        (200, [], None),
+        (422, {"score": 0.7}, None),
+        (500, {"score": 0.7}, None),
+    ],
+)
+@pytest.mark.parametrize("task", [TASK, ImageTask(id="2", prompt="UE5H")])
+async def test_scores(task: TextTask | ImageTask, status: int, body: object, score: float | None) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append((request.path, await request.json()))
+        return web.Response(text=json.dumps(body), status=status, content_type="application/json")
+
+    app = web.Application(client_max_size=1 << 26)
+    app.router.add_post("/{path:.*}", answer)
+    async with TestServer(app) as server:
+        results = base64.b64encode(splat()).decode()
+        assert await ScoringService(str(server.make_url(""))).score(task, results) == score
+        assert await ScoringService(str(server.make_url(""))).score(task, "unreadable") == 0.0
+    ((path, sent),) = asked
+    kind, field = ("txt", "prompt") if task.type == "text" else ("img", "prompt_image")
+    assert (path, sent[field], sent["data"]) == (f"/validate_{kind}_to_3d_ply/", task.prompt, results)
+
+
+async def test_no_connection_is_no_score() -> None:
+    results = base64.b64encode(splat()).decode()
+    assert await ScoringService("http://127.0.0.1:9").score(TASK, results) is None
 
 
 # --- the network around them
@@ -237,6 +200,18 @@ def test_uids_and_prompts() -> None:
     assert all(1 <= len(prompt) <= 1024 for prompt in prompts)
     order = list(itertools.islice(shuffled(prompts, 1), len(prompts)))
     assert sorted(order) == sorted(prompts) and order != list(itertools.islice(shuffled(prompts, 2), len(prompts)))
+
+
+def test_a_fifth_of_the_tasks_are_pictures() -> None:
+    pictures = load_pictures()
+    assert len(pictures) >= 8
+    for picture in pictures:
+        assert len(picture) < 32_000
+        decode_image(picture, "picture")
+    drawn = list(itertools.islice(mixed(["a"], pictures, 1), 2000))
+    assert 0.17 < sum(isinstance(prompt, bytes) for prompt in drawn) / len(drawn) < 0.23
+    assert set(drawn) == {"a", *pictures}
+    assert set(itertools.islice(mixed(["a"], [], 1), 100)) == {"a"}
 
 
 def test_a_prompt_file_without_prompts_is_named(tmp_path: Path) -> None:

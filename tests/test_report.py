@@ -6,13 +6,14 @@ import io
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import matplotlib.image
 import numpy as np
 import pytest
 from rich.console import Console
 
-from neurons.miner.events import Pull
+from neurons.miner.events import Pull, Submission, SubmissionOutcome
 from neurons.miner.ledger import Ledger
 from scripts import report
 from tests.ledger_events import NOW, one_task, validator, write
@@ -23,7 +24,7 @@ def ledger(tmp_path: Path) -> Path:
     path = tmp_path / "ledger.sqlite"
     events = [event for i in range(40) for event in one_task(1, NOW - 300 - 300 * i, reward=60_000.0)]
     events += [event for i in range(10) for event in one_task(22, NOW - 350 - 600 * i, score=0.8, reward=15_000.0)]
-    events += [event for i in range(4) for event in one_task(22, NOW - 7000 - 900 * i, score=0.4, accepted=False)]
+    events += [event for i in range(4) for event in one_task(22, NOW - 7000 - 900 * i, accepted=False)]
     events += [(NOW - 9000, Pull(validator(22), "cooldown", 0.1, ask_again_at=NOW - 8000))]
     write(path, [*events, *one_task(1, NOW - report.WINDOW_S - 100)])
     return path
@@ -40,8 +41,42 @@ def test_table(ledger: Path) -> None:
     lines = printed(report.read(ledger, NOW, report.WINDOW_S))
     # tasks, accepted, rate, mean score, reward, seconds per task, of the ceiling (48), violations, penalty minutes
     assert ["1", "hotke", "40", "40", "100", "%", "0.70", "60,000", "20.0", "83", "%", "0", "0"] in lines
-    assert ["22", "hotke", "14", "10", "71", "%", "0.69", "15,000", "20.0", "21", "%", "1", "19"] in lines
-    assert ["all", "2", "54", "50", "93", "%", "0.70", "75,000", "20.0", "52", "%", "1", "19"] in lines
+    assert ["22", "hotke", "14", "10", "71", "%", "0.80", "15,000", "20.0", "21", "%", "1", "19"] in lines
+    assert ["all", "2", "54", "50", "93", "%", "0.72", "75,000", "20.0", "52", "%", "1", "19"] in lines
+
+
+def test_what_became_of_every_result_is_said(ledger: Path, tmp_path: Path) -> None:
+    """And a validator that declines everything is none that accepts everything."""
+    path = tmp_path / "l"
+    events = [event for i in range(5) for event in one_task(3, NOW - 3000 + 300 * i, accepted=False)]
+    for number, outcome in enumerate(get_args(SubmissionOutcome)):
+        events.append((NOW - 100 - number, Submission(validator(4), outcome, outcome, 1.0, 10)))
+    write(path, events)
+    result = report.read(path, NOW, report.WINDOW_S)
+    output = io.StringIO()
+    Console(file=output, width=80).print(report.outcomes(result))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    names = ["accepted", "declined", "broken", "empty", "refused", "given", "up", "unknown"]
+    assert ["validator", "submitted", *names] in lines
+    assert ["3", "hotke", "5", "0", "5", "0", "0", "0", "0", "0"] in lines
+    assert ["4", "hotke", "7", *"1111111"] in lines
+    assert ["all", "2", "12", "1", "6", "1", "1", "1", "1", "1"] in lines
+    assert ["3", "hotke", "5", "0", "0", "%", "-"] in [line[:7] for line in printed(result)]
+    report.plot(result, tmp_path / "plot.png")
+    pixels = matplotlib.image.imread(tmp_path / "plot.png")[..., :3]
+    for colour in report.LOST.values():
+        wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (np.abs(pixels - wanted).max(axis=-1) < 0.01).sum() > 20, colour
+
+
+def test_an_old_ledger_is_reported_in_today_s_words(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "golden" / "ledger_v1.sqlite"
+    (tmp_path / "l").write_bytes(old.read_bytes())
+    result = report.read(tmp_path / "l", NOW, report.WINDOW_S)
+    assert {name: len(times) for name, times in result.lost.items()} == {
+        **{"declined": 2, "broken": 1, "unknown": 2, "empty": 1}
+    }
+    assert [len(points) for points in result.accepted.values()] == [1]
 
 
 def test_the_ceiling_is_that_of_the_time_which_the_ledger_covers(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class TwoGpus:
 
     def health(self) -> list[dict[str, Any]]:
         memory = {"total_bytes": 24e9, "used_bytes": 5e9, "peak_bytes": 9e9, "reserved_bytes": 12e9}
-        first = {"device": "cuda:0", "status": "ready", "active": [{}, {}], "queue_depth": 3, "memory": memory}
+        active = [{"stage": "paused"}, {"stage": "dreamgaussian"}]
+        first = {"device": "cuda:0", "status": "ready", "active": active, "queue_depth": 3, "memory": memory}
         second = {"device": "cuda:1", "status": "failed", "active": [], "queue_depth": 0, "memory": None}
         return [{**first, "ticks": {"1": 10, "4": 5}}, {**second, "ticks": {}}]
 
@@ -69,6 +70,7 @@ def test_each_gpu_has_its_own_figures() -> None:
     assert ("generation_gpu_memory_used_bytes", frozenset({("device", "cuda:1")})) not in found
     assert [value(found, "engine_up", device=f"cuda:{index}") for index in (0, 1)] == [1, 0]
     assert value(found, "active_requests", device="cuda:0") == 2
+    assert value(found, "paused_requests", device="cuda:0") == 1
     assert value(found, "batch_scenes_bucket", device="cuda:0", le="3.0") == 10
     assert value(found, "batch_scenes_bucket", device="cuda:0", le="4.0") == 15
     assert value(found, "batch_scenes_count", device="cuda:0") == 15

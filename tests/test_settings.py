@@ -163,7 +163,7 @@ def test_models_files_name_checkpoints_that_exist(profile):
         ({"lambda_zero123": 1, "lambda_sd": 0}, {"zero123"}),
         ({"lambda_zero123": 1, "lambda_sd": 0, "stable_zero123": True}, {"stable_zero123"}),
         ({"lambda_zero123": 1, "lambda_sd": 0, "init": "views"}, {"mvdream", "zero123"}),
-        ({"lambda_sd": 0, "stable_zero123": True}, set()),
+        ({"lambda_sd": 0}, set()),
     ],
 )
 def test_only_the_guidances_in_use_are_needed(options, guidances):
@@ -178,9 +178,95 @@ def test_a_guidance_without_a_checkpoint_is_named(tmp_path):
         Settings.resolve({"profile": "tiny", "config": config})
 
 
-def test_prompt_template_must_have_its_place(tmp_path):
-    text = settings.PROFILES["tiny"][0].read_text().replace("steps: 4", "steps: 4\n  prompt_template: a thing")
-    with pytest.raises(SettingsError, match=r"prompt_template.*exactly once"):
+@pytest.mark.parametrize("key", ["prompt_template", "mvdream_template"])
+@pytest.mark.parametrize("template", ["a thing", "{prompt} {prompt}", "{view}"])
+def test_a_template_must_have_its_place(tmp_path, key, template):
+    with pytest.raises(SettingsError, match=rf"{key}.*exactly once"):
+        DreamGaussianOptions.load(write(tmp_path, f"{key}: '{template}'"))
+
+
+@pytest.mark.parametrize("profile", ["full", "tiny"])
+def test_a_models_file_of_before_says_where_its_template_went(tmp_path, caplog, profile):
+    text = settings.PROFILES[profile][0].read_text()
+    assert "prompt_template" not in text
+    before = text.replace("  steps: 4\n", '  steps: 4\n  prompt_template: "{prompt}, from slightly above"\n')
+    with caplog.at_level(logging.WARNING):
+        models = Models.load(write(tmp_path, before))
+    assert models.text_to_image.steps == 4
+    (record,) = caplog.records
+    assert "config.yaml: text_to_image.prompt_template has no effect" in record.getMessage()
+    assert "optimisation config" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("elevation", "view"),
+    [
+        (0, "at eye level"), (-4, "at eye level"), (-5, "from slightly above"), (-20, "from slightly above"),
+        (-60, "from high above"), (-90, "from high above"), (20, "from slightly below"), (90, "from far below"),
+    ],
+)  # fmt: skip
+def test_text_to_image_is_asked_for_what_the_elevation_says(elevation, view):
+    asked = DreamGaussianOptions(elevation=elevation).text_to_image_prompt("a red cube")
+    assert asked.startswith("a red cube, ") and f"front view {view}, plain white background" in asked
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*fast.yaml")), ids=lambda path: path.name)
+def test_own_configs_ask_for_the_view_that_they_place_the_picture_at(path):
+    options = DreamGaussianOptions.load(path)
+    asked, mvdream = options.text_to_image_prompt("a red cube"), options.mvdream_prompt("a red cube")
+    if path.name.startswith("tiny"):  # as its models were trained, which see everything from 20 degrees above
+        assert (asked, mvdream) == ("a red cube", "a red cube")
+    else:
+        assert ("eye level" in asked, "above" in asked, options.elevation) == (True, False, 0)
+        assert mvdream == "a red cube, 3d asset"
+    assert options.mvdream_prompt("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{min_ver: 10, max_ver: -10}", ("min_ver 10", "max_ver -10")),
+        ("{elevation: -90, min_ver: -5, max_ver: 5}", ("elevation -90", "min_ver -5", "max_ver 5")),
+        ("{elevation: 90, min_ver: -5, max_ver: 5}", ("elevation 90", "min_ver -5", "max_ver 5")),
+        ("{density_start_iter: 200, density_end_iter: 100}", ("density_start_iter 200", "density_end_iter 100")),
+        ("density_start_iter: 3001", ("density_start_iter 3001", "density_end_iter 3000")),
+        ("{num_pts: 50000, max_gaussians: 40000}", ("num_pts 50000", "max_gaussians 40000")),
+        ("num_pts: 600000", ("num_pts 600000", "max_gaussians 500000")),
+        ("{position_lr_init: 0.001, position_lr_final: 0.01}", ("position_lr_final 0.01", "position_lr_init 0.001")),
+        ("{init: views, mvdream: false}", ("init views", "mvdream false")),
+        ("lambda_views: 1", ("lambda_views 1", "init ball")),
+        ("stable_zero123: true", ("stable_zero123 true", "lambda_zero123 0")),
+        ("{lambda_sd: 0, lambda_reference: 0}", ("lambda_sd", "lambda_zero123", "lambda_reference", "lambda_views")),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_with_both_names(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(SettingsError) as error:
+        DreamGaussianOptions.load(path)
+    assert str(path) in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{position_lr_init: 0}",  # places that stay
+        "{density_start_iter: 0, density_end_iter: 0}",  # no density control
+        "{num_pts: 40000, max_gaussians: 40000}",
+        "{init: views, lambda_sd: 0, lambda_views: 1}",
+        "{elevation: -90}",
+        "{lambda_sd: 0}",
+    ],
+)
+def test_what_only_looks_like_a_contradiction_loads(tmp_path, text):
+    DreamGaussianOptions.load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("line", ["max_batch: 2", "  quantization: nf4", "  t5_rests_on: cpu"])
+def test_what_memory_classes_say_is_not_said_beside_them(tmp_path, line):
+    text = settings.PROFILES["full"][0].read_text()
+    text = text.replace("  steps: 4\n", f"  steps: 4\n{line}\n") if line.startswith(" ") else f"{line}\n{text}"
+    with pytest.raises(SettingsError, match=rf"{line.split(':')[0].strip()}: memory_classes say that"):
         Models.load(write(tmp_path, text))
 
 

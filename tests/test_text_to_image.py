@@ -1,12 +1,16 @@
 import contextlib
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
 from generation import text_cache
+from generation.dreamgaussian import MVDream
+from generation.self_check import SelfCheck, TextClip
 from generation.settings import PROFILES, Models
+from generation.text_cache import cut
 from generation.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
 from generation.weights.resting import Resting
@@ -67,6 +71,26 @@ def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     assert encoded == ["a", "b", "c", "d", "e"]
     model.generate(["a"], [1])
     assert encoded[-1] == "a"
+
+
+def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
+    """The mini tokenizers have a token for each letter and read 16, with their marks; T5 has one for a word's start."""
+    models = Models.load(mini_models)
+    entry = lookup(models.clip)
+    check = SelfCheck(TextClip.load(local_folder(entry), models.clip, entry.clip, "cpu"))
+    mvdream = MVDream.load(local_folder(lookup(models.mvdream)), "cpu", torch.float32)
+    assert (model.cut("a" * 14), check.cut("a" * 14), mvdream.cut("a" * 14)) == ({}, {}, None)
+    assert model.cut("a" * 15) == {"text_to_image CLIP": (16, 17), "text_to_image T5": (16, 17)}
+    assert (check.cut("a" * 15), mvdream.cut("a" * 20)) == ({"self_check": (16, 17)}, (16, 22))
+
+
+@pytest.mark.parametrize("word", ["a", "cube", "!"])
+def test_what_is_cut_by_open_clip_s_own_tokenizer_is_what_it_does_not_read(word):
+    tokenizer = open_clip.get_tokenizer("convnext_large_d")  # the validators'
+    whole, cut_one = " ".join([word + " x"] * 37 + ["x"]), " ".join([word + " x"] * 37 + ["x x"])
+    assert cut(tokenizer, whole) is None and cut(tokenizer, cut_one) == (77, 78)
+    assert torch.equal(tokenizer([whole]), tokenizer([cut_one]))
+    assert int((tokenizer([whole]) == 49407).nonzero()[0, 1]) == 76  # the mark of the end, just inside
 
 
 @pytest.mark.parametrize("prompt", ["word " * 200, "\u6728 \U0001f996 {prompt} {0} %s", "x"])

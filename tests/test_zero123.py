@@ -111,7 +111,7 @@ def test_beside_mvdream_it_sees_each_of_the_four_views():
     text, image = Sketch(4, 0.3), Sketch(1, 0.3)
     dg = sculptor(text, image, guidance_scale=50.0, negative_prompt="ugly")
     dg.step([dg.start(cutout(), "a red cube", 0)])
-    assert text.calls == [("a red cube", "ugly"), (4, 1, 50.0)]
+    assert text.calls == [("a red cube, 3d asset", "ugly"), (4, 1, 50.0)]
     assert image.calls[1:] == [(4, 4, 5.0)]
 
 
@@ -119,7 +119,7 @@ def test_a_scene_without_words_is_left_to_it():
     text, image = Sketch(4, 0.3), Sketch(1, 0.3)
     dg = sculptor(text, image)
     dg.step([dg.start(cutout(), "", 0), dg.start(cutout(), "a red cube", 1)])
-    assert text.calls == [("a red cube", ""), (4, 1, 50.0)]
+    assert text.calls == [("a red cube, 3d asset", ""), (4, 1, 50.0)]
     assert image.calls[2:] == [(8, 8, 5.0)]
 
 

@@ -24,6 +24,7 @@ from generation.splats.rasterize import rasterize_scenes
 from generation.transfer import send
 
 COLOUR_WEIGHT, MASK_WEIGHT = 10_000.0, 1_000.0  # DreamGaussian's, of the known view
+HARMONICS_RATE = 1 / 20  # of the colour's learning rate, as in 3DGS (Kerbl et al. 2023)
 BALL_RADIUS = 0.5
 GREY = (0.5, 0.5, 0.5)  # behind sampled views, where the options name no colour
 # The views that a carved start is made from: two rings of four, degrees above the object and of azimuth.
@@ -71,15 +72,22 @@ class DreamGaussian:
     def read(self, prompts: Sequence[str]) -> None:
         """Prompts whose scenes will start: together they are encoded in the time of one."""
         if self._guidance:
-            self._guidance.read([*prompts, self._options.negative_prompt])
+            o = self._options
+            self._guidance.read([*map(o.mvdream_prompt, prompts), o.negative_prompt])
+
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """Of a guidance that reads only the beginning of it: tokens that it reads, and of how many."""
+        tokens = self._guidance.cut(self._options.mvdream_prompt(prompt)) if self._guidance else None
+        return {"mvdream": tokens} if tokens else {}
 
     def sketch(self, prompt: str, seed: int) -> Sketch:
         """For `start`, what can be done before there is a picture: while a GPU draws it, say. It is for one scene."""
         o = self._options
         generator = torch.Generator().manual_seed(seed)
         condition = None
-        if self._guidance and (prompt or not self._image_guidance):
-            condition = self._guidance.prepare(prompt, o.negative_prompt)
+        # A picture has no words. Its views may be drawn to go with it all the same.
+        if self._guidance and (prompt or (o.init == "views" and not self._image_guidance)):
+            condition = self._guidance.prepare(o.mvdream_prompt(prompt), o.negative_prompt)
         if o.init == "views" and condition is not None:
             return Sketch(generator, condition)
         ball = self._ball(generator)
@@ -102,7 +110,7 @@ class DreamGaussian:
             gaussians, plan = ball
         else:
             assert condition is not None
-            # Where there are no words, the picture alone says what to draw.
+            # Without words the picture alone says what to draw.
             images, alphas, around = self._sample(condition, generator, reference=None if prompt else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
             carved = carve(images, alphas, around, extent, o.num_pts, generator)
@@ -112,7 +120,8 @@ class DreamGaussian:
                 torch.cat([known.premultiplied, sampled.premultiplied]), torch.cat([known.alpha, sampled.alpha])
             )
             plan = self._plan(torch.cat([self._reference().viewmats, around.viewmats.cpu()]), generator)
-        return Scene(gaussians, known, plan, condition, image_condition, o, generator)
+        # What has no words is not scored by them: at the scale of prompts MVDream's idea of "" would win.
+        return Scene(gaussians, known, plan, condition if prompt else None, image_condition, o, generator)
 
     def _reference(self) -> Cameras:
         o = self._options
@@ -134,7 +143,10 @@ class DreamGaussian:
         losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
         shown, gradients = _known_views_gradients(scenes, render())
         torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
+        harmonics = [scene.harmonics().clone() for scene in scenes] if self._options.sh_degree else []
         step_together([scene.optimiser() for scene in scenes])
+        for scene, before in zip(scenes, harmonics, strict=bool(harmonics)):
+            scene.harmonics().lerp_(before, 1 - HARMONICS_RATE)  # Adam's step is in proportion to its rate
         advance(scenes, [seen.pull() for seen in render()])
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from generation.dreamgaussian.schedule import noise_level, render_size
-from generation.settings import DreamGaussianOptions
+from generation.settings import HIGHEST, DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
 from generation.transfer import send
 
@@ -51,7 +51,7 @@ def draw_plan(
     draws = torch.rand(o.iters, 3 + 2 * o.batch_size, generator=generator)
     grey, white, level = draws[:, 0], draws[:, 1] > o.invert_bg_prob, draws[:, 2]
     above = -o.elevation
-    low, high = max(above - o.max_ver, -80.0), min(above - o.min_ver, 80.0)
+    low, high = max(above - o.max_ver, -HIGHEST), min(above - o.min_ver, HIGHEST)
     elevation = (low + (high - low) * draws[:, 3 : 3 + o.batch_size]).repeat_interleave(views, 1)
     around = 90.0 * torch.arange(views).repeat(o.batch_size)
     azimuth = (360 * draws[:, 3 + o.batch_size :]).repeat_interleave(views, 1) + around

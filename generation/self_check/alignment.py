@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from generation.self_check.outliers import drop_outliers, geometric_mean
 from generation.settings import ModelChoice
-from generation.text_cache import TextCache
+from generation.text_cache import TextCache, cut
 from generation.transfer import send
 from generation.weights.registry import ClipUse, WeightsError
 from generation.weights.resting import Resting
@@ -85,6 +85,10 @@ class TextClip(_Clip):
     def read(self, texts: Sequence[str]) -> list[Tensor]:
         """The unit vector (D,) of each."""
         return self._texts.read(texts)
+
+    def cut(self, text: str) -> tuple[int, int] | None:
+        """Tokens that are read and tokens of a text when these are more."""
+        return cut(self._tokenizer, text)
 
     def embed(self, images: Tensor) -> Tensor:
         """The unit vectors (B, D) of images (B, 3, H, W) in 0..1."""

@@ -90,6 +90,11 @@ class SelfCheck:
         """Texts that splats will be compared with."""
         self._text.read(prompts)
 
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """Where only the beginning of it is read: tokens that are, and of how many."""
+        tokens = self._text.cut(prompt)
+        return {"self_check": tokens} if tokens else {}
+
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
         """Look at the views of so many splats, with a text for the first and a picture for the others and alone."""

@@ -20,17 +20,38 @@ from torch import Tensor
 from generation.weights.loading import remedy
 from generation.weights.registry import Entry, WeightsError
 
+#: What a GPU, its libraries or full memory say, where they raise nothing more special than a RuntimeError.
+_DEVICE_MARKS = (
+    "CUDA error", "CUDA driver error", "CUDA out of memory", "cuDNN", "CUDNN_", "CUBLAS_", "CUSOLVER_", "CUSPARSE_",
+    "CUFFT_", "NVRTC_", "NCCL", "Triton Error", "NVIDIA driver", "no kernel image", "DefaultCPUAllocator",
+)  # fmt: skip
+
 
 @contextmanager
 def naming(entry: Entry) -> Iterator[None]:
-    """What goes wrong while an entry's files are loaded is raised as WeightsError: which they are, and what to do."""
+    """What goes wrong while an entry's files are loaded is raised as WeightsError: which they are, and what to do.
+
+    Not so what is the device's fault, whoever passed it on: that is a RuntimeError, or what torch has for it.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # the device's fault
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if (fault := _device_fault(error)) is not None:
+            raise RuntimeError(f"{entry.name} can not be loaded, for the device failed: {fault}") from error
         reason = " ".join(str(error).split())
         raise WeightsError(f"{entry.name} can not be loaded: {reason}; {remedy(entry)}") from error
+
+
+def _device_fault(error: BaseException | None) -> str | None:
+    """What a GPU or its libraries said, when that is behind ``error``."""
+    while error is not None:
+        special = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+        if special or (type(error) is RuntimeError and any(mark in str(error) for mark in _DEVICE_MARKS)):
+            return " ".join(str(error).split())
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def load_model(kind: type[Any], folder: Path, dtype: torch.dtype) -> Any:

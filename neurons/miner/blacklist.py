@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,9 +16,11 @@ MAX_UID = 65535
 # SS58 in base58, without checking its checksum: a mistyped hotkey is nobody's.
 _HOTKEY = re.compile(r"[1-9A-HJ-NP-Za-km-z]{46,49}")
 
-_ABSENT = (0.0, -1)
-
 log = logging.getLogger(__name__)
+
+
+class BlacklistUnreadable(Exception):
+    """The message names the file and says why."""
 
 
 def parse_entry(text: str) -> int | str:
@@ -29,59 +33,69 @@ def parse_entry(text: str) -> int | str:
 
 
 class Blacklist:
-    """`uid in blacklist`, `hotkey in blacklist`. The file has one entry a line, and comments after a #."""
+    """`uid in blacklist`, `hotkey in blacklist`. The file has one entry a line, and comments after a #.
+
+    It is text in UTF-8 or UTF-16 with whatever line ends and byte order marks: people edit it with what they have.
+    """
 
     def __init__(self, entries: Iterable[int | str], file: Path | None = None) -> None:
         self._fixed = frozenset(entries)
         self._file = file
         self._from_file: frozenset[int | str] = frozenset()
-        self._seen: tuple[float, int] | None = None
+        self._seen: tuple[int, int, int] | None = None
         self._problem = ""
 
     def __contains__(self, entry: object) -> bool:
         return entry in self._fixed or entry in self._from_file
 
+    def load(self) -> None:
+        """Reads the file, which has to be there at the start. Raises BlacklistUnreadable."""
+        try:
+            self._update()
+        except (OSError, ValueError) as error:
+            raise BlacklistUnreadable(f"Blacklist {self._file}: {_reason(error)}") from error
+
     def reload(self) -> bool:
         """Reads the file when it has changed; whether the blacklist is another one now.
 
-        A file that can not be read leaves the blacklist as it was; one that is not there is empty, with a warning.
+        A file that has gone or can not be read leaves the blacklist as it was, with one log line.
         """
-        if self._file is None:
-            return False
         try:
-            content = self._read_if_changed(self._file)
+            return self._update()
         except (OSError, ValueError) as error:
-            if str(error) != self._problem:
-                log.error("Blacklist %s: %s; what was known stays in force", self._file, error)
-            self._problem = str(error)
+            problem = _reason(error)
+            if problem != self._problem:
+                kept = len(self._from_file)
+                log.error("Blacklist %s: %s; the %d entries of before stay in force", self._file, problem, kept)
+            self._problem = problem
+            self._seen = None
             return False
-        self._problem = ""
+
+    def _update(self) -> bool:
+        """As `reload`. Raises OSError or ValueError."""
+        content = None if self._file is None else self._read_if_changed(self._file)
         if content is None:
             return False
         entries = self._parse(content)
         changed = entries != self._from_file
-        self._from_file = entries
-        if changed:
+        if changed or self._problem:
             log.info("Blacklist %s: %d entries", self._file, len(entries))
+        self._from_file = entries
+        self._problem = ""
         return changed
 
     def _read_if_changed(self, file: Path) -> str | None:
-        try:
-            status = file.stat()
-        except FileNotFoundError:
-            if self._seen == _ABSENT:
-                return None
-            self._seen = _ABSENT
-            log.warning("Blacklist %s: not there, so nobody is left out by it", file)
-            return ""
-        seen = status.st_mtime, status.st_size
+        status = file.stat()
+        seen = status.st_ino, status.st_mtime_ns, status.st_size
         if seen == self._seen:
             return None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
-        content = file.read_text(encoding="utf-8")
+        text = _decode(file.read_bytes())
         self._seen = seen
-        return content
+        return text
 
     def _parse(self, content: str) -> frozenset[int | str]:
         entries: set[int | str] = set()
@@ -93,3 +107,19 @@ class Blacklist:
             except ValueError as error:
                 log.error("Blacklist %s, line %d: %s; left out", self._file, number, error)
         return frozenset(entries)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _decode(content: bytes) -> str:
+    """The text of a file. Raises ValueError."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_utf16 else "utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError("neither UTF-8 nor UTF-16 with a byte order mark")
+    return text.replace("\ufeff", "")

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from neurons.miner import standings
+from neurons.miner import standings, stopping
 from neurons.miner.clock import MAX_COOLDOWN_S, steady_time
-from neurons.miner.events import Event
+from neurons.miner.events import Event, Settlement
 from neurons.miner.ledger import Ledger
 from neurons.miner.metrics import Metrics, Snapshot
 from neurons.miner.policy import Policy
+from neurons.miner.submitter import PastSubmission
+from neurons.miner.verdicts import WINDOW_S
 
 STANDINGS_INTERVAL_S = 60.0
 
@@ -44,10 +46,15 @@ class Bookkeeping:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._metrics.close)
-        await asyncio.to_thread(self._ledger.close)
+        await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
-        self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
+        if isinstance(event, Settlement):
+            if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
+                self.totals["submission unknown"] -= 1
+                self.totals[f"submission {event.outcome}"] += 1
+        else:
+            self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
         self._metrics.record(event)
         self._ledger.record(event)
 
@@ -75,6 +82,20 @@ class Bookkeeping:
             return await asyncio.to_thread(_cooldowns, self._ledger.path, self._now())
         except sqlite3.Error:
             return {}  # no ledger yet
+
+    async def submissions(self) -> list[PastSubmission]:
+        """Those of an earlier run that its validators may still count, oldest first."""
+        try:
+            return await asyncio.to_thread(_submissions, self._ledger.path, self._now())
+        except sqlite3.Error:
+            return []
+
+
+def _submissions(path: Path, now: float) -> list[PastSubmission]:
+    query = """SELECT at, hotkey, task_id, outcome, coalesce(seconds, 0), accepted_in_window, wait FROM submissions
+        WHERE at > ? AND at <= ? ORDER BY at, id"""
+    with closing(standings.connect(path)) as connection:
+        return [PastSubmission(*row) for row in connection.execute(query, (now - WINDOW_S, now))]
 
 
 def _cooldowns(path: Path, now: float) -> dict[str, float]:

@@ -6,6 +6,7 @@ time it is over there, in its Date header: whole seconds, and as servers write i
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Collection
 from email.utils import parsedate_to_datetime
@@ -28,17 +29,26 @@ MAX_HEADER_AGE_S = 3.0
 MAX_DRIFT = 1e-4
 # Of sums of unix times.
 ROUNDING_S = 0.01
+# Of fewer validators, the median may be a liar's.
+MIN_CLOCKS = 3
 # Beyond any date that matters, and within what a float holds exactly: validators may send any integer.
 _LAST_SECOND = 1 << 40
 
 
-def _make_steady_time() -> Callable[[], float]:
-    start = time.time() - time.monotonic()
-    return lambda: start + time.monotonic()
+_START_NS = time.time_ns() - time.monotonic_ns()
 
 
-# Unix seconds that never step, whatever is done to this machine's clock: a step would be a pull before its time.
-steady_time = _make_steady_time()
+def steady_time_ns() -> int:
+    """Unix nanoseconds that never step while this process lives, whatever is done to this machine's clock.
+
+    A step would be a pull before its time, or a nonce that validators have seen go by.
+    """
+    return _START_NS + time.monotonic_ns()
+
+
+def steady_time() -> float:
+    """The same in seconds."""
+    return steady_time_ns() / 1e9
 
 
 class ValidatorClock:
@@ -57,6 +67,9 @@ class ValidatorClock:
     def lowest_offset(self, now: float) -> float:
         """The offset is at least this, unless the clock was set back since the last answer."""
         return self._low - self._drift(now)
+
+    def middle_offset(self) -> float:
+        return (self._low + self._high) / 2
 
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
@@ -79,6 +92,14 @@ class ValidatorClock:
             self._measured_at = None
             self._low, self._high = highest - UNKNOWN_CLOCK_MARGIN_S, highest
 
+    def highest_offset(self, now: float) -> float:
+        """The offset is at most this, unless the clock was set forward since the last answer."""
+        return self._high + self._drift(now)
+
+    def measured_offset(self) -> float | None:
+        """The likeliest offset; None where no answer has told."""
+        return None if self._measured_at is None else (self._low + self._high) / 2
+
     def _drift(self, now: float) -> float:
         return 0.0 if self._measured_at is None else MAX_DRIFT * (now - self._measured_at)
 
@@ -86,8 +107,10 @@ class ValidatorClock:
 class ValidatorClocks:
     """The clocks of all validators, by hotkey."""
 
-    def __init__(self, now: Callable[[], float] = steady_time) -> None:
+    def __init__(self, now: Callable[[], float] = steady_time, wall: Callable[[], float] = time.time) -> None:
+        """`now` is the steady clock that the miner goes by, `wall` the machine's, which people see and set."""
         self.now = now
+        self._wall = wall
         self._clocks: dict[str, ValidatorClock] = {}
 
     def answered(self, hotkey: str, date: str | None, sent: float, received: float) -> None:
@@ -110,9 +133,27 @@ class ValidatorClocks:
         at += MAX_DRIFT * max(at - now, 0.0)
         return min(max(at, now + MIN_PAUSE_S), now + MAX_COOLDOWN_S)
 
+    def ahead(self, hotkey: str, moment: int) -> float:
+        """In how many seconds it is `moment`, in unix seconds, by the validator's clock; negative: it was."""
+        return _within_reason(moment) - self.now() - self._clock(hotkey).middle_offset()
+
     def keep(self, hotkeys: Collection[str]) -> None:
         """Forgets the clocks of all others."""
         self._clocks = {hotkey: clock for hotkey, clock in self._clocks.items() if hotkey in hotkeys}
+
+    def highest_offset(self, hotkey: str) -> float:
+        """How many seconds the validator's clock is ahead of our steady one, at most."""
+        return self._clock(hotkey).highest_offset(self.now())
+
+    def machine_is_behind(self) -> float | None:
+        """How many seconds this machine's clock is behind the validators', negative when it is ahead.
+
+        The median of their clocks; None while fewer than MIN_CLOCKS have told.
+        """
+        offsets = [offset for clock in self._clocks.values() if (offset := clock.measured_offset()) is not None]
+        if len(offsets) < MIN_CLOCKS:
+            return None
+        return statistics.median(offsets) + self.now() - self._wall()
 
     def _clock(self, hotkey: str) -> ValidatorClock:
         return self._clocks.setdefault(hotkey, ValidatorClock())

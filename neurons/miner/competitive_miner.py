@@ -13,15 +13,16 @@ import bittensor as bt
 
 from neurons import chain
 from neurons.chain import Metagraph
-from neurons.miner.blacklist import Blacklist
+from neurons.miner import keys, stopping
+from neurons.miner.blacklist import Blacklist, BlacklistUnreadable
 from neurons.miner.bookkeeping import Bookkeeping
-from neurons.miner.clock import ValidatorClocks
+from neurons.miner.clock import ValidatorClocks, steady_time
 from neurons.miner.dendrite import ValidatorDendrite
 from neurons.miner.generator import GenerationService
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.options import REHEARSAL, MinerOptions
 from neurons.miner.spool import Spool, SpoolInUse, hold
-from neurons.miner.status import IdleLog, StatusFile, snapshot
+from neurons.miner.status import ClockLog, IdleLog, StatusFile, snapshot
 from neurons.miner.submitter import Submitter
 from neurons.miner.supervisor import keep_running
 from neurons.miner.sync import Synchroniser
@@ -32,9 +33,6 @@ from neurons.miner.workers import Worker
 SYNC_INTERVAL_S = 300.0
 REHEARSAL_SYNC_INTERVAL_S = 5.0
 STATUS_INTERVAL_S = 1.0
-# Of the 30 s that a stop may take: first what the workers have in hand, then the submissions.
-STOP_WORKERS_S = 15.0
-STOP_SUBMISSIONS_S = 8.0
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +51,16 @@ class CompetitiveMiner:
         self._stopping.set()
 
     async def run(self) -> int:
-        """The process' exit status: 0 after `stop`, 1 when there is no key to mine with, or another miner with it."""
+        """The process' exit status: 0 after `stop`, 1 when it can not begin, which a line in the log explains."""
+        options = self._options
         try:
+            blacklist = Blacklist(options.blacklist, options.blacklist_file)
+            blacklist.load()
             if await self._network_is_there():
-                keypair = self._load_keypair()
-                if keypair is None:
-                    return 1
-                with hold(self._options.spool_of(keypair.ss58_address)):
-                    await self._mine(keypair)
-        except SpoolInUse as error:
+                keypair = keys.load(options.wallet_name, options.wallet_hotkey, options.wallet_path)
+                with hold(options.spool_of(keypair.ss58_address)):
+                    await self._mine(keypair, blacklist)
+        except (BlacklistUnreadable, keys.KeyUnusable, SpoolInUse) as error:
             log.critical("%s", error)
             return 1
         finally:
@@ -69,7 +68,7 @@ class CompetitiveMiner:
         log.info("Stopped")
         return 0
 
-    async def _mine(self, keypair: bt.Keypair) -> None:
+    async def _mine(self, keypair: bt.Keypair, blacklist: Blacklist) -> None:
         options = self._options
         ledger, folder = options.ledger_of(keypair.ss58_address), options.spool_of(keypair.ss58_address)
         log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
@@ -79,20 +78,20 @@ class CompetitiveMiner:
         async with AsyncExitStack() as stack:
             books = Bookkeeping(ledger, options.metrics_port, options.min_reward)
             clocks = ValidatorClocks()
-            dendrite = await stack.enter_async_context(ValidatorDendrite(keypair, clocks.answered))
+            dendrite = await stack.enter_async_context(
+                ValidatorDendrite(keypair, clocks.answered, clocks.highest_offset)
+            )
             services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
             pool = GeneratorPool(services)
             spool = Spool(folder)
-            blacklist = Blacklist(options.blacklist, options.blacklist_file)
-            blacklist.reload()
             directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
-            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record)
+            history = await books.submissions()
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
             manager = AsyncTaskManager(
                 dendrite,
                 directory,
                 clocks,
                 submitter,
-                spool,
                 pool,
                 books.record,
                 workers=options.workers,
@@ -110,7 +109,7 @@ class CompetitiveMiner:
             for number in range(1, options.workers + 1):
                 worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
                 workers.append(_start(f"Worker {number}", worker.run))
-            report = functools.partial(self._report_status, books, directory, manager, pool, synchroniser)
+            report = functools.partial(self._report_status, books, clocks, directory, manager, pool, synchroniser)
             background = [
                 _start("Watching the generation services", pool.watch),
                 _start("Following the chain", synchroniser.follow_chain),
@@ -120,17 +119,19 @@ class CompetitiveMiner:
             ]
             await self._stopping.wait()
 
+            stopped_at = steady_time()
             pool.stop_waiting()
             for task in background:
                 task.cancel()
             await manager.close()
-            _, late = await asyncio.wait(workers, timeout=STOP_WORKERS_S)
+            _, late = await asyncio.wait(workers, timeout=stopping.WORKERS_S)
             for task in late:
                 task.cancel()
             if late:
                 log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
             await asyncio.gather(*background, *late, return_exceptions=True)
-            await submitter.drain(STOP_SUBMISSIONS_S)
+            left = stopped_at + stopping.TASKS_S - steady_time()
+            await submitter.drain(min(stopping.SUBMISSIONS_S, left))
 
     async def _network_is_there(self) -> bool:
         """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
@@ -148,14 +149,6 @@ class CompetitiveMiner:
                 pass
         return True
 
-    def _load_keypair(self) -> bt.Keypair | None:
-        options = self._options
-        try:
-            return bt.Wallet(options.wallet_name, options.wallet_hotkey, str(options.wallet_path)).hotkey
-        except bt.KeyFileError as error:
-            log.critical("Wallet %r, hotkey %r: %s", options.wallet_name, options.wallet_hotkey, error)
-            return None
-
     async def _fetch(self) -> Metagraph:
         options = self._options
         if options.network == REHEARSAL:
@@ -165,13 +158,14 @@ class CompetitiveMiner:
     async def _report_status(
         self,
         books: Bookkeeping,
+        clocks: ValidatorClocks,
         directory: ValidatorDirectory,
         manager: AsyncTaskManager,
         pool: GeneratorPool,
         synchroniser: Synchroniser,
     ) -> None:
         """Keeps the status file as things are, and says in the log when there is nothing to do."""
-        idle_log = IdleLog()
+        idle_log, clock_log = IdleLog(), ClockLog()
         while True:
             if not directory.eligible:
                 status = synchroniser.problem
@@ -187,7 +181,9 @@ class CompetitiveMiner:
                 totals=dict(books.totals),
             )
             idle_log.update(manager, len(directory.eligible))
-            books.show(snapshot(directory, manager, pool, books.backlog))
+            moment = snapshot(directory, manager, pool, clocks, books.backlog)
+            clock_log.update(moment.clock_behind)
+            books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)
 
 

@@ -9,12 +9,18 @@ from typing import Any, TypeVar
 
 import aiohttp
 import bittensor as bt
+from bittensor.core.settings import version_as_int
 
-from neurons.miner.clock import steady_time
+from neurons.miner.clock import steady_time, steady_time_ns
 from neurons.protocol import ANSWER_FIELDS
 
 # Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
 DateListener = Callable[[str, str | None, float, float], None]
+
+# An axon that knows no nonce of a sender takes one that is as old as this and the declared time-out. Requests declare
+# what they are given to be answered in; after a refusal this instead, and by how much the validator's clock is ahead.
+DECLARED_AFTER_REFUSAL_S = 60.0
+UNAUTHORISED = 401
 
 # An image task carries its image in base64; nothing that a validator sends is larger.
 MAX_ANSWER_BYTES = 16 << 20
@@ -24,25 +30,56 @@ MAX_MESSAGE_CHARACTERS = 500
 # Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
 # bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
 KEEPALIVE_S = 4.0
+# The status of a call whose connection could not be made, and of one that lost it later.
+NO_CONNECTION, CONNECTION_LOST = 503, 502
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
+
+
+class _Sender:
+    """Who this miner is to one validator, whose axon demands that the nonces of one `uuid` grow.
+
+    A uuid of each validator's own: none of them can make the miner a stranger to the others. A new process has new
+    ones, so it does not matter where its clock stands. Not uuid1, which tells the network card's address.
+    """
+
+    def __init__(self) -> None:
+        self.uuid = str(uuid.uuid4())
+        self.refused = False
+        self._nonce = 0
+
+    def next_nonce(self) -> int:
+        self._nonce = max(self._nonce + 1, steady_time_ns())
+        return self._nonce
+
+    def renew(self) -> None:
+        self.uuid = str(uuid.uuid4())
+        self.refused = True
 
 
 class ValidatorDendrite(bt.Dendrite):
     """Calls validators' axons, and nothing but them: no redirects, no proxies, answers of bounded size.
 
-    Dendrite builds and signs the requests. Answers are read here: its own way with them lets a validator set every
-    field of the synapse (and raise from `call` by doing so), send compressed data, or choose a codec that takes hours.
+    Requests are Dendrite's in all but their nonces, which are the machine's clock there: an axon refuses them for as
+    long as that was set back. Answers are read here: Dendrite's own way with them lets a validator set every field of
+    the synapse (and raise from `call` by doing so), send compressed data, or choose a codec that takes hours.
     """
 
-    def __init__(self, keypair: bt.Keypair, on_date: DateListener = lambda *_: None) -> None:
+    def __init__(
+        self,
+        keypair: bt.Keypair,
+        on_date: DateListener = lambda *_: None,
+        seconds_ahead: Callable[[str], float] = lambda _: 0.0,
+    ) -> None:
+        """`seconds_ahead`: how far the clock of the validator with a hotkey is ahead of ours, at most."""
         # In place of Dendrite's own constructor, which asks six web sites for this machine's address and fails without
         # an answer. The address goes into a header only, where the axon overwrites it with the one that it sees.
-        self.uuid = str(uuid.uuid1())
         self.external_ip = "0.0.0.0"
         self.keypair = keypair
         self._session: aiohttp.ClientSession | None = None
         self._on_date = on_date
+        self._seconds_ahead = seconds_ahead
+        self._senders: dict[str, _Sender] = {}
 
     def __del__(self) -> None:
         """Nothing: sessions are closed with `async with`. Dendrite's own would warn about a running event loop."""
@@ -65,9 +102,23 @@ class ValidatorDendrite(bt.Dendrite):
         """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
 
         `is_success` needs a complete, well-formed answer with status 200. The `axon` status is that of any complete
-        answer, and None when there was none.
+        answer, and None when there was none: then the `dendrite` status is NO_CONNECTION where none was made, so that
+        nothing can have arrived, and another one where the request may have.
         """
-        self.preprocess_synapse_for_request(target_axon, synapse, timeout)
+        # A 401 is answered with another uuid at once, and not again before this validator has taken one. `timeout` is
+        # for each of the two requests.
+        sender = self._senders.setdefault(target_axon.hotkey, _Sender())
+        refused_before = sender.refused
+        status = await self._attempt(target_axon, synapse, timeout, sender)
+        if status == UNAUTHORISED and not refused_before:
+            await self._attempt(target_axon, synapse, timeout, sender)
+        return synapse
+
+    async def _attempt(
+        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender
+    ) -> int | None:
+        """One request and its answer; the status of the axon."""
+        self._sign(target_axon, synapse, timeout, sender)
         assert synapse.axon is not None and synapse.dendrite is not None
         code, message = 0, "Success"
         try:
@@ -78,17 +129,42 @@ class ValidatorDendrite(bt.Dendrite):
                 fill(synapse, answer)
             else:
                 message = str(answer.get("message"))
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            code, message = NO_CONNECTION, f"{type(error).__name__}: {error}"
         except TimeoutError:
             code, message = 408, f"no answer within {timeout:.0f} s"
         except (aiohttp.ClientError, OSError) as error:
-            code, message = 503, f"{type(error).__name__}: {error}"
+            code, message = CONNECTION_LOST, f"{type(error).__name__}: {error}"
         except (ValueError, RecursionError) as error:
             if code in (0, 200):
                 code = 422
             message = f"malformed answer: {error}"
         synapse.dendrite.status_code = code
         synapse.dendrite.status_message = message[:MAX_MESSAGE_CHARACTERS]
-        return synapse
+        if synapse.axon.status_code == UNAUTHORISED:
+            sender.renew()
+        elif synapse.axon.status_code is not None:
+            sender.refused = False
+        return synapse.axon.status_code
+
+    def _sign(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender) -> None:
+        declared = timeout
+        if sender.refused:
+            ahead = max(self._seconds_ahead(target_axon.hotkey), 0.0)
+            declared = max(timeout, DECLARED_AFTER_REFUSAL_S + ahead)
+        hotkey = self.keypair.ss58_address
+        nonce = sender.next_nonce()
+        message = f"{nonce}.{hotkey}.{target_axon.hotkey}.{sender.uuid}.{synapse.body_hash}"
+        synapse.timeout = declared
+        synapse.dendrite = bt.TerminalInfo(
+            ip=self.external_ip,
+            version=version_as_int,
+            nonce=nonce,
+            uuid=sender.uuid,
+            hotkey=hotkey,
+            signature=f"0x{self.keypair.sign(message).hex()}",
+        )
+        synapse.axon = bt.TerminalInfo(ip=target_axon.ip, port=target_axon.port, hotkey=target_axon.hotkey)
 
     async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float) -> tuple[int, bytes]:
         """Status and body of the answer."""

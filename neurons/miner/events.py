@@ -18,9 +18,9 @@ PullOutcome = Literal["task", "cooldown", "refused", "failed"]
 # generated: goes out. rejected: the self-check said no. failed: no splat. endpoint: the service was at fault, the task
 # moves on. given_up: out of time or stopping before there was a result.
 GenerationOutcome = Literal["generated", "rejected", "failed", "endpoint", "given_up"]
-# accepted, failed: by the validator's feedback. unrated: answered, and not told what became of it: without feedback, or
-# for a repetition. empty: answered, nothing was in it. refused: by the axon. given_up: no answer after all attempts.
-SubmissionOutcome = Literal["accepted", "failed", "unrated", "empty", "refused", "given_up"]
+# accepted, declined: by the validator. broken: its scoring service gave no answer. empty: nothing was in it. refused:
+# by the axon, for good. given_up: it never got through. unknown: the answer was lost, and it is not asked for any more.
+SubmissionOutcome = Literal["accepted", "declined", "broken", "empty", "refused", "given_up", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Submission:
-    """One result's way to its validator, when it is over.
+    """One result's way to its validator, when it is over: one event a result, however often it was sent.
 
-    `seconds`: from the first attempt to the answer. `size`: bytes of the packed result.
+    `seconds`: from the first attempt to the answer that told. `size`: bytes of the packed result.
     """
 
     validator: Neuron
@@ -75,14 +75,14 @@ class Submission:
     reason: str = ""
 
 
-Event = Pull | Generation | Submission
+@dataclass(frozen=True)
+class Settlement:
+    """What became of a result that was recorded as unknown, as far as can be told: it may stay that."""
+
+    validator: Neuron
+    task_id: str
+    outcome: SubmissionOutcome
+
+
+Event = Pull | Generation | Submission | Settlement
 Recorder = Callable[[Event], None]
-
-
-def answered_outcome(size: int, feedback: Feedback | None, judged: bool = True) -> SubmissionOutcome:
-    """The outcome of a submission of `size` bytes that the validator answered. `judged`: this time, by the answer."""
-    if size == 0:
-        return "empty"
-    if feedback is not None and feedback.validation_failed:
-        return "failed"
-    return "accepted" if feedback is not None and judged else "unrated"

@@ -15,13 +15,17 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 
 from neurons.logging_setup import quoted
+from neurons.miner.admission import USEFUL_AGE_S
 from neurons.protocol import ImageTask, Task
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_PLY_BYTES = 512 << 20
 MAX_HEALTH_BYTES = 1 << 20
-REQUEST_TIMEOUT_S = 900.0
+# The pool gives up earlier where the task was pulled some time before.
+REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
+# Who asks the service in person goes first: what is made for validators is paused meanwhile.
+PRIORITY = {"X-Priority": "background"}
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
 # Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
@@ -114,6 +118,9 @@ class GenerationService:
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
+                if response.status in (403, 421):  # it tells why, and the flag that lets us in
+                    message = (await response.content.read(500)).decode(errors="replace")
+                    raise EndpointUnavailable(f"refuses to answer ({response.status}): {quoted(message)}")
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
                 return str(body["status"])[:40]
         except aiohttp.ConnectionTimeoutError as error:
@@ -132,7 +139,7 @@ class GenerationService:
             return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
 
         try:
-            async with self._session.post(f"{self._url}/generate/", data=form) as response:
+            async with self._session.post(f"{self._url}/generate/", data=form, headers=PRIORITY) as response:
                 if response.status == 503:
                     raise EndpointUnavailable("busy (503)", _retry_after(response))
                 if response.status != 200:
@@ -141,6 +148,9 @@ class GenerationService:
                     raise failed(reason) if response.status >= 500 else GenerationFailed(reason)
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
+                if not ply and isinstance(task, ImageTask) and headers.get("X-Num-Gaussians") == "0":
+                    # Nothing was found in the picture. How it is looked for does not depend on the seed.
+                    raise GenerationFailed(quoted(headers.get("X-Rejected", "nothing was made of the picture")))
                 return Generated(
                     ply,
                     _score(headers.get("X-Score")),
@@ -162,7 +172,7 @@ def _form(task: Task, seed: int) -> aiohttp.FormData:
     form = aiohttp.FormData({"seed": str(seed)})
     if isinstance(task, ImageTask):
         try:
-            image = base64.b64decode(task.prompt, validate=True)
+            image = base64.b64decode("".join(task.prompt.split()), validate=True)  # as MIME has it, in lines
         except (binascii.Error, ValueError) as error:
             raise GenerationFailed(f"image prompt is not base64 ({error})") from error
         form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")

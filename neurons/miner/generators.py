@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from neurons.logging_setup import quoted
+from neurons.miner.admission import USEFUL_AGE_S
 from neurons.miner.clock import steady_time
 from neurons.miner.generator import AttemptFailed, EndpointUnavailable, Generated
 from neurons.protocol import Task
@@ -18,8 +19,6 @@ FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
 # A task can be at fault too: only an endpoint that fails at more in a row is left out.
 TOLERATED_FAILURES = 2
-# How long one task waits for an endpoint before it is let go.
-UNAVAILABLE_LIMIT_S = 600.0
 # Of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
 
@@ -127,23 +126,24 @@ class GeneratorPool:
             for endpoint in self._endpoints:
                 group.create_task(self._watch(endpoint))
 
-    async def generate(self, task: Task, seed: int) -> Generated:
-        """The splat of one task, moved on to another endpoint when one fails.
+    async def generate(self, task: Task, seed: int, patience: float = USEFUL_AGE_S) -> Generated:
+        """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds.
 
         Raises GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
         """
+        give_up_at = self._now() + patience
         failed: list[_Endpoint] = []
         failure: AttemptFailed | None = None
         while True:
-            endpoint = self._least_busy(failed)
+            endpoint = self._least_busy(failed) if self._now() < give_up_at else None
             if endpoint is None:
                 if failure is not None:
                     raise failure
-                await self._until_ready()
+                await self._until_ready(give_up_at)
                 continue
             begun, finished = endpoint.pace.begin(), False
             try:
-                generated = await endpoint.service.generate(task, seed)
+                generated = await self._generate(endpoint, task, seed, give_up_at)
                 finished = True
             except EndpointUnavailable as error:
                 self._failed(endpoint, begun, error, error.seconds)
@@ -157,6 +157,15 @@ class GeneratorPool:
             finally:
                 endpoint.pace.end(begun, finished)
 
+    async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
+        asked_at = self._now()
+        try:
+            async with asyncio.timeout(give_up_at - asked_at):
+                return await endpoint.service.generate(task, seed)
+        except TimeoutError as error:
+            seconds = self._now() - asked_at
+            raise AttemptFailed(f"no answer in {seconds:.0f} s", endpoint.service.endpoint, seconds) from error
+
     def _least_busy(self, failed: list[_Endpoint]) -> _Endpoint | None:
         """The usable endpoint, none of `failed`, that would be done first with one more task."""
         usable = [endpoint for endpoint in self._usable() if endpoint not in failed]
@@ -168,14 +177,15 @@ class GeneratorPool:
         now = self._now()
         return [each for each in self._endpoints if each.healthy and each.left_out_until <= now]
 
-    async def _until_ready(self) -> None:
+    async def _until_ready(self, give_up_at: float) -> None:
         waits = [asyncio.ensure_future(event.wait()) for event in (self.ready, self._stopping)]
         try:
-            await asyncio.wait(waits, timeout=UNAVAILABLE_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            patience = max(give_up_at - self._now(), 0.0)
+            await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
-        if not self.ready.is_set():
+        if not self.ready.is_set() or self._now() >= give_up_at:
             raise ServiceUnavailable("no generation service can take the task")
 
     def _failed(self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neurons.miner.clock import steady_time
-from neurons.miner.events import Event, Generation, Pull
+from neurons.miner.events import Event, Generation, Pull, Settlement
 
 MAX_AGE_S = 7 * 86_400.0
 # Of each table: what a network that floods the miner with events can make of the file is some 100 MB.
@@ -31,7 +31,7 @@ MAX_TEXT_CHARACTERS = 120
 MAX_NUMBER = 1e9
 MAX_SCORE = 3.0  # a cosine of 1, divided by 0.35
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _COMMON = "id INTEGER PRIMARY KEY, at REAL NOT NULL, uid INTEGER NOT NULL, hotkey TEXT NOT NULL"
 # `at` is in unix seconds, when the event was over; `seconds` says how long it took; `wait` is for how many seconds
 # after `at` the validator may not be asked again.
@@ -48,6 +48,17 @@ CREATE INDEX submissions_at ON submissions (at);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 TABLES = ("pulls", "generations", "submissions")
+# Version 1 took every answer for accepted that did not say `validation_failed`, and that for declined. A repetition's
+# wait was 30 s; only rehearsals of its time told a score with `validation_failed`, and meant a declined result.
+OUTCOME_OF_VERSION_1 = """CASE
+    WHEN outcome = 'accepted' AND score = 0 THEN CASE WHEN wait <= 31 THEN 'unknown' ELSE 'declined' END
+    WHEN outcome = 'failed' THEN CASE WHEN score > 0 THEN 'declined' ELSE 'broken' END
+    WHEN outcome = 'unrated' THEN 'unknown'
+    ELSE outcome END"""
+_MIGRATION = f"""
+UPDATE submissions SET outcome = {OUTCOME_OF_VERSION_1}, score = nullif(score, 0.0);
+PRAGMA user_version = 2;
+"""
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 Value = str | float | None
@@ -56,9 +67,9 @@ log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """`values` are in the order of the table's columns, after `id` and `at`."""
+    """What `statement` writes."""
 
-    table: str
+    statement: str
     at: float
     values: tuple[Value, ...]
 
@@ -73,7 +84,7 @@ class Ledger:
         ledger.record(Submission(validator, task.id, "accepted", seconds=2.1, size=len(result), feedback=feedback))
         await asyncio.to_thread(ledger.close)   # writes what is left, or says what is lost
 
-    A file that is damaged, or of another version, is set aside and a new one begun. `standings` reads it, from this
+    A file that is damaged, or of a later version, is set aside and a new one begun. `standings` reads it, from this
     process or another.
     """
 
@@ -152,8 +163,7 @@ class Ledger:
             self._prune(self._connection, now=batch[-1].at)
             with self._connection:
                 for row in batch:
-                    marks = ", ".join("?" * (1 + len(row.values)))
-                    self._connection.execute(f"INSERT INTO {row.table} VALUES (NULL, {marks})", (row.at, *row.values))
+                    self._connection.execute(row.statement, row.values)
         except (OSError, sqlite3.Error) as error:
             if isinstance(error, sqlite3.Error) and _is_damage(error):
                 self._disconnect()
@@ -213,7 +223,7 @@ class Ledger:
 def _begin(connection: sqlite3.Connection) -> str | None:
     """Makes the connection ready for writing; returns why the file can not be used. Raises sqlite3.Error."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, SCHEMA_VERSION):
+    if version not in (0, 1, SCHEMA_VERSION):
         return f"version {version}, this miner writes {SCHEMA_VERSION}"
     check = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if check != "ok":
@@ -222,6 +232,8 @@ def _begin(connection: sqlite3.Connection) -> str | None:
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return "not a ledger"
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+    elif version == 1:
+        connection.executescript(f"BEGIN; {_MIGRATION} COMMIT;")
     # Readers and the writer do not wait for one another.
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
@@ -234,33 +246,41 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 
 def _row(event: Event, now: float) -> Row:
-    head: tuple[Value, ...] = (
-        event.validator.uid,
-        _text(event.validator.hotkey),
-        event.outcome,
-        _within(0.0, event.seconds, MAX_NUMBER),
-    )
+    who: tuple[Value, ...] = (event.validator.uid, _text(event.validator.hotkey))
+    if isinstance(event, Settlement):
+        return Row(_SETTLE, now, (event.outcome, who[1], _text(event.task_id)))
+    head: tuple[Value, ...] = (*who, event.outcome, _within(0.0, event.seconds, MAX_NUMBER))
     reason = _text(event.reason)
     if isinstance(event, Generation):
         task = event.task
         score = _within(-MAX_SCORE, event.score, MAX_SCORE)
         values = (*head, _text(task.id), task.type, score, event.size, _text(event.endpoint), reason)
-        return Row("generations", now, values)
+        return _inserted("generations", now, values)
     wait = None if event.ask_again_at is None else _within(0.0, event.ask_again_at - now, MAX_NUMBER)
     if isinstance(event, Pull):
         violations = _within(0, event.violations, MAX_NUMBER)
-        return Row("pulls", now, (*head, _text(event.task_id), wait, violations, reason))
+        return _inserted("pulls", now, (*head, _text(event.task_id), wait, violations, reason))
     feedback = event.feedback
     told: tuple[Value, ...] = (None,) * 5
     if feedback is not None:
         told = (
-            _within(-MAX_SCORE, feedback.task_fidelity_score, MAX_SCORE),
+            # 0 is what a validator says that tells no score.
+            _within(-MAX_SCORE, feedback.task_fidelity_score or None, MAX_SCORE),
             _within(-MAX_SCORE, feedback.average_fidelity_score, MAX_SCORE),
             _within(0, feedback.generations_within_the_window, MAX_NUMBER),
             _within(-MAX_NUMBER, feedback.current_duel_rating, MAX_NUMBER),
             _within(-MAX_NUMBER, feedback.current_miner_reward, MAX_NUMBER),
         )
-    return Row("submissions", now, (*head, _text(event.task_id), event.size, *told, wait, reason))
+    return _inserted("submissions", now, (*head, _text(event.task_id), event.size, *told, wait, reason))
+
+
+_SETTLE = """UPDATE submissions SET outcome = ? WHERE id =
+    (SELECT max(id) FROM submissions WHERE outcome = 'unknown' AND hotkey = ? AND task_id = ?)"""
+
+
+def _inserted(table: str, at: float, values: tuple[Value, ...]) -> Row:
+    """`values` are in the order of the table's columns, after `id` and `at`."""
+    return Row(f"INSERT INTO {table} VALUES (NULL, ?{', ?' * len(values)})", at, (at, *values))
 
 
 def _within(low: float, value: float | None, high: float) -> float | None:

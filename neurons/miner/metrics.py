@@ -7,19 +7,21 @@ by the event loop, and read by the server's thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from neurons.miner.events import Event, Generation, Pull
+from neurons.miner.events import Event, Generation, Pull, Settlement
 
 HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
-_GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900)
+_GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
 _SUBMISSION_BUCKETS_S = (0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 
 log = logging.getLogger(__name__)
@@ -27,13 +29,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The miner at one moment. Validators are named by UID, endpoints by address; ages and cooldowns in seconds."""
+    """The miner at one moment. Validators are named by UID, endpoints by address; ages, cooldowns and
+    `clock_behind` in seconds; the latter is None while too few validators have told the time.
+    """
 
     queued: int = 0
     ages: Sequence[float] = ()
     cooldowns: Mapping[int, float] = field(default_factory=dict)
     endpoints: Mapping[str, bool] = field(default_factory=dict)
     ledger_backlog: int = 0
+    clock_behind: float | None = None
 
 
 class _Moment(Collector):
@@ -50,6 +55,12 @@ class _Moment(Collector):
         yield GaugeMetricFamily("miner_held_task_oldest_seconds", "Age of the oldest held task", oldest)
         yield GaugeMetricFamily("miner_held_task_mean_seconds", "Mean age of the held tasks", mean)
         yield GaugeMetricFamily("miner_ledger_backlog_rows", "Ledger rows not written yet", now.ledger_backlog)
+        if now.clock_behind is not None:
+            yield GaugeMetricFamily(
+                "miner_clock_behind_seconds",
+                "By how much this machine's clock is behind the validators' (their median)",
+                now.clock_behind,
+            )
         cooldowns = GaugeMetricFamily(
             "miner_cooldown_seconds", "Seconds until the validator may be asked again", labels=["uid"]
         )
@@ -103,6 +114,12 @@ class Metrics:
             buckets=_SUBMISSION_BUCKETS_S,
             registry=self.registry,
         )
+        self._unsettled: set[tuple[str, str]] = set()
+        Gauge(
+            "miner_submissions_unsettled",
+            "Results of which it is not known yet whether they were accepted",
+            registry=self.registry,
+        ).set_function(lambda: len(self._unsettled))
         self._stop_serving = lambda: None
 
     def record(self, event: Event) -> None:
@@ -113,9 +130,16 @@ class Metrics:
         elif isinstance(event, Generation):
             self._generations.labels(event.task.type, event.outcome).inc()
             self._generation_s.labels(event.task.type).observe(event.seconds)
-        else:
+        elif isinstance(event, Settlement):
+            self._unsettled.discard((event.validator.hotkey, event.task_id))
             self._submissions.labels(uid, event.outcome).inc()
+        else:
             self._submission_s.observe(event.seconds)
+            if event.outcome == "unknown":
+                # Counted when the validator's next answer has told what it was.
+                self._unsettled.add((event.validator.hotkey, event.task_id))
+            else:
+                self._submissions.labels(uid, event.outcome).inc()
 
     def show(self, snapshot: Snapshot) -> None:
         """What the gauges say from now on."""
@@ -128,6 +152,7 @@ class Metrics:
         except OSError as error:
             log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
             return None
+        server.set_app(_by_name(make_wsgi_app(self.registry)))
 
         def stop() -> None:
             server.shutdown()
@@ -141,3 +166,15 @@ class Metrics:
     def close(self) -> None:
         """Takes up to half a second when it has served."""
         self._stop_serving()
+
+
+def _by_name(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Refuses what calls this machine by another name: a website can have one that stands for it (DNS rebinding)."""
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("HTTP_HOST", "").partition(":")[0].lower() in NAMES:
+            return app(environ, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [f"only {' and '.join(NAMES)} are answered here\n".encode()]
+
+    return guarded

@@ -80,11 +80,15 @@ def parse(argv: list[str]) -> MinerOptions:
         name, hotkey, path = REHEARSAL_WALLET, REHEARSAL_HOTKEY, args.rehearsal_state / "wallets"
     else:
         name, hotkey, path = args.wallet_name or "default", args.wallet_hotkey, args.wallet_path
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        parser.error(f"argument --wallet.path: this user has no home folder, so {path} is nowhere")
     return MinerOptions(
         network=network,
         wallet_name=name,
         wallet_hotkey=hotkey,
-        wallet_path=path.expanduser(),
+        wallet_path=path,
         netuid=args.netuid,
         workers=args.workers,
         endpoints=tuple(dict.fromkeys(args.endpoints or [DEFAULT_ENDPOINT])),

@@ -1,4 +1,4 @@
-"""Results on disk from the moment that they are made until their validator has answered."""
+"""Results on disk from the moment that they are made until it is known what their validator made of them."""
 
 from __future__ import annotations
 
@@ -89,10 +89,24 @@ class Spool:
             temporary.unlink(missing_ok=True)
 
     def get(self, validator_hotkey: str, task: Task) -> SpooledResult | None:
-        """The entry for exactly this task; None too when its id is known but its prompt is another."""
+        """The entry for exactly this task; None too when it is too old, or has this id and another prompt."""
         path = self._path(validator_hotkey, task.id)
-        entry = None if path in self._removed else self._read(path)
+        if path in self._removed or self.age(validator_hotkey, task.id) > MAX_AGE_S:
+            return None
+        entry = self._read(path)
         return entry if entry is not None and entry.task == task else None
+
+    def age(self, validator_hotkey: str, task_id: str) -> float:
+        """Seconds since the entry was written; 0 for what is not there."""
+        try:
+            return max(time.time() - self._path(validator_hotkey, task_id).stat().st_mtime, 0.0)
+        except OSError:
+            return 0.0
+
+    def is_empty(self, validator_hotkey: str, task_id: str) -> bool:
+        """Whether the entry says that there is nothing worth submitting."""
+        entry = self._read(self._path(validator_hotkey, task_id))
+        return entry is not None and not entry.result
 
     def remove(self, validator_hotkey: str, task_id: str) -> None:
         """Its validator has answered. Never raises OSError: what can not be deleted is ignored from now on."""

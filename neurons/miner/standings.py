@@ -8,22 +8,26 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-# A validator's reward counts the results that it accepted within this time.
-WINDOW_S = 4 * 3600.0
+from neurons.miner.events import SubmissionOutcome
+from neurons.miner.ledger import OUTCOME_OF_VERSION_1
+from neurons.miner.verdicts import WINDOW_S
 
 
 @dataclass(frozen=True)
 class Standing:
     """One validator over the window. Times are in seconds; means are None where there is nothing to average.
 
-    `submitted` counts every result that left for the validator, whatever became of it: the tasks that it cost us.
+    `submitted` counts every result that was made for the validator, whatever became of it: the tasks that it cost us.
+    What became of them: see events.SubmissionOutcome. `unknown` are those of which that is not known, or not yet.
     `attempted` counts the tasks that a generation service spent time on, `generated` and `rejected` the attempts.
     `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
     generation services' time, rejected and failed attempts included: while a service has several tasks, be they worked
     on together or one after the other, each is charged its share.
     `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits after results that
-    it declined. `reward` is what it last said: accepted results x rating, by its own count.
+    it declined. `mean_score` is of accepted results: of others no score is told. `reward` is what it last said:
+    accepted results x rating, by its own count.
     """
 
     uid: int
@@ -40,7 +44,11 @@ class Standing:
     submitted: int = 0
     accepted: int = 0
     declined: int = 0
+    broken: int = 0
     empty: int = 0
+    refused: int = 0
+    given_up: int = 0
+    unknown: int = 0
     mean_score: float | None = None
     reward: float | None = None
     penalty_s: float = 0.0
@@ -48,8 +56,13 @@ class Standing:
     last_task_at: float | None = None
 
     @property
+    def known(self) -> int:
+        """Results of which it is known what became of them."""
+        return self.submitted - self.unknown
+
+    @property
     def acceptance_rate(self) -> float | None:
-        return self.accepted / self.submitted if self.submitted else None
+        return self.accepted / self.known if self.known else None
 
     @property
     def gpu_s_per_task(self) -> float | None:
@@ -73,6 +86,12 @@ def connect(path: Path) -> sqlite3.Connection:
     """For reading alone; all queries see one state of the file. Raises sqlite3.Error, also when there is no file."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     connection.row_factory = sqlite3.Row
+    if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
+        # A miner of this version has not written in it yet.
+        columns = [row["name"] for row in connection.execute("PRAGMA table_info(submissions)")]
+        columns[columns.index("outcome")] = f"{OUTCOME_OF_VERSION_1} AS outcome"
+        columns[columns.index("score")] = "nullif(score, 0.0) AS score"
+        connection.execute(f"CREATE TEMP VIEW submissions AS SELECT {', '.join(columns)} FROM main.submissions")
     connection.execute("BEGIN")
     return connection
 
@@ -111,10 +130,10 @@ _COUNTS = {
     "max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
     "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted, "
     "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected",
-    "submissions": "count(*) AS submitted, sum(outcome = 'accepted') AS accepted, "
-    "sum(outcome = 'failed') AS declined, sum(outcome = 'empty') AS empty, "
-    "avg(CASE WHEN outcome IN ('accepted', 'failed') THEN score END) AS mean_score, "
-    "total(CASE outcome WHEN 'failed' THEN wait END) AS penalty_s",
+    "submissions": "count(*) AS submitted, "
+    + ", ".join(f"sum(outcome = '{outcome}') AS {outcome}" for outcome in get_args(SubmissionOutcome))
+    + ", avg(CASE outcome WHEN 'accepted' THEN score END) AS mean_score, "
+    "total(CASE outcome WHEN 'declined' THEN wait END) AS penalty_s",
 }
 _LATEST = {"pulls": ("uid", "violations"), "generations": ("uid",), "submissions": ("uid", "reward")}
 

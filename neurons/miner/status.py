@@ -8,19 +8,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neurons.miner.clock import steady_time
+from neurons.miner.clock import ValidatorClocks, steady_time
 from neurons.miner.generators import GeneratorPool
 from neurons.miner.metrics import Snapshot
 from neurons.miner.task_manager import AsyncTaskManager
 from neurons.miner.validators import ValidatorDirectory
 
 IDLE_LOG_INTERVAL_S = 60.0
+# Date headers are up to 2 s old. A validator refuses a first pull when its clock is 16 s ahead.
+CLOCK_IS_OFF_S = 5.0
+CLOCK_IS_RIGHT_S = 3.0
 
 log = logging.getLogger(__name__)
 
 
 def snapshot(
-    directory: ValidatorDirectory, manager: AsyncTaskManager, pool: GeneratorPool, ledger_backlog: int
+    directory: ValidatorDirectory,
+    manager: AsyncTaskManager,
+    pool: GeneratorPool,
+    clocks: ValidatorClocks,
+    ledger_backlog: int,
 ) -> Snapshot:
     """The miner at this moment, for the metrics."""
     now = steady_time()
@@ -31,6 +38,7 @@ def snapshot(
         cooldowns={eligible[key].uid: until - now for key, until in manager.cooldowns.items() if key in eligible},
         endpoints=pool.usable,
         ledger_backlog=ledger_backlog,
+        clock_behind=clocks.machine_is_behind(),
     )
 
 
@@ -70,10 +78,29 @@ class IdleLog:
         if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:
             return
         self._logged_at = now
-        seconds = max(0.0, min(cooldowns.values(), default=now) - now)
-        log.info(
-            "No available validators: %d on cooldown, the next one for %.0f s, %d not answering",
-            len(cooldowns),
-            seconds,
-            silent,
-        )
+        states = []
+        if cooldowns:
+            seconds = max(0.0, min(cooldowns.values()) - now)
+            states.append(f"{len(cooldowns)} on cooldown, the next one for {seconds:.0f} s")
+        if silent:
+            states.append(f"{silent} not answering")
+        log.info("No available validators: %s", ", ".join(states))
+
+
+class ClockLog:
+    """Says when this machine's clock is off, by the validators' ones, and when it is right again. Once each."""
+
+    def __init__(self) -> None:
+        self._is_off = False
+
+    def update(self, behind: float | None) -> None:
+        """`behind`: seconds by which the validators' clocks are ahead of this machine's; None while unknown."""
+        if behind is None:
+            return
+        if self._is_off and abs(behind) < CLOCK_IS_RIGHT_S:
+            self._is_off = False
+            log.info("This machine's clock agrees with the validators' again")
+        elif not self._is_off and abs(behind) > CLOCK_IS_OFF_S:
+            self._is_off = True
+            side = "behind" if behind > 0 else "ahead of"
+            log.warning("This machine's clock is %.0f s %s the validators' clocks: set it", abs(behind), side)

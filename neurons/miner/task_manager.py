@@ -16,7 +16,6 @@ from neurons.miner.admission import Admission, Forecast, Place
 from neurons.miner.assignment import Assignment, usable_threshold
 from neurons.miner.clock import ValidatorClocks
 from neurons.miner.events import Pull, PullOutcome, Recorder
-from neurons.miner.spool import Spool
 from neurons.miner.submitter import Submitter, ValidatorCaller, status_of
 from neurons.miner.supervisor import keep_running
 from neurons.miner.validators import ValidatorDirectory
@@ -26,6 +25,11 @@ from neurons.protocol import PULL_TIMEOUT_S, PullTask
 FIRST_RETRY_S = 5.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
+# What a miner is told that is not registered, as far as the validator has heard: to stay away for an hour. One that has
+# just registered is told so until the validator reads the chain again, minutes later. So while it has not handed out a
+# task yet it is asked more often; it counts no violations meanwhile.
+UNREGISTERED_S = (3500.0, 3700.0)
+UNREGISTERED_RETRY_S = 300.0
 # How often it is asked whether a validator that is left alone is worth a pull.
 RECONSIDER_S = 60.0
 
@@ -49,7 +53,6 @@ class AsyncTaskManager:
         directory: ValidatorDirectory,
         clocks: ValidatorClocks,
         submitter: Submitter,
-        spool: Spool,
         generators: Generators,
         record: Recorder,
         *,
@@ -66,7 +69,6 @@ class AsyncTaskManager:
         self._clocks = clocks
         self._now = clocks.now
         self._submitter = submitter
-        self._spool = spool
         self._generators = generators
         self._record = record
         self._threshold = threshold
@@ -79,7 +81,7 @@ class AsyncTaskManager:
         self._addresses: dict[str, tuple[str, int]] = {}
         self._backing_off: dict[str, asyncio.Event] = {}
         self._asked: set[str] = set()
-        self._spooled = spool.entries()
+        self._gave_tasks: set[str] = set()
         self.first_round_done = asyncio.Event()
         self.closed = False
         self.working: set[Assignment] = set()
@@ -96,7 +98,9 @@ class AsyncTaskManager:
             address = validator.ip, validator.port
             if self._addresses.get(hotkey, address) != address and hotkey in self._backing_off:
                 self._backing_off[hotkey].set()
-            if hotkey not in self._pollers:
+            poller = self._pollers.get(hotkey)
+            # One that was told to end, or has ended this very moment, is as good as none.
+            if poller is None or poller.done() or poller.cancelling():
                 name = f"Polling of validator [{validator.uid}]"
                 poller = asyncio.create_task(keep_running(name, functools.partial(self._poll, hotkey)))
                 self._pollers[hotkey] = poller
@@ -148,26 +152,24 @@ class AsyncTaskManager:
     def queued(self) -> int:
         return self._queue.qsize()
 
-    def _poller_ended(self, hotkey: str, _: asyncio.Task[None]) -> None:
-        del self._pollers[hotkey]
+    def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:
+        if self._pollers.get(hotkey) is poller:
+            del self._pollers[hotkey]
 
     async def _poll(self, hotkey: str) -> None:
         """Until the validator is not eligible any more."""
-        ask_again_at = max(await self._resubmit(hotkey), self._known_cooldowns.get(hotkey, 0.0))
+        ask_again_at = self._known_cooldowns.get(hotkey, 0.0)
         failures = refusals = 0
         while True:
             # For a poller that starts anew: after a fault, or when the validator has been away for a while.
             self._known_cooldowns[hotkey] = ask_again_at
             await self._sleep_until(hotkey, ask_again_at)
-            await self._generators.ready.wait()
-            if self._admission.is_full:
-                self._mark_asked(hotkey)
-            place = await self._admission.enter()
+            place = await self._admitted(hotkey)
             try:
                 validator = self._directory.eligible.get(hotkey)
                 if validator is None:
                     return
-                if not self._generators.ready.is_set():
+                if not (self._generators.ready.is_set() or self._submitter.keeps_for(hotkey)):
                     continue
                 sent = self._now()
                 response = await self._pull(validator)
@@ -191,19 +193,14 @@ class AsyncTaskManager:
             finally:
                 place.leave()
 
-    async def _resubmit(self, hotkey: str) -> float:
-        """Hands in what an earlier run left in the spool for this validator."""
-        ask_again_at = 0.0
-        for task in self._spooled.pop(hotkey, []):
-            validator = self._directory.eligible.get(hotkey)
-            entry = await asyncio.to_thread(self._spool.get, hotkey, task)
-            if validator is not None and entry is not None:
-                log.info("Validator [%d]: submitting a spooled result, %s", validator.uid, quoted(task.id))
-                assignment = Assignment(validator, task, self._threshold, self._now())
-                self._submitter.submit(assignment, entry.result)
-                self._mark_asked(hotkey)  # its validator may be away for long, and the miner works all the same
-                ask_again_at = await assignment.settled
-        return ask_again_at
+    async def _admitted(self, hotkey: str) -> Place:
+        """Waits until there is somebody to work on another task; not so where a result waits for this pull."""
+        if self._submitter.keeps_for(hotkey):
+            return self._admission.enter_at_once()
+        await self._generators.ready.wait()
+        if self._admission.is_full:
+            self._mark_asked(hotkey)
+        return await self._admission.enter()
 
     async def _pull(self, validator: Neuron) -> PullTask | None:
         sent = self._now()
@@ -211,7 +208,7 @@ class AsyncTaskManager:
             validator.axon_info(), PullTask(), timeout=PULL_TIMEOUT_S, deserialize=False
         )
         if response.is_success:
-            self._submitter.pulled(validator.hotkey, response.task)
+            self._submitter.pulled(validator, response)
             return response
         log.warning("Pull from validator [%d] failed: %s", validator.uid, status_of(response))
         self._record(Pull(validator, "failed", self._now() - sent, reason=status_of(response)))
@@ -221,8 +218,11 @@ class AsyncTaskManager:
         """What an answer without a task teaches; returns the unix time from which the validator may be asked again."""
         now = self._now()
         cooldown_until, violations = response.cooldown_until, response.cooldown_violations
-        self._clocks.refused(validator.hotkey, cooldown_until, sent)
-        ask_again_at = max(self._clocks.next_pull_at(validator.hotkey, cooldown_until), now + pause)
+        if violations == 0 and self._is_stranger_to(validator.hotkey, cooldown_until):
+            ask_again_at = now + UNREGISTERED_RETRY_S
+        else:
+            self._clocks.refused(validator.hotkey, cooldown_until, sent)
+            ask_again_at = max(self._clocks.next_pull_at(validator.hotkey, cooldown_until), now + pause)
         log.info(
             "Validator [%d] gave no task: asked again in %.0f s, %d cooldown violations so far",
             validator.uid,
@@ -233,18 +233,25 @@ class AsyncTaskManager:
         self._record(Pull(validator, outcome, now - sent, ask_again_at=ask_again_at, violations=violations))
         return ask_again_at
 
+    def _is_stranger_to(self, hotkey: str, cooldown_until: int) -> bool:
+        """Whether the answer is what a miner is told that is not registered."""
+        least, most = UNREGISTERED_S
+        return hotkey not in self._gave_tasks and least < self._clocks.ahead(hotkey, cooldown_until) < most
+
     async def _work_off(self, validator: Neuron, response: PullTask, place: Place) -> float:
         """Sees a pulled task through; returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
+        self._gave_tasks.add(validator.hotkey)
         shown = quoted(task.prompt) if task.type == "text" else f"image, {len(task.prompt)} characters"
         log.info("Task pulled from validator [%d]: %s, %s", validator.uid, quoted(task.id), shown)
         threshold = usable_threshold(response.validation_threshold, self._threshold)
         assignment = Assignment(validator, task, threshold, self._now())
-        spooled = await asyncio.to_thread(self._spool.get, validator.hotkey, task)
-        if spooled is not None:
+        kept = await self._submitter.kept_result(validator, task)
+        if kept is not None:
             place.leave()
-            self._submitter.submit(assignment, spooled.result)
+            log.info("Validator [%d] still waits for %s: it is handed in again", validator.uid, quoted(task.id))
+            self._submitter.submit(assignment, kept, kept=True)
             return await assignment.settled
         self._places[assignment] = place
         try:
@@ -258,7 +265,8 @@ class AsyncTaskManager:
         skipped = False
         try:
             while True:
-                now, worth_asking_at = self._now(), self._worth_asking_at(hotkey)
+                now = self._now()
+                worth_asking_at = 0.0 if self._submitter.keeps_for(hotkey) else self._worth_asking_at(hotkey)
                 at = self.cooldowns[hotkey] = max(ask_again_at, worth_asking_at)
                 if at <= now:
                     return

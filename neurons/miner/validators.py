@@ -33,8 +33,6 @@ class Eligibility:
             return "blacklisted UID"
         if neuron.hotkey in self.blacklist:
             return "blacklisted hotkey"
-        if not neuron.validator_permit:
-            return "no validator permit"
         if not neuron.stake >= MIN_STAKE:
             return f"stake {neuron.stake:.1f} under {MIN_STAKE:.0f}"
         if not neuron.serving:
@@ -80,12 +78,13 @@ class ValidatorDirectory:
         self._metagraph = metagraph
         eligible = {}
         reasons = {}
+        known = self.eligible.keys() | self._logged.keys()
         for neuron in metagraph.neurons:
             reason = self._eligibility.reason_to_skip(neuron)
             if reason is None:
                 eligible[neuron.hotkey] = neuron
             # The hundreds of neurons that are miners like this one are no news.
-            elif neuron.validator_permit or reason.startswith("blacklisted"):
+            elif neuron.stake >= MIN_STAKE or reason.startswith("blacklisted") or neuron.hotkey in known:
                 reasons[neuron.hotkey] = reason
                 if self._logged.get(neuron.hotkey) != reason:
                     log.info("Validator [%d] skipped: %s", neuron.uid, reason)

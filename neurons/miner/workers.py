@@ -10,7 +10,7 @@ from typing import Protocol
 
 from neurons import spz
 from neurons.logging_setup import quoted
-from neurons.miner.admission import PLANNED_AGE_S
+from neurons.miner.admission import PLANNED_AGE_S, USEFUL_AGE_S
 from neurons.miner.assignment import Assignment
 from neurons.miner.clock import DEFAULT_PAUSE_S, steady_time
 from neurons.miner.events import Generation, GenerationOutcome, Recorder
@@ -30,7 +30,7 @@ class TaskLeft(Exception):
 
 
 class Generator(Protocol):
-    async def generate(self, task: Task, seed: int) -> Generated: ...
+    async def generate(self, task: Task, seed: int, patience: float) -> Generated: ...
 
 
 class Worker:
@@ -109,7 +109,8 @@ class Worker:
         generated: Generated | None = None
         done: Generated | AttemptFailed | None = None  # by a service, which says how long it took
         try:
-            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS))
+            patience = assignment.pulled_at + USEFUL_AGE_S - self._now()
+            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS), patience)
             if generated.score is not None:
                 seed = quoted(generated.seed)
                 alignment = generated.parts.get("alignment", generated.score)

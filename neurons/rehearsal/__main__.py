@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from neurons import home
 from neurons.miner.options import REHEARSAL_STATE
 
 MAX_VALIDATORS = 64
@@ -30,7 +31,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="KIND",
-        help="misbehaving validators to add, such as never-answers; all: one of each kind",
+        help="validators to add that misbehave, such as never-answers, or keep the rules and are troublesome, "
+        "such as declines, scoring-unavailable, locks, overlaps, loses-answers; all: one of each kind",
+    )
+    parser.add_argument(
+        "--truth",
+        type=Path,
+        help="JSON-lines file for what each validator that keeps the rules did, for scripts.compare_with_truth",
     )
     parser.add_argument("--endpoint", default="http://127.0.0.1:10006", help="service that scores")
     parser.add_argument("--state", type=Path, default=REHEARSAL_STATE, help="folder of wallets and network.json")
@@ -45,22 +52,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main() -> int:
     args = parse(sys.argv[1:])
+    home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.rehearsal.hostile import HABITS
-    from neurons.rehearsal.network import RehearsalNetwork, load_prompts
+    from neurons.rehearsal.network import RehearsalNetwork, load_pictures, load_prompts
     from neurons.rehearsal.rules import Limits
+    from neurons.rehearsal.troubles import TROUBLES
 
-    hostile = list(HABITS) if args.hostile == ["all"] else args.hostile
-    unknown = [kind for kind in hostile if kind not in HABITS]
+    kinds = [*HABITS, *TROUBLES]
+    hostile = kinds if args.hostile == ["all"] else args.hostile
+    unknown = [kind for kind in hostile if kind not in kinds]
     if unknown:
-        sys.exit(f"argument --hostile: {unknown[0]!r} is none of all, {', '.join(HABITS)}")
+        sys.exit(f"argument --hostile: {unknown[0]!r} is none of all, {', '.join(kinds)}")
     logging_setup.configure(args.log_file)
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that sigtimedwait below gets them and nobody else.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     limits = Limits().compressed(args.time_scale)
-    with RehearsalNetwork(args.state, args.endpoint, args.validators, limits, load_prompts(), hostile) as network:
+    with RehearsalNetwork(
+        args.state, args.endpoint, args.validators, limits, load_prompts(), hostile, load_pictures(), args.truth
+    ) as network:
         log.info("%d validators; a task every %.0f s from each", len(network.validators), limits.task_cooldown)
         while signal.sigtimedwait(stop_signals, ANNOUNCE_INTERVAL_S) is None:
             network.announce()

@@ -1,14 +1,15 @@
-"""What a validator checks in a submission before it spends time on scoring it."""
+"""What a submission is checked for: its signature by the validator, the splat by the service that scores it."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 
+import bittensor as bt
 import numpy as np
 
 from neurons import ply, spz
-from neurons.protocol import COMPRESSION_SPZ, SubmitResults, Task, signature_is_valid
+from neurons.protocol import SubmitResults, Task, signed_message
 
 MIN_GAUSSIANS = 7_000
 INVISIBLE_OPACITY = 0.001
@@ -22,16 +23,21 @@ class Unacceptable(ValueError):
     """The submission gets score 0; the message says why."""
 
 
-def check_submission(submission: SubmitResults, task: Task, validator_hotkey: str, miner_hotkey: str) -> None:
-    """Signature, encoding and the hard rejections. Raises Unacceptable."""
-    if not signature_is_valid(submission, task.prompt, validator_hotkey, miner_hotkey):
-        raise Unacceptable("signature does not match")
-    if submission.compression != COMPRESSION_SPZ or submission.data_format != "ply":
-        raise Unacceptable(f"compression {submission.compression} of {submission.data_format!r}, expected spz of ply")
-    if len(submission.results) > MAX_RESULT_CHARACTERS:
-        raise Unacceptable(f"{len(submission.results)} characters, the limit is {MAX_RESULT_CHARACTERS}")
+def signature_matches(submission: SubmitResults, task: Task, validator_hotkey: str, miner_hotkey: str) -> bool:
+    """Whether the miner signed this submission. Raises ValueError for what is no signature at all: a validator's axon
+    answers 500 to that, and nothing else happens.
+    """
+    message = signed_message(submission.submit_time, task.prompt, validator_hotkey, miner_hotkey)
+    signature = base64.b64decode(submission.signature, validate=True)
+    return bool(bt.Keypair(ss58_address=miner_hotkey).verify(message, signature))
+
+
+def check_results(results: str) -> None:
+    """Encoding and hard rejections of a splat (base64 of `.spz`). Raises Unacceptable."""
+    if len(results) > MAX_RESULT_CHARACTERS:
+        raise Unacceptable(f"{len(results)} characters, the limit is {MAX_RESULT_CHARACTERS}")
     try:
-        check_splat(ply.read(spz.decompress(base64.b64decode(submission.results, validate=True))))
+        check_splat(ply.read(spz.decompress(base64.b64decode(results, validate=True))))
     except binascii.Error as error:
         raise Unacceptable(f"results are not base64: {error}") from error
     except ValueError as error:

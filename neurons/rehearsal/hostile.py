@@ -231,14 +231,17 @@ async def _feedback_is_nan(_: HostileValidator, __: web.Request) -> web.StreamRe
 
 
 def _clock(offset: int) -> Habit:
-    """Keeps the rules, by a clock that is off. As in a real axon, requests from the past are refused."""
+    """Keeps the rules, by a clock that is off. As in a real axon, first requests from the past are refused."""
+    known: set[str] = set()
 
     async def pull(validator: HostileValidator, request: web.Request) -> web.StreamResponse:
         now = time.time() + offset
         date = formatdate(now, usegmt=True)
         sent = int(request.headers["bt_header_dendrite_nonce"]) / 1e9
-        if sent < now - NONCE_AGE_S - float(request.headers["timeout"]):
+        sender = request.headers["bt_header_dendrite_uuid"]
+        if sender not in known and sent < now - NONCE_AGE_S - float(request.headers["timeout"]):
             return web.json_response({"message": "Nonce is too old"}, status=401, headers={"Date": date})
+        known.add(sender)
         validator.early_pulls += now < validator.free_at
         return _answer({"task": validator.new_task()}, Date=date)
 

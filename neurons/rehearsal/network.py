@@ -20,9 +20,14 @@ from neurons.miner.options import NETUID, REHEARSAL_HOTKEY, REHEARSAL_WALLET
 from neurons.rehearsal.hostile import HostileValidator
 from neurons.rehearsal.rules import Limits, Rules
 from neurons.rehearsal.scoring import ScoringService
+from neurons.rehearsal.troubles import NONE, TROUBLES
+from neurons.rehearsal.truth import TruthFile
 from neurons.rehearsal.validator import RehearsalValidator
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
+PICTURES = Path(__file__).with_name("pictures")
+# Of the synthetic tasks.
+PICTURE_SHARE = 0.2
 UNREWARDING_UID = 180
 MINER_UID = 200
 FIRST_HOSTILE_UID = 100
@@ -33,8 +38,10 @@ log = logging.getLogger(__name__)
 
 
 class RehearsalNetwork:
-    """`validators` axons and a misbehaving validator of each of the `hostile` kinds, all in one thread with one event
-    loop. To be used as a context manager.
+    """`validators` axons and a validator of each of the `hostile` kinds, be it one that misbehaves or one that is only
+    troublesome, all in one thread with one event loop. To be used as a context manager.
+
+    A share of the tasks are `pictures` (PNG), if there are any. `truth` is the file for what the validators did.
     """
 
     def __init__(
@@ -45,6 +52,8 @@ class RehearsalNetwork:
         limits: Limits,
         prompts: list[str],
         hostile: Sequence[str] = (),
+        pictures: Sequence[bytes] = (),
+        truth: Path | None = None,
     ) -> None:
         self._file = state / "network.json"
         self._told = b""
@@ -53,18 +62,27 @@ class RehearsalNetwork:
         wallets = state / "wallets"
         self.miner_hotkey: str = make_wallet(wallets, REHEARSAL_HOTKEY).hotkey.ss58_address
         scoring = ScoringService(endpoint)
-        self.validators = [
-            RehearsalValidator(
+        self._truth = None if truth is None else TruthFile(truth)
+
+        def make(uid: int, name: str, kind: str = "") -> RehearsalValidator:
+            known_from = time.time() + TROUBLES.get(kind, NONE).unknown_seconds * limits.second
+            return RehearsalValidator(
                 uid,
-                make_wallet(wallets, f"validator_{uid}"),
-                Rules(limits, [self.miner_hotkey], shuffled(prompts, uid)),
+                make_wallet(wallets, name),
+                Rules(limits, [self.miner_hotkey], mixed(prompts, pictures, uid), known_from=known_from),
                 scoring,
+                kind,
+                state / "validators" / f"{name}.json",
+                self._truth,
             )
-            for uid in validator_uids(validators)
-        ]
+
+        kinds = list(enumerate(hostile, FIRST_HOSTILE_UID))
+        self.validators = [make(uid, f"validator_{uid}") for uid in validator_uids(validators)]
+        self.troublesome = [make(uid, f"hostile_{uid}", kind) for uid, kind in kinds if kind in TROUBLES]
         self.hostile = [
             HostileValidator(uid, make_wallet(wallets, f"hostile_{uid}").hotkey.ss58_address, kind, limits)
-            for uid, kind in enumerate(hostile, FIRST_HOSTILE_UID)
+            for uid, kind in kinds
+            if kind not in TROUBLES
         ]
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="rehearsal", daemon=True)
 
@@ -76,10 +94,13 @@ class RehearsalNetwork:
                 raise RuntimeError("the validators did not start")
             time.sleep(0.01)
         self._tell()
-        for validator in self.validators:
-            log.info("Validator [%d] %s listens on 127.0.0.1:%d", validator.uid, validator.hotkey, validator.port)
-        for villain in self.hostile:
-            log.info("Validator [%d] %s listens on 127.0.0.1:%d", villain.uid, villain.kind, villain.port)
+        for validator in self._all():
+            log.info(
+                "Validator [%d] %s listens on 127.0.0.1:%d",
+                validator.uid,
+                validator.kind or validator.hotkey,
+                validator.port,
+            )
         return self
 
     def announce(self) -> None:
@@ -100,19 +121,21 @@ class RehearsalNetwork:
         for validator in self._all():
             validator.stop()
         self._thread.join(timeout=10)
+        if self._truth is not None:
+            self._truth.close()
 
     async def _serve(self) -> None:
         await asyncio.gather(*(validator.serve() for validator in self._all()))
 
     def _all(self) -> list[RehearsalValidator | HostileValidator]:
-        return [*self.validators, *self.hostile]
+        return [*self.validators, *self.troublesome, *self.hostile]
 
     def _metagraph(self) -> Metagraph:
         neurons = [
             Neuron(validator.uid, validator.hotkey, "127.0.0.1", validator.port, VALIDATOR_STAKE, serving=True)
             for validator in self._all()
         ]
-        miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False, validator_permit=False)
+        miner = Neuron(MINER_UID, self.miner_hotkey, "0.0.0.0", 0, 0.0, serving=False)
         return Metagraph(NETUID, (*neurons, miner))
 
 
@@ -138,6 +161,19 @@ def load_prompts(path: Path = PROMPTS) -> list[str]:
     if not prompts:
         raise ValueError(f"{path}: no prompts")
     return prompts
+
+
+def load_pictures(folder: Path = PICTURES) -> list[bytes]:
+    """PNG files, made by `scripts.tiny_pack.rehearsal_pictures`."""
+    return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
+
+
+def mixed(prompts: list[str], pictures: Sequence[bytes], seed: int) -> Iterator[str | bytes]:
+    """Texts and, for a fifth, pictures for ever, in an order of the seed's own."""
+    texts, drawn = shuffled(prompts, seed), random.Random(seed)
+    while True:
+        is_picture = bool(pictures) and drawn.random() < PICTURE_SHARE
+        yield drawn.choice(pictures) if is_picture else next(texts)
 
 
 def shuffled(prompts: list[str], seed: int) -> Iterator[str]:

@@ -1,59 +1,90 @@
-"""Client of the scoring endpoint that validators use: POST /validate_txt_to_3d_ply/."""
+"""Client of the scoring endpoints that validators use: POST /validate_txt_to_3d_ply/ and /validate_img_to_3d_ply/."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from typing import Any, Protocol
 
 import aiohttp
 
 from neurons.logging_setup import quoted
-from neurons.protocol import COMPRESSION_SPZ
-from neurons.rehearsal.checks import Unacceptable
+from neurons.protocol import COMPRESSION_SPZ, ImageTask, Task
+from neurons.rehearsal.checks import Unacceptable, check_results
 
-# Within the 300 s that a miner waits for the answer to a submission.
-SCORING_LIMIT_S = 240.0
+# aiohttp's default, which the public validator keeps.
+SCORING_LIMIT_S = 300.0
+# A validator's service is there for scoring alone; this one makes the miner's results, too.
+BUSY = (429, 503)
 RETRY_S = 3.0
+PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first
+
+log = logging.getLogger(__name__)
 
 
-class ScoringUnavailable(Exception):
-    """The scoring service did not answer in time; says nothing about the submission."""
+class Scoring(Protocol):
+    async def score(self, task: Task, results: str) -> float | None:
+        """Final score of `results` (base64 of `.spz`); None when there is no answer."""
 
 
 class ScoringService:
     def __init__(self, endpoint: str) -> None:
-        self._url = f"{endpoint.rstrip('/')}/validate_txt_to_3d_ply/"
+        self._endpoint = endpoint.rstrip("/")
 
-    async def score(self, prompt: str, results: str) -> float:
-        """Final score, 0 to 1, of `results` (base64 of `.spz`). Raises Unacceptable or ScoringUnavailable."""
-        body = {
-            "prompt": prompt,
-            "data": results,
-            "compression": COMPRESSION_SPZ,
-            "generate_single_preview": False,
-            "generate_grid_preview": False,
-            "preview_score_threshold": 0.8,
-        }
-        problem = "not asked"
+    async def score(self, task: Task, results: str) -> float | None:
+        """What can not be read, and what the hard rejections are about, has score 0: an exception inside the subnet's
+        scoring service gives that, while no answer, be it for a connection, time or a status, gives None.
+        """
+        try:
+            await asyncio.to_thread(check_results, results)
+        except Unacceptable as error:
+            log.info("Score 0: %s", quoted(str(error)))
+            return 0.0
+        problem = "busy"
         try:
             async with asyncio.timeout(SCORING_LIMIT_S), aiohttp.ClientSession() as session:
                 while True:
-                    try:
-                        async with session.post(self._url, json=body) as response:
-                            if response.status == 200:
-                                return _score(await response.json())
-                            problem = f"{response.status} {quoted(await response.text())}"
-                            if response.status in (400, 413, 422):
-                                raise Unacceptable(f"the scoring service answered {problem}")
-                    except aiohttp.ClientError as error:
-                        problem = f"{type(error).__name__}: {error}"
+                    async with session.post(self._url(task), json=_body(task, results), headers=PRIORITY) as response:
+                        if response.status == 200:
+                            return _score(await response.json())
+                        problem = f"{response.status} {quoted(await response.text())}"
+                    if response.status not in BUSY:
+                        break
                     await asyncio.sleep(RETRY_S)
-        except TimeoutError as error:
-            raise ScoringUnavailable(f"no score in {SCORING_LIMIT_S:.0f} s, last: {problem}") from error
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            problem = f"{type(error).__name__} {error}, {problem} before"
+        log.error("No score: %s", problem)
+        return None
+
+    def _url(self, task: Task) -> str:
+        return f"{self._endpoint}/validate_{'img' if isinstance(task, ImageTask) else 'txt'}_to_3d_ply/"
 
 
-def _score(answer: dict[str, object]) -> float:
-    score = answer.get("score")
+class FixedScores:
+    """Says the same of everything."""
+
+    def __init__(self, score: float | None) -> None:
+        self._score = score
+
+    async def score(self, task: Task, results: str) -> float | None:
+        return self._score
+
+
+def _body(task: Task, results: str) -> dict[str, object]:
+    return {
+        "prompt_image" if isinstance(task, ImageTask) else "prompt": task.prompt,
+        "data": results,
+        "compression": COMPRESSION_SPZ,
+        "generate_single_preview": False,
+        "generate_grid_preview": False,
+        "preview_score_threshold": 0.5,
+    }
+
+
+def _score(answer: Any) -> float:
+    """Raises ValueError."""
+    score = answer.get("score") if isinstance(answer, dict) else None
     if not isinstance(score, int | float) or not math.isfinite(score):
-        raise ScoringUnavailable(f"the answer has no score: {quoted(answer)}")
+        raise ValueError(f"the answer has no score: {quoted(answer)}")
     return float(score)

@@ -49,6 +49,10 @@ class TextGuidance(Guidance, Protocol):
         """Encode those that are not known yet together, so that `prepare` finds them."""
         ...
 
+    def cut(self, text: str) -> tuple[int, int] | None:
+        """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
+        ...
+
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """The condition of one scene."""
         ...

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from generation.dreamgaussian.guidance.distillation import Distillation
 from generation.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.dreamgaussian.guidance.shared_start import SharedStart
-from generation.text_cache import TextCache
+from generation.text_cache import TextCache, cut
 from generation.transfer import send
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
@@ -61,6 +61,10 @@ class MVDream(Distillation):
     def read(self, texts: Sequence[str]) -> None:
         """See `TextGuidance.read`."""
         self._texts.read(texts)
+
+    def cut(self, text: str) -> tuple[int, int] | None:
+        """See `TextGuidance.cut`."""
+        return cut(self._tokenizer, text)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
