@@ -17,7 +17,9 @@ from generation.self_check import (
 )
 from generation.self_check.outliers import geometric_mean
 from generation.settings import Models
+from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
+from generation.splats.rasterize import rasterize
 from generation.weights import WeightsError, local_folder, lookup
 from tests.standins import ball, colour_check
 
@@ -94,6 +96,18 @@ class TestFrame:
         again = to_validators_frame(fitted)
         for name, value in fitted.tensors().items():
             assert torch.allclose(value, getattr(again, name), atol=1e-4), name
+
+    def test_colours_under_black_are_delivered_as_they_were_optimised(self):
+        """The optimisation's rasteriser draws them black, a validator's darker than that."""
+        gaussians = ball("red")
+        gaussians.logit_opacities[:] = -1.0
+        gaussians.sh[::2] = -4.0
+        fitted = fit_to_frame(gaussians)
+        as_they_were = replace(fitted, sh=gaussians.sh)
+        orbit = cameras.orbit(0.0, torch.zeros(1), 2.5, 49.1, 64, 64)
+        optimised, delivered = (rasterize(each, orbit, 64, 64, torch.ones(3))[0] for each in (as_they_were, fitted))
+        assert torch.allclose(optimised, delivered, atol=1e-6)
+        assert (render_views(as_they_were) - render_views(fitted)).abs().max() > 0.1
 
     def test_elsewhere_the_validators_mistakes_are_made(self):
         """One mean over all coordinates, and opacities divided by the factor of size, up to 1."""

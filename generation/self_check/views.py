@@ -27,11 +27,18 @@ FRONT_VIEW, GRID_VIEWS, GRID_GAP = 1, (1, 5, 9, 13), 5
 def fit_to_frame(gaussians: Gaussians) -> Gaussians:
     """The same splat, its points' mean at the origin and the longest side of their bounding box ``BOX_SIDE``.
 
-    So splats are delivered. ``to_validators_frame`` leaves them as they are then.
+    So splats are delivered. ``to_validators_frame`` leaves them as they are then. A colour under black becomes black:
+    it was optimised as that, and the validators' renderer would take its light away from what is blended with it.
     """
     means = gaussians.means - gaussians.means.mean(0)
     scale = BOX_SIDE / float((means.amax(0) - means.amin(0)).max())
-    return replace(gaussians, means=means * scale, log_scales=gaussians.log_scales + float(np.log(scale)))
+    constant, harmonics = gaussians.sh[:, :1].clamp_min(-0.5 / SH_C0), gaussians.sh[:, 1:]
+    return replace(
+        gaussians,
+        means=means * scale,
+        log_scales=gaussians.log_scales + float(np.log(scale)),
+        sh=torch.cat([constant, harmonics], dim=1),
+    )
 
 
 def to_validators_frame(gaussians: Gaussians) -> Gaussians:
