@@ -11,6 +11,7 @@ from PIL import Image
 
 from generation.out_of_memory import GOOD_BEFORE_MORE
 from generation.pipeline import Cancelled, Pipeline, Request
+from generation.self_check import views
 from generation.settings import DreamGaussianOptions, Settings
 from generation.splats import ply
 from generation.weights import WeightsError
@@ -98,6 +99,12 @@ class Sculptor:
             scene.iteration += 1
             if "collapse" in scene.prompt and scene.iteration == 2:
                 raise RuntimeError("it fell over")
+
+
+@pytest.fixture(autouse=True)
+def small_views(monkeypatch):
+    """A sixteenth of the validators' pixels: what is tested here does not depend on them."""
+    monkeypatch.setattr(views, "VIEW_SIZE", 130)
 
 
 @pytest.fixture
@@ -472,7 +479,7 @@ class TestValidate:
         good = ply.write(ball("red"))
         scores = pipeline.validate(good, "a red ball", single=True, grid=True, above=0.6)
         sizes = [Image.open(io.BytesIO(png)).size for png in (scores.preview, scores.grid_preview)]
-        assert sizes == [(518, 518), (1041, 1041)]
+        assert sizes == [(130, 130), (265, 265)]  # a gap of 5 pixels
         for hidden in (
             pipeline.validate(good, "a red ball"),
             pipeline.validate(good, "a red ball", True, True, above=scores.score),

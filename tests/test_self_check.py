@@ -14,6 +14,7 @@ from generation.self_check import (
     render_views,
     run_gates,
     to_validators_frame,
+    views,
 )
 from generation.self_check.outliers import geometric_mean
 from generation.settings import Models
@@ -181,7 +182,8 @@ class TestScore:
         assert align(checking, yellow, picture)[0] == pytest.approx(1 / 0.9, abs=1e-3)
         assert align(checking, red, picture)[0] == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
 
-    def test_texts_and_pictures_together(self):
+    def test_texts_and_pictures_together(self, monkeypatch):
+        monkeypatch.setattr(views, "VIEW_SIZE", 130)
         checking = colour_check()
         picture = Image.new("RGB", (60, 60), "white")
         picture.paste((0, 0, 255), (15, 15, 45, 45))
