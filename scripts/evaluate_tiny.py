@@ -1,9 +1,9 @@
 """Measure the tiny profile on 48 prompts of shapes and colours that its training never saw together.
 
 For each prompt the real pipeline makes a splat; the judge (trained apart, on exact renders) names shape and colour
-from 8 views all round; the service's own gates and CLIP threshold decide, for the right prompt and for three wrong
-ones: wrong in shape and colour, in the shape alone, in the colour alone. With --images the prompts are pictures: exact
-renders of those objects from the front, on white.
+from 8 views all round; the service's own gates and its threshold for the final score decide, for the right prompt and
+for three wrong ones: wrong in shape and colour, in the shape alone, in the colour alone. With --images the prompts are
+pictures: exact renders of those objects from the front, on white.
 Writes evaluation.json, contact.png (8 views of every splat) and gallery.png to the output folder.
 
     python -m scripts.evaluate_tiny OUT_FOLDER [--prompts 48] [--images] [--config configs/tiny_mv_fast.yaml]
@@ -85,7 +85,8 @@ def main() -> None:
         seconds = time.perf_counter() - began
         if not isinstance(outcome, Asset) or outcome.gaussians is None:
             reason = outcome.report.rejected if isinstance(outcome, Asset) else repr(outcome)
-            rows.append({"prompt": prompt, "passed": False, "reason": reason, "seconds": round(seconds, 1)})
+            row = {"prompt": prompt, "passed": False, "reason": reason, "seconds": round(seconds, 1)}
+            rows.append(row | ({"parts": outcome.report.parts} if isinstance(outcome, Asset) else {}))
             tiles.append(torch.ones(VIEWS, 3, TILE, TILE))
             print(f"{i + 1}/{len(specs)} {prompt}: {reason}", flush=True)
             continue
@@ -99,6 +100,7 @@ def main() -> None:
             "prompt": prompt,
             "passed": outcome.report.rejected is None,
             "score": outcome.report.score,
+            "parts": outcome.report.parts,
             "gaussians": outcome.report.num_gaussians,
             "judged": f"{colour} {shape}",
             "shape_right": shape == spec.shape,
@@ -115,6 +117,8 @@ def main() -> None:
             flush=True,
         )
     count = len(rows)
+    named = [r["parts"]["iqa"] for r in rows if r.get("shape_right") and r["colour_right"]]
+    named = [iqa for iqa in named if iqa is not None]
     summary = {
         "prompts": count,
         "shape_accuracy": round(sum(r.get("shape_right", False) for r in rows) / count, 3),
@@ -124,6 +128,7 @@ def main() -> None:
             kind: round(sum(r["wrong_scores"][kind] >= threshold for r in rows if "wrong_scores" in r) / count, 3)
             for kind in ("both", "shape", "colour")
         },
+        "named_right_quality_at_least_0.7": round(sum(q >= 0.7 for q in named) / len(named), 3) if named else None,
         "median_seconds": sorted(r["seconds"] for r in rows)[count // 2],
     }
     (args.out / "evaluation.json").write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
