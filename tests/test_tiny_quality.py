@@ -1,0 +1,112 @@
+"""What the tiny quality net learns from: planted flaws, distances of results, and which of two is the better."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from generation.splats.gaussians import Gaussians
+from scripts.tiny_pack import flaws, results, train_quality
+
+SIZE = results.SIZE
+
+
+def a_ball(count: int = 4000) -> Gaussians:
+    """Red, in the validators' frame, opaque."""
+    g = torch.Generator().manual_seed(0)
+    means = 0.75 * F.normalize(torch.randn(count, 3, generator=g), dim=1)
+    return Gaussians(
+        means=means,
+        quats=F.pad(torch.ones(count, 1), (0, 3)),
+        log_scales=torch.full((count, 3), -3.6),
+        logit_opacities=torch.full((count,), 4.0),
+        sh=((torch.tensor([0.8, 0.1, 0.1]) - 0.5) / 0.28209479).expand(count, 1, 3).contiguous(),
+    )
+
+
+def a_disc(radius: float = 0.5, at: tuple[float, float] = (0.0, 0.0), colour=(0.8, 0.2, 0.1)) -> torch.Tensor:
+    """Four views (4, 4, S, S) of premultiplied RGBA: a disc with a stripe."""
+    ticks = torch.linspace(-1, 1, SIZE)
+    y, x = torch.meshgrid(ticks, ticks, indexing="ij")
+    x, y = (x - at[0]) / radius, (y - at[1]) / radius
+    alpha = ((1 - (x * x + y * y).sqrt()) * radius * SIZE / 2 + 0.5).clamp(0, 1)
+    stripe = 1 - 0.5 * (x.abs() < 0.2)
+    image = torch.cat([torch.tensor(colour).view(3, 1, 1) * stripe * alpha, alpha[None]])
+    return image.expand(4, -1, -1, -1).contiguous()
+
+
+@pytest.mark.parametrize("strength", flaws.STRENGTHS)
+@pytest.mark.parametrize("kind", flaws.KINDS)
+@pytest.mark.slow
+def test_a_planted_flaw_changes_the_share_of_pixels_that_it_says(kind: str, strength: float) -> None:
+    ball = a_ball()
+    planted = flaws.plant(ball, kind, strength, random.Random(1))
+    assert planted is not None
+    clean, alpha = flaws.drawn(ball, 150)  # other pixels than those it was made at
+    seen = (flaws.drawn(planted[0], 150)[0] - clean).abs().amax(1) > 0.1
+    share = float((seen.sum((1, 2)) / (alpha[:, 0] > 0.5).sum((1, 2))).mean())
+    assert share == pytest.approx(strength, rel=0.35)
+
+
+def test_flaws_in_images_are_counted() -> None:
+    torch.manual_seed(3)
+    rgba = a_disc().repeat(8, 1, 1, 1)
+    rgb, alpha = rgba[:, :3] + 1 - rgba[:, 3:], rgba[:, 3:]
+    other = a_disc(colour=(0.1, 0.2, 0.9)).repeat(8, 1, 1, 1)
+    flawed, share = flaws.in_images(rgb, alpha, other[:, :3] + 1 - other[:, 3:], other[:, 3:])
+    counted = ((flawed - rgb).abs().amax(1) > 0.1).sum((1, 2)) / (alpha > 0.5).sum((1, 2, 3))
+    assert torch.equal(share, counted)
+    assert flawed.min() >= 0 and flawed.max() <= 1
+    assert (share > 0.005).float().mean() > 0.7 and share.max() < 1.5
+
+
+def test_distance_forgives_place_size_and_tint_and_nothing_else() -> None:
+    exact = a_disc()
+    moved = train_quality.distance(a_disc(0.52, (0.06, -0.04)), exact)
+    tinted = train_quality.distance(a_disc(colour=(0.85, 0.24, 0.1)), exact)
+    assert moved.max() < 0.08 and tinted.max() < 0.03
+    blurred = train_quality.distance(F.avg_pool2d(exact, 7, 1, 3), exact)
+    worse = train_quality.distance(F.avg_pool2d(exact, 15, 1, 7), exact)
+    blue = train_quality.distance(a_disc(colour=(0.1, 0.2, 0.8)), exact)
+    holed = exact.clone()
+    holed[:, :, SIZE // 2 :, SIZE // 2 :] = 0
+    assert moved.max() < blurred.min() < worse.min()
+    assert min(blue.min(), train_quality.distance(holed, exact).min()) > 0.15
+
+
+def test_near_ties_are_no_pairs() -> None:
+    records = [
+        {"object": name, "way": "fast", "iteration": 0, "flaw": None, "distance": far}
+        for name, far in (("a", 0.30), ("a", 0.26), ("a", 0.2), ("b", 0.1))
+    ]
+    assert sorted(train_quality.real_pairs(records, 0.2)) == [(2, 0), (2, 1)]
+    assert set(train_quality.any_pairs(records, 0.2, 50, random.Random(0))) == {(3, 0), (3, 1), (3, 2)}
+
+
+def test_training_never_sees_the_shapes_of_the_test() -> None:
+    rng = random.Random(0)
+    seen = [results.training_spec(rng) for _ in range(5000)]
+    assert not {s.shape for s in seen} & set(results.UNSEEN) and not {s.base for s in seen} & set(results.UNSEEN)
+    assert {s.shape for s in results.test_specs()} == set(results.UNSEEN) and len(results.UNSEEN) == 6
+
+
+def test_worth_falls_with_distance_and_with_a_flaws_share() -> None:
+    worth = train_quality.worth_of_distance(torch.linspace(0, 2, 50), {"low": 0.15, "high": 0.45})
+    assert float(worth[0]) == pytest.approx(train_quality.EXACT)
+    assert (worth.diff() <= 0).all() and worth[-1] < 0.1
+    share = train_quality.worth_of_share(torch.tensor([0.0, 0.02, 0.08, 0.3]))
+    assert share[0] == 1 and (share.diff() < 0).all() and share[-1] < 0.2
+
+
+def test_objective_pulls_the_better_one_up() -> None:
+    worth = torch.tensor([0.9, 0.4]).view(2, 1, 1).expand(2, 3, 4)
+    images = torch.zeros(2, 3, 4, 1)
+
+    def net(level: float):
+        return lambda x: torch.cat([torch.full((12,), level), torch.full((12,), -level)])
+
+    right, wrong = (float(train_quality.objective(net(level), images, worth)) for level in (1.0, -1.0))
+    assert right < wrong
