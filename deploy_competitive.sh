@@ -263,12 +263,12 @@ fi
 
 python=.venv/bin/python
 [[ -x $python ]] || python=$(find_python)
-problem=$("$python" scripts/probe.py port "$host" "$port") || die "$problem"
+problem=$("$python" scripts/ops/probe.py port "$host" "$port") || die "$problem"
 extras=""
 [[ $profile == tiny ]] || extras=$(hardware_extras)
 # shellcheck disable=SC2086  # one word for each extra
 ensure_environment $extras
-[[ -z $extras ]] || .venv/bin/python -m scripts.build_gsplat ||
+[[ -z $extras ]] || .venv/bin/python -m scripts.ops.build_gsplat ||
     die "gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny"
 
 # ---- start ----
@@ -280,7 +280,7 @@ start() {
     shift
     rm -f "run/$name.up"
     command -v setsid >/dev/null && detach=(setsid)
-    PYTHONUNBUFFERED=1 "${detach[@]}" nohup .venv/bin/python scripts/keep_running.py "run/$name.up" "logs/$name.log" \
+    PYTHONUNBUFFERED=1 "${detach[@]}" nohup .venv/bin/python scripts/ops/keep_running.py "run/$name.up" "logs/$name.log" \
         .venv/bin/python -m "$(module_of "$name")" "$@" \
         </dev/null >"run/$name.out" 2>&1 9>&- &
     printf '%s\n' $! >"run/$name.pid"
@@ -323,7 +323,7 @@ service=(--profile "$profile" --host "$host" --port "$port" --validation-thresho
 [[ -z $allowed_hosts ]] || service+=(--allowed-hosts "$allowed_hosts")
 start generation_service "${service[@]}"
 started generation_service logs/generation_service.log \
-    .venv/bin/python scripts/probe.py service "$url" "$(cat run/generation_service.pid)"
+    .venv/bin/python scripts/ops/probe.py service "$url" "$(cat run/generation_service.pid)"
 
 if [[ $network == rehearsal ]]; then
     echo "Starting the rehearsal network ..."
@@ -331,12 +331,12 @@ if [[ $network == rehearsal ]]; then
     start rehearsal --validators "$LOOPBACK_VALIDATORS" --time-scale "$REHEARSAL_TIME_SCALE" --endpoint "$url" \
         --state data/rehearsal
     started rehearsal logs/rehearsal.log \
-        .venv/bin/python scripts/probe.py file data/rehearsal/network.json "$(cat run/rehearsal.pid)" "$START_S"
+        .venv/bin/python scripts/ops/probe.py file data/rehearsal/network.json "$(cat run/rehearsal.pid)" "$START_S"
 fi
 
 echo "Starting the miner ..."
 rm -f run/miner.status
-[[ -n $workers ]] || workers=$(.venv/bin/python scripts/probe.py workers "$url" "${endpoints[@]+"${endpoints[@]}"}")
+[[ -n $workers ]] || workers=$(.venv/bin/python scripts/ops/probe.py workers "$url" "${endpoints[@]+"${endpoints[@]}"}")
 printf '%s\n' "$workers" >run/workers
 miner=(--network "$network" --netuid "$netuid" --workers "$workers"
     --generation.endpoint "$url" "${endpoints[@]+"${endpoints[@]}"}"
@@ -349,6 +349,6 @@ miner=(--network "$network" --netuid "$netuid" --workers "$workers"
 [[ -z $min_reward ]] || miner+=(--min-reward "$min_reward")
 [[ -z $metrics_port ]] || miner+=(--metrics-port "$metrics_port")
 start miner "${miner[@]}"
-started miner logs/miner.log .venv/bin/python scripts/probe.py status run/miner.status "$(cat run/miner.pid)" "$START_S"
+started miner logs/miner.log .venv/bin/python scripts/ops/probe.py status run/miner.status "$(cat run/miner.pid)" "$START_S"
 
 summary

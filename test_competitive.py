@@ -111,7 +111,7 @@ class Service:
         return float(seconds[stage])
 
     def score(self, prompt: str) -> float:
-        from neurons import spz
+        from common import spz
 
         body = {"prompt": prompt, "data": base64.b64encode(spz.compress(self.splat())).decode(), "compression": 2}
         answer, _ = self.post("/validate_txt_to_3d_ply/", json.dumps(body).encode(), "application/json")
@@ -203,12 +203,12 @@ def task_manager_works(_: Service) -> str:
     import bittensor as bt
 
     from neurons.chain import Metagraph, Neuron
-    from neurons.miner.clock import ValidatorClocks
-    from neurons.miner.events import Event
-    from neurons.miner.spool import Spool
-    from neurons.miner.submitter import Submitter
-    from neurons.miner.task_manager import AsyncTaskManager
-    from neurons.miner.validators import Eligibility, ValidatorDirectory
+    from neurons.miner.records.events import Event
+    from neurons.miner.submission.spool import Spool
+    from neurons.miner.submission.submitter import Submitter
+    from neurons.miner.tasks.task_manager import AsyncTaskManager
+    from neurons.miner.validators.clock import ValidatorClocks
+    from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
     from neurons.protocol import TextTask
 
     count = 4
@@ -277,7 +277,7 @@ def task_manager_works(_: Service) -> str:
 def uid_180_blacklisted(_: Service) -> str:
     from neurons.chain import Metagraph, Neuron
     from neurons.miner import options
-    from neurons.miner.validators import Eligibility, ValidatorDirectory
+    from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 
     blacklist = options.parse([]).blacklist
     directory = ValidatorDirectory(Eligibility("own hotkey", "rehearsal", blacklist))
@@ -290,7 +290,7 @@ def uid_180_blacklisted(_: Service) -> str:
 
 def all_imports_work(_: Service) -> str:
     broken, count, needs_gpu = [], 0, 0
-    for package in ("generation", "neurons"):
+    for package in ("common", "generation", "neurons"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
             if ".weights.tiny" in module.name:  # modelling code inside a checkpoint: loaded with it
                 continue
@@ -367,7 +367,7 @@ def service() -> Iterator[Service]:
     command = [sys.executable, "-m", "generation.serve_competitive", "--port", str(port), "--log-file", str(log)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        from scripts.probe import wait_for_service
+        from scripts.ops.probe import wait_for_service
 
         if problem := wait_for_service(url, process.pid):
             raise Failed(f"{problem} (log: {log})")

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from common.log_lines import SingleLineFormatter
+
 MAX_BYTES = 10 * 1024 * 1024
 BACKUPS = 5
-
-# C0 and C1 controls, delete, Unicode's own line ends and the marks that reorder text: whatever could end a line,
-# start a false one, or drive a terminal.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def escape(text: str) -> str:
-    """``text`` on one line: control characters as backslash escapes."""
-    return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
-
-
-class SingleLineFormatter(logging.Formatter):
-    """Escapes control characters in messages; a traceback follows indented, so that it can not pass for an entry."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = escape(record.message)
-        return super().formatMessage(record)
-
-    def formatException(self, ei: object) -> str:
-        lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
-        return "\n".join("    | " + escape(line) for line in lines)
 
 
 def setup_logging(path: Path) -> None:

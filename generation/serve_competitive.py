@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 import uvicorn
 from pydantic import ValidationError
 
-from generation.api import create_app
-from generation.engine import Engine
-from generation.fleet import Fleet
-from generation.logging_setup import escape, setup_logging
-from generation.score import formula
-from generation.settings import Arguments, Settings, SettingsError
+from common.log_lines import escape
+from generation.engine.engine import Engine
+from generation.fleet.fleet import Fleet
+from generation.logging_setup import setup_logging
+from generation.schema.options import SettingsError
+from generation.schema.score import formula
+from generation.settings import Arguments, Settings
+from generation.web.app import create_app
 
 if TYPE_CHECKING:
-    from generation.pipeline import Pipeline
+    from generation.pipeline.pipeline import Pipeline
 
 #: What the requests in flight get to finish in, after SIGTERM. In seconds.
 GRACE_S = 20
@@ -84,9 +86,9 @@ def make_engine(settings: Settings) -> Engine | Fleet:
 
     def load(progress: Callable[[str], None]) -> Pipeline:
         progress("importing torch and the model libraries")
-        from generation import profile_trace
+        from generation.pipeline import trace
 
-        return profile_trace.load(settings, progress)
+        return trace.load(settings, progress)
 
     return Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
 

@@ -7,32 +7,10 @@ import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
+from common.log_lines import SingleLineFormatter
+
 MAX_LOG_BYTES = 10 << 20
 LOG_BACKUPS = 5
-MAX_QUOTED_CHARACTERS = 120
-
-# C0, DEL and C1 controls (terminal escapes among them), and the Unicode line and paragraph separators.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
-_CONTROLS |= {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-
-
-def quoted(text: object) -> str:
-    """A stranger's text for a log line: escaped, quoted, cut to MAX_QUOTED_CHARACTERS."""
-    text = str(text)
-    # Cut first: escaping a prompt of megabytes is work.
-    cut = repr(text[:MAX_QUOTED_CHARACTERS])[1:-1][:MAX_QUOTED_CHARACTERS]
-    return f"'{cut}'" if len(text) <= MAX_QUOTED_CHARACTERS else f"'{cut}...' ({len(text)} characters)"
-
-
-class SingleLineFormatter(logging.Formatter):
-    """Escapes control characters, so that no text can forge a log line; tracebacks keep their lines, indented."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        return super().formatMessage(record).translate(_CONTROLS)
-
-    def formatException(self, ei: object) -> str:
-        lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]
-        return "\n".join("    | " + line.translate(_CONTROLS) for line in lines)
 
 
 def configure(log_file: Path) -> None:

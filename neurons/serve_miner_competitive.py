@@ -18,7 +18,7 @@ def main() -> int:
     home_problem = home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
-    from neurons.miner.competitive_miner import CompetitiveMiner
+    from neurons.miner.app import CompetitiveMiner
 
     try:
         logging_setup.configure(options.log_file)

@@ -6,7 +6,7 @@ PROGRAM=$(basename "$0")
 INSTALL_GB=10 # free space that a fresh install needs: 6 for the environment, the rest for pip's downloads
 
 # How long stop_competitive.sh waits for each after SIGTERM: longer than its own time-outs of a stop add up to, which
-# tests/test_stop_times.py checks. A keeper (keep_running.py) waits for as long as its process takes.
+# tests/process/test_stop_times.py checks. A keeper (keep_running.py) waits for as long as its process takes.
 STOP_MINER_S=26
 STOP_REHEARSAL_S=12
 STOP_SERVICE_S=28

@@ -21,7 +21,7 @@ def loggers_speak() -> None:
 @pytest.fixture(scope="session")
 def mini_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A models file that names random mini checkpoints of the true layouts."""
-    from tests.mini_checkpoints import build
+    from tests.support.mini_checkpoints import build
 
     return build(tmp_path_factory.mktemp("mini"))
 

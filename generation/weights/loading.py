@@ -15,7 +15,7 @@ from generation.weights.lock import read_lock, url_folder
 from generation.weights.registry import REGISTRY, Entry, MissingWeights, WeightsError, lookup, wanted
 
 if TYPE_CHECKING:
-    from generation.settings import ModelChoice
+    from generation.schema.options import ModelChoice
 
 #: the longest header that safetensors itself reads, in bytes
 _LONGEST_HEADER = 100_000_000
@@ -75,7 +75,7 @@ def download_command(entry: Entry) -> str:
     """What to type to fetch an entry's files into the local cache."""
     other = "" if entry.revision == REGISTRY[entry.name].revision else f" --revision {entry.revision}"
     accept = " (accept its licence on the hub first)" if entry.gated else ""
-    return f".venv/bin/python -m scripts.download_weights --only {entry.name}{other}{accept}"
+    return f".venv/bin/python -m scripts.ops.download_weights --only {entry.name}{other}{accept}"
 
 
 def missing(choices: Iterable[ModelChoice]) -> list[str]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from generation.score import MIN_ALIGNMENT
+from generation.schema.score import MIN_ALIGNMENT
 
 if TYPE_CHECKING:
-    from generation.settings import ModelChoice
+    from generation.schema.options import ModelChoice
 
 
 class WeightsError(ValueError):

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from neurons.chain import Neuron
 from neurons.protocol import Task
 
+# Organic tasks close this long after their start at the latest.
+USEFUL_AGE_S = 300.0
+
 
 def usable_threshold(announced: float, own: float) -> float:
     """The score to reach: the higher one, as long as the validator's can be reached at all."""

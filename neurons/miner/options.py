@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from neurons.miner.blacklist import parse_entry
+from neurons.defaults import DATA, NETUID, REHEARSAL, REHEARSAL_HOTKEY, REHEARSAL_STATE, REHEARSAL_WALLET
+from neurons.miner.validators.blacklist import parse_entry
 
-NETUID = 17
 # Known to hand out tasks and give no rewards.
 DEFAULT_BLACKLIST = (180,)
 DEFAULT_ENDPOINT = "http://127.0.0.1:10006"
-REHEARSAL = "rehearsal"
-DATA = Path("data")
 LEDGER_NAME = "ledger.sqlite"
 SPOOL_NAME = "spool"
 METRICS_PORT = 10007
-REHEARSAL_STATE = DATA / "rehearsal"
-REHEARSAL_WALLET = "rehearsal"
-REHEARSAL_HOTKEY = "miner"
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--validation-threshold", type=_fraction, default=0.6, help="lowest score that is submitted, 0 to 1")
     home = f"in {DATA}/NETWORK-NETUID-HOTKEY or in the rehearsal's folder unless named"
     add("--spool", type=Path, help=f"folder of results on their way, of one miner alone; {home}")
-    add("--ledger", type=Path, help=f"database of what happened, for scripts.report; {home}")
+    add("--ledger", type=Path, help=f"database of what happened, for scripts.ops.report; {home}")
     add("--metrics-port", type=_integer(0, 65535), default=METRICS_PORT, help="Prometheus on 127.0.0.1; 0: none")
     add(
         "--min-reward",

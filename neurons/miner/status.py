@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from neurons.miner.clock import ValidatorClocks, steady_time
-from neurons.miner.generators import GeneratorPool
-from neurons.miner.metrics import Snapshot
-from neurons.miner.task_manager import AsyncTaskManager
-from neurons.miner.validators import ValidatorDirectory
+from neurons.miner.generation.pool import GeneratorPool
+from neurons.miner.records.metrics import Snapshot
+from neurons.miner.tasks.task_manager import AsyncTaskManager
+from neurons.miner.validators.clock import ValidatorClocks, steady_time
+from neurons.miner.validators.directory import ValidatorDirectory
 
 IDLE_LOG_INTERVAL_S = 60.0
 # Date headers are up to 2 s old. A validator refuses a first pull when its clock is 16 s ahead.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from neurons import home
-from neurons.miner.options import REHEARSAL_STATE
+from neurons.defaults import REHEARSAL_STATE
 
 MAX_VALIDATORS = 64
 ANNOUNCE_INTERVAL_S = 1.0
@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--truth",
         type=Path,
-        help="JSON-lines file for what each validator that keeps the rules did, for scripts.compare_with_truth",
+        help="JSON-lines file for what each validator that keeps the rules did, for scripts.tools.compare_with_truth",
     )
     parser.add_argument("--endpoint", default="http://127.0.0.1:10006", help="service that scores")
     parser.add_argument("--state", type=Path, default=REHEARSAL_STATE, help="folder of wallets and network.json")

@@ -8,7 +8,7 @@ import binascii
 import bittensor as bt
 import numpy as np
 
-from neurons import ply, spz
+from common import ply, spz
 from neurons.protocol import SubmitResults, Task, signed_message
 
 MIN_GAUSSIANS = 7_000

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from neurons.logging_setup import quoted
+from common.log_lines import quoted
 from neurons.rehearsal.rules import Limits
 
 FLOOD_BYTES = 50 << 20

@@ -16,7 +16,7 @@ import bittensor as bt
 
 from neurons import chain
 from neurons.chain import Metagraph, Neuron
-from neurons.miner.options import NETUID, REHEARSAL_HOTKEY, REHEARSAL_WALLET
+from neurons.defaults import NETUID, REHEARSAL_HOTKEY, REHEARSAL_WALLET
 from neurons.rehearsal.hostile import HostileValidator
 from neurons.rehearsal.rules import Limits, Rules
 from neurons.rehearsal.scoring import ScoringService

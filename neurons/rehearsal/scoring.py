@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from neurons.logging_setup import quoted
+from common.log_lines import quoted
 from neurons.protocol import COMPRESSION_SPZ, ImageTask, Task
 from neurons.rehearsal.checks import Unacceptable, check_results
 

@@ -12,7 +12,7 @@ from typing import Any, Tuple  # noqa: UP035
 
 import bittensor as bt
 
-from neurons.logging_setup import quoted
+from common.log_lines import quoted
 from neurons.protocol import PullTask, SubmitResults, Task
 from neurons.rehearsal.checks import signature_matches
 from neurons.rehearsal.rules import Judgement, Rules

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.self_check import ELEVATION, FOVY, RADIUS, VIEWS
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize
+from generation.stages.self_check import ELEVATION, FOVY, RADIUS, VIEWS
 
 KINDS = ("blotches", "holes", "floaters", "back")
 STRENGTHS = (0.02, 0.08, 0.3)

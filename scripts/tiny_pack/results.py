@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.self_check import fit_to_frame
 from generation.splats.gaussians import Gaussians
+from generation.stages.self_check import fit_to_frame
 
 from . import flaws, judge
 from .captions import HELD_OUT, ObjectSpec, caption, sample_spec
@@ -134,7 +134,7 @@ class Maker:
     """The pack's stages on one device."""
 
     def __init__(self, device: str) -> None:
-        from generation.pipeline import Pipeline
+        from generation.pipeline.pipeline import Pipeline
         from generation.settings import Settings
 
         self.device = device
@@ -145,9 +145,10 @@ class Maker:
 
     def make(self, batch: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
         """The batch's results and, of some, the same with flaws."""
-        from generation.background import recentre
-        from generation.dreamgaussian import DreamGaussian
-        from generation.settings import CONFIGS, DreamGaussianOptions
+        from generation.generators.dreamgaussian import DreamGaussian
+        from generation.schema.options import DreamGaussianOptions
+        from generation.settings import CONFIGS
+        from generation.stages.background import recentre
 
         pipe, way = self.pipeline, WAYS[batch["way"]]
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)

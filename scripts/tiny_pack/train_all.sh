@@ -24,7 +24,7 @@ train "${FLUX_MINUTES:-11}" flux train_flux &
 train "${SMALL_MINUTES:-3}" judge judge &
 train "${SMALL_MINUTES:-3}" background train_background &
 wait
-# The quality net learns from results of the finished pack. On a GPU they need gsplat's build (scripts.build_gsplat).
+# The quality net learns from results of the finished pack. On a GPU they need gsplat's build (scripts.ops.build_gsplat).
 "$python" -m scripts.tiny_pack.results --work "$work" --minutes "${RESULTS_MINUTES:-4}" --workers "${WORKERS:-4}" \
   >"$work/results.log" 2>&1 || echo "FAILED: results" >>"$work/failed.txt"
 train "${QUALITY_MINUTES:-5}" quality train_quality

@@ -24,10 +24,10 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from transformers import Dinov2Config
 
-from generation.self_check import ELEVATION, FOVY, RADIUS, VIEWS, fit_to_frame
-from generation.self_check.quality import WEIGHTS, QualityNet
-from generation.self_check.views import BOX_SIDE
 from generation.splats.gaussians import SH_C0, Gaussians
+from generation.stages.self_check import ELEVATION, FOVY, RADIUS, VIEWS, fit_to_frame
+from generation.stages.self_check.quality import WEIGHTS, QualityNet
+from generation.stages.self_check.views import BOX_SIDE
 
 from . import flaws
 from .captions import ObjectSpec

@@ -1,7 +1,7 @@
 """gsplat's compiled CUDA code: where a build for this machine's cards is kept, and how gsplat gets it.
 
 Left to itself gsplat compiles on its first call, for minutes and in the middle of a request. It looks for a module
-`gsplat.csrc` before that, so the service gives it the build that `python -m scripts.build_gsplat` made, and needs
+`gsplat.csrc` before that, so the service gives it the build that `python -m scripts.ops.build_gsplat` made, and needs
 neither a compiler nor an environment variable to run.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "gsplat"
 MODULE = "gsplat_cuda"
-BUILD_COMMAND = ".venv/bin/python -m scripts.build_gsplat"
+BUILD_COMMAND = ".venv/bin/python -m scripts.ops.build_gsplat"
 OLDEST = (7, 5)  # compute capability; the compiler of CUDA 13 and torch's builds for it know nothing older
 _loading = threading.Lock()  # each GPU's engine has a thread, and the module can be made once only
 

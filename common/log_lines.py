@@ -1,0 +1,40 @@
+"""One line for one event, whatever a stranger's text contains."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+MAX_QUOTED_CHARACTERS = 120
+
+# C0 and C1 controls, delete, Unicode's own line ends and the marks that reorder text: whatever could end a line,
+# start a false one, or drive a terminal.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape(text: str) -> str:
+    """``text`` on one line: control characters as backslash escapes."""
+    return _UNSAFE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+def quoted(text: object) -> str:
+    """A stranger's text for a log line: escaped, quoted, cut to MAX_QUOTED_CHARACTERS."""
+    text = str(text)
+    # Cut first: escaping a prompt of megabytes is work.
+    cut = repr(text[:MAX_QUOTED_CHARACTERS])[1:-1][:MAX_QUOTED_CHARACTERS]
+    return f"'{cut}'" if len(text) <= MAX_QUOTED_CHARACTERS else f"'{cut}...' ({len(text)} characters)"
+
+
+class SingleLineFormatter(logging.Formatter):
+    """Escapes control characters in messages; a traceback follows indented, so that it can not pass for an entry."""
+
+    def __init__(self, fmt: str = "%(asctime)s %(levelname)s %(name)s: %(message)s") -> None:
+        super().__init__(fmt)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escape(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: object) -> str:
+        lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
+        return "\n".join("    | " + escape(line) for line in lines)

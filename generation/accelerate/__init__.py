@@ -1,0 +1,1 @@
+"""What makes models fast, and nothing that a result means."""

@@ -1,0 +1,247 @@
+"""Diffusers' autoencoder around the kernels of `normalise`, with fewer passes over images in between."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from generation.accelerate.kernels.first_convolution import columns_of, convolve, gradient_by_image
+from generation.accelerate.kernels.group_norm import back_at_once, is_small, there_at_once
+from generation.accelerate.kernels.normalise import (
+    Norm,
+    Statistics,
+    add,
+    add_and_measure,
+    measure,
+    normalise,
+    normalise_back,
+)
+
+
+class Kernels(NamedTuple):
+    """Of a convolution with stride 1, and of the convolution that is its way back; channels last.
+
+    Where channels are many, cuDNN has faster kernels for that than for a gradient.
+    """
+
+    there: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Kernels:
+        weight = weight.detach()
+        both = weight, weight.flip(-2, -1).transpose(0, 1)
+        return cls(*(each.contiguous(memory_format=torch.channels_last) for each in both))
+
+
+def fuse(vae: AutoencoderKL) -> None:
+    """Replace an autoencoder's encoder; results stay, up to rounding.
+
+    Its parameters are frozen by it: gradients reach the input alone. Images must have even sides at all levels. Raises
+    ValueError for a block of another kind than Stable Diffusion's models have.
+    """
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae.encoder = FusedEncoder(vae.encoder)
+
+
+class FusedEncoder(nn.Module):
+    """Takes images (N, C, H, W) to the moments of their latents, as diffusers' `Encoder` does.
+
+    Convolutions with stride 2 add a row and a column of zeros after the last, which costs a copy there and two on the
+    way back. All is turned by 180 degrees instead: the image, the kernels and the latents. Then the zeros come before
+    the first, where a convolution takes them into account by itself. Biases of convolutions cost no pass of their own:
+    those between residual blocks are added in the next one.
+    """
+
+    def __init__(self, plain: Encoder) -> None:
+        super().__init__()
+        for module in plain.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data = module.weight.data.flip(-2, -1)
+        parts: list[nn.Module] = []
+        for level in plain.down_blocks:
+            parts += [*level.resnets, *(level.downsamplers or [])]
+        first, *others = plain.mid_block.resnets
+        parts.append(first)
+        for attention, block in zip(plain.mid_block.attentions, others, strict=True):
+            parts += [block] if attention is None else [attention, block]
+        of_first = _take_bias(plain.conv_in)
+        self.first = FirstConvolution(plain.conv_in, of_first, _norm(plain.down_blocks[0].resnets[0].norm1))
+        bias: Tensor | None = of_first
+        steps: list[nn.Module] = []
+        for part, following in zip(parts, [*parts[1:], plain.conv_norm_out], strict=True):
+            if isinstance(part, ResnetBlock2D):
+                steps.append(ResidualBlock(part, bias, _norm_of(following)))
+                bias = None
+            elif isinstance(part, Downsample2D):
+                bias = _take_bias(part.conv)
+                part.conv.padding = (1, 1)
+                steps.append(part.conv)
+            else:
+                steps.append(part)
+        self.steps = nn.ModuleList(steps)
+        self.norm_out = Normalisation(plain.conv_norm_out)
+        self.conv_out = plain.conv_out
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, measured = self.first(image)
+        for step in self.steps:
+            if isinstance(step, ResidualBlock):
+                x, measured = step(x, measured)
+            else:
+                x, measured = step(x), None
+        result: Tensor = self.conv_out(self.norm_out(x, measured)).flip(-2, -1)
+        return result
+
+
+def _take_bias(convolution: nn.Conv2d) -> Tensor:
+    assert convolution.bias is not None
+    bias = convolution.bias.detach()
+    convolution.bias = None
+    return bias
+
+
+def _norm_of(part: nn.Module) -> Norm | None:
+    """What `part` begins with, where that is a normalisation that can use sums taken before."""
+    if isinstance(part, ResnetBlock2D):
+        return _norm(part.norm1)
+    return _norm(part) if isinstance(part, nn.GroupNorm) else None
+
+
+def _norm(plain: nn.GroupNorm) -> Norm:
+    return Norm(plain.weight.detach(), plain.bias.detach(), plain.num_groups, plain.eps)
+
+
+class FirstConvolution(nn.Module):
+    """Of the image, turned by 180 degrees, without its `bias` (O,); and the statistics with it, for `following`."""
+
+    def __init__(self, plain: nn.Conv2d, bias: Tensor, following: Norm) -> None:
+        super().__init__()
+        self.columns = columns_of(plain.weight.detach())
+        self.bias, self.following = bias, following
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Statistics]:
+        result, *statistics = _FirstConvolution.apply(image, self)
+        return result, Statistics(*statistics)
+
+
+class ResidualBlock(nn.Module):
+    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it, of x + `bias` (C,) where there is one.
+
+    Takes x and its statistics, where they are known, and returns its result with those for the norm that is
+    `following`.
+    """
+
+    def __init__(self, plain: ResnetBlock2D, bias: Tensor | None = None, following: Norm | None = None) -> None:
+        super().__init__()
+        usual = {"time_embedding_norm": "default", "output_scale_factor": 1.0, "time_emb_proj": None}
+        other = [name for name, value in usual.items() if getattr(plain, name) != value]
+        if other or plain.up or plain.down or not isinstance(plain.nonlinearity, nn.SiLU):
+            raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
+        self.norms = _norm(plain.norm1), _norm(plain.norm2)
+        self.following = following
+        self.weights = Kernels.of(plain.conv1.weight), Kernels.of(plain.conv2.weight)
+        self.shortcut = None if plain.conv_shortcut is None else Kernels.of(plain.conv_shortcut.weight)
+        # Added in the two normalisations, and with the shortcut.
+        self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
+        if self.shortcut is not None:
+            self.last = self.last + plain.conv_shortcut.bias.detach()
+        if bias is not None:
+            self.last = self.last + (bias if self.shortcut is None else self.shortcut.there[..., 0, 0] @ bias)
+
+    def forward(self, x: Tensor, measured: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
+        x = x.contiguous(memory_format=torch.channels_last)
+        result, *statistics = _Residual.apply(x, measured, self)
+        return result, Statistics(*statistics) if statistics else None
+
+
+class Normalisation(nn.Module):
+    """Group normalisation of x, whose statistics may be known, then SiLU."""
+
+    def __init__(self, plain: nn.GroupNorm) -> None:
+        super().__init__()
+        self.norm = _norm(plain)
+
+    def forward(self, x: Tensor, measured: Statistics | None = None) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        result: Tensor = _Normalise.apply(x, measured, self.norm)
+        return result
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, measured: Statistics | None, block: ResidualBlock) -> tuple[Tensor, ...]:
+        first, second = block.weights
+        normalised, outer = _there(x, block.norms[0], block.added[0], measured)
+        middle = F.conv2d(normalised, first.there, padding=1)
+        normalised, inner = _there(middle, block.norms[1], block.added[1])
+        result = F.conv2d(normalised, second.there, padding=1)
+        ctx.save_for_backward(x, middle, *outer, *inner)
+        ctx.block = block
+        ctx.set_materialize_grads(False)
+        around = x if block.shortcut is None else F.conv2d(x, block.shortcut.there)
+        if block.following is None or is_small(result):
+            return (add(result, around, block.last),)
+        total, statistics = add_and_measure(result, around, block.last, block.following)
+        ctx.mark_non_differentiable(*statistics)
+        return total, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, block = outward[0], ctx.block
+        x, middle, *statistics = ctx.saved_tensors
+        first, second = block.weights
+        inner = F.conv2d(gradient, second.back, padding=1)
+        inner = _back(inner, middle, Statistics(*statistics[4:]), block.norms[1])
+        outer = F.conv2d(inner, first.back, padding=1)
+        around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.back)
+        return _back(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
+
+
+class _FirstConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, first: FirstConvolution) -> tuple[Tensor, ...]:
+        result, statistics = convolve(image, first.columns, first.following, first.bias)
+        ctx.columns, ctx.channels = first.columns, image.shape[1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*statistics)
+        return result, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+        return gradient_by_image(outward[0], ctx.columns, ctx.channels), None
+
+
+class _Normalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, measured: Statistics | None, norm: Norm) -> Tensor:
+        result, statistics = _there(x, norm, None, measured)
+        ctx.save_for_backward(x, *statistics)
+        ctx.norm = norm
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
+        x, *statistics = ctx.saved_tensors
+        return _back(outward[0], x, Statistics(*statistics), ctx.norm), None, None
+
+
+def _there(
+    x: Tensor, norm: Norm, added: Tensor | None, measured: Statistics | None = None
+) -> tuple[Tensor, Statistics]:
+    """SiLU of the normalised x + `added` (C,), and its statistics, which may have been `measured` before."""
+    if measured is None and is_small(x):
+        return there_at_once(x, norm, added)
+    statistics = measured or measure(x, norm, added)
+    return normalise(x, statistics), statistics
+
+
+def _back(gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None) -> Tensor:
+    return (back_at_once if is_small(x) else normalise_back)(gradient, x, statistics, norm, around)

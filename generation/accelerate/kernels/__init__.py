@@ -1,0 +1,1 @@
+"""Our own GPU kernels, in Triton."""

@@ -1,0 +1,1 @@
+"""Admission, batching, deadlines, cancellation; owns the device thread."""

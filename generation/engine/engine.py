@@ -1,0 +1,417 @@
+"""Admission, batching, deadlines and cancellation. Owns the one thread that touches the models and their device."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from PIL import Image
+
+from generation.engine import gpu_memory
+from generation.schema.results import Asset, Request
+from generation.schema.score import in_words
+
+if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
+    from generation.pipeline.pipeline import Pipeline
+
+log = logging.getLogger("generation.engine")
+
+#: How long a request may take from its admission to its answer, in seconds. Longer than a full queue takes.
+TIMEOUT_S = 1800.0
+LATE = f"no result within {TIMEOUT_S:.0f} s"
+LOADING_RETRY_S = 5
+
+T = TypeVar("T")
+#: Told the stage ("paused" while others go before it), and the share of it that is done. Called from any thread; must
+#: be quick and must not raise.
+OnProgress = Callable[[str, float], None]
+
+
+class Unavailable(Exception):
+    """Not now. ``retry_after`` is when to try again, in seconds; None when that would not help."""
+
+    def __init__(self, message: str, retry_after: int | None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class StageFailed(Exception):
+    """The pipeline failed on this request. Others are not affected."""
+
+
+class DeadlineExceeded(Exception):
+    """The request was not answered in time."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """Waits in a queue, then runs on the engine thread. Cancelling its future gives its place free."""
+
+    deadline: float | None  # on time.monotonic()
+    background: bool
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
+class _Generation(_Job):
+    prompt: str | None = None
+    image: Image.Image | None = None
+    target: Image.Image | None = None
+    seed: int = 0
+    stage: str = "queued"
+    fraction: float = 0.0
+    on_progress: OnProgress | None = None
+
+    def progress(self, stage: str, fraction: float) -> None:
+        self.stage, self.fraction = stage, fraction
+        if self.on_progress is not None and not self.future.done():
+            self.on_progress(stage, fraction)
+
+
+@dataclass(eq=False)
+class _Call(_Job):
+    """Something short, such as scoring: goes before waiting generations."""
+
+    function: Callable[[Pipeline], Any] = lambda pipeline: None
+
+
+class _Waiting:
+    """Jobs of one kind that wait: those that a person waits for go before those in the background."""
+
+    def __init__(self) -> None:
+        self.interactive: deque[Any] = deque()
+        self.background: deque[Any] = deque()
+
+    def like(self, background: bool) -> deque[Any]:
+        return self.background if background else self.interactive
+
+    def __len__(self) -> int:
+        return len(self.interactive) + len(self.background)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((*self.interactive, *self.background))
+
+
+class Engine:
+    """Runs requests through a pipeline that it loads by itself, up to ``max_batch`` at once; one joins when one ends.
+
+    Requests are interactive, or in the background: these are paused, with what they have, while there are others.
+
+    Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
+    progress in words, and returns a ``generation.pipeline.pipeline.Pipeline`` or what has its methods. ``device`` is
+    where that pipeline works ("cpu", "cuda", "cuda:1").
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Callable[[str], None]], Any],
+        max_queue: int,
+        max_batch: int,
+        threshold: float,
+        device: str = "cpu",
+    ) -> None:
+        self.status = "loading"
+        self.reason = "starting"
+        self.models: list[dict[str, Any]] = []
+        self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
+        self._device = "cuda:0" if device == "cuda" else device
+        self._device_name = ""  # known once the models are loaded, as the memory is
+        self._memory: dict[str, int] | None = None
+        self._ticks: Counter[int] = Counter()  # by the number of requests in them
+        self._load = load
+        self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
+        self._at_once = max_batch
+        self._step_began: float | None = None  # on time.monotonic()
+        self._calls, self._generations = _Waiting(), _Waiting()
+        self._active: list[_Generation] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._mean_seconds = 30.0  # of a generation; follows what is measured
+        # A daemon: a stage that does not come back must not keep the process from exiting.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """Give up all requests and wait for the thread for at most ``timeout`` seconds."""
+        with self._changed:
+            self._stopping = True
+            self.status, self.reason = "failed", "shutting down"
+            jobs: list[_Job] = [*self._calls, *self._generations, *self._active]
+            self._changed.notify_all()
+        for job in jobs:
+            _settle(job, Unavailable("the service is shutting down", None))
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait."""
+        return len(self._generations) + len(self._calls)
+
+    @property
+    def active(self) -> list[dict[str, Any]]:
+        """What runs now: seed, priority, stage ("paused" is one) and the share of the stage that is done."""
+        return [
+            {
+                "seed": job.seed,
+                "priority": priority(job.background),
+                "stage": job.stage,
+                "fraction": round(job.fraction, 3),
+            }
+            for job in self._active
+        ]
+
+    def health(self) -> list[dict[str, Any]]:
+        """One entry, of JSON's own types; where there are several engines, there is one for each.
+
+        ``memory`` is that of ``generation.engine.gpu_memory.measure`` after the latest tick, null on a CPU. ``ticks``
+        counts the ticks so far by the number of requests that shared them. ``at_once`` is how many requests may run
+        together now: fewer than it began with when memory was full. ``step_seconds`` is for how long the current tick
+        or call has been under way, null between them.
+        """
+        return [
+            {
+                "device": self._device,
+                "name": self._device_name,
+                "status": self.status,
+                "reason": self.reason,
+                "active": self.active,
+                "queue_depth": self.queue_depth,
+                "at_once": self._at_once,
+                "step_seconds": None if (began := self._step_began) is None else round(time.monotonic() - began, 1),
+                "memory": self._memory,
+                "ticks": {str(size): count for size, count in sorted(dict(self._ticks).items())},
+            }
+        ]
+
+    def check_admission(self, background: bool = False) -> None:
+        """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full.
+
+        As many may wait in the background, and take no place from the others.
+        """
+        self._check_room(self._generations.like(background))
+
+    def _check_room(self, queue: deque[Any]) -> None:
+        if self.status == "loading":
+            raise Unavailable(f"models are loading: {self.reason}", LOADING_RETRY_S)
+        if self.status != "ready":
+            raise Unavailable(f"the service can not work: {self.reason}", None)
+        if len(queue) >= self._max_queue:
+            self.totals["refused"] += 1
+            next_place = math.ceil(self._mean_seconds / self._max_batch)
+            raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
+
+    async def generate(
+        self,
+        prompt: str | None,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress | None = None,
+        background: bool = False,
+        target: Image.Image | None = None,
+    ) -> Asset:
+        """Make a splat from exactly one of prompt and image; ``target``: the image as a validator opens it.
+
+        Cancelling the awaiting task frees the request's place and stops its work. In the background there is no
+        deadline: how long it may be paused is for whoever waits for it to say. Raises Unavailable, DeadlineExceeded and
+        StageFailed.
+        """
+        deadline = None if background else time.monotonic() + TIMEOUT_S
+        job = _Generation(
+            deadline, background, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress
+        )
+        queue = self._generations.like(background)
+        self._check_room(queue)
+        self.totals["requests"] += 1
+        started = time.monotonic()
+        try:
+            asset: Asset = await self._outcome(job, queue)
+        except asyncio.CancelledError:
+            self.totals["cancelled"] += 1
+            log.info("Generation cancelled: seed %d, in stage %s", seed, job.stage)
+            raise
+        except Exception as error:
+            self.totals["failed"] += 1
+            log.error("Generation failed: %s", error)
+            raise
+        report = asset.report
+        report.device = self._device
+        if report.score is not None:
+            log.info("CLIP Score: %.2f", report.parts.get("alignment", report.score))
+            if report.parts:
+                log.info("Score: %s", in_words(report.score, report.parts))
+        if report.rejected is None:
+            self.totals["delivered"] += 1
+            log.info(
+                "Generated %d Gaussians, %d bytes, seed %d, in %.1f s: %s",
+                report.num_gaussians, len(asset.ply), seed, time.monotonic() - started, prompt or "(image)",
+            )  # fmt: skip
+        else:
+            self.totals["rejected"] += 1
+            log.warning("Validation failed: %s (seed %d): %s", report.rejected, seed, prompt or "(image)")
+        return asset
+
+    async def call(self, function: Callable[[Pipeline], T], background: bool = False) -> T:
+        """Run ``function(pipeline)`` on the engine thread, before generations of its priority.
+
+        Raises as ``generate`` does, and what ``function`` raises when that is a ValueError: its verdict on the input.
+        """
+        queue = self._calls.like(background)
+        self._check_room(queue)
+        deadline = None if background else time.monotonic() + TIMEOUT_S
+        return await self._outcome(_Call(deadline, background, function=function), queue)
+
+    async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
+        def forget(_: Future[Any]) -> None:
+            with self._changed:
+                if job in queue:
+                    queue.remove(job)
+
+        job.future.add_done_callback(forget)
+        with self._changed:
+            queue.append(job)
+            self._changed.notify_all()
+        answer: Awaitable[Any] = asyncio.wrap_future(job.future)
+        try:
+            async with asyncio.timeout(None if job.deadline is None else job.deadline - time.monotonic()):
+                return await answer
+        except TimeoutError as error:
+            raise DeadlineExceeded(LATE) from error
+
+    # ---- engine thread ----
+
+    def _run(self) -> None:
+        try:
+            pipeline = self._load(self._progress)
+            self._device_name, self._memory = gpu_memory.device_name(self._device), gpu_memory.measure(self._device)
+        except BaseException as error:  # even a loader that calls sys.exit() must not end in silence
+            log.exception("Loading failed")
+            self.status, self.reason = "failed", f"loading failed: {describe(error)}"
+            return
+        self.models = pipeline.models
+        for model in self.models:
+            log.info("Model %s, revision %s, licence %s", *(model.get(key) for key in ("name", "revision", "licence")))
+        with self._changed:
+            if not self._stopping:
+                self.status, self.reason = "ready", "all models are loaded"
+                log.info("Ready")
+        running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
+        while (work := self._next(pipeline.limit.now)) is not None:
+            call, admitted = work
+            self._step_began = time.monotonic()
+            if call is not None:
+                self._run_call(pipeline, call)
+            running += [(generation, self._begin(pipeline, generation)) for generation in admitted]
+            if running:
+                running = self._tick(pipeline, running)
+            self._step_began = None
+            del work, call, admitted  # a finished image or splat must not live on while the thread waits
+
+    def _progress(self, text: str) -> None:
+        self.reason = text
+        log.info("Loading: %s", text)
+
+    def _next(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
+        """A call, and the generations that may join now, with ``fitting`` in memory at once. Waits when nothing runs.
+
+        None when stopping.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
+            if self._stopping:
+                return None
+            self._at_once = min(self._max_batch, fitting)
+            # What is paused takes no place: the memory that it keeps is small beside what a tick needs.
+            running = [generation for generation in self._active if not generation.background]
+            waiting = self._generations.interactive
+            if not running and not waiting:
+                running, waiting = self._active, self._generations.background
+            admitted = [waiting.popleft() for _ in range(min(self._at_once - len(running), len(waiting)))]
+            self._active = self._active + admitted
+            calls = self._calls.interactive or (() if self._urgent() else self._calls.background)
+            return (calls.popleft() if calls else None), admitted
+
+    def _urgent(self) -> bool:
+        """Whether there is a generation that a person waits for, so that the background is to be left alone."""
+        return bool(self._generations.interactive) or not all(generation.background for generation in self._active)
+
+    def _is_paused(self, generation: _Generation) -> bool:
+        return generation.background and (bool(self._calls.interactive) or self._urgent())
+
+    def _run_call(self, pipeline: Any, job: _Call) -> None:
+        try:
+            outcome = job.function(pipeline)
+        except BaseException as error:  # as above, of a stage
+            outcome = error
+        _settle(job, outcome)
+
+    def _begin(self, pipeline: Any, generation: _Generation) -> Any:
+        g = generation
+        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline, g.target)
+        return pipeline.begin(request, g.progress, g.future.done, partial(self._is_paused, g))
+
+    def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
+        """Those that go on afterwards."""
+        if stepped := [generation for generation, _ in running if not self._is_paused(generation)]:
+            self._ticks[len(stepped)] += 1
+        broken: BaseException | None = None
+        try:
+            pipeline.tick([job for _, job in running])
+        except BaseException as error:  # as above
+            broken = error
+        self._memory = gpu_memory.measure(self._device)
+        going_on, done = [], []
+        for generation, job in running:
+            outcome = broken if broken is not None and generation in stepped else job.outcome
+            if outcome is None:
+                going_on.append((generation, job))
+            else:
+                if isinstance(outcome, Asset):
+                    self._mean_seconds += (outcome.report.total_seconds - self._mean_seconds) / 4
+                done.append((generation, outcome))
+        with self._changed:
+            self._active = [generation for generation, _ in going_on]
+        for generation, outcome in done:  # only now: who has its answer may ask what runs
+            _settle(generation, outcome)
+        return going_on
+
+
+def priority(background: bool) -> str:
+    """As clients name it."""
+    return "background" if background else "interactive"
+
+
+def describe(error: BaseException) -> str:
+    """An exception in a line."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _settle(job: _Job, outcome: Any) -> None:
+    """Hand the outcome to whoever waits, if somebody still does."""
+    if job.future.done():
+        return
+    if isinstance(outcome, BaseException):
+        own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(job, _Call))
+        if not own_verdict:
+            log.error("A request failed", exc_info=outcome)
+            late = job.deadline is not None and time.monotonic() >= job.deadline
+            failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
+            failure.__cause__ = outcome
+            outcome = failure
+    with contextlib.suppress(InvalidStateError):  # cancelled in this moment
+        if isinstance(outcome, BaseException):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

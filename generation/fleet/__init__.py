@@ -1,0 +1,1 @@
+"""Several engines as one: a process for each GPU, watched from here."""

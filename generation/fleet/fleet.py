@@ -1,0 +1,257 @@
+"""Several engines as one: the least busy takes a request, and a request outlives the engine that it ran on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from generation.engine.engine import (
+    LATE,
+    LOADING_RETRY_S,
+    TIMEOUT_S,
+    DeadlineExceeded,
+    OnProgress,
+    StageFailed,
+    Unavailable,
+)
+from generation.fleet.messages import Start
+from generation.fleet.remote import EngineLost, RemoteEngine
+from generation.schema.results import Asset
+
+LOADER = "generation.pipeline.trace:load"
+#: How many engines a request may lose until it passes for what they are lost by.
+MAX_RUNS = 3
+
+log = logging.getLogger("generation.fleet")
+
+T = TypeVar("T")
+
+
+class _Place:
+    """What a request waits for: a place on one of the engines; ``alone``: on one that runs nothing else meanwhile."""
+
+    def __init__(self, is_call: bool, background: bool, alone: bool) -> None:
+        self.is_call = is_call
+        self.background = background
+        self.alone = alone
+        self.engine: RemoteEngine | None = None
+        self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
+class Fleet:
+    """What an ``Engine`` is, over an engine process for each device. Every public method is for the asyncio thread.
+
+    Devices, as ``RemoteEngine`` names them, have ``generation.settings.Settings`` each, which go to the processes with
+    the loader ("module:function"). How many may wait is as the first device's say.
+    """
+
+    def __init__(self, devices: Mapping[str, Any], loader: str = LOADER) -> None:
+        self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
+        self._engines = [
+            RemoteEngine(device, settings.models.max_batch, Start(settings, loader), self._hand_out)
+            for device, settings in devices.items()
+        ]
+        self._max_queue = next(iter(devices.values())).max_queue
+        self._waiting: deque[_Place] = deque()
+        self._calls: Counter[bool] = Counter()  # waiting and in flight, by whether they are in the background
+        self._mean_seconds = 30.0  # of a generation; follows what is measured
+        self._stopping = False
+        self._supervision: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._supervision = [self._loop.create_task(each.keep_running()) for each in self._engines]
+
+    def stop(self, timeout: float) -> None:
+        """Give up all requests and wait for the processes for at most ``timeout`` seconds. From another thread only."""
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(timeout)
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        self._turn_away()
+        for task in self._supervision:
+            task.cancel()
+        await asyncio.gather(*self._supervision, return_exceptions=True)
+
+    @property
+    def status(self) -> str:
+        """An engine that is ready is enough to be "ready", and one that loads for "loading"."""
+        states = ["failed"] if self._stopping else [each.status for each in self._engines]
+        return next(status for status in ("ready", "loading", "failed") if status in states)
+
+    @property
+    def reason(self) -> str:
+        if self._stopping:
+            return "shutting down"
+        others = [f"{each.device}: {each.reason}" for each in self._engines if each.status != "ready"]
+        ready = len(self._engines) - len(others)
+        return "; ".join([f"{ready} of {len(self._engines)} engines ready", *others])
+
+    @property
+    def models(self) -> list[dict[str, Any]]:
+        """Of one engine: all have the same. Empty until one is ready."""
+        return next((each.models for each in self._engines if each.models), [])
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting) + sum(each["queue_depth"] for each in self.health())
+
+    @property
+    def active(self) -> list[dict[str, Any]]:
+        """What runs now, as an ``Engine`` tells it."""
+        return [request for each in self.health() for request in each["active"]]
+
+    def health(self) -> list[dict[str, Any]]:
+        """An entry for each engine, as an ``Engine`` has it."""
+        return [each.health() for each in self._engines]
+
+    def check_admission(self, background: bool = False) -> None:
+        """Raises Unavailable when ``generate`` would: with no engine ready, with the queue full."""
+        self._check_room(sum(not place.is_call and place.background == background for place in self._waiting))
+
+    def _check_room(self, waiting: int) -> None:
+        if self.status == "loading":
+            raise Unavailable(f"models are loading: {self.reason}", LOADING_RETRY_S)
+        if self.status != "ready":
+            raise self._no_engine()
+        if waiting >= self._max_queue:
+            self.totals["refused"] += 1
+            places = sum(each.capacity for each in self._engines if each.status == "ready")
+            next_place = math.ceil(self._mean_seconds / places)
+            raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
+
+    def _no_engine(self) -> Unavailable:
+        if self._stopping:
+            return Unavailable("the service is shutting down", None)
+        pause = min(each.next_start for each in self._engines) - time.monotonic()
+        return Unavailable(f"no engine works: {self.reason}", max(1, math.ceil(pause)))
+
+    async def generate(
+        self,
+        prompt: str | None,
+        image: Image.Image | None,
+        seed: int,
+        on_progress: OnProgress | None = None,
+        background: bool = False,
+        target: Image.Image | None = None,
+    ) -> Asset:
+        """As ``Engine.generate``."""
+
+        async def generate(remote: RemoteEngine) -> Asset:
+            asset = await remote.generate(prompt, image, seed, on_progress, background=background, target=target)
+            self._mean_seconds += (asset.report.total_seconds - self._mean_seconds) / 4
+            return asset
+
+        self.check_admission(background)
+        self.totals["requests"] += 1
+        try:
+            asset = await self._run(False, background, generate)
+        except asyncio.CancelledError:
+            self.totals["cancelled"] += 1
+            raise
+        except Exception:
+            self.totals["failed"] += 1
+            raise
+        self.totals["delivered" if asset.report.rejected is None else "rejected"] += 1
+        return asset
+
+    async def call(self, function: Callable[[Any], T], background: bool = False) -> T:
+        """As ``Engine.call``, for a picklable function with a picklable result."""
+        self._check_room(self._calls[background])
+        self._calls[background] += 1
+        try:
+            return await self._run(True, background, lambda remote: remote.call(function, background))
+        finally:
+            self._calls[background] -= 1
+
+    async def _run(self, is_call: bool, background: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
+        """``work`` on the least busy engine, and again when that is lost meanwhile.
+
+        Again is alone: whose fault it was is unknown, and those beside it must not be lost with it once more.
+        """
+        lost: list[str] = []
+        try:
+            async with asyncio.timeout(None if background else TIMEOUT_S):
+                while len(lost) < MAX_RUNS:
+                    async with self._place(is_call, background, again=bool(lost)) as remote:
+                        try:
+                            return await work(remote)
+                        except EngineLost as error:
+                            lost.append(f"{remote.device}: {error}")
+        except TimeoutError:
+            log.error("Generation failed: %s", LATE)
+            raise DeadlineExceeded(LATE) from None
+        log.error("Generation failed: every engine that it ran on was lost: %s", "; ".join(lost))
+        raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
+
+    @asynccontextmanager
+    async def _place(self, is_call: bool, background: bool, again: bool) -> AsyncIterator[RemoteEngine]:
+        """A place on the engine with the least work, waited for behind those that wait already, or before them."""
+        if self._stopping:
+            raise self._no_engine()
+        place = _Place(is_call, background, alone=again and not is_call)
+        if again:
+            self._waiting.appendleft(place)
+        else:
+            self._waiting.append(place)
+        self._hand_out()
+        try:
+            await place.given
+            assert place.engine is not None
+            yield place.engine
+        finally:
+            if place in self._waiting:
+                self._waiting.remove(place)
+            if place.engine is not None:
+                _count(place, -1)
+                self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give places to those who wait, in their order, the background after the others.
+
+        Turn them away when no engine is left to wait for.
+        """
+        held_back = False
+        for place in sorted(self._waiting, key=lambda place: place.background):
+            if held_back and not place.is_call:
+                continue  # or no engine would ever be free for the one that runs alone
+            engines = [each for each in self._engines if each.status == "ready" and _is_for(each, place)]
+            held_back = held_back or (place.alone and not engines)
+            if engines and not place.given.done():
+                self._waiting.remove(place)
+                # A person's request disturbs others where it must, and only the background.
+                place.engine = min(engines, key=lambda each: (not place.is_call and each.interactive, each.load))
+                place.given.set_result(None)
+                _count(place, 1)
+        if not any(each.hopeful for each in self._engines):
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        for place in self._waiting:
+            if not place.given.done():
+                place.given.set_exception(self._no_engine())
+        self._waiting.clear()
+
+
+def _is_for(engine: RemoteEngine, place: _Place) -> bool:
+    return place.is_call or (engine.has_room(place.background) and not (place.alone and engine.generations))
+
+
+def _count(place: _Place, change: int) -> None:
+    assert place.engine is not None
+    if place.is_call:
+        place.engine.calls += change
+    else:
+        place.engine.generations += change
+        place.engine.interactive += change * (not place.background)
+        place.engine.alone = place.alone and change > 0

@@ -1,0 +1,163 @@
+"""Messages between the service and an engine's process: pickled, over a socket of a connected pair."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+log = logging.getLogger("generation.fleet.messages")
+
+_LENGTH = struct.Struct("!Q")
+
+# ---- to the engine's process ----
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first message. ``loader`` is "module:function", called as function(settings, progress) for a pipeline."""
+
+    settings: Any
+    loader: str
+
+
+@dataclass(frozen=True)
+class Generate:
+    number: int
+    prompt: str | None
+    image: Image.Image | None
+    seed: int
+    wants_progress: bool
+    background: bool
+    target: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run ``function(pipeline)``. Both the function and what it returns must be picklable."""
+
+    number: int
+    function: Callable[[Any], Any]
+    background: bool
+
+
+@dataclass(frozen=True)
+class Cancel:
+    number: int
+
+
+# ---- from the engine's process ----
+
+
+@dataclass(frozen=True)
+class State:
+    """Comes at short, regular intervals: a process that stops telling hangs."""
+
+    models: list[dict[str, Any]]
+    health: dict[str, Any]  # the engine's entry
+
+
+@dataclass(frozen=True)
+class Progress:
+    number: int
+    stage: str
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """``input``: a call's verdict on its input. ``stage``: StageFailed. ``late``: DeadlineExceeded."""
+
+    number: int
+    kind: Literal["input", "stage", "late"]
+    message: str
+
+
+@dataclass(frozen=True)
+class Log:
+    record: dict[str, Any]  # attributes of a logging.LogRecord
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The last message: nothing that this process does from now on can be relied on."""
+
+    reason: str
+
+
+class Channel:
+    """One end. What is sent arrives in order; the other end's death, or ``close``, ends both directions."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="channel writer", daemon=True)
+
+    def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
+        """Both are called on a thread of the channel, ``on_end`` once, after the last message."""
+
+        def read() -> None:
+            try:
+                while True:
+                    on_message(self.receive())
+            except (OSError, EOFError):
+                pass
+            except Exception:  # such as a function that the other process does not know
+                log.exception("A message could not be taken")
+            self.close()
+            self._writer.join()
+            self._socket.close()
+            on_end()
+
+        self._writer.start()
+        threading.Thread(target=read, name="channel reader", daemon=True).start()
+
+    def send(self, message: Any) -> None:
+        """Returns at once. Raises what pickle does when the message can not be pickled."""
+        self._outgoing.put(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def receive(self) -> Any:
+        """Waits for a message. Raises EOFError or OSError when none will come any more."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return pickle.loads(self._read(length))
+
+    def flush(self, timeout: float) -> None:
+        """Wait until all is written; nothing can be sent afterwards."""
+        self._outgoing.put(None)
+        self._writer.join(timeout)
+
+    def close(self) -> None:
+        self._outgoing.put(None)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while (data := self._outgoing.get()) is not None:
+                self._socket.sendall(_LENGTH.pack(len(data)))
+                self._socket.sendall(data)
+
+    def _read(self, length: int) -> bytearray:
+        data = bytearray(length)
+        view = memoryview(data)
+        while view:
+            count = self._socket.recv_into(view)
+            if count == 0:
+                raise EOFError
+            view = view[count:]
+        return data

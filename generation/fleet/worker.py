@@ -1,0 +1,175 @@
+"""An engine's process. ``generation.fleet.remote`` starts it and speaks to it; it ends with their socket."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import pkgutil
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from common.log_lines import SingleLineFormatter
+from generation.engine.engine import DeadlineExceeded, Engine, describe
+from generation.fleet.messages import (
+    Broken,
+    Call,
+    Cancel,
+    Channel,
+    Failure,
+    Generate,
+    Log,
+    Outcome,
+    Progress,
+    Start,
+    State,
+)
+from generation.logging_setup import install
+from generation.schema.results import Asset
+
+STATE_INTERVAL_S = 0.2
+FLUSH_S = 5.0
+LOST_MARKS = ("CUDA error", "CUDA driver error", "Triton Error [CUDA]", "CUDNN_STATUS_EXECUTION_FAILED")
+
+_PR_SET_PDEATHSIG = 1
+
+log = logging.getLogger("generation.fleet.worker")
+
+
+class LogForwarder(logging.Handler):
+    """Records go to the service, which writes its log alone. A traceback goes along as the text that it will be."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+        self._formatter = SingleLineFormatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            attributes = {name: getattr(record, name) for name in ("name", "levelno", "levelname", "created", "msecs")}
+            trace = self._formatter.formatException(record.exc_info) if record.exc_info else None
+            self._channel.send(Log({**attributes, "msg": record.getMessage(), "exc_text": trace}))
+        except Exception:
+            self.handleError(record)  # a line that can not be made is no reason for its writer to fail
+
+
+class EngineProcess:
+    """Does what the messages ask for, on an ``Engine`` around the pipeline that the loader gives."""
+
+    def __init__(self, channel: Channel, start: Start) -> None:
+        settings = start.settings
+
+        def load(progress: Callable[[str], None]) -> Any:
+            progress("importing torch and the model libraries")
+            return pkgutil.resolve_name(start.loader)(settings, progress)
+
+        self._channel = channel
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        batch, threshold = settings.models.max_batch, settings.validation_threshold
+        # What may wait is the fleet's decision.
+        self._engine = Engine(load, sys.maxsize, batch, threshold, settings.device)
+
+    async def run(self) -> None:
+        """Until the service is gone, or nothing can be relied on here any more."""
+        loop = asyncio.get_running_loop()
+        self._engine.start()
+        # At once and whatever else is under way: without its service an engine has nothing to finish.
+        self._channel.start(lambda message: loop.call_soon_threadsafe(self._take, message), lambda: os._exit(0))
+        while True:
+            if self._engine.status == "failed":
+                self._give_up(self._engine.reason)
+            self._channel.send(State(self._engine.models, self._engine.health()[0]))
+            await asyncio.sleep(STATE_INTERVAL_S)
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Cancel):
+            if message.number in self._tasks:
+                self._tasks[message.number].cancel()
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(message))
+        self._tasks[message.number] = task
+        task.add_done_callback(lambda _: self._tasks.pop(message.number))
+
+    async def _generate(self, message: Generate) -> Asset:
+        def progress(stage: str, fraction: float) -> None:
+            self._channel.send(Progress(message.number, stage, fraction))
+
+        on_progress = progress if message.wants_progress else None
+        asset = await self._engine.generate(
+            message.prompt,
+            message.image,
+            message.seed,
+            on_progress,
+            background=message.background,
+            target=message.target,
+        )
+        return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
+
+    async def _answer(self, message: Generate | Call) -> None:
+        number = message.number
+        try:
+            if isinstance(message, Generate):
+                self._channel.send(Outcome(number, await self._generate(message)))
+            else:
+                self._channel.send(Outcome(number, await self._engine.call(message.function, message.background)))
+        except DeadlineExceeded as error:
+            self._channel.send(Failure(number, "late", str(error)))
+        except ValueError as error:
+            self._channel.send(Failure(number, "input", str(error)))
+        except Exception as error:
+            if cause := _lost_device(error):
+                self._give_up(f"the device failed: {cause}")
+            self._channel.send(Failure(number, "stage", str(error)))
+
+    def _give_up(self, reason: str) -> None:
+        self._channel.send(Broken(reason))
+        self._channel.flush(FLUSH_S)
+        os._exit(1)  # a device thread that hangs, or CUDA's own clearing up, would only be in the way
+
+
+def _lost_device(error: BaseException | None) -> str | None:
+    """The CUDA error behind ``error`` that fails every later call of this process too; None when there is none.
+
+    Out of memory is not one: it passes.
+    """
+    found = None
+    while error is not None:
+        text = str(error)
+        passes = "out of memory" in text or "ALLOC_FAILED" in text
+        if any(mark in text for mark in LOST_MARKS) and not passes:
+            found = describe(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def die_with(service: int) -> None:
+    """Have the kernel kill this process when the one that started it, of this PID, has ended.
+
+    No thread of ours could: gsplat holds Python's lock while it waits for a GPU, for ever when that hangs. The setting
+    is the calling thread's own, so it is the main thread's; and it is about the thread that forked us: the service's
+    event loop, which lives as long as the service does.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != service:  # it ended before
+        os._exit(0)
+
+
+def main() -> None:
+    die_with(int(sys.argv[2]))
+    # Signals to the whole group or service unit: the service decides how long requests in flight may take.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda *_: None)
+    end = socket.socket(fileno=int(sys.argv[1]))
+    end.set_inheritable(False)
+    channel = Channel(end)
+    install([LogForwarder(channel)])
+    asyncio.run(EngineProcess(channel, channel.receive()).run())
+
+
+if __name__ == "__main__":
+    main()

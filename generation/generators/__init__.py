@@ -1,0 +1,1 @@
+"""Methods that make Gaussians from words and a picture: a folder each."""

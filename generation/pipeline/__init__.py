@@ -1,0 +1,1 @@
+"""Draw, cut out, generate, check: for all requests in progress at once."""

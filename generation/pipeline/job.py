@@ -1,0 +1,76 @@
+"""A request on its way through the pipeline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from generation.schema.results import Asset, Cancelled, Report, Request
+from generation.splats.gaussians import Gaussians
+
+#: stage, and the share of it that is done
+Progress = Callable[[str, float], None]
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. It has an ``outcome`` when it is there."""
+
+    request: Request
+    progress: Progress
+    cancelled: Callable[[], bool]
+    report: Report
+    #: Whether something goes before it: then it is left alone between two stages or iterations, and keeps what it has.
+    paused: Callable[[], bool] = lambda: False
+    paused_at: float | None = None  # on time.perf_counter(), while it is
+    image: Tensor | None = None  # (3, H, W) in 0..1
+    cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
+    sketch: Any = None  # of the scene, until it starts
+    scene: Any = None
+    scene_began: float = 0.0  # on time.perf_counter()
+    alone: bool = False  # a step together with others failed: whose fault it was is unknown
+    gaussians: Gaussians | None = None
+    behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
+    put_back: bool = False  # it has had that chance
+    outcome: Asset | Exception | None = None
+
+    def advance(self, stage: str, fraction: float) -> None:
+        """Tell how far it is. Raises Cancelled or TimeoutError when it is not wanted any more."""
+        if self.cancelled():
+            raise Cancelled("the request was cancelled")
+        if self.request.deadline is not None and time.monotonic() > self.request.deadline:
+            raise TimeoutError(f"the deadline passed in stage {stage}")
+        self.progress(stage, fraction)
+
+    @property
+    def waits(self) -> bool:
+        return any(other.outcome is None for other in self.behind)
+
+    def rest(self) -> None:
+        """It is paused: neither that nor what it takes is in the times of its report."""
+        if self.paused_at is None:
+            self.paused_at = time.perf_counter()
+        self.wanted("paused")
+
+    def resume(self) -> None:
+        if self.paused_at is not None:
+            self.scene_began += time.perf_counter() - self.paused_at
+            self.paused_at = None
+
+    def reject(self, reason: str) -> None:
+        self.report.rejected = reason
+        self.outcome = Asset(b"", self.report, self.gaussians)
+
+    def wanted(self, stage: str) -> bool:
+        """Whether there is a stage to do for it; without, it has its outcome."""
+        if self.outcome is not None:
+            return False
+        try:
+            self.advance(stage, 0.0)
+        except Exception as error:
+            self.outcome = error
+        return self.outcome is None

@@ -1,0 +1,92 @@
+"""``--profile-trace``: what the CPU and the GPU did for the first request, for chrome://tracing or ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
+
+from generation.pipeline.job import Job
+from generation.pipeline.pipeline import Pipeline
+from generation.settings import Settings
+
+#: The first holds all stages before the optimisation, the others one iteration each, and the next are like them: left
+#: out until the last, with the self-check, they keep the file within some ten megabytes.
+FIRST_TICKS = 10
+
+log = logging.getLogger("generation.pipeline.trace")
+
+
+def load(settings: Settings, progress: Callable[[str], None]) -> Any:
+    """The pipeline of these settings; with ``profile_trace`` in them, one whose first request is traced.
+
+    Raises OSError when there can be no folder for the trace.
+    """
+    if settings.profile_trace is None:
+        return Pipeline.load(settings, progress)
+    settings.profile_trace.parent.mkdir(parents=True, exist_ok=True)
+    return Traced(Pipeline.load(settings, progress), settings.profile_trace)
+
+
+class Traced:
+    """A pipeline that writes a trace of its first request to ``path``, as gzipped JSON. For one thread."""
+
+    def __init__(self, pipeline: Any, path: Path) -> None:
+        self._pipeline, self._path = pipeline, path
+        self._first: Job | None = None  # while it is traced
+        self._ticks = 0
+        self._profile: profile | None = None
+        self._collecting = True
+        self._activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def tick(self, jobs: list[Job]) -> None:
+        if self._ticks == 0:
+            self._first = jobs[0]
+            self._profile = profile(activities=self._activities, acc_events=True)
+            self._profile.start()
+        if self._profile is None or self._first is None:
+            self._pipeline.tick(jobs)
+            return
+        scene = self._first.scene
+        wanted = self._ticks < FIRST_TICKS or scene is None or scene.done
+        self._collect(self._profile, wanted and not self._first.paused())
+        self._ticks += 1
+        over = True  # a tick that raises ends all its requests
+        try:
+            with record_function(f"tick {self._ticks} of {len(jobs)} requests"):
+                self._pipeline.tick(jobs)
+            over = self._first.outcome is not None
+        finally:
+            if over:
+                self._write(self._profile)
+                self._profile = self._first = None  # with its scene, it would stay in memory
+
+    def _collect(self, running: profile, collecting: bool) -> None:
+        if collecting != self._collecting:
+            running.toggle_collection_dynamic(collecting, self._activities)
+            self._collecting = collecting
+
+    def _write(self, running: profile) -> None:
+        """A trace that can not be had is a line in the log: the request goes on without."""
+        started = time.monotonic()
+        part = self._path.with_name(self._path.name + ".part.json.gz")  # PyTorch compresses by the name
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            running.stop()
+            running.export_chrome_trace(str(part))
+            os.replace(part, self._path)
+        except (OSError, RuntimeError) as error:
+            log.error("No trace of the first request: %s: %s", self._path, error)
+            return
+        size, seconds = self._path.stat().st_size / 1e6, time.monotonic() - started
+        log.info("Trace of the first request: %s, %.1f MB, written in %.1f s", self._path, size, seconds)

@@ -1,0 +1,1 @@
+"""Plain values that every other folder may use: options, requests, results, limits. No torch."""

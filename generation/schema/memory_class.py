@@ -1,0 +1,51 @@
+"""What a GPU's memory allows: the classes of a models file, and which of them a card belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+GIB = 2**30
+
+Quantization = Literal["none", "nf4"]
+RestingPlace = Literal["gpu", "cpu"]
+
+
+class MemoryClass(BaseModel):
+    """What runs on a GPU that has at least ``least_gib`` of memory (2^30 bytes, as torch counts them)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1)
+    least_gib: float = Field(ge=0, le=10_000)
+    quantization: Quantization = "none"  # of FLUX's transformer and T5
+    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
+    self_check_rests_on: RestingPlace = "gpu"  # where the self-check's CLIPs are while they look at nothing
+    max_batch: int = Field(ge=1, le=64)  # requests that run together
+
+
+def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | None) -> tuple[MemoryClass | None, str]:
+    """The class and why: the one that is wanted by name, else the most demanding that ``memory`` bytes are enough for.
+
+    None where there is nothing to choose: no classes, or no GPU (``memory`` is None).
+    Raises ValueError when the wanted class does not exist, or none is small enough.
+    """
+    if wanted is not None:
+        for each in classes:
+            if each.name == wanted:
+                return each, f"memory class {wanted} asked for"
+        known = ", ".join(each.name for each in classes)
+        raise ValueError(
+            f"memory_class: {wanted!r}: " + (f"must be one of {known}" if known else "there are none here")
+        )
+    if not classes:
+        return None, "the models file has no memory classes"
+    if memory is None:
+        return None, "no CUDA GPU found"
+    has = f"the GPU has {memory / GIB:.2f} GiB of memory"
+    for each in sorted(classes, key=lambda c: c.least_gib, reverse=True):
+        if memory >= each.least_gib * GIB:
+            return each, f"{has}, and {each.name} needs {each.least_gib:g}"
+    raise ValueError(f"{has}, at least {min(c.least_gib for c in classes):g} are needed")

@@ -1,0 +1,1 @@
+"""One stage each: text to image, background removal, self-check."""

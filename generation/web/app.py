@@ -1,0 +1,351 @@
+"""Routes and wire types of the generation service. No model code."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.metadata
+import json
+import math
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+from fastapi import FastAPI, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from common.log_lines import escape
+from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.fleet.fleet import Fleet
+from generation.schema.score import formula, shares
+from generation.settings import Settings
+from generation.web import docs_page, intake, openapi
+from generation.web.events import Events, EventStream, Following
+from generation.web.hosts import SameSite
+from generation.web.intake import ApiError, BodyLimit
+from generation.web.metrics import Metrics
+
+MAX_REASON_CHARACTERS = 500
+ENGINE_STOP_S = 5.0
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody is left to answer."""
+
+
+def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
+    """The service around an engine that is not started yet; the app starts and stops it."""
+    started = time.monotonic()
+    version = _version()
+    events = Events({"dreamgaussian": settings.options.iters})
+    metrics = Metrics(engine)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
+
+    app = FastAPI(
+        title="Competitive miner: generation",
+        description=openapi.ABOUT,
+        version=version,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    limits = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply", "/validate_img_to_3d_ply")}
+    app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
+    app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
+    _add_error_handlers(app)
+    app.state.events = events  # to be closed before the server waits for its open answers
+    # Bodies are read before a request is admitted; not too many big ones at once.
+    scoring_bodies = asyncio.Semaphore(2)
+
+    @app.post("/generate", include_in_schema=False)
+    @app.post(
+        "/generate/",
+        response_class=Response,
+        openapi_extra=openapi.FORM,
+        responses=openapi.results("application/octet-stream", "A 3DGS PLY"),
+    )
+    async def generate(request: Request) -> Response:
+        """A prompt or an image to a Gaussian splat. 200 with an empty body: not worth submitting, see X-Rejected."""
+        with followed(request) as following:
+            asset, headers = await _generate(request, following)
+        return Response(asset.ply, media_type="application/octet-stream", headers=headers)
+
+    @app.post("/generate_video", include_in_schema=False)
+    @app.post(
+        "/generate_video/",
+        response_class=Response,
+        openapi_extra=openapi.FORM,
+        responses=openapi.results("video/mp4", "A turntable"),
+    )
+    async def generate_video(request: Request) -> Response:
+        """The same splat as from /generate/, filmed once around."""
+        with followed(request) as following:
+            asset, headers = await _generate(request, following)
+            if not asset.ply:
+                return Response(b"", media_type="video/mp4", headers=headers)
+            following.progress("video", 0.0)
+            film = partial(_film, data=asset.ply, device=settings.device)
+            frames = await _while_connected(request, engine.call(film, following.background))
+            return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
+
+    @contextmanager
+    def followed(request: Request) -> Iterator[Following]:
+        """Whoever follows the request is told how it ends."""
+        request_id = intake.check_request_id(request.headers.get("X-Request-Id"))
+        request.state.request_id = request_id
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        with events.request(request_id, background) as following:
+            try:
+                yield following
+            except BaseException as error:
+                following.end(*_verdict(error, following.stage))
+                raise
+            report = following.report
+            following.end("delivered" if report.rejected is None else "rejected", report.rejected, report.score)
+
+    async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
+        started = time.monotonic()
+        engine.check_admission(following.background)
+        prompt, picture, seed = await intake.read_form(request)
+        image, target = picture or (None, None)
+        seed = secrets.randbits(32) if seed is None else seed
+        following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
+        work = engine.generate(prompt, image, seed, following.progress, background=following.background, target=target)
+        asset = await _while_connected(request, work)
+        following.report = asset.report
+        metrics.record(asset.report, time.monotonic() - started)
+        return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
+
+    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.ERRORS)
+    async def validate_text(request: Request) -> dict[str, Any]:
+        """Score a splat against a text prompt, as the validators' scoring service does."""
+        async with scoring_bodies:
+            body = await intake.read_score_request(request)
+            return await _score(request, body, intake.check_prompt(body.prompt or ""))
+
+    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.ERRORS)
+    async def validate_image(request: Request) -> dict[str, Any]:
+        """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
+        async with scoring_bodies:
+            body = await intake.read_score_request(request)
+            data = intake.decode_base64(body.prompt_image or "", "prompt_image")
+            picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
+            return await _score(request, body, picture.target)
+
+    async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
+        previews = (body.generate_single_preview, body.generate_grid_preview, body.preview_score_threshold)
+        score = partial(_validate, data=data, compression=body.compression, prompt=prompt, previews=previews)
+        try:
+            scores = await _while_connected(request, engine.call(score, background))
+        except ValueError as error:
+            raise ApiError(422, "data", str(error)) from error
+        encoded = {
+            name: None if (png := getattr(scores, name)) is None else base64.b64encode(png).decode()
+            for name in ("preview", "grid_preview")
+        }
+        return {**_jsonable(asdict(scores)), **encoded}
+
+    @app.get("/health", responses=openapi.COMMON)
+    async def health() -> dict[str, Any]:
+        """What the service is, what it is doing, and how it went so far."""
+        return {
+            "status": engine.status,
+            "reason": engine.reason,
+            "profile": settings.profile,
+            "profile_reason": settings.profile_reason,
+            "device": settings.device,
+            "memory_class": settings.memory_class,
+            "memory_reason": settings.memory_reason,
+            "models": engine.models,
+            "score": {
+                "formula": formula(settings.models.score_parts),
+                "shares": shares(settings.models.score_parts),
+                "missing": settings.missing,
+            },
+            "queue_depth": engine.queue_depth,
+            "max_queue": settings.max_queue,
+            "active": engine.active,
+            "engines": engine.health(),
+            "totals": engine.totals,
+            "uptime_seconds": round(time.monotonic() - started, 1),
+            "version": version,
+        }
+
+    @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
+    async def follow(request_id: Annotated[str, Path(json_schema_extra=openapi.REQUEST_ID)]) -> Response:
+        """Progress of the request that is, or will soon be, sent with this X-Request-Id, until it has ended."""
+        return EventStream(events, intake.check_request_id(request_id))
+
+    @app.get("/events", response_class=Response, responses=openapi.EVENTS)
+    async def follow_all() -> Response:
+        """Progress of all requests."""
+        return EventStream(events, None)
+
+    @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
+    async def get_metrics() -> Response:
+        """For Prometheus."""
+        return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(docs_page.render(app.openapi()), headers=docs_page.HEADERS)
+
+    @app.get("/version/", responses=openapi.COMMON)
+    async def get_version() -> str:
+        """Of this software."""
+        return version
+
+    return app
+
+
+# What takes a pipeline runs beside it, which may be in another process: it and its arguments can be pickled.
+
+
+def _film(pipeline: Any, data: bytes, device: str) -> Any:
+    from generation.splats import ply
+    from generation.web import turntable
+
+    return turntable.render(ply.read(data).to(device))
+
+
+def _encode(frames: Any) -> bytes:
+    from generation.web import turntable  # brings torch, which takes seconds to import
+
+    return turntable.encode(frames)
+
+
+def _validate(
+    pipeline: Any, data: bytes, compression: int, prompt: Any, previews: tuple[bool, bool, float] = (False, False, 0.6)
+) -> Any:
+    from common.spz import unzstd
+    from generation.splats import ply, spz
+
+    if compression == 2:
+        data = ply.write(spz.decode(data))
+    elif compression == 1:
+        data = unzstd(data, intake.MAX_DATA_CHARACTERS * 4)
+    return pipeline.validate(data, prompt, *previews)
+
+
+def report_headers(report: Any) -> dict[str, str]:
+    """A ``generation.schema.results.Report`` as HTTP headers: ASCII, one line each, whatever the report says."""
+    headers = {
+        "X-Seed": str(report.seed),
+        "X-Num-Gaussians": str(report.num_gaussians),
+        "X-Seconds": json.dumps({stage: round(seconds, 3) for stage, seconds in report.seconds.items()}),
+    }
+    if report.text_cut:
+        headers["X-Text-Cut"] = json.dumps(report.text_cut)
+    if report.score is not None:
+        headers["X-Score"] = f"{report.score:.4f}"
+        parts = {part: None if value is None else round(value, 4) for part, value in report.parts.items()}
+        headers["X-Score-Parts"] = json.dumps(_jsonable(parts))
+    if report.rejected is not None:
+        reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
+        headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")
+    return headers
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no infinities, which a broken splat can measure: null instead."""
+    if isinstance(value, dict):
+        return {key: _jsonable(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
+    """Outcome and reason for who follows a request that came to no result. No words that may quote its prompt."""
+    if isinstance(error, ClientGone):
+        return "cancelled", "the client hung up"
+    if isinstance(error, ApiError | Unavailable):
+        return "refused" if stage in ("receiving", "queued") else "failed", str(error)
+    if isinstance(error, HTTPException):
+        return "refused", "the form can not be read"
+    return "failed", str(error) if isinstance(error, DeadlineExceeded) else f"stage {stage} failed"
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientGone.
+
+    Raises Unavailable when the server ends with the request unfinished. To be called once the request's body is read:
+    after that, the only message left is the disconnect.
+    """
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(hang_up())
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGone
+    except asyncio.CancelledError:  # the server's patience with requests in flight is over
+        raise Unavailable("the service is shutting down", None) from None
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    def answer(
+        request: Request, status: int, message: str, field: str | None = None, limit: Any = None, **headers: str
+    ) -> JSONResponse:
+        if (request_id := getattr(request.state, "request_id", None)) is not None:
+            headers["X-Request-Id"] = request_id
+        return JSONResponse({"error": {"field": field, "message": message, "limit": limit}}, status, headers)
+
+    def retry(seconds: int | None) -> dict[str, str]:
+        return {} if seconds is None else {"Retry-After": str(seconds)}
+
+    @app.exception_handler(ApiError)
+    async def refused(request: Request, error: ApiError) -> Response:
+        return answer(request, error.status, error.message, error.field, error.limit)
+
+    @app.exception_handler(Unavailable)
+    async def unavailable(request: Request, error: Unavailable) -> Response:
+        return answer(request, 503, str(error), **retry(error.retry_after))
+
+    @app.exception_handler(DeadlineExceeded)
+    async def late(request: Request, error: DeadlineExceeded) -> Response:
+        return answer(request, 504, str(error))
+
+    @app.exception_handler(StageFailed)
+    async def failed(request: Request, error: StageFailed) -> Response:
+        return answer(request, 500, f"generation failed: {error}")
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return answer(request, error.status_code, str(error.detail), **dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return answer(request, 500, "internal error")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("competitive-miner")
+    except importlib.metadata.PackageNotFoundError:  # run from a bare source tree
+        return "0+source"

@@ -1,0 +1,159 @@
+"""What OpenAPI says of the routes. Bodies are read by hand, within limits, so they are described by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from generation.web import intake
+
+ABOUT = (
+    "Unknown paths are answered with 404, other methods than a path has with 405. Errors are JSON: which field, what "
+    "is wrong, and the limit. A foreign Host is answered with 421, a request of another website with 403."
+)
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {"field": {"type": ["string", "null"]}, "message": {"type": "string"}, "limit": {}},
+            "required": ["field", "message", "limit"],
+        }
+    },
+    "required": ["error"],
+}
+_TEXT = {"type": "string"}
+_EVENT = {  # each of a stream
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "enum": ["progress", "end"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["event", "data"],
+}
+_ID = {"X-Request-Id": {"description": "the request's id, where it has one", "schema": _TEXT}}
+_RETRY = {"Retry-After": {"description": "seconds; not given where waiting does not help", "schema": _TEXT}}
+
+
+def _error(text: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}, "headers": headers or {}}
+
+
+#: Of every route.
+COMMON: dict[int | str, dict[str, Any]] = {
+    403: _error("A request of another site (`Origin`, `Sec-Fetch-Site`)"),
+    421: _error("`Host` is none of the service's names: loopback's, and those of --allowed-hosts"),
+    500: _error("This request failed", _ID),
+}
+_READING: dict[int | str, dict[str, Any]] = {
+    400: _error("The body can not be read as what it says it is", _ID),
+    408: _error(f"The body took longer than {intake.MAX_READ_S:.0f} s", _ID),
+    413: _error("A body or a field is too big", _ID),
+    415: _error("Wrong content type", _ID),
+    422: _error("A field is wrong: which, and its limit", _ID),
+    499: {"description": "The client hung up: nobody reads it"},
+    503: _error("Loading, queue full, or no engine works", {**_ID, **_RETRY}),
+    504: _error("Took too long", _ID),
+}
+ERRORS: dict[int | str, dict[str, Any]] = {**COMMON, **_READING}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds, in dreamgaussian also "
+        "iteration and iterations; the stage is `paused` while others go before it) and `end` (request_id, outcome, "
+        "score, reason). Times are null until they were measured",
+        "content": {"text/event-stream": {"schema": _EVENT}},
+    },
+    422: _error("Can not be a request's id"),
+    503: _error("Too many listen, or the service is shutting down", _RETRY),
+    **COMMON,
+}
+METRICS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": _TEXT}}},
+    **COMMON,
+}
+_REPORT_HEADERS = {
+    "X-Request-Id": "the request's id: as sent, or a new one",
+    "X-Score": "the validators' final score, 0..1, that the threshold is for",
+    "X-Score-Parts": "JSON: what it is made of: alignment, iqa, ssim, lpips; null for a part without weights",
+    "X-Seed": "the seed: it gives the same splat again on a CPU; on a GPU it differs, for sums have no fixed order",
+    "X-Num-Gaussians": "number of Gaussians",
+    "X-Seconds": "JSON: seconds per stage",
+    "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
+    "X-Rejected": "why the body is empty, when it is",
+}
+
+
+def results(media_type: str, text: str) -> dict[int | str, dict[str, Any]]:
+    headers = {name: {"description": meaning, "schema": _TEXT} for name, meaning in _REPORT_HEADERS.items()}
+    binary = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    result = {"description": f"{text}, or an empty body", "content": binary, "headers": headers}
+    return {200: result, 409: _error("A request with this X-Request-Id is in progress", _ID), **ERRORS}
+
+
+_CONTROLS = r"\u0000-\u001f\u007f-\u009f\u2028\u2029"
+REQUEST_ID = {"pattern": rf"^[A-Za-z0-9._-]{{1,{intake.MAX_REQUEST_ID_CHARACTERS}}}$"}
+_PROMPT = {
+    "type": "string",
+    "minLength": 1,
+    "maxLength": intake.MAX_PROMPT_CHARACTERS,
+    "pattern": rf"^[^\s{_CONTROLS}]([^{_CONTROLS}]*[^\s{_CONTROLS}])?$",
+    "description": "no control characters; white space around it does not count",
+}
+_PICTURE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; instead of prompt"}
+_SEED = {"type": "integer", "minimum": 0, "maximum": intake.MAX_SEED, "description": "random when not given"}
+
+
+_FORM_FIELDS = {"prompt": _PROMPT, "prompt_image_file": _PICTURE, "seed": _SEED}
+_TEXT_FIELDS = {"prompt": _PROMPT, "seed": _SEED}
+
+
+_ONE = {"oneOf": [{"required": ["prompt"]}, {"required": ["prompt_image_file"]}]}
+
+
+def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+
+PRIORITY = {
+    "name": "X-Priority",
+    "in": "header",
+    "description": "requests in the background are paused while there are others, and have no deadline",
+    "schema": {"type": "string", "enum": list(intake.PRIORITIES), "default": intake.PRIORITIES[0]},
+}
+FORM = {
+    "parameters": [
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "description": "names the request for /events/{request_id}",
+            "schema": {"type": "string", **REQUEST_ID},
+        },
+        PRIORITY,
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": _object(_FORM_FIELDS, **_ONE),
+                "encoding": {"prompt_image_file": {"contentType": ", ".join(intake.IMAGE_FORMATS.values())}},
+            },
+            "application/x-www-form-urlencoded": {"schema": _object(_TEXT_FIELDS, required=["prompt"])},
+        },
+    },
+}
+
+
+def score(prompt: str) -> dict[str, Any]:
+    """The body of a scoring request by ``prompt`` or ``prompt_image``: one form for each compression of the splat."""
+    schema = intake.ScoreRequest.model_json_schema()
+    picture = {name: value for name, value in schema["properties"]["prompt_image"].items() if name != "default"}
+    meant = {"prompt": _PROMPT, "prompt_image": {**picture, "minLength": 1, "format": "picture-base64"}}
+    forms = []
+    for number, kind in enumerate(("ply", "zstd", "spz")):
+        data = {**schema["properties"]["data"], "format": f"{kind}-base64"}
+        compression = {**schema["properties"]["compression"], "minimum": number, "maximum": number}
+        properties = {**schema["properties"], prompt: meant[prompt], "data": data, "compression": compression}
+        required = [prompt, "data"] + (["compression"] if number else [])
+        forms.append({"type": "object", "properties": properties, "required": required})
+    content = {"application/json": {"schema": {"oneOf": forms}}}
+    return {"parameters": [PRIORITY], "requestBody": {"required": True, "content": content}}

@@ -1,0 +1,196 @@
+"""The miner process: who it is, and its parts from start to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import bittensor as bt
+
+from neurons import chain
+from neurons.chain import Metagraph
+from neurons.defaults import REHEARSAL
+from neurons.miner import keys, stopping
+from neurons.miner.generation.pool import GeneratorPool
+from neurons.miner.generation.service import GenerationService
+from neurons.miner.options import MinerOptions
+from neurons.miner.records.bookkeeping import Bookkeeping
+from neurons.miner.status import ClockLog, IdleLog, StatusFile, snapshot
+from neurons.miner.submission.spool import Spool, SpoolInUse, hold
+from neurons.miner.submission.submitter import Submitter
+from neurons.miner.supervisor import keep_running
+from neurons.miner.tasks.task_manager import AsyncTaskManager
+from neurons.miner.tasks.workers import Worker
+from neurons.miner.validators.blacklist import Blacklist, BlacklistUnreadable
+from neurons.miner.validators.clock import ValidatorClocks, steady_time
+from neurons.miner.validators.dendrite import ValidatorDendrite
+from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
+from neurons.miner.validators.sync import Synchroniser
+
+SYNC_INTERVAL_S = 300.0
+REHEARSAL_SYNC_INTERVAL_S = 5.0
+STATUS_INTERVAL_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class CompetitiveMiner:
+    """Runs until `stop` is called. Being unregistered, without service or without network is logged and waited out."""
+
+    def __init__(self, options: MinerOptions) -> None:
+        self._options = options
+        self._stopping = asyncio.Event()
+        self._status = StatusFile(options.status_file, options.network)
+
+    def stop(self) -> None:
+        if not self._stopping.is_set():
+            log.info("Stopping")
+        self._stopping.set()
+
+    async def run(self) -> int:
+        """The process' exit status: 0 after `stop`, 1 when it can not begin, which a line in the log explains."""
+        options = self._options
+        try:
+            blacklist = Blacklist(options.blacklist, options.blacklist_file)
+            blacklist.load()
+            if await self._network_is_there():
+                keypair = keys.load(options.wallet_name, options.wallet_hotkey, options.wallet_path)
+                with hold(options.spool_of(keypair.ss58_address)):
+                    await self._mine(keypair, blacklist)
+        except (BlacklistUnreadable, keys.KeyUnusable, SpoolInUse) as error:
+            log.critical("%s", error)
+            return 1
+        finally:
+            self._status.remove()
+        log.info("Stopped")
+        return 0
+
+    async def _mine(self, keypair: bt.Keypair, blacklist: Blacklist) -> None:
+        options = self._options
+        ledger, folder = options.ledger_of(keypair.ss58_address), options.spool_of(keypair.ss58_address)
+        log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
+        log.info("Ledger %s, spool %s", ledger, folder)
+        if options.network == REHEARSAL:
+            log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")
+        async with AsyncExitStack() as stack:
+            books = Bookkeeping(ledger, options.metrics_port, options.min_reward)
+            clocks = ValidatorClocks()
+            dendrite = await stack.enter_async_context(
+                ValidatorDendrite(keypair, clocks.answered, clocks.highest_offset)
+            )
+            services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
+            pool = GeneratorPool(services)
+            spool = Spool(folder)
+            directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
+            history = await books.submissions()
+            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
+            manager = AsyncTaskManager(
+                dendrite,
+                directory,
+                clocks,
+                submitter,
+                pool,
+                books.record,
+                workers=options.workers,
+                threshold=options.validation_threshold,
+                cooldowns=await books.cooldowns(),
+                worth_asking_at=books.policy.ask_at,
+            )
+            books.start()
+            stack.push_async_callback(books.close)
+            interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
+            synchroniser = Synchroniser(
+                self._fetch, keypair.ss58_address, options.network, directory, manager, blacklist, interval
+            )
+            workers = []
+            for number in range(1, options.workers + 1):
+                worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
+                workers.append(_start(f"Worker {number}", worker.run))
+            report = functools.partial(self._report_status, books, clocks, directory, manager, pool, synchroniser)
+            background = [
+                _start("Watching the generation services", pool.watch),
+                _start("Following the chain", synchroniser.follow_chain),
+                _start("Following the blacklist", synchroniser.follow_blacklist),
+                _start("Following the standings", books.follow_standings),
+                _start("The status report", report),
+            ]
+            await self._stopping.wait()
+
+            stopped_at = steady_time()
+            pool.stop_waiting()
+            for task in background:
+                task.cancel()
+            await manager.close()
+            _, late = await asyncio.wait(workers, timeout=stopping.WORKERS_S)
+            for task in late:
+                task.cancel()
+            if late:
+                log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
+            await asyncio.gather(*background, *late, return_exceptions=True)
+            left = stopped_at + stopping.TASKS_S - steady_time()
+            await submitter.drain(min(stopping.SUBMISSIONS_S, left))
+
+    async def _network_is_there(self) -> bool:
+        """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
+        file = _network_file(self._options)
+        if self._options.network != REHEARSAL or file.exists():
+            return True
+        log.warning("No available validators: waiting for the rehearsal to write %s", file)
+        self._status.write(status="waiting for the rehearsal", validators=0)
+        while not file.exists():
+            try:
+                async with asyncio.timeout(STATUS_INTERVAL_S):
+                    await self._stopping.wait()
+                return False
+            except TimeoutError:
+                pass
+        return True
+
+    async def _fetch(self) -> Metagraph:
+        options = self._options
+        if options.network == REHEARSAL:
+            return await asyncio.to_thread(chain.load, _network_file(options))
+        return await chain.fetch(options.network, options.netuid)
+
+    async def _report_status(
+        self,
+        books: Bookkeeping,
+        clocks: ValidatorClocks,
+        directory: ValidatorDirectory,
+        manager: AsyncTaskManager,
+        pool: GeneratorPool,
+        synchroniser: Synchroniser,
+    ) -> None:
+        """Keeps the status file as things are, and says in the log when there is nothing to do."""
+        idle_log, clock_log = IdleLog(), ClockLog()
+        while True:
+            if not directory.eligible:
+                status = synchroniser.problem
+            elif manager.first_round_done.is_set():
+                status = "ready"
+            else:
+                status = "asking validators" if pool.ready.is_set() else "waiting for the generation service"
+            self._status.write(
+                status=status,
+                validators=len(directory.eligible),
+                queued=manager.queued,
+                working=len(manager.working),
+                totals=dict(books.totals),
+            )
+            idle_log.update(manager, len(directory.eligible))
+            moment = snapshot(directory, manager, pool, clocks, books.backlog)
+            clock_log.update(moment.clock_behind)
+            books.show(moment)
+            await asyncio.sleep(STATUS_INTERVAL_S)
+
+
+def _start(name: str, part: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+    return asyncio.create_task(keep_running(name, part))
+
+
+def _network_file(options: MinerOptions) -> Path:
+    return options.rehearsal_state / "network.json"

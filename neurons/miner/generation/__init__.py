@@ -1,0 +1,1 @@
+"""The generation services: the client of one, and the pool of all."""

@@ -1,0 +1,225 @@
+"""Several generation services as one: least outstanding work first, failing ones left out and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from common.log_lines import quoted
+from neurons.miner.assignment import USEFUL_AGE_S
+from neurons.miner.generation.service import AttemptFailed, EndpointUnavailable, Generated
+from neurons.miner.validators.clock import steady_time
+from neurons.protocol import Task
+
+HEALTH_INTERVAL_S = 5.0
+# How long a failing endpoint is left out: doubled with each failure in a row.
+FIRST_PAUSE_S = 5.0
+MAX_PAUSE_S = 300.0
+# A task can be at fault too: only an endpoint that fails at more in a row is left out.
+TOLERATED_FAILURES = 2
+# Of the newest measurement in the moving averages.
+NEWEST_SHARE = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class ServiceUnavailable(Exception):
+    """No endpoint could take the task for too long; the task itself is fine."""
+
+
+class Service(Protocol):
+    """What the pool needs of a GenerationService."""
+
+    endpoint: str
+
+    async def health(self) -> str | None: ...
+
+    async def generate(self, task: Task, seed: int) -> Generated: ...
+
+
+class Pace:
+    """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
+
+    `cost`: time in which it had any work, per finished task, whether it works on one at a time or on many.
+    `duration`: from start to end of a task, with what it waits in the service: it follows down at once and up slowly,
+    for the least is what a task takes by itself.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._changed_at = 0.0
+        self._busy = 0.0  # since the last finished task
+        self._busy_sum = 0.0
+        self._finished = 0.0
+        self.in_work = 0
+        self.cost: float | None = None
+        self.duration: float | None = None
+
+    def begin(self) -> float:
+        """To be handed to `end`."""
+        self._advance(1)
+        return self._changed_at
+
+    def end(self, begun: float, finished: bool) -> None:
+        self._advance(-1)
+        if finished:
+            self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
+            self._finished = (1 - NEWEST_SHARE) * self._finished + 1
+            self._busy = 0.0
+            self.cost = self._busy_sum / self._finished
+            duration = self._changed_at - begun
+            before = duration if self.duration is None else self.duration
+            self.duration = min(duration, before + NEWEST_SHARE * (duration - before))
+
+    def _advance(self, change: int) -> None:
+        now = self._now()
+        if self.in_work:
+            self._busy += now - self._changed_at
+        self._changed_at = now
+        self.in_work += change
+
+
+class _Endpoint:
+    def __init__(self, service: Service, now: Callable[[], float]) -> None:
+        self.service = service
+        self.pace = Pace(now)
+        self.healthy = False
+        self.said = ""
+        self.failures = 0  # in a row
+        self.failed_at = 0.0
+        self.left_out_until = 0.0
+
+
+class GeneratorPool:
+    """`ready` is set while at least one endpoint can take a task."""
+
+    def __init__(self, services: Sequence[Service], now: Callable[[], float] = steady_time) -> None:
+        self._endpoints = [_Endpoint(service, now) for service in services]
+        self._now = now
+        self._stopping = asyncio.Event()
+        self.ready = asyncio.Event()
+
+    @property
+    def usable(self) -> dict[str, bool]:
+        """Endpoint -> whether it can take a task now."""
+        usable = self._usable()
+        return {endpoint.service.endpoint: endpoint in usable for endpoint in self._endpoints}
+
+    def stop_waiting(self) -> None:
+        """From now on a task that no endpoint can take raises ServiceUnavailable at once."""
+        self._stopping.set()
+
+    def expected_seconds(self, tasks: int) -> float | None:
+        """In how many seconds `tasks` tasks are finished when all are begun now; None while nothing is measured."""
+        paces = [endpoint.pace for endpoint in self._usable()]
+        durations = [pace.duration for pace in paces if pace.duration is not None]
+        if not durations:
+            return None
+        rate = sum(1 / pace.cost for pace in paces if pace.cost)
+        return max(*durations, tasks / rate if rate else 0.0)
+
+    async def watch(self) -> None:
+        """Keeps up with the endpoints' health, for as long as it runs."""
+        async with asyncio.TaskGroup() as group:
+            for endpoint in self._endpoints:
+                group.create_task(self._watch(endpoint))
+
+    async def generate(self, task: Task, seed: int, patience: float = USEFUL_AGE_S) -> Generated:
+        """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds.
+
+        Raises GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
+        """
+        give_up_at = self._now() + patience
+        failed: list[_Endpoint] = []
+        failure: AttemptFailed | None = None
+        while True:
+            endpoint = self._least_busy(failed) if self._now() < give_up_at else None
+            if endpoint is None:
+                if failure is not None:
+                    raise failure
+                await self._until_ready(give_up_at)
+                continue
+            begun, finished = endpoint.pace.begin(), False
+            try:
+                generated = await self._generate(endpoint, task, seed, give_up_at)
+                finished = True
+            except EndpointUnavailable as error:
+                self._failed(endpoint, begun, error, error.seconds)
+            except AttemptFailed as error:
+                self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
+                failed.append(endpoint)
+                failure = error
+            else:
+                endpoint.failures = 0
+                return generated
+            finally:
+                endpoint.pace.end(begun, finished)
+
+    async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
+        asked_at = self._now()
+        try:
+            async with asyncio.timeout(give_up_at - asked_at):
+                return await endpoint.service.generate(task, seed)
+        except TimeoutError as error:
+            seconds = self._now() - asked_at
+            raise AttemptFailed(f"no answer in {seconds:.0f} s", endpoint.service.endpoint, seconds) from error
+
+    def _least_busy(self, failed: list[_Endpoint]) -> _Endpoint | None:
+        """The usable endpoint, none of `failed`, that would be done first with one more task."""
+        usable = [endpoint for endpoint in self._usable() if endpoint not in failed]
+        costs = [endpoint.pace.cost for endpoint in usable if endpoint.pace.cost is not None]
+        typical = sum(costs) / len(costs) if costs else 1.0
+        return min(usable, key=lambda each: (each.pace.in_work + 1) * (each.pace.cost or typical), default=None)
+
+    def _usable(self) -> list[_Endpoint]:
+        now = self._now()
+        return [each for each in self._endpoints if each.healthy and each.left_out_until <= now]
+
+    async def _until_ready(self, give_up_at: float) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.ready, self._stopping)]
+        try:
+            patience = max(give_up_at - self._now(), 0.0)
+            await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if not self.ready.is_set() or self._now() >= give_up_at:
+            raise ServiceUnavailable("no generation service can take the task")
+
+    def _failed(self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None) -> None:
+        """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row."""
+        if begun_at < endpoint.failed_at:
+            return  # All tasks in work fail with an endpoint that goes: that is one failure.
+        endpoint.failed_at = self._now()
+        if pause is None:
+            pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
+        endpoint.failures += 1
+        log.warning("Generation service at %s: %s; left out for %.0f s", endpoint.service.endpoint, error, pause)
+        endpoint.left_out_until = self._now() + pause
+        self._update_ready()
+        asyncio.get_running_loop().call_later(pause + 0.01, self._update_ready)
+
+    async def _watch(self, endpoint: _Endpoint) -> None:
+        while True:
+            try:
+                said = await endpoint.service.health()
+            except EndpointUnavailable as error:
+                said = str(error)
+            if said is None:
+                # A service deep in its work answers late, and is there all the same.
+                said = "ready" if endpoint.healthy else "not answering"
+            if said != endpoint.said:
+                level = logging.INFO if said == "ready" else logging.WARNING
+                log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
+                endpoint.said = said
+            endpoint.healthy = said == "ready"
+            self._update_ready()
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    def _update_ready(self) -> None:
+        if self._usable():
+            self.ready.set()
+        else:
+            self.ready.clear()

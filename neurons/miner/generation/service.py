@@ -1,0 +1,219 @@
+"""HTTP client of one generation service."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import time
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+
+from common.log_lines import quoted
+from neurons.miner.assignment import USEFUL_AGE_S
+from neurons.protocol import ImageTask, Task
+
+MAX_PROMPT_CHARACTERS = 1024
+MAX_PLY_BYTES = 512 << 20
+MAX_HEALTH_BYTES = 1 << 20
+# The pool gives up earlier where the task was pulled some time before.
+REQUEST_TIMEOUT_S = USEFUL_AGE_S
+CONNECT_TIMEOUT_S = 10.0
+# Who asks the service in person goes first: what is made for validators is paused meanwhile.
+PRIORITY = {"X-Priority": "background"}
+HEALTH_TIMEOUT_S = 5.0
+HEALTH_CONNECT_TIMEOUT_S = 3.0
+# Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
+KEEP_ALIVE_S = 4.0
+MAX_RETRY_AFTER_S = 60.0
+DEFAULT_RETRY_AFTER_S = 5.0
+PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
+NO_CONNECTION = "not reachable (no connection in time)"
+
+
+class GenerationFailed(Exception):
+    """This task can not be generated; another attempt would end the same way."""
+
+
+class AttemptFailed(Exception):
+    """The service failed at this task; another attempt, or another service, may do better.
+
+    `endpoint`: which service, and `seconds`: how long it had the task.
+    """
+
+    def __init__(self, reason: str, endpoint: str = "", seconds: float = 0.0) -> None:
+        super().__init__(reason)
+        self.endpoint = endpoint
+        self.seconds = seconds
+
+
+class EndpointUnavailable(Exception):
+    """The service is not there, or (with `seconds`) asks to be left alone that long. The task itself is fine."""
+
+    def __init__(self, reason: str, seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The service's answer: a PLY, or b"" when its own checks reject the result.
+
+    `score`: the validators' final score, and `parts`: what it is made of ("alignment", "iqa", "ssim", "lpips").
+    `endpoint`: which service, and `seconds`: how long it had the task.
+    """
+
+    ply: bytes
+    score: float | None
+    seed: str
+    rejected: str
+    endpoint: str = ""
+    seconds: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def prompt_problem(prompt: str) -> str | None:
+    """What makes a text prompt unfit for generation; None when nothing does."""
+    if not 1 <= len(prompt) <= MAX_PROMPT_CHARACTERS:
+        return f"{len(prompt)} characters, 1 to {MAX_PROMPT_CHARACTERS} are allowed"
+    # Cc: control characters. Cs: lone surrogates, which have no UTF-8.
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in prompt):
+        return "contains control characters"
+    return None
+
+
+class GenerationService:
+    """One generation service at `url` (http://host:port). To be used as an async context manager.
+
+    `endpoint` is how it is named to people: the URL without the user and the password that may be in it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url.rstrip("/")
+        parts = urlsplit(self._url)
+        self.endpoint = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> GenerationService:
+        timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S)
+        connector = aiohttp.TCPConnector(keepalive_timeout=KEEP_ALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def health(self) -> str | None:
+        """What the service's /health says, "ready" when it can work; None when it is there but answers late.
+
+        Raises EndpointUnavailable.
+        """
+        assert self._session is not None
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
+            async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
+                if response.status in (403, 421):  # it tells why, and the flag that lets us in
+                    message = (await response.content.read(500)).decode(errors="replace")
+                    raise EndpointUnavailable(f"refuses to answer ({response.status}): {quoted(message)}")
+                body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
+                return str(body["status"])[:40]
+        except aiohttp.ConnectionTimeoutError as error:
+            raise EndpointUnavailable(NO_CONNECTION) from error
+        except TimeoutError:
+            return None
+        except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError) as error:
+            raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
+
+    async def generate(self, task: Task, seed: int) -> Generated:
+        """The splat of one task. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
+        assert self._session is not None
+        form, started = _form(task, seed), time.monotonic()
+
+        def failed(reason: str) -> AttemptFailed:
+            return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
+
+        try:
+            async with self._session.post(f"{self._url}/generate/", data=form, headers=PRIORITY) as response:
+                if response.status == 503:
+                    raise EndpointUnavailable("busy (503)", _retry_after(response))
+                if response.status != 200:
+                    message = (await response.content.read(500)).decode(errors="replace")
+                    reason = f"service answered {response.status}: {quoted(message)}"
+                    raise failed(reason) if response.status >= 500 else GenerationFailed(reason)
+                ply = await _read(response, MAX_PLY_BYTES, "PLY")
+                headers = response.headers
+                if not ply and isinstance(task, ImageTask) and headers.get("X-Num-Gaussians") == "0":
+                    # Nothing was found in the picture. How it is looked for does not depend on the seed.
+                    raise GenerationFailed(quoted(headers.get("X-Rejected", "nothing was made of the picture")))
+                return Generated(
+                    ply,
+                    _score(headers.get("X-Score")),
+                    headers.get("X-Seed", "?"),
+                    headers.get("X-Rejected", ""),
+                    self.endpoint,
+                    time.monotonic() - started,
+                    _parts(headers.get("X-Score-Parts")),
+                )
+        except aiohttp.ConnectionTimeoutError as error:
+            raise EndpointUnavailable(NO_CONNECTION) from error
+        except TimeoutError as error:
+            raise failed(f"no answer within {REQUEST_TIMEOUT_S:.0f} s") from error
+        except aiohttp.ClientError as error:
+            raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
+
+
+def _form(task: Task, seed: int) -> aiohttp.FormData:
+    form = aiohttp.FormData({"seed": str(seed)})
+    if isinstance(task, ImageTask):
+        try:
+            image = base64.b64decode("".join(task.prompt.split()), validate=True)  # as MIME has it, in lines
+        except (binascii.Error, ValueError) as error:
+            raise GenerationFailed(f"image prompt is not base64 ({error})") from error
+        form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")
+        return form
+    prompt = " ".join(task.prompt.split())  # a line break is no reason to lose the task
+    problem = prompt_problem(prompt)
+    if problem is not None:
+        raise GenerationFailed(f"prompt {problem}")
+    form.add_field("prompt", prompt)
+    return form
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int, what: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 20):
+        body += chunk
+        if len(body) > limit:
+            raise GenerationFailed(f"{what} is larger than {limit} bytes")
+    return bytes(body)
+
+
+def _retry_after(response: aiohttp.ClientResponse) -> float:
+    try:
+        seconds = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        return DEFAULT_RETRY_AFTER_S
+    return min(max(seconds, 0.1), MAX_RETRY_AFTER_S) if math.isfinite(seconds) else DEFAULT_RETRY_AFTER_S
+
+
+def _parts(header: str | None) -> dict[str, float]:
+    """The parts of the score that were measured; those that are no numbers are left out."""
+    try:
+        values = json.loads(header or "{}")
+        return {part: number for part in PARTS if (number := _score(str(values.get(part)))) is not None}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _score(header: str | None) -> float | None:
+    try:
+        score = float(header) if header is not None else math.nan
+    except ValueError:
+        return None
+    return score if math.isfinite(score) else None

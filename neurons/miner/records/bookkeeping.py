@@ -1,0 +1,109 @@
+"""Everyone who is told what happens in the miner: ledger, metrics, the status file's totals, and by way of the ledger
+the policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from neurons.miner import stopping
+from neurons.miner.records import standings
+from neurons.miner.records.events import Event, Settlement
+from neurons.miner.records.ledger import Ledger
+from neurons.miner.records.metrics import Metrics, Snapshot
+from neurons.miner.records.policy import Policy
+from neurons.miner.records.verdicts import WINDOW_S, PastSubmission
+from neurons.miner.validators.clock import MAX_COOLDOWN_S, steady_time
+
+STANDINGS_INTERVAL_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+class Bookkeeping:
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
+
+    def __init__(
+        self, ledger: Path, metrics_port: int, least_reward: float, now: Callable[[], float] = steady_time
+    ) -> None:
+        self.totals: Counter[str] = Counter()
+        self.policy = Policy(least_reward)
+        self._ledger = Ledger(ledger, now)
+        self._metrics = Metrics()
+        self._metrics_port = metrics_port
+        self._now = now
+
+    def start(self) -> None:
+        self._ledger.start()
+        if self._metrics_port:
+            self._metrics.serve(self._metrics_port)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._metrics.close)
+        await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
+
+    def record(self, event: Event) -> None:
+        if isinstance(event, Settlement):
+            if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
+                self.totals["submission unknown"] -= 1
+                self.totals[f"submission {event.outcome}"] += 1
+        else:
+            self.totals[f"{type(event).__name__.lower()} {event.outcome}"] += 1
+        self._metrics.record(event)
+        self._ledger.record(event)
+
+    def show(self, snapshot: Snapshot) -> None:
+        self._metrics.show(snapshot)
+
+    @property
+    def backlog(self) -> int:
+        return self._ledger.backlog
+
+    async def follow_standings(self) -> None:
+        """Keeps the policy up to date."""
+        while True:
+            try:
+                # Also before the first task: an earlier run may have learned something.
+                if self._ledger.path.exists():
+                    self.policy.update(await asyncio.to_thread(standings.read, self._ledger.path, self._now()))
+            except (OSError, sqlite3.Error) as error:
+                log.warning("Ledger %s can not be read: %s", self._ledger.path, error)
+            await asyncio.sleep(STANDINGS_INTERVAL_S)
+
+    async def cooldowns(self) -> dict[str, float]:
+        """Hotkey -> unix time until which an earlier run knew that the validator may not be asked."""
+        try:
+            return await asyncio.to_thread(_cooldowns, self._ledger.path, self._now())
+        except sqlite3.Error:
+            return {}  # no ledger yet
+
+    async def submissions(self) -> list[PastSubmission]:
+        """Those of an earlier run that its validators may still count, oldest first."""
+        try:
+            return await asyncio.to_thread(_submissions, self._ledger.path, self._now())
+        except sqlite3.Error:
+            return []
+
+
+def _submissions(path: Path, now: float) -> list[PastSubmission]:
+    query = """SELECT at, hotkey, task_id, outcome, coalesce(seconds, 0), accepted_in_window, wait FROM submissions
+        WHERE at > ? AND at <= ? ORDER BY at, id"""
+    with closing(standings.connect(path)) as connection:
+        return [PastSubmission(*row) for row in connection.execute(query, (now - WINDOW_S, now))]
+
+
+def _cooldowns(path: Path, now: float) -> dict[str, float]:
+    # The column beside max() is that of the newest row. One from the future is from before the clock was set back: when
+    # its wait began is unknown, so it begins now.
+    query = """SELECT hotkey, min(at, :now) + wait, max(at) FROM
+        (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
+        WHERE at >= :now - :longest GROUP BY hotkey"""
+    with closing(standings.connect(path)) as connection:
+        rows = connection.execute(query, {"now": now, "longest": MAX_COOLDOWN_S}).fetchall()
+    return {hotkey: min(until, now + MAX_COOLDOWN_S) for hotkey, until, _ in rows if until is not None and until > now}

@@ -1,0 +1,180 @@
+"""What the miner does, for Prometheus, on a port of this machine.
+
+Counters and histograms follow the events. What is true at a moment (queue, ages, cooldowns) is handed over as a whole
+by the event loop, and read by the server's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from neurons.miner.records.events import Event, Generation, Pull, Settlement
+
+HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
+# Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
+_PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
+_GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
+_SUBMISSION_BUCKETS_S = (0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The miner at one moment. Validators are named by UID, endpoints by address; ages, cooldowns and
+    `clock_behind` in seconds; the latter is None while too few validators have told the time.
+    """
+
+    queued: int = 0
+    ages: Sequence[float] = ()
+    cooldowns: Mapping[int, float] = field(default_factory=dict)
+    endpoints: Mapping[str, bool] = field(default_factory=dict)
+    ledger_backlog: int = 0
+    clock_behind: float | None = None
+
+
+class _Moment(Collector):
+    """The gauges. They are made anew from the latest snapshot, so a validator that has left leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot()
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.snapshot
+        yield GaugeMetricFamily("miner_queue_length", "Tasks that wait for a worker", now.queued)
+        yield GaugeMetricFamily("miner_held_tasks", "Tasks pulled and not settled", len(now.ages))
+        oldest, mean = max(now.ages, default=0.0), sum(now.ages) / max(len(now.ages), 1)
+        yield GaugeMetricFamily("miner_held_task_oldest_seconds", "Age of the oldest held task", oldest)
+        yield GaugeMetricFamily("miner_held_task_mean_seconds", "Mean age of the held tasks", mean)
+        yield GaugeMetricFamily("miner_ledger_backlog_rows", "Ledger rows not written yet", now.ledger_backlog)
+        if now.clock_behind is not None:
+            yield GaugeMetricFamily(
+                "miner_clock_behind_seconds",
+                "By how much this machine's clock is behind the validators' (their median)",
+                now.clock_behind,
+            )
+        cooldowns = GaugeMetricFamily(
+            "miner_cooldown_seconds", "Seconds until the validator may be asked again", labels=["uid"]
+        )
+        for uid, seconds in now.cooldowns.items():
+            cooldowns.add_metric([str(uid)], max(seconds, 0.0))
+        yield cooldowns
+        endpoints = GaugeMetricFamily(
+            "miner_endpoint_up", "Whether the generation service can take a task", labels=["endpoint"]
+        )
+        for endpoint, up in now.endpoints.items():
+            endpoints.add_metric([endpoint], up)
+        yield endpoints
+
+
+class Metrics:
+    """All metrics of one miner, in a registry of its own.
+
+        metrics = Metrics()
+        metrics.serve(10007)       # a thread of its own; a port that is taken is a log line
+        metrics.record(event)      # the same events that the ledger gets
+        metrics.show(Snapshot(queued=2, ages=[3.1, 40.0], cooldowns={17: 120.5}, endpoints={"http://...": True}))
+        metrics.close()
+
+    Labels are bounded: outcomes and kinds are the miner's own words, UIDs those of the metagraph.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._moment = _Moment()
+        self.registry.register(self._moment)
+        self._pulls = Counter("miner_pulls", "Pulls by outcome", ["uid", "outcome"], registry=self.registry)
+        self._generations = Counter(
+            "miner_generations", "Attempts at a task by outcome", ["kind", "outcome"], registry=self.registry
+        )
+        self._submissions = Counter(
+            "miner_submissions", "Submissions by outcome", ["uid", "outcome"], registry=self.registry
+        )
+        self._pull_s = Histogram(
+            "miner_pull_seconds", "From request to answer", buckets=_PULL_BUCKETS_S, registry=self.registry
+        )
+        self._generation_s = Histogram(
+            "miner_generation_seconds",
+            "One attempt at one task",
+            ["kind"],
+            buckets=_GENERATION_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._submission_s = Histogram(
+            "miner_submission_seconds",
+            "From the first attempt to the answer",
+            buckets=_SUBMISSION_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._unsettled: set[tuple[str, str]] = set()
+        Gauge(
+            "miner_submissions_unsettled",
+            "Results of which it is not known yet whether they were accepted",
+            registry=self.registry,
+        ).set_function(lambda: len(self._unsettled))
+        self._stop_serving = lambda: None
+
+    def record(self, event: Event) -> None:
+        uid = str(event.validator.uid)
+        if isinstance(event, Pull):
+            self._pulls.labels(uid, event.outcome).inc()
+            self._pull_s.observe(event.seconds)
+        elif isinstance(event, Generation):
+            self._generations.labels(event.task.type, event.outcome).inc()
+            self._generation_s.labels(event.task.type).observe(event.seconds)
+        elif isinstance(event, Settlement):
+            self._unsettled.discard((event.validator.hotkey, event.task_id))
+            self._submissions.labels(uid, event.outcome).inc()
+        else:
+            self._submission_s.observe(event.seconds)
+            if event.outcome == "unknown":
+                # Counted when the validator's next answer has told what it was.
+                self._unsettled.add((event.validator.hotkey, event.task_id))
+            else:
+                self._submissions.labels(uid, event.outcome).inc()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """What the gauges say from now on."""
+        self._moment.snapshot = snapshot
+
+    def serve(self, port: int) -> int | None:
+        """Answers on 127.0.0.1:`port`/metrics, with 0 on any free one; the port, or None when that can not be."""
+        try:
+            server, thread = start_http_server(port, HOST, self.registry)
+        except OSError as error:
+            log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
+            return None
+        server.set_app(_by_name(make_wsgi_app(self.registry)))
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        self._stop_serving = stop
+        log.info("Metrics on http://%s:%d/metrics", HOST, server.server_port)
+        return server.server_port
+
+    def close(self) -> None:
+        """Takes up to half a second when it has served."""
+        self._stop_serving()
+
+
+def _by_name(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+    """Refuses what calls this machine by another name: a website can have one that stands for it (DNS rebinding)."""
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("HTTP_HOST", "").partition(":")[0].lower() in NAMES:
+            return app(environ, start_response)
+        start_response("421 Misdirected Request", [("Content-Type", "text/plain")])
+        return [f"only {' and '.join(NAMES)} are answered here\n".encode()]
+
+    return guarded

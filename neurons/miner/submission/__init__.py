@@ -1,0 +1,1 @@
+"""Results until their validator has answered."""

@@ -1,0 +1,475 @@
+"""Hands results to validators without making anyone wait, and keeps them until it is known what became of them.
+
+A result is sent again while its validator can not be reached, and for as long after an answer that was lost as the
+validator's lock keeps a second one from being scored beside the first. Then its next pull decides: one that names the
+task gets the result again, one that does not has no use for it. A result that can not be delivered all the same is
+given up, and its task ended with an empty one: a validator hands out no other while it waits for this.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import bittensor as bt
+
+from common.log_lines import quoted
+from neurons.chain import Neuron
+from neurons.miner.assignment import Assignment
+from neurons.miner.records.events import Recorder, Settlement, Submission, SubmissionOutcome
+from neurons.miner.records.verdicts import (
+    ANSWER_S,
+    LOCK_S,
+    TASK_COOLDOWN_S,
+    PastSubmission,
+    Span,
+    Window,
+    is_penalty,
+    judge,
+)
+from neurons.miner.submission.spool import Spool, SpooledResult
+from neurons.miner.validators.clock import DEFAULT_PAUSE_S, MIN_PAUSE_S, ValidatorClocks
+from neurons.miner.validators.dendrite import NO_CONNECTION
+from neurons.miner.validators.directory import ValidatorDirectory
+from neurons.protocol import SUBMIT_TIMEOUT_S, Feedback, PullTask, SubmitResults, Task, make_submission
+
+# After a submission that did not get through: doubled with each one in a row.
+FIRST_RETRY_S = 2.0
+MAX_RETRY_S = 60.0
+# For so long it is sent again, without a pull that says that it is still wanted.
+RETRY_FOR_S = 300.0
+# So long after one that may have arrived, another one meets its lock, the time for the upload taken off.
+UNDER_LOCK_S = LOCK_S - 5.0
+# So often a pull may ask for a result that is then not taken.
+MAX_ROUNDS = 12
+# Before the pull that says what has become of a task. This and LOCK_S are doubled for one result after another of which
+# a validator tells nothing: each costs a generation.
+SOON_S = 2.0
+MAX_PAUSE_S = 300.0
+# Those that may be another answer the next time: not authorised (a nonce), too slow, too early, too many.
+PASSING_STATUSES = (401, 408, 425, 429)
+
+SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
+
+log = logging.getLogger(__name__)
+
+
+class ValidatorCaller(Protocol):
+    """The one method of bittensor's Dendrite that the miner uses. Errors come back as the synapse's status."""
+
+    async def call(
+        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float, deserialize: bool
+    ) -> SynapseT: ...
+
+
+@dataclass
+class _Kept:
+    """A result of which it is not known yet what its validator made of it."""
+
+    size: int | None  # None: not looked at yet, in the spool since an earlier run
+    first_sent: float
+    still_open_at: float  # when its validator last waited for it
+    in_memory: SpooledResult | None = None  # where it could not be spooled
+    may_have_arrived: bool = False  # with an answer that was lost
+    rounds: int = 0
+    seconds_tried: float = 0.0
+    reason: str = "no answer"
+    refused: bool = False
+    given_up: SubmissionOutcome | None = None  # and its task is to be ended with an empty result
+    ask_again_at: float | None = None  # by the answer that ended its task
+    recorded: bool = False
+
+
+@dataclass
+class _Unsettled:
+    """A result of which only the validator's next count can tell. `otherwise`: what it was if that has not grown."""
+
+    task_id: str
+    span: Span
+    otherwise: SubmissionOutcome
+
+
+@dataclass
+class _Memory:
+    """What one validator's answers have told so far."""
+
+    window: Window = field(default_factory=Window)
+    unsettled: list[_Unsettled] = field(default_factory=list)
+    last_told: int = 0  # its latest cooldown_until
+    usual_cooldown: float = TASK_COOLDOWN_S
+
+
+class Submitter:
+    """Owns the submissions under way and the results that are kept."""
+
+    def __init__(
+        self,
+        dendrite: ValidatorCaller,
+        directory: ValidatorDirectory,
+        clocks: ValidatorClocks,
+        keypair: bt.Keypair,
+        spool: Spool,
+        record: Recorder,
+        history: Iterable[PastSubmission] = (),
+    ) -> None:
+        """`history`: what an earlier run recorded in the last WINDOW_S, oldest first."""
+        self._dendrite = dendrite
+        self._directory = directory
+        self._clocks = clocks
+        self._now = clocks.now
+        self._keypair = keypair
+        self._spool = spool
+        self._record = record
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._memories: defaultdict[str, _Memory] = defaultdict(_Memory)
+        self._untold: Counter[str] = Counter()  # hotkey -> results in a row that it told nothing of
+        self._kept: dict[tuple[str, str], _Kept] = {}
+        for hotkey, tasks in spool.entries().items():
+            for task in tasks:
+                written_at = self._now() - spool.age(hotkey, task.id)
+                # Whether an earlier run sent it is not known.
+                self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
+        for past in history:
+            self._remember(past)
+
+    def submit(self, assignment: Assignment, result: bytes, kept: bool = False) -> None:
+        """Starts handing in `result` (`.spz`, or b"" for nothing) and returns at once.
+
+        `kept`: it came from `kept_result`. `assignment` is settled when its validator can be asked again.
+        """
+        delivery = asyncio.create_task(self._deliver(assignment, result, kept))
+        self._under_way.add(delivery)
+        delivery.add_done_callback(self._finished)
+
+    def keeps_for(self, hotkey: str) -> bool:
+        """Whether there is a result for which the validator's next pull decides."""
+        return any(kept_for == hotkey for kept_for, _ in self._kept)
+
+    async def kept_result(self, validator: Neuron, task: Task) -> bytes | None:
+        """The result for exactly this task, if there is one."""
+        kept = self._kept.get((validator.hotkey, task.id))
+        if kept is None:
+            return None
+        entry = kept.in_memory or await asyncio.to_thread(self._spool.get, validator.hotkey, task)
+        if entry is None or entry.task != task:
+            # Too old, or for another task of this name.
+            self._conclude(validator, task.id, kept, "given_up")
+            self._forget(validator.hotkey, task.id)
+            return None
+        return entry.result
+
+    def pulled(self, validator: Neuron, answer: PullTask) -> None:
+        """To be called with what a pull was answered. What it does not ask for any more is kept no longer."""
+        hotkey = validator.hotkey
+        if answer.cooldown_until > 0:
+            self._memories[hotkey].last_told = answer.cooldown_until
+        if answer.task is None and answer.cooldown_until <= 0:
+            return  # refused without a reason: this says nothing of the task
+        for kept_for, task_id in list(self._kept):
+            if kept_for == hotkey and (answer.task is None or answer.task.id != task_id):
+                self._let_go(validator, task_id, answer)
+
+    async def drain(self, timeout: float) -> None:
+        """Waits for the submissions under way; after `timeout` seconds leaves them to the spool."""
+        if self._under_way:
+            _, late = await asyncio.wait(self._under_way, timeout=timeout)
+            for delivery in late:
+                delivery.cancel()
+            if late:
+                log.warning("%d submissions not answered yet are left in the spool", len(late))
+                await asyncio.wait(late)
+
+    def _finished(self, delivery: asyncio.Task[None]) -> None:
+        self._under_way.discard(delivery)
+        if not delivery.cancelled() and (error := delivery.exception()) is not None:
+            log.error("Submission failed", exc_info=error)
+
+    async def _deliver(self, assignment: Assignment, result: bytes, again: bool) -> None:
+        """Spool, send, find out what became of it, forget. Whatever ends this before leaves the result spooled."""
+        hotkey, task = assignment.validator.hotkey, assignment.task
+        kept = self._kept.get((hotkey, task.id)) if again else None
+        is_new = kept is None
+        if kept is None:
+            kept = self._kept[hotkey, task.id] = _Kept(len(result), self._now(), self._now())
+        try:
+            if is_new:
+                await self._keep(assignment, kept, result)
+            if kept.size is None:
+                kept.size = len(result)
+            ask_again_at = await self._hand_in(assignment, kept, result)
+            if ask_again_at is None:
+                await self._keep(assignment, kept, b"")
+                ask_again_at = await self._hand_in(assignment, kept, b"")
+            kept.ask_again_at = ask_again_at
+        finally:
+            assignment.settle(self._now() + DEFAULT_PAUSE_S if kept.ask_again_at is None else kept.ask_again_at)
+
+    async def _keep(self, assignment: Assignment, kept: _Kept, result: bytes) -> None:
+        entry = SpooledResult(assignment.validator.hotkey, assignment.task, result)
+        try:
+            await asyncio.to_thread(self._spool.put, entry)
+            kept.in_memory = None
+        except OSError as error:
+            kept.in_memory = entry
+            log.error("Spool: %s; the result for validator [%d] is in memory alone", error, assignment.validator.uid)
+
+    def _forget(self, hotkey: str, task_id: str) -> None:
+        self._spool.remove(hotkey, task_id)
+        self._kept.pop((hotkey, task_id), None)
+
+    async def _hand_in(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
+        """The time from which the validator may be asked again; None when the task is to be ended with an empty result.
+
+        Where it is not known what became of the result, that time is soon: the pull tells.
+        """
+        validator, shown = assignment.validator, quoted(assignment.task.id)
+        kept.rounds += 1
+        kept.still_open_at = self._now()
+        answer = await self._send(assignment, result, kept)
+        if answer is None:
+            if kept.rounds >= MAX_ROUNDS or (kept.rounds > 1 and kept.seconds_tried >= RETRY_FOR_S):
+                return self._give_up(assignment, kept, result, "given_up")
+            log.warning("Validator [%d] gave no answer to %s: its next pull decides", validator.uid, shown)
+            return self._after(SOON_S, validator, kept)
+        status = _status_code(answer)
+        if status == 403:
+            kept.refused, kept.reason = True, status_of(answer)
+            if kept.rounds >= MAX_ROUNDS:
+                return self._give_up(assignment, kept, result, "refused")
+            log.warning("Validator [%d] has no task for %s: its next pull tells more", validator.uid, shown)
+            return self._after(SOON_S, validator, kept)
+        if status != 200:
+            kept.reason = status_of(answer)
+            return self._give_up(assignment, kept, result, "refused")
+        log.info("Task submitted to validator [%d]: %s, %d bytes", validator.uid, shown, len(result))
+        if answer.is_success and answer.feedback is not None:
+            return self._told(assignment, kept, result, answer, answer.feedback)
+        kept.may_have_arrived = True
+        why = "" if answer.is_success else f", for its answer is not readable: {status_of(answer)}"
+        line = "Validator [%d] does not say what became of %s%s; its next pull tells more"
+        log.warning(line, validator.uid, shown, why)
+        if answer.is_success and answer.cooldown_until > 0:
+            return self._clocks.next_pull_at(validator.hotkey, answer.cooldown_until)
+        return self._after(SOON_S, validator, kept)
+
+    def _after(self, seconds: float, validator: Neuron, kept: _Kept) -> float:
+        """When to ask again a validator that tells nothing of this result."""
+        if kept.rounds == 1:
+            self._untold[validator.hotkey] += 1
+        return self._now() + min(seconds * 2.0 ** min(max(self._untold[validator.hotkey] - 1, 0), 10), MAX_PAUSE_S)
+
+    def _told(
+        self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
+    ) -> float | None:
+        """Takes an answer with feedback for what it says; returns what `_hand_in` does."""
+        validator, task, now = assignment.validator, assignment.task, self._now()
+        hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
+        ahead = self._clocks.ahead(hotkey, until)
+        outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
+        memory.last_told = until or memory.last_told
+        # Then an earlier one may have been accepted, or be under way still.
+        repeated = kept.may_have_arrived and outcome in ("declined", "broken")
+        span = Span(kept.first_sent - ANSWER_S, now)
+        found = memory.window.answered(
+            now,
+            feedback.generations_within_the_window,
+            span if outcome == "accepted" else None,
+            [*(each.span for each in memory.unsettled), *([span] if repeated else [])],
+        )
+        otherwise: SubmissionOutcome = outcome or "unknown"
+        if repeated:
+            if otherwise == "declined" and not is_penalty(ahead, 0.0, memory.usual_cooldown):
+                otherwise = "broken"
+            outcome = "accepted" if found.pop() else "unknown"
+        self._settle(validator, memory, found)
+        if outcome == "unknown":
+            memory.unsettled.append(_Unsettled(task.id, span, otherwise))
+        if outcome is None:
+            kept.may_have_arrived = True
+            if kept.rounds >= MAX_ROUNDS:
+                return self._give_up(assignment, kept, result, "given_up")
+            log.info(
+                "Validator [%d] says nothing of %s: it is at work on it, or has another task; its next pull tells more",
+                *(validator.uid, quoted(task.id)),
+            )
+            return self._after(LOCK_S, validator, kept)
+        self._untold.pop(hotkey, None)
+        if otherwise != "declined":
+            memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
+        self._forget(hotkey, task.id)
+        log.info(
+            "Feedback from [%d]: Score=%.2f, Reward=%.2f (average %.2f, %d accepted in the window, rating %.0f)",
+            validator.uid,
+            feedback.task_fidelity_score,
+            feedback.current_miner_reward,
+            feedback.average_fidelity_score,
+            feedback.generations_within_the_window,
+            feedback.current_duel_rating,
+        )
+        ask_again_at = kept.ask_again_at = self._clocks.next_pull_at(hotkey, until)
+        if outcome == "empty" and kept.given_up is not None:
+            outcome = kept.given_up
+        self._conclude(validator, task.id, kept, outcome, feedback, ask_again_at)
+        return ask_again_at
+
+    def _give_up(self, assignment: Assignment, kept: _Kept, result: bytes, outcome: SubmissionOutcome) -> float | None:
+        """A validator hands out no other task while it waits for this one: so that is ended, with an empty result."""
+        validator, task = assignment.validator, assignment.task
+        kept.given_up = kept.given_up or outcome
+        if result:
+            log.error(
+                "Validator [%d] does not take %s (%s): its task is ended with an empty result",
+                *(validator.uid, quoted(task.id), kept.reason),
+            )
+            return None
+        # Not even that: it is kept, for as long as the validator asks for it.
+        self._conclude(validator, task.id, kept, kept.given_up)
+        return self._now() + MAX_PAUSE_S
+
+    async def _send(self, assignment: Assignment, result: bytes, kept: _Kept) -> SubmitResults | None:
+        """The validator's answer, be it a refusal; None when there was none, and none is to be expected for a while."""
+        delay, started = FIRST_RETRY_S, self._now()
+        first_lost: float | None = None
+        while True:
+            # Where it is now: it may have moved since the pull.
+            validator = self._directory.eligible.get(assignment.validator.hotkey, assignment.validator)
+            submission = make_submission(assignment.task, result, validator.hotkey, self._keypair)
+            sent = self._now()
+            answer = await self._dendrite.call(
+                validator.axon_info(), submission, timeout=SUBMIT_TIMEOUT_S, deserialize=False
+            )
+            if _is_final(answer):
+                return answer
+            if _may_have_arrived(answer):
+                kept.may_have_arrived = True
+                first_lost = sent if first_lost is None else first_lost
+            pause, now = delay * random.uniform(0.5, 1.5), self._now()
+            if now + pause > (started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S):
+                kept.seconds_tried += now - started
+                kept.reason = status_of(answer)
+                return None
+            log.warning(
+                "Submission to validator [%d] failed: %s; next attempt in %.1f s",
+                validator.uid,
+                status_of(answer),
+                pause,
+            )
+            await asyncio.sleep(pause)
+            delay = min(2 * delay, MAX_RETRY_S)
+
+    # What became of results
+
+    def _let_go(self, validator: Neuron, task_id: str, answer: PullTask) -> None:
+        """The validator's pull does not ask for this result: its task is over, or forgotten."""
+        hotkey, now = validator.hotkey, self._now()
+        kept, memory = self._kept[hotkey, task_id], self._memories[hotkey]
+        is_empty = self._spool.is_empty(hotkey, task_id) if kept.size is None else kept.size == 0
+        self._forget(hotkey, task_id)
+        # What an unregistered miner is told counts no violation, and is no cooldown.
+        cooling = answer.task is None and answer.cooldown_violations > 0
+        ask_again_at = self._clocks.next_pull_at(hotkey, answer.cooldown_until) if cooling else None
+        outcome: SubmissionOutcome = kept.given_up or ("refused" if kept.refused else "given_up")
+        if kept.may_have_arrived:
+            declined = None
+            if cooling:
+                ahead = self._clocks.ahead(hotkey, answer.cooldown_until)
+                declined = is_penalty(ahead, now - kept.still_open_at, memory.usual_cooldown)
+            outcome = "empty" if is_empty else "declined" if declined else "unknown"
+            if declined is None:
+                ask_again_at = None  # which says so in the ledger; the pull has it, too
+        if outcome == "unknown" and not kept.recorded:
+            span = Span(kept.first_sent - ANSWER_S, now)
+            memory.unsettled.append(_Unsettled(task_id, span, "unknown" if ask_again_at is None else "broken"))
+        self._conclude(validator, task_id, kept, outcome, None, ask_again_at)
+
+    def _conclude(
+        self,
+        validator: Neuron,
+        task_id: str,
+        kept: _Kept,
+        outcome: SubmissionOutcome,
+        feedback: Feedback | None = None,
+        ask_again_at: float | None = None,
+    ) -> None:
+        """Once for each result."""
+        if kept.recorded:
+            return
+        kept.recorded = True
+        reason = kept.reason if outcome in ("refused", "given_up") else ""
+        _say(validator, task_id, outcome, reason)
+        seconds = self._now() - kept.first_sent
+        self._record(Submission(validator, task_id, outcome, seconds, kept.size or 0, feedback, ask_again_at, reason))
+
+    def _settle(self, validator: Neuron, memory: _Memory, accepted: list[bool | None]) -> None:
+        """Takes what an answer's count tells of earlier results, and no later one will tell more."""
+        for each, is_accepted in zip(memory.unsettled, accepted, strict=True):
+            outcome = each.otherwise
+            if is_accepted:
+                outcome = "accepted"
+            elif is_accepted is None and outcome == "broken":
+                outcome = "unknown"
+            log.info("Validator [%d]'s count tells of %s, whose answer was lost", validator.uid, quoted(each.task_id))
+            _say(validator, each.task_id, outcome)
+            self._record(Settlement(validator, each.task_id, outcome))
+        memory.unsettled = []
+
+    def _remember(self, past: PastSubmission) -> None:
+        memory = self._memories[past.hotkey]
+        span = Span(past.at - past.seconds - ANSWER_S, past.at)
+        accepted = span if past.outcome == "accepted" else None
+        if past.accepted_in_window is not None:
+            memory.window.answered(past.at, past.accepted_in_window, accepted, [each.span for each in memory.unsettled])
+            memory.unsettled = []
+            if past.outcome in ("accepted", "broken", "empty") and past.cooldown:
+                memory.usual_cooldown = past.cooldown
+        elif accepted is not None:
+            memory.window.add(accepted)
+        if past.outcome == "unknown":
+            otherwise: SubmissionOutcome = "unknown"
+            if past.cooldown is not None:
+                otherwise = "declined" if is_penalty(past.cooldown, 0.0, memory.usual_cooldown) else "broken"
+            memory.unsettled.append(_Unsettled(past.task_id, span, otherwise))
+
+
+_SAID: dict[SubmissionOutcome, tuple[int, str]] = {
+    "accepted": (logging.INFO, "Accepted: validator [%d] took %s"),
+    "declined": (logging.WARNING, "Validation failed: validator [%d] did not accept %s"),
+    "broken": (logging.WARNING, "Validator [%d] could not score %s: its scoring gave no answer, which costs nothing"),
+    "empty": (logging.INFO, "Validator [%d] knows that there is no result for %s, which costs nothing"),
+    "refused": (logging.ERROR, "Submission to validator [%d] refused: %s"),
+    "given_up": (logging.ERROR, "Submission to validator [%d] given up: %s"),
+    "unknown": (logging.WARNING, "Validator [%d] does not tell what became of %s"),
+}
+
+
+def _say(validator: Neuron, task_id: str, outcome: SubmissionOutcome, reason: str = "") -> None:
+    level, line = _SAID[outcome]
+    log.log(level, line + (f", {reason}" if reason else ""), validator.uid, quoted(task_id))
+
+
+def _is_final(answer: bt.Synapse) -> bool:
+    """Whether the validator has the result (200, readable or not), or its axon said a no that it would say again."""
+    status = _status_code(answer)
+    return status is not None and (status == 200 or 400 <= status < 500) and status not in PASSING_STATUSES
+
+
+def _may_have_arrived(answer: bt.Synapse) -> bool:
+    """Whether the validator may be at work on a submission that got no answer."""
+    status = _status_code(answer)
+    if status is not None:
+        return status >= 500
+    return answer.dendrite is None or answer.dendrite.status_code != NO_CONNECTION
+
+
+def _status_code(answer: bt.Synapse) -> int | None:
+    return None if answer.axon is None else answer.axon.status_code
+
+
+def status_of(answer: bt.Synapse) -> str:
+    terminal = answer.dendrite
+    return "no answer" if terminal is None else f"{terminal.status_code} {quoted(terminal.status_message)}"

@@ -1,0 +1,1 @@
+"""Who is asked, when by its own clock, and how."""

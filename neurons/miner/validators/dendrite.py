@@ -1,0 +1,208 @@
+"""bittensor's Dendrite, made fit for machines without internet and for validators that mean no good."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import aiohttp
+import bittensor as bt
+from bittensor.core.settings import version_as_int
+
+from neurons.miner.validators.clock import steady_time, steady_time_ns
+from neurons.protocol import ANSWER_FIELDS
+
+# Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
+DateListener = Callable[[str, str | None, float, float], None]
+
+# An axon that knows no nonce of a sender takes one that is as old as this and the declared time-out. Requests declare
+# what they are given to be answered in; after a refusal this instead, and by how much the validator's clock is ahead.
+DECLARED_AFTER_REFUSAL_S = 60.0
+UNAUTHORISED = 401
+
+# An image task carries its image in base64; nothing that a validator sends is larger.
+MAX_ANSWER_BYTES = 16 << 20
+# An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
+MAX_ANSWER_COMMAS = 10_000
+MAX_MESSAGE_CHARACTERS = 500
+# Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
+# bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
+KEEPALIVE_S = 4.0
+# The status of a call whose connection could not be made, and of one that lost it later.
+NO_CONNECTION, CONNECTION_LOST = 503, 502
+
+SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
+
+
+class _Sender:
+    """Who this miner is to one validator, whose axon demands that the nonces of one `uuid` grow.
+
+    A uuid of each validator's own: none of them can make the miner a stranger to the others. A new process has new
+    ones, so it does not matter where its clock stands. Not uuid1, which tells the network card's address.
+    """
+
+    def __init__(self) -> None:
+        self.uuid = str(uuid.uuid4())
+        self.refused = False
+        self._nonce = 0
+
+    def next_nonce(self) -> int:
+        self._nonce = max(self._nonce + 1, steady_time_ns())
+        return self._nonce
+
+    def renew(self) -> None:
+        self.uuid = str(uuid.uuid4())
+        self.refused = True
+
+
+class ValidatorDendrite(bt.Dendrite):
+    """Calls validators' axons, and nothing but them: no redirects, no proxies, answers of bounded size.
+
+    Requests are Dendrite's in all but their nonces, which are the machine's clock there: an axon refuses them for as
+    long as that was set back. Answers are read here: Dendrite's own way with them lets a validator set every field of
+    the synapse (and raise from `call` by doing so), send compressed data, or choose a codec that takes hours.
+    """
+
+    def __init__(
+        self,
+        keypair: bt.Keypair,
+        on_date: DateListener = lambda *_: None,
+        seconds_ahead: Callable[[str], float] = lambda _: 0.0,
+    ) -> None:
+        """`seconds_ahead`: how far the clock of the validator with a hotkey is ahead of ours, at most."""
+        # In place of Dendrite's own constructor, which asks six web sites for this machine's address and fails without
+        # an answer. The address goes into a header only, where the axon overwrites it with the one that it sees.
+        self.external_ip = "0.0.0.0"
+        self.keypair = keypair
+        self._session: aiohttp.ClientSession | None = None
+        self._on_date = on_date
+        self._seconds_ahead = seconds_ahead
+        self._senders: dict[str, _Sender] = {}
+
+    def __del__(self) -> None:
+        """Nothing: sessions are closed with `async with`. Dendrite's own would warn about a running event loop."""
+
+    @property
+    async def session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+                # Neither cookies nor compression: state and work that a validator could put on this process.
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+                headers={"Accept-Encoding": "identity"},
+            )
+        return self._session
+
+    async def call(  # type: ignore[override]
+        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float = 12.0, deserialize: bool = False
+    ) -> SynapseT:
+        """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
+
+        `is_success` needs a complete, well-formed answer with status 200. The `axon` status is that of any complete
+        answer, and None when there was none: then the `dendrite` status is NO_CONNECTION where none was made, so that
+        nothing can have arrived, and another one where the request may have.
+        """
+        # A 401 is answered with another uuid at once, and not again before this validator has taken one. `timeout` is
+        # for each of the two requests.
+        sender = self._senders.setdefault(target_axon.hotkey, _Sender())
+        refused_before = sender.refused
+        status = await self._attempt(target_axon, synapse, timeout, sender)
+        if status == UNAUTHORISED and not refused_before:
+            await self._attempt(target_axon, synapse, timeout, sender)
+        return synapse
+
+    async def _attempt(
+        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender
+    ) -> int | None:
+        """One request and its answer; the status of the axon."""
+        self._sign(target_axon, synapse, timeout, sender)
+        assert synapse.axon is not None and synapse.dendrite is not None
+        code, message = 0, "Success"
+        try:
+            status, body = await self._post(target_axon, synapse, timeout)
+            synapse.axon.status_code = code = status
+            answer = parse(body)
+            if status == 200:
+                fill(synapse, answer)
+            else:
+                message = str(answer.get("message"))
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            code, message = NO_CONNECTION, f"{type(error).__name__}: {error}"
+        except TimeoutError:
+            code, message = 408, f"no answer within {timeout:.0f} s"
+        except (aiohttp.ClientError, OSError) as error:
+            code, message = CONNECTION_LOST, f"{type(error).__name__}: {error}"
+        except (ValueError, RecursionError) as error:
+            if code in (0, 200):
+                code = 422
+            message = f"malformed answer: {error}"
+        synapse.dendrite.status_code = code
+        synapse.dendrite.status_message = message[:MAX_MESSAGE_CHARACTERS]
+        if synapse.axon.status_code == UNAUTHORISED:
+            sender.renew()
+        elif synapse.axon.status_code is not None:
+            sender.refused = False
+        return synapse.axon.status_code
+
+    def _sign(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender) -> None:
+        declared = timeout
+        if sender.refused:
+            ahead = max(self._seconds_ahead(target_axon.hotkey), 0.0)
+            declared = max(timeout, DECLARED_AFTER_REFUSAL_S + ahead)
+        hotkey = self.keypair.ss58_address
+        nonce = sender.next_nonce()
+        message = f"{nonce}.{hotkey}.{target_axon.hotkey}.{sender.uuid}.{synapse.body_hash}"
+        synapse.timeout = declared
+        synapse.dendrite = bt.TerminalInfo(
+            ip=self.external_ip,
+            version=version_as_int,
+            nonce=nonce,
+            uuid=sender.uuid,
+            hotkey=hotkey,
+            signature=f"0x{self.keypair.sign(message).hex()}",
+        )
+        synapse.axon = bt.TerminalInfo(ip=target_axon.ip, port=target_axon.port, hotkey=target_axon.hotkey)
+
+    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        sent = steady_time()
+        async with (await self.session).post(
+            self._get_endpoint_url(target_axon, type(synapse).__name__),
+            headers=synapse.to_headers(),
+            json=synapse.model_dump(),
+            timeout=aiohttp.ClientTimeout(total=timeout),
+            allow_redirects=False,
+        ) as response:
+            self._on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())
+            body = bytearray()
+            async for chunk in response.content.iter_chunked(1 << 16):
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    response.close()
+                    raise aiohttp.ClientPayloadError(f"answer is larger than {MAX_ANSWER_BYTES} bytes")
+            return response.status, bytes(body)
+
+    def _get_endpoint_url(self, target_axon: bt.AxonInfo, request_name: str) -> str:
+        # Dendrite calls an axon that has its own external address at 0.0.0.0: this machine, for whoever names it so.
+        host = f"[{target_axon.ip}]" if ":" in target_axon.ip else target_axon.ip
+        return f"http://{host}:{target_axon.port}/{request_name}"
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """The JSON object of an answer. Raises ValueError or RecursionError."""
+    if body.count(b",") > MAX_ANSWER_COMMAS:
+        raise ValueError("too many values")
+    answer = json.loads(body)
+    if not isinstance(answer, dict):
+        raise ValueError("no JSON object")
+    return answer
+
+
+def fill(synapse: bt.Synapse, answer: dict[str, Any]) -> None:
+    """Takes over what the protocol lets a validator say, and nothing else. Raises ValueError for a wrong type."""
+    for name in ANSWER_FIELDS[type(synapse)]:
+        if name in answer:
+            setattr(synapse, name, answer[name])

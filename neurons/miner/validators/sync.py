@@ -1,0 +1,85 @@
+"""Keeps the directory of validators as the chain and the blacklist have it, in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from neurons.chain import Metagraph, MetagraphUnavailable
+from neurons.miner.validators.blacklist import Blacklist
+from neurons.miner.validators.directory import ValidatorDirectory
+
+FIRST_RETRY_S = 2.0
+BLACKLIST_INTERVAL_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class Follower(Protocol):
+    """Who acts on the directory: the task manager."""
+
+    def sync(self) -> None:
+        """Do as the directory says now."""
+
+
+class Synchroniser:
+    """`problem` says what stands in the way of mining; empty when nothing does."""
+
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[Metagraph]],
+        hotkey: str,
+        network: str,
+        directory: ValidatorDirectory,
+        manager: Follower,
+        blacklist: Blacklist,
+        interval: float,
+    ) -> None:
+        self._fetch = fetch
+        self._hotkey = hotkey
+        self._network = network
+        self._directory = directory
+        self._manager = manager
+        self._blacklist = blacklist
+        self._interval = interval
+        self.problem = f"reading the metagraph of {network}"
+
+    async def follow_chain(self) -> None:
+        """Reads the metagraph every `interval` seconds, sooner and then less and less often while there is none."""
+        log.info("Reading the metagraph on %s", self._network)
+        retry = FIRST_RETRY_S
+        while True:
+            self.problem = await self._sync()
+            if not self.problem:
+                retry = FIRST_RETRY_S
+                await asyncio.sleep(self._interval)
+            else:
+                log.error("%s; next attempt in %.0f s", self.problem, retry)
+                await asyncio.sleep(retry)
+                retry = min(2 * retry, self._interval)
+
+    async def follow_blacklist(self) -> None:
+        """Applies changes of the blacklist's file."""
+        while True:
+            if await asyncio.to_thread(self._blacklist.reload):
+                self._directory.refresh()
+                self._manager.sync()
+            await asyncio.sleep(BLACKLIST_INTERVAL_S)
+
+    async def _sync(self) -> str:
+        """What stands in the way, if anything does. While the chain is out of reach, what was known stays in force."""
+        try:
+            metagraph = await self._fetch()
+        except MetagraphUnavailable as error:
+            return f"No metagraph: {error}"
+        problem = ""
+        if metagraph.find(self._hotkey) is None:
+            problem = f"Not registered: hotkey {self._hotkey} is not on subnet {metagraph.netuid} of {self._network}"
+            metagraph = Metagraph(metagraph.netuid, ())
+        self._directory.update(metagraph)
+        self._manager.sync()
+        if not problem and not self._directory.eligible:
+            problem = "No available validators: none of the subnet's neurons is eligible"
+        return problem

@@ -1,0 +1,1 @@
+"""Benchmarks, and what they and the tests simulate with."""

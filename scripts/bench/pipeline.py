@@ -1,0 +1,246 @@
+"""How long the pipeline takes on this machine, and where the time goes: all in one run, as ratios to its eager form.
+
+    .venv/bin/python -m scripts.bench.pipeline             the profile that the service would choose
+    .venv/bin/python -m scripts.bench.pipeline --random    full size, random weights (scripts/bench/full_size.py)
+
+Cases: the default config one request after the other, the same with four in flight (one joins when one ends), and the
+ultra-fast config. Figures are seconds per request, the median where requests run alone; everything is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generation.generators.dreamgaussian import DreamGaussian
+from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
+from generation.schema.options import DreamGaussianOptions
+from generation.settings import CONFIGS, Settings
+from scripts.bench.guidance import FLOORS_MS, capture_parts, replayed_ms
+
+PROMPTS = ("a red cube", "a wooden chair", "a green boat", "a stone tower", "a blue vase", "a brass lamp")
+NUMBERS = itertools.count()
+ULTRA_STEPS = 2  # of FLUX
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", action="store_true", help="full size with random weights, on a GPU")
+    parser.add_argument("--profile", default="auto")
+    parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
+    parser.add_argument("--in-flight", type=int, default=4)
+    parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
+    parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    args = parser.parse_args()
+
+    if args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
+    started = time.perf_counter()
+    pipeline, settings = load(args)
+    most = min(args.in_flight, pipeline.limit.most)
+    say(
+        f"{device_name(settings.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores; "
+        f"config {settings.config.name}"
+    )
+    say(f"models ready after {time.perf_counter() - started:.1f} s")
+    say(f"memory: {settings.memory_reason}")
+    figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
+    if not args.no_eager:
+        one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
+        figures["eager"] = one_by_one(pipeline, 1)
+        show("eager, one request", figures["eager"])
+    started = time.perf_counter()
+    pipeline.warm_up(say)
+    figures["warm_up_s"] = time.perf_counter() - started
+    say(f"warmed up in {figures['warm_up_s']:.1f} s")
+    reset_peak()
+    figures["one"] = one_by_one(pipeline, args.requests)
+    show("one request", figures["one"], figures.get("eager"))
+    figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
+    show(f"{most} in flight", figures["several"], figures.get("eager"))
+    figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
+    show("ultra-fast, one request", figures["ultra"])
+    if settings.device.startswith("cuda"):
+        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
+        say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+        figures["neighbours"] = neighbours(pipeline, most)
+        figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+
+
+def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
+    """A pipeline that is not warmed up, and its settings."""
+    if not args.random:
+        memory = int(args.memory_gib * 2**30) if args.memory_gib else None
+        settings = Settings.resolve({"profile": args.profile}, memory)
+        return Pipeline.load(settings, say, warm=False), settings
+    from scripts.bench import full_size
+
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    return full_size.load(settings, say, warm=False), settings
+
+
+def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
+    """The same models under another optimisation config."""
+    other = copy.copy(pipeline)
+    other._options = options
+    sculptor = pipeline._dreamgaussian
+    other._dreamgaussian = DreamGaussian(
+        sculptor._guidance, options, sculptor._device, sculptor._remove_background, sculptor._image_guidance
+    )
+    return other
+
+
+def ultra_fast(pipeline: Pipeline) -> Pipeline:
+    """The same models under the ultra-fast config, with fewer steps of FLUX."""
+    kind = "tiny" if pipeline._options.init == "views" else "text"
+    fast = with_options(pipeline, DreamGaussianOptions.load(CONFIGS / f"{kind}_mv_ultra_fast.yaml"))
+    fast._text_to_image = copy.copy(pipeline._text_to_image)
+    steps = min(ULTRA_STEPS, pipeline._text_to_image._options.steps)
+    fast._text_to_image._options = pipeline._text_to_image._options.model_copy(update={"steps": steps})
+    return fast
+
+
+def request() -> Request:
+    """One like no other: prompts that were seen before are not encoded again."""
+    number = next(NUMBERS)
+    return Request(f"{PROMPTS[number % len(PROMPTS)]}, number {number}", None, seed=number, threshold=0.0)
+
+
+def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
+    seconds, reports = [], []
+    for _ in range(count):
+        started = time.perf_counter()
+        (outcome,) = pipeline.generate([request()])
+        synchronise()
+        seconds.append(time.perf_counter() - started)
+        reports.append(report(outcome))
+    return {"s": statistics.median(seconds), "all_s": seconds, **summary(reports)}
+
+
+def in_flight(pipeline: Pipeline, count: int, most: int) -> dict[str, Any]:
+    """`count` requests, `most` at once, as the engine runs them: the next joins when one is done."""
+    waiting = [pipeline.begin(request()) for _ in range(count)]
+    running: list[Job] = []
+    reports = []
+    started = time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < most:
+            running.append(waiting.pop(0))
+        pipeline.tick(running)
+        reports += [report(job.outcome) for job in running if job.outcome is not None]
+        running = [job for job in running if job.outcome is None]
+    synchronise()
+    elapsed = time.perf_counter() - started
+    return {
+        "s": elapsed / count,
+        "requests": count,
+        "elapsed_s": elapsed,
+        "per_hour": 3600 * count / elapsed,
+        **summary(reports),
+    }
+
+
+def report(outcome: Any) -> Any:
+    if isinstance(outcome, Exception):
+        raise outcome
+    assert isinstance(outcome, Asset)
+    return outcome.report
+
+
+def summary(reports: list[Any]) -> dict[str, Any]:
+    stages = {stage: statistics.median(r.seconds[stage] for r in reports) for stage in reports[0].seconds}
+    return {
+        "stages_s": stages,
+        "gaussians": [r.num_gaussians for r in reports],
+        "rejected": [r.rejected for r in reports],
+    }
+
+
+def show(name: str, case: dict[str, Any], eager: dict[str, Any] | None = None) -> None:
+    ratio = f", {eager['s'] / case['s']:.1f} times as fast as eager" if eager else ""
+    hour = f", {case['per_hour']:.0f} an hour" if "per_hour" in case else ""
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in case["stages_s"].items())
+    low, high = min(case["gaussians"]), max(case["gaussians"])
+    say(f"{name}: {case['s']:.2f} s a request{hour}{ratio} ({stages}); {low} to {high} Gaussians")
+    for reason in set(case["rejected"]) - {None}:
+        say(f"  rejected: {reason}")
+
+
+def neighbours(pipeline: Pipeline, scenes: int) -> dict[str, float]:
+    """How far a scene among others is from the same one alone after one step: the share of values that differ by more
+    than 0.001, by field. The first step of Adam is as long for the smallest gradient as for the largest."""
+    dg, size = pipeline._dreamgaussian, pipeline._options.ref_size
+    cutout = torch.rand(4, size, size, generator=torch.Generator().manual_seed(0))
+    alone, *among = (dg.start(cutout, "a red cube", seed) for seed in (0, *range(scenes)))
+    dg.step([alone])
+    dg.step(among)
+    pairs = zip(alone.gaussians().tensors().items(), among[0].gaussians().tensors().values(), strict=True)
+    shares = {name: float(((a - b).abs() > 1e-3).float().mean()) for (name, a), b in pairs}
+    say(f"alone and among {scenes - 1} others, values that differ by over 0.001 after a step: {shares}")
+    return shares
+
+
+def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
+    """Milliseconds of one iteration of so many scenes, by part; on a GPU, in the middle of their optimisation."""
+    dg, options = pipeline._dreamgaussian, pipeline._options
+    guidance = dg._guidance
+    cutout = torch.rand(4, options.ref_size, options.ref_size, device=pipeline._device)
+    cutout[3] = 1.0
+    started = [dg.start(cutout, "a red cube", seed) for seed in range(scenes)]
+    for _ in range(options.iters // 2):
+        dg.step(started)
+    synchronise()
+    wall, cpu = [], []
+    for _ in range(20):
+        begin = time.perf_counter()
+        dg.step(started)
+        cpu.append(1e3 * (time.perf_counter() - begin))
+        synchronise()
+        wall.append(1e3 * (time.perf_counter() - begin))
+    graphs = capture_parts(guidance, scenes)
+    result = {part: replayed_ms(graph) for part, graph in graphs.items()}
+    guided = sum(result.values())
+    result["iteration"] = statistics.median(wall)
+    result["iteration, CPU alone"] = statistics.median(cpu)
+    result["rest"] = result["iteration"] - guided
+    for part, ms in result.items():
+        floor = FLOORS_MS.get(part, 0) * scenes
+        say(f"  {scenes} scene(s), {part}: {ms:.1f} ms" + (f", {ms / floor:.1f} times its floor" if floor else ""))
+    return result
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

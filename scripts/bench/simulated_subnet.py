@@ -1,0 +1,147 @@
+"""A subnet in virtual time: validators that keep the rehearsal's rules, behind a network with delays, and generators.
+
+`SimulatedNetwork` takes the place of the miner's dendrite, `StandInService` that of a generation service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any
+
+import bittensor as bt
+import numpy as np
+
+from common import ply
+from neurons.chain import Metagraph, Neuron
+from neurons.miner.generation.service import Generated
+from neurons.miner.validators.dendrite import DateListener
+from neurons.protocol import PullTask, SubmitResults, Task
+from neurons.rehearsal.network import load_prompts, shuffled
+from neurons.rehearsal.rules import Judgement, Limits, Rules
+from scripts.bench.virtual_time import now
+
+MINER = bt.Keypair.create_from_uri("//miner")
+NETUID = 17
+# Seconds for one way over the network, drawn anew for each.
+ONE_WAY_S = (0.02, 0.2)
+VALIDATION_S = 1.0
+FIRST_PORT = 9000
+SCORE = 0.8
+
+SPLAT = ply.write(ply.Vertices(ply.columns(0), np.ones((3, 17), dtype=np.float32)))
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What kind of validator it is. `clock_offset`: seconds that its clock is ahead; the delays are its own doing."""
+
+    clock_offset: float = 0.0
+    dead: bool = False
+    pull_delay: float = 0.0
+    validation: float = VALIDATION_S
+    score: float = SCORE
+
+
+class SimulatedValidator:
+    """The rules by this validator's own clock, and a Date header as uvicorn writes it: once a second."""
+
+    def __init__(self, uid: int, behaviour: Behaviour, limits: Limits) -> None:
+        self.behaviour = behaviour
+        self.hotkey: str = bt.Keypair.create_from_uri(f"//validator{uid}").ss58_address
+        self.neuron = Neuron(uid, self.hotkey, "127.0.0.1", FIRST_PORT + uid, 1e4, serving=True)
+        self.accepted = 0
+        self.violations = 0
+        self.held: list[tuple[float, float]] = []  # (unix time of a result, seconds since its task was handed out)
+        self.rules = Rules(limits, [MINER.ss58_address], shuffled(load_prompts(), uid), clock=self.clock)
+        self._header_phase = random.Random(uid).random()
+
+    def clock(self) -> float:
+        return now() + self.behaviour.clock_offset
+
+    def date_header(self) -> str:
+        clock = self.clock()
+        return formatdate(clock - (clock - self._header_phase) % 1, usegmt=True)
+
+    async def pull(self, synapse: PullTask) -> None:
+        answer = self.rules.pull(MINER.ss58_address)
+        self.violations += answer.violations > 0
+        synapse.task, synapse.cooldown_until = answer.task, answer.cooldown_until
+        synapse.cooldown_violations = answer.violations
+        synapse.validation_threshold = answer.validation_threshold
+        synapse.throttle_period = answer.throttle_period
+        await asyncio.sleep(self.behaviour.pull_delay)
+
+    async def submit(self, synapse: SubmitResults) -> int:
+        """The HTTP status."""
+        miner = MINER.ss58_address
+        if self.rules.reason_to_refuse(miner) is not None:
+            return 403
+        assigned_at = self.rules.miners[miner].assigned_at or 0.0
+        judgement = self.rules.receive(miner, synapse.task_id, lambda _: True, empty=not synapse.results)
+        if not isinstance(judgement, Judgement):
+            self.held.append((now(), self.clock() - assigned_at))
+            await asyncio.sleep(self.behaviour.validation)
+            judgement = self.rules.score(miner, self.behaviour.score)
+            self.accepted += judgement.outcome == "accepted"
+        synapse.feedback = judgement.feedback
+        synapse.cooldown_until = judgement.cooldown_until
+        return 200
+
+
+class SimulatedNetwork:
+    """In the place of a ValidatorDendrite."""
+
+    def __init__(self, behaviours: Sequence[Behaviour], limits: Limits, seed: int = 0) -> None:
+        self.validators = [SimulatedValidator(uid, each, limits) for uid, each in enumerate(behaviours)]
+        self.on_date: DateListener = lambda *_: None
+        self._random = random.Random(seed)
+
+    def metagraph(self) -> Metagraph:
+        return Metagraph(NETUID, tuple(validator.neuron for validator in self.validators))
+
+    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
+        validator = self.validators[target_axon.port - FIRST_PORT]
+        sent, status = now(), None
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.sleep(timeout + 1 if validator.behaviour.dead else self._one_way())
+                if isinstance(synapse, PullTask):
+                    await validator.pull(synapse)
+                    status = 200
+                else:
+                    status = await validator.submit(synapse)
+                date = validator.date_header()
+                await asyncio.sleep(self._one_way())
+            self.on_date(validator.hotkey, date, sent, now())
+        except TimeoutError:
+            status = None
+        synapse.axon = bt.TerminalInfo(status_code=status)
+        synapse.dendrite = bt.TerminalInfo(status_code=status or 408, status_message="")
+        return synapse
+
+    def _one_way(self) -> float:
+        return self._random.uniform(*ONE_WAY_S)
+
+
+class StandInService:
+    """A generation service: `seconds` for a task, `at_once` of them side by side, the others wait."""
+
+    def __init__(self, seconds: float, at_once: int, endpoint: str = "http://stand-in") -> None:
+        self.endpoint = endpoint
+        self.generated = 0
+        self._seconds = seconds
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def health(self) -> str | None:
+        return "ready"
+
+    async def generate(self, task: Task, seed: int) -> Generated:
+        began = now()
+        async with self._slots:
+            await asyncio.sleep(self._seconds)
+        self.generated += 1
+        return Generated(SPLAT, 0.8, str(seed), "", self.endpoint, now() - began)

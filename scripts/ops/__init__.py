@@ -1,0 +1,1 @@
+"""What runs a deployment: weights, GPU code, keeper, probes, report."""

@@ -1,0 +1,81 @@
+"""Fetch the checkpoints of the full profile: ``.venv/bin/python -m scripts.ops.download_weights [--only NAME ...]``.
+
+Everything is asked for first (what it is, whether this account may have it, whether the disk has room); then it is
+fetched, with progress. What was cut off goes on where it stopped when this is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from generation.schema.options import DreamGaussianOptions, Models
+from generation.settings import PROFILES
+from generation.weights import Entry, WeightsError, lookup
+from generation.weights.download import check_disk, fetch, plan
+from generation.weights.registry import REGISTRY
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Fetch the checkpoints of the full profile into the hub's cache.")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        choices=REGISTRY,
+        help=f"this one; again for more: {', '.join(REGISTRY)}",
+    )
+    parser.add_argument("--revision", help="of the one that --only names, in place of the registry's")
+    arguments = parser.parse_args(argv)
+    if arguments.revision and len(arguments.only or ()) != 1:
+        parser.error("--revision goes with exactly one --only")
+    if arguments.revision and REGISTRY[arguments.only[0]].repo is None:
+        parser.error(f"--revision: {arguments.only[0]} is one file, which has none")
+    entries = [REGISTRY[name] for name in arguments.only] if arguments.only else profile_entries()
+    if arguments.revision:
+        entries = [replace(entries[0], revision=arguments.revision)]
+
+    plans, problems = [], []
+    for entry in entries:
+        size = "size not known" if entry.size_gb is None else f"{entry.size_gb} GB"
+        gated = ", gated" if entry.gated else ""
+        say(f"{entry.name}: {entry.repo or entry.url} at {entry.revision}, {size}, licence: {entry.licence}{gated}")
+        try:
+            plans.append(plan(entry))
+        except WeightsError as error:
+            problems.append(str(error))
+    try:
+        check_disk(plans)
+    except WeightsError as error:
+        problems.append(str(error))
+        plans = []
+    say(f"{sum(each.remaining() for each in plans) / 1e9:.2f} GB to fetch")
+    for each in plans:
+        try:
+            fetch(each, say)
+        except WeightsError as error:
+            problems.append(str(error))
+        except KeyboardInterrupt:
+            problems.append("stopped; run this again to go on")
+            break
+    for problem in problems:
+        print(f"download_weights: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def profile_entries() -> list[Entry]:
+    """What the full profile loads under its default config, and what the validators' whole score needs."""
+    models_file, config = PROFILES["full"]
+    models = Models.load(models_file)
+    choices = {**models.needed(DreamGaussianOptions.load(config)), **models.optional}
+    return [entry for entry in map(lookup, choices.values()) if entry.is_downloaded]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Comparisons and pictures for people who work on this project."""

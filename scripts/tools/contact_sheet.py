@@ -1,0 +1,51 @@
+"""See splats without a viewer: each PLY from eight sides, one row each, as a PNG.
+
+python -m scripts.tools.contact_sheet OUT.png SPLAT.ply [SPLAT.ply ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from generation.splats import ply
+from generation.splats.cameras import orbit
+from generation.splats.gaussians import Gaussians
+from generation.splats.rasterize import rasterize
+from generation.stages.self_check import ELEVATION, FOVY, RADIUS, fit_to_frame
+
+VIEWS = 8
+SIZE = 192
+
+
+@torch.no_grad()
+def all_round(gaussians: Gaussians) -> Tensor:
+    """Eight views (8, 3, 192, 192) on white, 45 degrees apart, at the validators' camera."""
+    cameras = orbit(ELEVATION, torch.arange(VIEWS) * (360.0 / VIEWS), RADIUS, FOVY, SIZE, SIZE)
+    rgb, _, _ = rasterize(fit_to_frame(gaussians), cameras, SIZE, SIZE, torch.ones(3))
+    return rgb.permute(0, 3, 1, 2).clamp(0, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("splats", type=Path, nargs="+")
+    args = parser.parse_args()
+    rows = []
+    for path in args.splats:
+        try:
+            data = path.read_bytes()
+            if not data:
+                raise ValueError("empty: the service held the result back (the answer's X-Rejected header says why)")
+            rows.append(all_round(ply.read(data)))
+        except (OSError, ValueError) as error:
+            parser.error(f"{path}: {error}")
+    save_image(make_grid(torch.cat(rows), nrow=VIEWS, pad_value=1.0), args.out)
+
+
+if __name__ == "__main__":
+    main()

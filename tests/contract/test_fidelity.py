@@ -1,0 +1,200 @@
+"""The authors' own code computed what lies in tests/golden (scripts/tools/fidelity.py); ours must agree without it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
+
+from generation.generators.dreamgaussian.guidance.multiview import join_views
+from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
+from generation.generators.dreamgaussian.schedule import position_lr
+from generation.splats.cameras import orbit
+from generation.weights import WeightsError
+from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
+from generation.weights.registry import REGISTRY
+from generation.weights.strict import load_model, naming
+from scripts.tools.golden_weights import golden, weights
+
+CLOSE = {"atol": 1e-4, "rtol": 0.0}
+
+
+def unet_folder(folder: Path, about: dict) -> Path:
+    """A checkpoint in the authors' naming."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about["config"]))
+    save_file(weights(about["shapes"]), folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def test_mvdream_unet(tmp_path):
+    tensors, about = golden("mvdream_unet")
+    unet = load_unet(unet_folder(tmp_path / "unet", about), torch.float32).eval()
+    alone = unet(tensors["x"], tensors["t"], tensors["text"], class_labels=tensors["cameras"]).sample
+    assert not torch.allclose(alone, tensors["noise"], atol=1e-2)  # the views have to see each other
+    join_views(unet, 4)
+    noise = unet(tensors["x"], tensors["t"], tensors["text"], class_labels=tensors["cameras"]).sample
+    assert torch.allclose(noise, tensors["noise"], **CLOSE)
+
+
+@torch.no_grad()
+def test_zero123_unet_and_projection(tmp_path):
+    tensors, about = golden("zero123_unet")
+    unet = load_unet(unet_folder(tmp_path / "unet", about), torch.float32).eval()
+    (tmp_path / "cc_projection").mkdir()
+    mixing = {f"projection.{name}": tensor for name, tensor in weights(about["projection"], seed=3).items()}
+    save_file(mixing, tmp_path / "cc_projection" / "diffusion_pytorch_model.safetensors")
+    layer = load_projection(tmp_path, 24)
+    words = layer(torch.cat([tensors["clip"], tensors["camera"]], 1))[:, None]
+    noise = unet(torch.cat([tensors["x"], tensors["view"]], 1), tensors["t"], words).sample
+    assert torch.allclose(noise, tensors["noise"], **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "stable"), [("zero123-xl", False), ("stable-zero123", True)])
+def test_zero123_cameras(name, stable):
+    tensors, _ = golden(f"{name}_cameras")
+    reference = -tensors["reference"]
+    elevation, azimuth = tensors["angles"].unbind(1)  # relative; the authors' sign: positive is lower
+    poses = orbit(reference - elevation, azimuth, 2.0, 49.1, 8, 8).camera_to_world
+    numbers = camera_numbers(poses, reference.expand(len(poses)), stable)
+    assert torch.allclose(numbers, tensors["numbers"], **CLOSE)
+
+
+def test_orbit_cameras():
+    tensors, _ = golden("orbit")
+    elevation, azimuth = tensors["angles"].unbind(1)
+    assert torch.allclose(orbit(-elevation, azimuth, 2.0, 49.1, 8, 8).camera_to_world, tensors["poses"], **CLOSE)
+
+
+def test_learning_rate():
+    tensors, _ = golden("learning_rate")
+    rates = torch.tensor([position_lr(step, 0.001, 0.00002, 300) for step in range(1, 501, 20)])
+    assert torch.allclose(rates, tensors["rates"], atol=0, rtol=1e-4)
+
+
+class TestWrongWeights:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        return unet_folder(tmp_path / "unet", golden("mvdream_unet")[1])
+
+    def change(self, folder: Path, **changes) -> None:
+        state = weights(golden("mvdream_unet")[1]["shapes"])
+        for name, tensor in changes.items():
+            state.pop(name.replace("__", "."), None)
+            if tensor is not None:
+                state[name.replace("__", ".")] = tensor
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+
+    def test_a_missing_tensor(self, folder):
+        self.change(folder, camera_embed__0__bias=None)
+        with pytest.raises(WeightsError, match=r"unet: not a usable UNet.*class_embedding\.linear_1\.bias"):
+            load_unet(folder, torch.float32)
+
+    def test_one_of_another_shape(self, folder):
+        self.change(folder, camera_embed__0__bias=torch.zeros(3))
+        with pytest.raises(WeightsError, match=r"class_embedding\.linear_1\.bias"):
+            load_unet(folder, torch.float32)
+
+    def test_one_too_many(self, folder):
+        self.change(folder, label_emb__0__weight=torch.zeros(3))
+        with pytest.raises(WeightsError, match=r"label_emb\.0\.weight"):
+            load_unet(folder, torch.float32)
+
+    def test_no_weights(self, folder):
+        (folder / "diffusion_pytorch_model.safetensors").unlink()
+        with pytest.raises(WeightsError, match="no usable weights"):
+            load_unet(folder, torch.float32)
+
+    def test_a_config_that_lacks_a_key(self, folder):
+        (folder / "config.json").write_text(json.dumps({"model_channels": 32}))
+        with pytest.raises(WeightsError, match="channel_mult"):
+            load_unet(folder, torch.float32)
+
+    def test_diffusers_own_layout_is_held_to_it_too(self, mini_models, tmp_path):
+        import shutil
+
+        from safetensors.torch import load_file
+
+        folder = Path(shutil.copytree(mini_models.parent / "mvdream" / "unet", tmp_path / "diffusers"))
+        path = folder / "diffusion_pytorch_model.safetensors"
+        state = load_file(path)
+        del state["conv_in.bias"]
+        save_file(state, path)
+        with pytest.raises(WeightsError, match=r"missing_keys: conv_in\.bias"):
+            load_unet(folder, torch.float32)
+
+
+def test_the_public_size_is_stable_diffusion_2_1_with_a_camera():
+    config = golden("mvdream_unet")[1]["config"] | {
+        "image_size": 32, "model_channels": 320, "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4],
+        "num_head_channels": 64, "context_dim": 1024,
+    }  # fmt: skip
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**unet_config(config))
+    camera = (16 + 1) * 1280 + (1280 + 1) * 1280
+    assert sum(tensor.numel() for tensor in unet.state_dict().values()) == 865_910_724 + camera
+
+
+def test_every_name_has_one_of_its_own():
+    shapes = golden("mvdream_unet")[1]["shapes"]
+    assert len(rename_unet(dict.fromkeys(shapes, torch.zeros(1)), 2)) == len(shapes)
+
+
+def test_a_pickle_in_place_of_safetensors(tmp_path):
+    """Older repositories have one. Anything in it that is not a tensor is refused, not run."""
+    folder = tmp_path / "clip_camera_projection"
+    folder.mkdir()
+    state = {"proj.weight": torch.ones(24, 28), "proj.bias": torch.zeros(24)}
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    assert torch.equal(load_projection(tmp_path, 24).weight, state["proj.weight"])
+    torch.save({**state, "more": Path("elsewhere")}, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(WeightsError, match="no usable weights"):
+        load_projection(tmp_path, 24)
+
+
+def test_the_devices_faults_are_not_the_files():
+    entry = REGISTRY["mvdream-sd2.1"]
+    with pytest.raises(torch.OutOfMemoryError), naming(entry):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    words = r"mvdream-sd2\.1 can not be loaded: size mismatch for x; get it: .*--only"
+    with pytest.raises(WeightsError, match=words), naming(entry):
+        raise RuntimeError("size\nmismatch  for x")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+        RuntimeError("GET was unable to find an engine to execute this computation: CUDNN_FE failure"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: device kernel image is invalid"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+)
+def test_a_devices_fault_within_a_loader_is_not_the_files_either(fault, tmp_path):
+    class Model:
+        @staticmethod
+        def from_pretrained(*_, **__):
+            raise fault
+
+    words = "can not be loaded, for the device failed"
+    with pytest.raises(RuntimeError, match=words) as raised, naming(REGISTRY["mvdream-sd2.1"]):
+        load_model(Model, tmp_path, torch.float32)
+    assert str(fault) in str(raised.value) and "--only" not in str(raised.value)
+
+
+def test_projection_that_does_not_fit(tmp_path):
+    (tmp_path / "clip_camera_projection").mkdir()
+    path = tmp_path / "clip_camera_projection" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(WeightsError, match="clip_camera_projection"):
+        load_projection(tmp_path, 24)
+    save_file({"proj.weight": torch.zeros(24, 27), "proj.bias": torch.zeros(24)}, path)
+    with pytest.raises(WeightsError, match="not the projection"):
+        load_projection(tmp_path, 24)

@@ -1,0 +1,129 @@
+"""The ten checks themselves: they must fail when something is wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import test_competitive as checks
+from generation.pipeline.pipeline import Asset, Job, Report, Scores
+from generation.splats import ply
+from generation.splats.gaussians import Gaussians
+from tests.support.service_harness import Service, StandInPipeline, serving, wait_until
+
+
+def splat(n: int = 7000) -> Gaussians:
+    quats = torch.tensor([0.5, 0.5, 0.5, 0.5]).repeat(n, 1)
+    return Gaussians(torch.rand(n, 3), quats, torch.full((n, 3), -3.0), torch.full((n,), 2.0), torch.zeros(n, 1, 3))
+
+
+class Pipeline(StandInPipeline):
+    """Answers with ``content`` and scores the right prompt high."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__()
+        self.content = content
+        self.seconds = {"text_to_image": 0.5, "background": 0.1, "dreamgaussian": 2.0}
+
+    def _one(self, job: Job) -> Asset | Exception:
+        seed = job.request.seed
+        if not self.content:
+            return Asset(b"", Report(seed, 0.2, seconds=self.seconds, rejected="score 0.20 under 0.60"))
+        return Asset(self.content, Report(seed, 0.75, num_gaussians=7000, seconds=self.seconds))
+
+    def validate(self, ply: bytes, prompt: Any, *previews: Any) -> Scores:
+        score = 0.75 if prompt == checks.PROMPT else 0.1
+        return Scores(score=score, alignment_score=score, iqa=None, ssim=0.0, lpips=None)
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest) -> Iterator[tuple[Service, checks.Service]]:
+    with serving(lambda _, progress: Pipeline(request.param)) as service:
+        wait_until(lambda: service.engine.status == "ready")
+        about = checks.ready(service.url)
+        assert about is not None
+        yield service, checks.Service(service.url, about)
+
+
+def verdicts(subject: checks.Service, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    for name, check in checks.CHECKS[1:7]:
+        checks.run(name, check, subject)
+    lines = capsys.readouterr().out.splitlines()
+    return {line[6:].partition(":")[0]: line[:4] for line in lines}
+
+
+@pytest.mark.parametrize("running", [ply.write(splat())], indirect=True, ids=["good"])
+def test_a_good_service_passes(running: tuple[Service, checks.Service], capsys: pytest.CaptureFixture[str]) -> None:
+    result = verdicts(running[1], capsys)
+    assert len(result) == 6
+    assert set(result.values()) == {"PASS"}
+
+
+@pytest.mark.parametrize("running", [b""], indirect=True, ids=["rejected"])
+def test_a_rejected_splat_fails_the_pipeline_and_leaves_nothing_to_look_at(
+    running: tuple[Service, checks.Service], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = verdicts(running[1], capsys)
+    assert result["full pipeline"] == "FAIL"
+    assert result["PLY structure valid"] == result["CLIP scores a right prompt above a wrong one"] == "SKIP"
+    assert result["FLUX generation"] == "PASS"
+
+
+BROKEN = {
+    "few": ply.write(splat(6999)),
+    "comment": ply.write(splat()).replace(b"ply\n", b"ply\ncomment x\n", 1),
+    "nan": ply.write(splat())[:-4] + b"\x00\x00\xc0\x7f",
+    "short": ply.write(splat())[:-4],
+}
+
+
+@pytest.mark.parametrize("running", BROKEN.values(), indirect=True, ids=BROKEN.keys())
+def test_a_broken_ply_fails(running: tuple[Service, checks.Service], capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdicts(running[1], capsys)["PLY structure valid"] == "FAIL"
+
+
+@pytest.mark.parametrize("running", [ply.write(splat())], indirect=True, ids=["good"])
+def test_a_stage_that_did_not_run_fails(running: tuple[Service, checks.Service]) -> None:
+    checks_subject = running[1]
+    _, headers, _ = checks_subject.generated()
+    headers.replace_header("X-Seconds", '{"background": 0.1}')
+    with pytest.raises(checks.Failed, match="text_to_image"):
+        checks.flux_generation(checks_subject)
+
+
+def test_without_a_service_the_reason_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    subject = checks.NoService("clip is missing")
+    assert not checks.run("full pipeline", checks.full_pipeline, subject)
+    assert capsys.readouterr().out == "FAIL  full pipeline: clip is missing\n"
+    assert checks.run("PLY", checks.ply_structure_valid, subject)
+    assert capsys.readouterr().out.startswith("SKIP")
+
+
+def test_a_wrong_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checks.importlib.metadata.version
+    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "0.1" if name == "einops" else real(name))
+    with pytest.raises(checks.Failed, match=r"einops 0.1 \(want "):
+        checks.dependencies_installed(checks.NoService(""))
+
+
+def test_the_miner_checks_pass_with_the_miners_classes() -> None:
+    nothing = checks.NoService("")
+    assert "180" in checks.uid_180_blacklisted(nothing)
+    assert "4 tasks" in checks.task_manager_works(nothing)
+
+
+def test_without_an_environment_it_says_how_to_make_one(tmp_path: Path) -> None:
+    shutil.copy(checks.ROOT / "test_competitive.py", tmp_path)
+    command = [sys.executable, str(tmp_path / "test_competitive.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        f"{tmp_path / '.venv'} is missing: scripts/test.sh makes it, and so does ./deploy_competitive.sh"
+    ]

@@ -1,0 +1,572 @@
+"""The download script as users run it, against a hub on loopback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from safetensors.numpy import save
+
+from generation.settings import ROOT
+from generation.weights import MissingWeights, WeightsError, download, loading
+from generation.weights.lock import Lock, lock_path, write_lock
+from generation.weights.registry import REGISTRY, Entry, wanted
+from tests.support.fake_hub import LARGE, Hub, Repository, digest, serve
+
+# Weights that the hub keeps outside of git, in a form that can be looked at.
+WEIGHTS = save({"w": np.arange(50_000, dtype="float32")})
+OTHER = save({"w": np.arange(50_000, dtype="float32")[::-1].copy()})
+CHUNK = huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE  # bytes that the hub's library writes at once
+BIREFNET, MVDREAM, RMBG = REGISTRY["birefnet"], REGISTRY["mvdream-sd2.1"], REGISTRY["rmbg-2.0"]
+# `python -m scripts.ops.download_weights`, but for the pauses.
+AS_USERS_DO = """
+import runpy
+from generation.weights import download
+download.PAUSE = 0
+runpy.run_module("scripts.ops.download_weights", run_name="__main__", alter_sys=True)
+"""
+
+
+def birefnet() -> Repository:
+    code = {"config.json": b"{}", "BiRefNet_config.py": b"", "birefnet.py": b"pass\n" * 500}
+    assert BIREFNET.pinned
+    return Repository(BIREFNET.revision, {**code, "model.safetensors": WEIGHTS, "pytorch_model.bin": b"0" * 5000})
+
+
+def mvdream() -> Repository:
+    weights = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors")
+    small = ("unet/config.json", "vae/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json")
+    files = {name: WEIGHTS for name in (*weights, "text_encoder/model.safetensors")} | dict.fromkeys(small, b"{}")
+    return Repository("b" * 40, {**files, "text_encoder/model.fp16.safetensors": OTHER, "README.md": b"read"})
+
+
+@pytest.fixture
+def hub():
+    with serve({BIREFNET.repo: birefnet(), MVDREAM.repo: mvdream()}) as running:
+        yield running
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    return subprocess.Popen(
+        [sys.executable, "-c", AS_USERS_DO, *arguments],
+        env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **environment},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    with start(hub, cache, *arguments, **environment) as process:
+        output, problems = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, problems)
+
+
+def blob(cache: Path, entry: Entry, name: str) -> Path:
+    (path,) = (cache / "hub").glob(f"models--{entry.repo.replace('/', '--')}/snapshots/*/{name}")
+    return path.resolve()
+
+
+def test_fetches_what_is_used_and_shows_progress(hub, cache):
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert "licence: MIT" in done.stdout
+    assert "[4/4] model.safetensors, 0.2 MB" in done.stdout
+    assert "100%" in done.stderr
+    folder = loading.local_folder(BIREFNET)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert not (folder / "pytorch_model.bin").exists()  # the same weights, as a pickle
+
+
+def test_a_second_run_fetches_nothing(hub, cache):
+    run(hub, cache, "--only", "birefnet")
+    hub.requests.clear()
+    again = run(hub, cache, "--only", "birefnet")
+    assert again.returncode == 0 and "0.00 GB to fetch" in again.stdout
+    assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+
+
+@pytest.fixture
+def large(hub) -> bytes:
+    """Weights that arrive in more than one piece."""
+    weights = save({"w": np.arange(CHUNK * 3 // 8, dtype="float32")})
+    hub.repositories[BIREFNET.repo].files["model.safetensors"] = weights
+    return weights
+
+
+@pytest.mark.slow
+def test_goes_on_after_a_cut_connection(hub, cache, large):
+    hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_goes_on_after_a_reset(hub, cache, large):
+    hub.repositories[BIREFNET.repo].reset_after["model.safetensors"] = [CHUNK + 1, 0]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on in 0 s") == 2 and "reset by peer" in done.stdout
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_a_small_file_is_asked_for_again(hub, cache):
+    hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * (download.PATIENCE - 1)
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("again in 0 s") == download.PATIENCE - 1
+    assert blob(cache, BIREFNET, "config.json").read_bytes() == b"{}"
+
+
+def test_a_small_file_that_never_comes_is_named(hub, cache):
+    hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * download.PATIENCE
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert "birefnet: config.json did not arrive" in done.stderr and "run this again" in done.stderr
+    assert len(hub.fetched("config.json")) == download.PATIENCE
+
+
+@pytest.mark.slow
+def test_goes_on_by_a_new_address_when_the_old_one_has_expired(hub, cache, large):
+    repository = hub.repositories[BIREFNET.repo]
+    repository.signed, repository.cut_after["model.safetensors"] = True, [CHUNK + 1]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"cut off at {CHUNK / 1e6:.1f} MB (HTTP 403 from 127.0.0.1); going on in 0 s" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+class TestPatience:
+    """A large file in rounds, each of which brings so many bytes and then fails."""
+
+    SIZE = 2000
+
+    @pytest.fixture
+    def rounds(self, cache, monkeypatch):
+        """Runs one download; takes what it needs of the rounds."""
+        file = download._File("model.safetensors", self.SIZE, digest(b"0" * self.SIZE), True)
+
+        def fetch(script: list[tuple[int, Exception | None]]) -> None:
+            def http_get(location, target, **options):
+                count, error = script.pop(0)
+                target.write(b"0" * count)
+                if error:
+                    raise error
+
+            monkeypatch.setattr(download, "http_get", http_get)
+            download.fetch(download.Plan(BIREFNET, "a" * 40, (file,)), lambda text: None)
+
+        monkeypatch.setattr(download, "PAUSE", 0)
+        monkeypatch.setattr(download, "hf_hub_download", lambda *arguments, **options: None)
+        monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(location=url))
+        return fetch
+
+    def test_lasts_while_there_is_growth(self, rounds):
+        reset, still = ConnectionResetError(errno.ECONNRESET, "reset"), (0, HTTPError("reset"))
+        script = [*[still] * 4, (1, reset), *[still] * 4, (1, reset), (self.SIZE - 2, None)]
+        rounds(script)
+        assert not script
+
+    def test_ends_when_nothing_comes(self, rounds):
+        script = [(1, HTTPError("reset")), *[(0, HTTPError("reset"))] * 9]
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors .*: reset, 5 times in a row.*run this"):
+            rounds(script)
+        assert len(script) == 4
+
+    def test_a_full_disk_is_said_at_once(self, rounds):
+        script = [(0, OSError(errno.ENOSPC, "No space left on device"))] * 9
+        with pytest.raises(WeightsError, match=r"model\.safetensors .*No space left"):
+            rounds(script)
+        assert len(script) == 8
+
+    @pytest.mark.parametrize("status", [401, 403, 404])
+    def test_what_the_hub_refuses_is_said_at_once(self, rounds, monkeypatch, status):
+        asked = []
+
+        def refuse(url: str) -> None:
+            asked.append(url)
+            answer = SimpleNamespace(status_code=status, headers={}, request=None)
+            raise HfHubHTTPError("not for\nyou", response=answer)
+
+        monkeypatch.setattr(download, "get_hf_file_metadata", refuse)
+        with pytest.raises(WeightsError, match=r"birefnet: model\.safetensors did not arrive: not for you; run this"):
+            rounds([])
+        assert len(asked) == 1
+
+
+def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 30
+    while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
+        assert time.monotonic() < deadline and download.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_goes_on_in_the_next_run(hub, cache, large):
+    hub.repositories[BIREFNET.repo].stall_after["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as stopped:
+        wait_for_a_chunk(cache, stopped)
+        stopped.send_signal(signal.SIGINT)
+        _, problems = stopped.communicate(timeout=30)
+    assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
+    hub.repositories[BIREFNET.repo].stall_after.clear()
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 0, done.stderr
+    assert f"{CHUNK / 1e6:.1f} MB of it are here already" in done.stdout
+    assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+@pytest.mark.slow
+def test_a_second_download_at_the_same_time_leaves_the_first_alone(hub, cache, large):
+    stalled = hub.repositories[BIREFNET.repo].stall_after
+    stalled["model.safetensors"] = CHUNK + 1
+    with start(hub, cache, "--only", "birefnet") as first:
+        wait_for_a_chunk(cache, first)
+        stalled.clear()
+        second = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert second.returncode == 1
+        assert "another download of birefnet is at work in" in second.stderr and "wait for it" in second.stderr
+        assert loading.local_folder(MVDREAM)  # the other one, which nobody is at
+        hub.go_on.set()
+        _, problems = first.communicate(timeout=30)
+    assert first.returncode == 0, problems
+    assert hub.fetched(f"{BIREFNET.revision}/model.safetensors") == ["", f"bytes={CHUNK}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_gated_says_where_to_accept_which_licence(hub, cache):
+    hub.repositories[RMBG.repo] = replace(birefnet(), commit=RMBG.revision, gated=True)
+    done = run(hub, cache, "--only", "rmbg-2.0", "--only", "birefnet")
+    assert done.returncode == 1
+    for words in (f"{hub.url}/briaai/RMBG-2.0", "CC BY-NC 4.0", "hf auth login", "rmbg-2.0 is gated"):
+        assert words in done.stderr
+    assert loading.local_folder(BIREFNET)  # what may be had was fetched all the same
+    assert not hub.fetched("rmbg-2.0")
+
+
+@pytest.mark.parametrize("sent", [WEIGHTS[:1000], OTHER], ids=["truncated", "wrong"])
+def test_a_file_that_is_not_what_the_hub_lists(hub, cache, sent):
+    hub.repositories[BIREFNET.repo].forged["model.safetensors"] = sent
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert "birefnet: model.safetensors" in done.stderr and "run this again" in done.stderr
+    with pytest.raises(WeightsError, match=r"lacks model\.safetensors"):
+        loading.local_folder(BIREFNET)
+    hub.repositories[BIREFNET.repo].forged.clear()
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.slow
+def test_a_damaged_file_of_another_download_is_replaced(hub, cache):
+    """Whoever fetched it first: what the lock does not know is hashed."""
+    run(hub, cache, "--only", "birefnet")
+    blob(cache, BIREFNET, "model.safetensors").write_bytes(OTHER)
+    for lock in (cache / "hub").glob("*/lock-*.json"):
+        lock.unlink()
+    assert "deleted: run this again" in run(hub, cache, "--only", "birefnet").stderr
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.fixture
+def whole(cache) -> download.Plan:
+    """BiRefNet, fetched by someone else: all of it is in the hub's cache, and no lock."""
+    repository = birefnet()
+    files = tuple(
+        download._File(name, len(content), digest(content), len(content) >= LARGE)
+        for name, content in repository.files.items()
+        if name != "pytorch_model.bin"
+    )
+    plan = download.Plan(BIREFNET, repository.commit, files)
+    plan.blobs.mkdir(parents=True)
+    folder = plan.blobs.parent / "snapshots" / plan.commit
+    folder.mkdir(parents=True)
+    for file in files:
+        (plan.blobs / file.digest).write_bytes(repository.files[file.name])
+        (folder / file.name).symlink_to(plan.blobs / file.digest)
+    return plan
+
+
+def test_what_is_there_stays_usable_while_it_is_checked(whole, monkeypatch):
+    """And for good, if the check is ended: by Ctrl-C here."""
+
+    def interrupted(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "_sha256", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        download.fetch(whole, print)
+    assert loading.local_folder(BIREFNET)
+
+
+@pytest.mark.slow
+def test_a_file_of_another_download_that_was_cut_short_is_continued(hub, cache, large):
+    run(hub, cache, "--only", "birefnet")
+    blob(cache, BIREFNET, "model.safetensors").write_bytes(large[: CHUNK + 1])
+    hub.requests.clear()
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert hub.fetched("model.safetensors") == [f"bytes={CHUNK + 1}-"]
+    assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
+
+
+def test_a_missing_file_is_named(hub, cache):
+    del hub.repositories[BIREFNET.repo].files["birefnet.py"]
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    assert f"at {BIREFNET.revision} has no file birefnet.py" in done.stderr
+    assert not hub.fetched("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "stable-zero123"), "ashawkey/stable-zero123-diffusers does not exist"),
+        (("--only", "birefnet", "--revision", "c" * 40), f"has no revision {'c' * 40}"),
+        (("--only", "nothing"), "zero123-xl"),
+        (("--revision", "main"), "exactly one --only"),
+    ],
+)
+def test_what_the_hub_does_not_have(hub, cache, arguments, words):
+    done = run(hub, cache, *arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+
+
+def test_no_hub_and_offline(hub, cache):
+    gone = run(Hub({}, "http://127.0.0.1:9"), cache, "--only", "birefnet")
+    assert gone.returncode == 1 and "can not be asked" in gone.stderr
+    offline = run(hub, cache, "--only", "birefnet", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1 and "HF_HUB_OFFLINE is set" in offline.stderr
+    assert not hub.requests
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypatch):
+    Usage = namedtuple("Usage", "free")
+    plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 3 * 10**9, "d" * 64, True),))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage(free=3_500_000_000))
+    with pytest.raises(WeightsError, match=r"too little disk: 3\.5 GB free in .*hub, 4\.0 GB needed.*HF_HOME"):
+        download.check_disk([plan])
+    plan.blobs.mkdir(parents=True)
+    with plan.partial(plan.files[0]).open("wb") as part:
+        part.truncate(600_000_000)  # counts as fetched
+    download.check_disk([plan])
+
+
+def test_a_full_disk_holds_what_is_there(cache, monkeypatch):
+    Usage = namedtuple("Usage", "free")
+    plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 5, "d" * 64, True),))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: Usage(free=0))
+    plan.blobs.mkdir(parents=True)
+    (plan.blobs / plan.files[0].digest).write_bytes(b"whole")
+    download.check_disk([plan])
+
+
+class TestDisk:
+    """What it refuses is said in a line. Tests may run as root, who may write anywhere."""
+
+    @pytest.mark.parametrize("name", ["home", "home/hub"])
+    def test_a_file_where_the_cache_should_be(self, hub, cache, name):
+        path = cache / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", HF_HOME=str(cache / "home"))
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert str(path) in done.stderr and "set HF_HOME to a folder that can be written" in done.stderr
+
+    def test_a_file_where_a_model_should_be_does_not_keep_the_others_out(self, hub, cache):
+        path = lock_path(BIREFNET).parent
+        path.parent.mkdir()
+        path.write_text("")
+        done = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"birefnet: [Errno 20] Not a directory: '{path}/blobs'; mend that, or set HF_HOME" in done.stderr
+        assert loading.local_folder(MVDREAM)
+
+    @pytest.fixture
+    def nothing_can_be_written(self, whole, monkeypatch):
+        def refuse(self, *arguments, **options):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        (whole.blobs.parent / "in_progress").mkdir()  # no place for a file
+
+    @pytest.mark.parametrize("entry", [BIREFNET, replace(BIREFNET, revision="main")], ids=["pinned", "branch"])
+    def test_what_is_whole_can_be_checked_without_writing(self, whole, monkeypatch, capsys, request, entry):
+        reference = whole.blobs.parent / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text(whole.commit)
+        request.getfixturevalue("nothing_can_be_written")
+        download.fetch(replace(whole, entry=entry), print)
+        said = capsys.readouterr().out
+        assert "all 4 files are as the hub lists them; that could not be recorded" in said and "Read-only" in said
+        assert loading.local_folder(entry)
+
+    def test_a_recorded_download_is_checked_without_writing(self, whole, request, capsys):
+        download.fetch(whole, print)
+        (whole.blobs.parent / "in_progress").unlink()
+        request.getfixturevalue("nothing_can_be_written")
+        capsys.readouterr()
+        download.fetch(whole, print)
+        assert str(lock_path(BIREFNET)) in capsys.readouterr().out
+
+    def test_an_old_record_that_stays_is_an_error(self, whole, request):
+        """The service would follow it."""
+        write_lock(BIREFNET, Lock("c" * 40, {}))
+        request.getfixturevalue("nothing_can_be_written")
+        with pytest.raises(WeightsError, match=r"birefnet: .*Read-only file system: '.*lock-.*HF_HOME"):
+            download.fetch(whole, print)
+
+    def test_what_is_not_whole_can_not(self, whole, nothing_can_be_written):
+        (whole.blobs / whole.files[0].digest).unlink()
+        with pytest.raises(WeightsError, match=r"birefnet: .*in_progress.*HF_HOME"):
+            download.fetch(whole, print)
+
+
+def test_a_proxy_that_lacks_its_package(cache, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr(download.HfApi, "model_info", refuse)
+    with pytest.raises(WeightsError, match=r"birefnet: .*can not be asked: .*socksio.*unset or change"):
+        download.plan(BIREFNET)
+
+
+class TestLock:
+    def test_an_unpinned_download_stays_at_its_commit(self, hub, cache):
+        assert not MVDREAM.pinned
+        done = run(hub, cache, "--only", "mvdream-sd2.1")
+        assert done.returncode == 0, done.stderr
+        folder = loading.local_folder(MVDREAM)
+        assert folder.name == "b" * 40
+        assert not (folder / "text_encoder" / "model.fp16.safetensors").exists()  # a variant of what is there
+        assert not (folder / "README.md").exists()
+        # Something else of this machine moves the branch's name in the cache.
+        (cache / "hub" / "models--ashawkey--mvdream-sd2.1-diffusers" / "refs" / "main").write_text("c" * 40)
+        assert loading.local_folder(MVDREAM) == folder
+
+    def test_a_file_that_was_cut_short_later(self, hub, cache):
+        run(hub, cache, "--only", "birefnet")
+        code = blob(cache, BIREFNET, "birefnet.py")
+        code.write_bytes(b"pass\n")
+        with pytest.raises(WeightsError, match=r"birefnet: birefnet\.py has 5 bytes, its download had 2500; get it"):
+            loading.local_folder(BIREFNET)
+
+    @pytest.mark.parametrize("content", ['{"commit": "x"}', '{"files": {"a": {"size": 1e999, "digest": ""}}}'])
+    def test_a_lock_that_is_none(self, cache, content):
+        path = lock_path(BIREFNET)
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        with pytest.raises(WeightsError, match=r"lock-.*delete it"):
+            loading.local_folder(BIREFNET)
+
+
+def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
+    hub.repositories[MVDREAM.repo].files["unet/../../../outside.json"] = b"{}"
+    assert run(hub, cache, "--only", "mvdream-sd2.1").returncode == 0
+    assert not list(cache.rglob("outside.json"))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (["a/m.bin", "a/m.safetensors"], ["a/m.safetensors"]),
+        (["a/m.bin", "b/m.safetensors"], ["a/m.bin", "b/m.safetensors"]),
+        (["a/m.fp16.safetensors", "a/m.safetensors"], ["a/m.safetensors"]),
+        (["a/m.fp16.safetensors", "a/config.json"], ["a/config.json", "a/m.fp16.safetensors"]),
+        (["a/m-1-of-1.safetensors", "a/m.safetensors.index.json"],) * 2,
+    ],
+)  # fmt: skip
+def test_one_copy_of_the_weights(names, kept):
+    assert wanted(names, ("a/*", "b/*")) == kept
+
+
+class TestOneFile:
+    """A checkpoint that is one file at an address of its own, with its SHA-256 in the registry."""
+
+    @pytest.fixture
+    def entry(self, hub, cache, monkeypatch) -> Entry:
+        monkeypatch.setattr(download, "PAUSE", 0)
+        url = f"{hub.url}/{BIREFNET.repo}/resolve/{BIREFNET.revision}/model.safetensors"
+        return replace(REGISTRY["alexnet"], url=url, revision=digest(WEIGHTS), size=len(WEIGHTS))
+
+    def fetch(self, entry: Entry) -> list[str]:
+        said: list[str] = []
+        download.fetch(download.plan(entry), said.append)
+        return said
+
+    def test_arrives_and_is_not_fetched_again(self, hub, cache, entry):
+        with pytest.raises(MissingWeights, match=r"alexnet is not on this machine; get it: .*--only alexnet"):
+            loading.local_folder(entry)
+        assert download.plan(entry).remaining() == len(WEIGHTS)
+        self.fetch(entry)
+        assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == WEIGHTS
+        assert "SHA-256" in self.fetch(entry)[-1] and download.plan(entry).remaining() == 0
+        assert hub.fetched("model.safetensors") == [""]
+
+    def test_goes_on_where_it_was_cut_off(self, hub, cache, entry, large):
+        hub.repositories[BIREFNET.repo].cut_after["model.safetensors"] = [CHUNK + 1]
+        entry = replace(entry, revision=digest(large), size=len(large))
+        self.fetch(entry)
+        assert hub.fetched("model.safetensors") == ["", f"bytes={CHUNK}-"]
+        assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == large
+
+    def test_what_has_another_hash_is_deleted(self, hub, cache, entry):
+        hub.repositories[BIREFNET.repo].forged["model.safetensors"] = OTHER
+        with pytest.raises(WeightsError, match=r"model\.safetensors is not what the registry lists \(SHA-256\)"):
+            self.fetch(entry)
+        with pytest.raises(MissingWeights):
+            loading.local_folder(entry)
+        del hub.repositories[BIREFNET.repo].forged["model.safetensors"]
+        self.fetch(entry)
+        loading.local_folder(entry)
+
+    def test_what_is_damaged_is_not_missing(self, hub, cache, entry):
+        self.fetch(entry)
+        path = loading.local_folder(entry) / loading.only_file(entry)
+        path.resolve().write_bytes(WEIGHTS[:-1])
+        with pytest.raises(WeightsError, match="bytes, it should have") as caught:
+            loading.local_folder(entry)
+        assert not isinstance(caught.value, MissingWeights)
+        self.fetch(entry)
+        loading.local_folder(entry)
+
+    def test_what_is_refused_is_said_at_once(self, hub, cache, entry):
+        entry = replace(entry, url=entry.url.replace("model.safetensors", "gone.pth"))
+        with pytest.raises(WeightsError, match=r"gone\.pth did not arrive: HTTP 404 from 127\.0\.0\.1"):
+            self.fetch(entry)
+        assert len(hub.fetched("gone.pth")) == 1
+
+    def test_the_hubs_token_stays_away(self, hub, cache, entry, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        sent = []
+        get = download.http_get
+        monkeypatch.setattr(
+            download, "http_get", lambda *a, headers, **k: sent.append(headers) or get(*a, headers=headers, **k)
+        )
+        self.fetch(entry)
+        assert sent and "authorization" not in {name.lower() for headers in sent for name in headers}
+
+    def test_it_has_no_other_revision(self, hub, cache):
+        done = run(hub, cache, "--only", "alexnet", "--revision", "main")
+        assert done.returncode == 2 and "--revision: alexnet is one file, which has none" in done.stderr

@@ -1,0 +1,297 @@
+"""The pool of generation services: where a task goes, and what becomes of an endpoint that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from neurons.miner.assignment import USEFUL_AGE_S
+from neurons.miner.generation.pool import FIRST_PAUSE_S, HEALTH_INTERVAL_S, GeneratorPool, ServiceUnavailable
+from neurons.miner.generation.service import AttemptFailed, EndpointUnavailable, Generated, GenerationFailed
+from neurons.protocol import Task, TextTask
+from scripts.bench import virtual_time
+from scripts.bench.virtual_time import now
+
+TASK = TextTask(id="1", prompt="p")
+
+
+class Service:
+    """`outcomes` are what the next tasks get: a number of seconds, or an error. After them `seconds`."""
+
+    def __init__(self, endpoint: str, seconds: float = 10.0, at_once: int = 1) -> None:
+        self.endpoint = endpoint
+        self.seconds = seconds
+        self.outcomes: deque[float | Exception] = deque()
+        self.asked: list[float] = []
+        self.status: str | Exception | None = "ready"
+        self.fails_after: float | None = None
+        self._slots = asyncio.Semaphore(at_once)
+
+    async def health(self) -> str | None:
+        if isinstance(self.status, Exception):
+            raise self.status
+        return self.status
+
+    async def generate(self, task: Task, seed: int) -> Generated:
+        self.asked.append(now())
+        if self.fails_after is not None:
+            await asyncio.sleep(self.fails_after)
+            raise EndpointUnavailable("gone while at work")
+        outcome = self.outcomes.popleft() if self.outcomes else self.seconds
+        if isinstance(outcome, Exception):
+            raise outcome
+        async with self._slots:
+            await asyncio.sleep(outcome)
+        return Generated(b"ply", 0.8, str(seed), "", self.endpoint)
+
+
+def with_pool(test: Callable[[GeneratorPool, Service, Service], Awaitable[None]]) -> None:
+    """Runs `test` in virtual time with a pool of two services."""
+
+    async def main() -> None:
+        first, second = Service("http://first"), Service("http://second")
+        pool = GeneratorPool([first, second], now)
+        watching = asyncio.create_task(pool.watch())
+        await pool.ready.wait()
+        await asyncio.sleep(0)
+        await test(pool, first, second)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    virtual_time.run(main())
+
+
+def test_least_outstanding_work_first() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(4)))
+        assert len(first.asked) == len(second.asked) == 2
+
+    with_pool(test)
+
+
+def test_a_faster_endpoint_gets_more() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.seconds = 30.0
+
+        async def work() -> None:
+            for _ in range(20):
+                await pool.generate(TASK, 1)
+
+        await asyncio.gather(*(work() for _ in range(4)))
+        assert 50 <= len(first.asked) <= 68  # of 80; by their speed 60
+
+    with_pool(test)
+
+
+def test_a_task_of_an_endpoint_that_is_gone_moves_on_at_once() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.extend([EndpointUnavailable("gone")] * 3)
+        started = now()
+        generated = await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
+        assert {each.endpoint for each in generated} == {"http://second"}
+        assert now() - started == 20
+        # Left out for a time that doubles, then taken again.
+        await asyncio.sleep(200)
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
+        assert first.outcomes  # a failure less
+
+    with_pool(test)
+
+
+def test_pauses_double_while_it_fails() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = EndpointUnavailable("gone")
+        await asyncio.sleep(10)
+        first.outcomes.extend([EndpointUnavailable("gone")] * 4)
+        await pool.generate(TASK, 1)
+        waits = [later - earlier for earlier, later in itertools.pairwise(first.asked)]
+        assert waits == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S], abs=0.1)
+        assert pool.usable == {"http://first": True, "http://second": False}
+
+    with_pool(test)
+
+
+def test_tasks_that_fail_together_are_one_failure() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = EndpointUnavailable("gone")
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        first.fails_after = 3.0
+        tasks = [asyncio.create_task(pool.generate(TASK, 1)) for _ in range(8)]
+        await asyncio.sleep(2.9)
+        assert len(first.asked) == 8
+        failing_from = now()
+        await asyncio.sleep(0.2)
+        first.fails_after = None
+        await asyncio.gather(*tasks)
+        assert first.asked[8] - failing_from < FIRST_PAUSE_S + 0.2
+
+    with_pool(test)
+
+
+def test_a_busy_endpoint_is_asked_again_when_it_says() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        for service in (first, second):
+            service.outcomes.append(EndpointUnavailable("busy", 7.0))
+        started = now()
+        await pool.generate(TASK, 1)
+        assert now() - started == pytest.approx(17.0, abs=0.1)
+
+    with_pool(test)
+
+
+def test_a_failed_attempt_moves_on_and_the_endpoint_stays() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.append(AttemptFailed("500"))
+        assert (await pool.generate(TASK, 1)).endpoint == "http://second"
+        assert pool.usable["http://first"]
+
+    with_pool(test)
+
+
+def test_a_task_that_every_endpoint_fails_at_is_given_back() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.append(AttemptFailed("500"))
+        second.outcomes.append(AttemptFailed("500"))
+        with pytest.raises(AttemptFailed):
+            await pool.generate(TASK, 1)
+        assert len(first.asked) == len(second.asked) == 1
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_fails_at_everything_is_left_out() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.extend([AttemptFailed("500")] * 3)
+        second.seconds = 1000.0  # so that the other one comes first
+        second.outcomes.extend([1.0] * 3)
+        for _ in range(3):
+            await pool.generate(TASK, 1)
+        assert not pool.usable["http://first"]
+
+    with_pool(test)
+
+
+def test_an_attempt_is_over_when_one_endpoint_failed_and_the_other_went() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.append(AttemptFailed("500"))
+        second.outcomes.append(EndpointUnavailable("gone"))
+        with pytest.raises(AttemptFailed, match="500"):
+            await pool.generate(TASK, 1)
+        assert len(first.asked) == len(second.asked) == 1
+        assert pool.ready.is_set()  # the first can take the next attempt
+
+    with_pool(test)
+
+
+def test_a_task_at_fault_is_no_endpoint_s_fault() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.outcomes.append(GenerationFailed("422"))
+        with pytest.raises(GenerationFailed):
+            await pool.generate(TASK, 1)
+        assert pool.usable["http://first"] and not second.asked
+
+    with_pool(test)
+
+
+def test_no_endpoint_is_waited_for_up_to_a_limit() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.status = second.status = EndpointUnavailable("gone")
+        await asyncio.sleep(10)
+        assert not pool.ready.is_set()
+        started = now()
+        with pytest.raises(ServiceUnavailable):
+            await pool.generate(TASK, 1)
+        assert now() - started == USEFUL_AGE_S
+        with pytest.raises(ServiceUnavailable):
+            await pool.generate(TASK, 1, patience=70)
+        assert now() - started == USEFUL_AGE_S + 70
+        waiting = asyncio.create_task(pool.generate(TASK, 1))
+        await asyncio.sleep(1)
+        pool.stop_waiting()
+        with pytest.raises(ServiceUnavailable):
+            await waiting
+
+    with_pool(test)
+
+
+@pytest.mark.parametrize("patience", [USEFUL_AGE_S, 100.0])
+def test_a_generation_that_hangs_is_given_up_in_time(patience: float) -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.seconds = second.seconds = 1e6
+        started = now()
+        with pytest.raises(AttemptFailed, match="no answer in"):
+            await pool.generate(TASK, 1, patience)
+        assert now() - started == pytest.approx(patience)
+        assert len(first.asked) + len(second.asked) == 1  # there is no time left for the other one
+
+    with_pool(test)
+
+
+def test_moving_on_and_on_ends_in_time() -> None:
+    """Services that say that they are ready and are busy whenever they are asked."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        for service in (first, second):
+            service.outcomes.extend([EndpointUnavailable("busy", 7.0)] * 1000)
+        started = now()
+        with pytest.raises(ServiceUnavailable):
+            await pool.generate(TASK, 1)
+        assert now() - started == pytest.approx(USEFUL_AGE_S, abs=0.1)
+
+    with_pool(test)
+
+
+@pytest.mark.parametrize("patience", [0.0, -50.0])
+def test_a_task_that_waited_too_long_already_is_no_endpoint_s_fault(patience: float) -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        with pytest.raises(ServiceUnavailable):
+            await pool.generate(TASK, 1, patience)
+        assert not first.asked and not second.asked and all(pool.usable.values())
+
+    with_pool(test)
+
+
+def test_a_late_health_answer_is_one_while_it_works() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.status = None
+        await asyncio.sleep(10)
+        assert pool.usable["http://first"]
+        first.status = "loading"
+        await asyncio.sleep(10)
+        first.status = None
+        await asyncio.sleep(10)
+        assert not pool.usable["http://first"]
+
+    with_pool(test)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "tasks", "least", "most"),
+    [(1, 1, 10, 40), (1, 8, 76, 84), (4, 1, 9.9, 10.1), (4, 8, 16.5, 23)],
+)
+def test_the_forecast_knows_one_at_a_time_from_many_at_once(
+    at_once: int, tasks: int, least: float, most: float
+) -> None:
+    async def main() -> None:
+        service = Service("http://one", seconds=10.0, at_once=at_once)
+        pool = GeneratorPool([service], now)
+        watching = asyncio.create_task(pool.watch())
+        await pool.ready.wait()
+        assert pool.expected_seconds(tasks) is None
+
+        async def work() -> None:
+            for _ in range(20):
+                await pool.generate(TASK, 1)
+
+        workers = [asyncio.create_task(work()) for _ in range(4)]
+        await asyncio.sleep(195)  # no moment at which one ends
+        assert least <= (pool.expected_seconds(tasks) or 0) <= most
+        for task in (watching, *workers):
+            task.cancel()
+        await asyncio.gather(watching, *workers, return_exceptions=True)
+
+    virtual_time.run(main())

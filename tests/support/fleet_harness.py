@@ -1,0 +1,67 @@
+"""A fleet of engine processes around the stand-in pipeline, for tests: starting it, watching it, asking it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+
+from generation.fleet.fleet import Fleet
+
+PATIENCE_S = 30.0  # how long a test waits for what must happen
+DEVICES = ("first", "second")
+
+
+def fleet_of(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> Fleet:
+    return Fleet(dict.fromkeys(devices, settings(folder, **limits)), "tests.support.fleet_standin:load")
+
+
+def settings(folder: Path, max_queue: int = 3, max_batch: int = 2) -> Any:
+    models = SimpleNamespace(max_batch=max_batch)
+    values = {"models": models, "max_queue": max_queue, "broken": str(folder / "broken")}
+    return SimpleNamespace(**values, validation_threshold=0.6, device="cpu")
+
+
+@asynccontextmanager
+async def starting(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> AsyncIterator[Fleet]:
+    fleet = fleet_of(folder, devices, **limits)
+    fleet.start()
+    try:
+        yield fleet
+    finally:
+        await asyncio.to_thread(fleet.stop, PATIENCE_S)
+        assert children() == []
+
+
+@asynccontextmanager
+async def running(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> AsyncIterator[Fleet]:
+    async with starting(folder, devices, **limits) as fleet:
+        await until(lambda: states(fleet) == ["ready"] * len(devices))
+        yield fleet
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def states(fleet: Fleet) -> list[str]:
+    return [each["status"] for each in fleet.health()]
+
+
+def children() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if "generation.fleet.worker" in each.cmdline()]
+
+
+def ask(fleet: Fleet, prompt: str, seed: int = 1) -> asyncio.Task[Any]:
+    return asyncio.create_task(fleet.generate(prompt, None, seed))
+
+
+def pid_of(asset: Any) -> int:
+    return int(asset.ply.split()[0])

@@ -1,0 +1,138 @@
+"""What makes the guidance fast leaves what it computes as it is. Graphs need a GPU: see scripts.bench.pipeline."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from hypothesis import given
+from hypothesis import strategies as st
+
+from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, compile_autoencoder
+from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
+from generation.accelerate.group_norm import ImageNorm, group_norm
+from generation.accelerate.unet import compile_unet
+from generation.generators.dreamgaussian import MVDream, Zero123
+from generation.generators.dreamgaussian.guidance.distillation import with_gradient
+from generation.settings import ROOT
+from generation.splats.cameras import orbit
+
+
+@given(st.integers(1, 40))
+def test_pieces_cover_all_scenes_in_compiled_sizes(scenes):
+    cuts = pieces(scenes)
+    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(scenes))
+    assert {cut.stop - cut.start for cut in cuts} <= set(COMPILED_SIZES)
+    assert len(cuts) <= scenes // max(COMPILED_SIZES) + 2
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 5, 7), (2, 8, 9)])
+def test_normalisation_from_channels_is_group_normalisation(shape):
+    torch.manual_seed(0)
+    plain = torch.nn.GroupNorm(4, shape[1])
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    x = torch.randn(shape) * 3 + 2
+    assert torch.allclose(ChannelwiseGroupNorm(plain)(x), plain(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_normalisation_of_images_is_group_normalisation():
+    torch.manual_seed(0)
+    plain = torch.nn.GroupNorm(4, 12)
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    x, added = (torch.randn(3, 12, 5, 7) * 3 + 2).contiguous(memory_format=torch.channels_last), torch.randn(3, 12)
+    assert torch.allclose(ImageNorm(plain)(x), plain(x), atol=1e-5)
+    assert torch.allclose(ImageNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
+    expected = torch.nn.functional.silu(plain(x + added[:, :, None, None]))
+    assert torch.allclose(ImageNorm(plain, silu=True)(x, added), expected, atol=1e-5)
+    first, beside = x.split([4, 8], 1)
+    assert torch.allclose(ImageNorm(plain)(first, added, beside), plain(x + added[:, :, None, None]), atol=1e-5)
+    for images in ((x, None), (first, beside)):
+        given = (*images, added, plain.weight, plain.bias, 4, 1e-5, True)
+        torch.library.opcheck(group_norm, given, test_utils=("test_schema", "test_faketensor"))
+
+
+@torch.no_grad()
+def test_upsampling_in_one_is_upsampling_and_then_a_convolution():
+    torch.manual_seed(0)
+    plain = Upsample2D(8, use_conv=True, out_channels=6)
+    x = torch.randn(2, 8, 5, 7)
+    assert torch.allclose(Upsampling(plain)(x), plain(x), atol=1e-5)
+    assert torch.equal(Upsampling(plain)(x, (9, 13)), plain(x, (9, 13)))
+
+
+@pytest.mark.parametrize("kind", ["mvdream", "zero123"])
+def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
+    folder = mini_models.parent / kind
+    guidance = (
+        MVDream.load(folder, "cpu", torch.float32)
+        if kind == "mvdream"
+        else Zero123.load(folder, "cpu", torch.float32, stable=False)
+    )
+    for model in (guidance._vae, guidance._unet):
+        for parameter in model.parameters():  # no bias is zero, no scale is one
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    views = 3 * guidance.views
+    images = torch.rand(views, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    poses = orbit(10.0, torch.arange(views) * 90.0, 2.5, 49.1, 8, 8).camera_to_world
+    if kind == "mvdream":
+        conditions = torch.stack([guidance.prepare(text, "") for text in ("a", "b", "c")])
+    else:
+        conditions = torch.stack([guidance.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)])
+
+    def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = images.clone().requires_grad_()
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        loss = guidance.loss(lambda: pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
+        loss.sum().backward()
+        return loss.detach(), pixels.grad
+
+    before = loss_and_gradient()
+    compile_unet(guidance._unet)
+    compile_autoencoder(guidance._vae)
+    in_order = []
+    for module in guidance._unet.modules():
+        if isinstance(module, Transformer2DModel):
+            module.register_forward_hook(
+                lambda module, args, out: in_order.append(out[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    with torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
+        after = loss_and_gradient()
+    assert in_order and all(in_order)
+    for a, b in zip(before, after, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+def test_what_is_compiled_is_kept_beside_the_code():
+    """Torch decides where as soon as its compiler is imported: it must have been told before."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    code = (
+        f"import generation, os, sys; print('torch' in sys.modules, *(os.environ[name] for name in {names}), sep='\\n')"
+    )
+    free = {name: value for name, value in os.environ.items() if name not in names}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=free, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    kept = ROOT / ".cache" / "compiled"
+    assert printed.stdout.splitlines() == ["False", str(kept), str(kept / "triton")]
+
+
+def test_shapes_that_were_not_captured_are_computed():
+    double = Captured(lambda x, factor: (factor * x,))
+    assert double(torch.ones(2), constants=(2.0,))[0].tolist() == [2.0, 2.0]
+
+
+def test_a_known_gradient_is_weighted_by_scene():
+    images = torch.zeros(4, 3, 2, 2, requires_grad=True)
+    gradient = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    losses = with_gradient(images, torch.tensor([1.0, 2.0]), gradient)
+    assert losses.tolist() == [1.0, 2.0]
+    (losses * torch.tensor([1.0, 10.0])).sum().backward()
+    assert images.grad[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]

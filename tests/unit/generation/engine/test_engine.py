@@ -1,0 +1,380 @@
+"""A request's life: admission, waiting, cancelling, failing, ending. Over real HTTP where a client is part of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from generation.engine import engine as engine_module
+from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from tests.support.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def ask(service: Service, prompt: str, priority: str) -> tuple[threading.Thread, list[Any]]:
+    form, headers = {"prompt": prompt}, {"X-Priority": priority}
+    return in_background(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=PATIENCE_S))
+
+
+def hold(service: Service, priority: str = "interactive") -> tuple[threading.Thread, list[Any]]:
+    """Occupy the engine until ``service.pipeline.go`` is set."""
+    held = ask(service, "hold", priority)
+    wait_until(lambda: service.engine.active)
+    return held
+
+
+def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
+    """A client of whom the connection is in our hands."""
+    host, port = service.url.removeprefix("http://").split(":")
+    body = f"prompt={prompt}"
+    client = socket.create_connection((host, int(port)))
+    client.sendall(
+        f"POST /generate/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    return client
+
+
+def test_while_loading_health_answers_and_generation_says_when_to_return() -> None:
+    proceed = threading.Event()
+
+    def load(pipeline: StandInPipeline, progress: Callable[[str], None]) -> StandInPipeline:
+        progress("text_to_image")
+        assert proceed.wait(PATIENCE_S)
+        return pipeline
+
+    with serving(load) as service:
+        wait_until(lambda: service.engine.reason == "text_to_image")
+        health = service.client.get("/health")
+        assert health.status_code == 200
+        assert (health.json()["status"], health.json()["reason"]) == ("loading", "text_to_image")
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert "text_to_image" in refused.json()["error"]["message"]
+        proceed.set()
+        wait_until(lambda: service.client.get("/health").json()["status"] == "ready")
+        assert service.generate().status_code == 200
+
+
+def test_a_failed_load_is_told_and_does_not_end_the_service() -> None:
+    def load(pipeline: StandInPipeline, progress: Callable[[str], None]) -> StandInPipeline:
+        raise OSError("clip: open_clip_model.safetensors is missing")
+
+    with serving(load) as service:
+        wait_until(lambda: service.engine.status == "failed")
+        assert "open_clip_model.safetensors is missing" in service.client.get("/health").json()["reason"]
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert "Retry-After" not in refused.headers
+
+
+def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
+    with serving(max_queue=2) as service:
+        held = hold(service)
+        waiting = [in_background(lambda: httpx.post(service.url + "/generate/", data={"prompt": "a"})) for _ in "12"]
+        wait_until(lambda: service.engine.queue_depth == 2)
+        refused = service.generate()
+        assert refused.status_code == 503
+        assert int(refused.headers["Retry-After"]) > 0
+        assert service.client.get("/health").json()["totals"]["refused"] == 1
+        service.pipeline.go.set()
+        for thread, results in [held, *waiting]:
+            thread.join(PATIENCE_S)
+            assert results[0].status_code == 200
+        assert service.generate().status_code == 200
+
+
+def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
+    with serving(max_queue=1) as service:
+        expected = round(service.engine._mean_seconds)
+        for count in range(1, 6):
+            client = send_and_keep_open(service, "hold")
+            wait_until(lambda: service.engine.active)
+            client.close()
+            wait_until(lambda count=count: service.engine.totals["cancelled"] == count and not service.engine.active)
+        assert service.generate("crash").status_code == 500
+        hold(service)
+        ask(service, "a", "interactive")
+        wait_until(lambda: service.engine.queue_depth == 1)
+        assert int(service.generate().headers["Retry-After"]) == expected
+
+
+def test_what_a_person_asks_for_pauses_the_background() -> None:
+    with serving(max_batch=2) as service:
+        paused = hold(service, "background")
+        first = hold(service)
+        wait_until(lambda: len(service.engine.active) == 2)
+        wait_until(lambda: service.engine.active[0]["stage"] == "paused")
+        assert [each["priority"] for each in service.client.get("/health").json()["active"]] == [
+            "background",
+            "interactive",
+        ]
+        assert service.generate("b").status_code == 200  # beside the first: what is paused takes no place
+        assert "generation_paused_requests" in service.client.get("/metrics").text
+        service.pipeline.go.set()
+        for thread, answers in (paused, first):
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        together = [tick for tick in service.pipeline.ticks if len(tick) > 1]
+        assert together == [["hold", "b"]]
+        assert all("paused" not in json.loads(answers[0].headers["X-Seconds"]) for _, answers in (paused, first))
+
+
+def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None:
+    with serving(max_queue=1) as service:
+        held = [hold(service), ask(service, "b", "background")]
+        wait_until(lambda: service.engine.queue_depth == 1)
+        refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
+        assert refused.status_code == 503 and "queue full" in refused.text
+        held.append(ask(service, "c", "interactive"))
+        wait_until(lambda: service.engine.queue_depth == 2)
+        service.pipeline.go.set()
+        for thread, answers in held:
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        assert [request.prompt for request in service.pipeline.started] == ["hold", "c", "b"]
+
+
+async def test_calls_in_the_background_wait_for_generations_of_persons(
+    ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    held = asyncio.create_task(engine.generate("hold", None, 1))
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    order: list[str] = []
+    waits = asyncio.create_task(engine.call(lambda _: order.append("background"), background=True))
+    await engine.call(lambda _: order.append("interactive"))
+    pipeline.go.set()
+    await asyncio.gather(held, waits)
+    assert order == ["interactive", "background"]
+
+
+async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+    ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    tick, under_way, paused = pipeline.tick, threading.Event(), []
+
+    def first(jobs: list[Any]) -> None:
+        pipeline.tick = tick  # type: ignore[method-assign]
+        paused.append(jobs[0].paused())
+        under_way.set()
+        wait_until(lambda: engine.queue_depth)
+        paused.append(jobs[0].paused())
+        tick(jobs)
+
+    pipeline.tick = first  # type: ignore[method-assign]
+    background = asyncio.create_task(engine.generate("a", None, 1, background=True))
+    await asyncio.to_thread(under_way.wait, PATIENCE_S)
+    assert (await engine.generate("b", None, 1)).ply and (await background).ply
+    assert paused == [False, True] and [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+
+
+async def test_the_background_has_no_deadline(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task must not be lost because a person asked for something meanwhile."""
+    engine, pipeline = ready_engine
+    monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
+    held = asyncio.create_task(engine.generate("hold", None, 1, background=True))
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    assert pipeline.started[0].deadline is None
+    pipeline.go.set()
+    assert (await held).ply
+
+
+def test_an_unknown_priority_is_refused() -> None:
+    with serving() as service:
+        refused = service.client.post("/generate/", data={"prompt": "a"}, headers={"X-Priority": "urgent"})
+        assert (refused.status_code, refused.json()["error"]["field"]) == (422, "X-Priority")
+        assert refused.json()["error"]["limit"] == ["interactive", "background"]
+
+
+def test_a_client_that_hangs_up_while_waiting_frees_its_place() -> None:
+    with serving(max_queue=1) as service:
+        hold(service)
+        client = send_and_keep_open(service, "gone")
+        wait_until(lambda: service.engine.queue_depth == 1)
+        assert service.generate().status_code == 503
+        client.close()
+        wait_until(lambda: service.engine.queue_depth == 0)
+        thread, results = in_background(service.generate)
+        wait_until(lambda: service.engine.queue_depth == 1)
+        service.pipeline.go.set()
+        thread.join(PATIENCE_S)
+        assert results[0].status_code == 200
+        assert "gone" not in [request.prompt for request in service.pipeline.started]
+        assert service.engine.totals["cancelled"] == 1
+
+
+def test_a_client_that_hangs_up_while_it_runs_stops_the_work() -> None:
+    with serving() as service:
+        client = send_and_keep_open(service, "hold")
+        wait_until(lambda: service.engine.active)
+        active = service.client.get("/health").json()["active"]
+        assert (active[0]["stage"], active[0]["fraction"]) == ("text_to_image", 0.5)
+        client.close()
+        wait_until(lambda: service.pipeline.cancelled == ["hold"])
+        assert service.generate().status_code == 200
+        assert service.engine.totals["cancelled"] == 1
+
+
+def test_a_stopping_server_tells_its_clients_and_ends_the_work() -> None:
+    with serving() as service:
+        held, results = hold(service)
+        service.server.should_exit = True
+        held.join(PATIENCE_S)
+        assert results[0].status_code == 503
+        assert "shutting down" in results[0].json()["error"]["message"]
+        wait_until(lambda: service.pipeline.cancelled == ["hold"])
+
+
+@pytest.mark.parametrize("prompt", ["crash", "exit"])
+def test_a_stage_that_fails_fails_its_request_alone(prompt: str, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as service:
+        failed = service.generate(prompt)
+        assert failed.status_code == 500
+        assert failed.json()["error"]["field"] is None
+        assert "Retry-After" not in failed.headers
+        assert service.generate().status_code == 200
+        assert service.engine.totals["failed"] == 1
+    assert any(message.startswith("Generation failed: ") for message in caplog.messages)
+
+
+def test_requests_join_between_ticks_up_to_the_batch() -> None:
+    with serving(max_queue=8, max_batch=3) as service:
+        held, results = hold(service)
+        for prompt, status in (("a", 200), ("crash", 500), ("b", 200)):  # each comes and goes while the first runs on
+            assert service.generate(prompt).status_code == status
+        assert service.client.get("/health").json()["active"][0]["stage"] == "text_to_image"
+        others = [hold(service) for _ in range(3)]
+        wait_until(lambda: len(service.engine.active) == 3 and service.engine.queue_depth == 1)
+        service.pipeline.go.set()
+        for thread, answers in [(held, results), *others]:
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        ticks = service.pipeline.ticks
+        assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
+        counted = service.engine.health()[0]["ticks"]
+        assert counted == {str(size): sum(len(tick) == size for tick in ticks) for size in (1, 2, 3)}
+
+
+def test_full_memory_lets_fewer_join() -> None:
+    with serving(max_queue=8, max_batch=3) as service:
+        service.pipeline.limit = SimpleNamespace(now=1)
+        held = [hold(service) for _ in range(2)]
+        wait_until(lambda: len(service.engine.active) == 1 and service.engine.queue_depth == 1)
+        assert service.engine.health()[0]["at_once"] == 1
+        service.pipeline.go.set()
+        for thread, answers in held:
+            thread.join(PATIENCE_S)
+            assert answers[0].status_code == 200
+        assert max(map(len, service.pipeline.ticks)) == 1
+
+
+@pytest.fixture
+def ready_engine() -> Any:
+    pipeline = StandInPipeline()
+    engine = Engine(lambda progress: pipeline, max_queue=4, max_batch=1, threshold=0.6)
+    engine.start()
+    wait_until(lambda: engine.status == "ready")
+    yield engine, pipeline
+    pipeline.go.set()
+    engine.stop(PATIENCE_S)
+
+
+async def test_a_request_that_takes_too_long_ends_at_its_deadline(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pipeline = ready_engine
+    monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.05)
+    with pytest.raises(DeadlineExceeded):
+        await engine.generate("hold", None, 1)
+    await asyncio.to_thread(wait_until, lambda: pipeline.cancelled == ["hold"])
+    monkeypatch.undo()
+    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+
+
+async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    tasks = [asyncio.create_task(engine.generate(prompt, None, 1)) for prompt in ("hold", "a")]
+    while not engine.active:
+        await asyncio.sleep(0.005)
+    await asyncio.to_thread(engine.stop, PATIENCE_S)
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(outcome, Unavailable)
+    assert pipeline.cancelled == ["hold"]
+    with pytest.raises(Unavailable):
+        await engine.generate("b", None, 1)
+
+
+async def test_calls_give_back_a_value_error_and_wrap_the_rest(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, _ = ready_engine
+    assert await engine.call(lambda pipeline: len(pipeline.models)) == 1
+    with pytest.raises(ValueError, match="invalid literal"):
+        await engine.call(lambda pipeline: int("x"))
+    with pytest.raises(StageFailed, match="ZeroDivisionError"):
+        await engine.call(lambda pipeline: 1 // 0)
+    assert await engine.call(lambda pipeline: 2) == 2
+
+
+async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pipeline = ready_engine
+    monkeypatch.setattr(pipeline, "tick", lambda jobs: 1 // 0)
+    with pytest.raises(StageFailed, match="ZeroDivisionError"):
+        await engine.generate("a", None, 1)
+    monkeypatch.undo()
+    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+
+
+async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
+    engine, pipeline = ready_engine
+    told: list[tuple[str, float]] = []
+    running = asyncio.create_task(engine.generate("hold", None, 7, lambda *progress: told.append(progress)))
+    while not told:
+        await asyncio.sleep(0.005)
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
+    assert entry["active"] == [{"seed": 7, "priority": "interactive", "stage": "text_to_image", "fraction": 0.5}]
+    assert entry["memory"] is None
+    json.dumps(entry, allow_nan=False)  # it goes over a process border, and to clients
+    pipeline.go.set()
+    asset = await running
+    assert (told[0], told[-1]) == (("text_to_image", 0.5), ("dreamgaussian", 0.25))
+    assert asset.report.device == "cpu"
+    assert engine.health()[0]["active"] == []
+
+
+async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that is stood in for: there is none here."""
+    measured = iter(range(1, 10))
+    monkeypatch.setattr(engine_module.gpu_memory, "device_name", lambda device: f"the card {device}")
+    monkeypatch.setattr(engine_module.gpu_memory, "measure", lambda device: {"used_bytes": next(measured)})
+    engine = Engine(lambda progress: StandInPipeline(), max_queue=1, max_batch=1, threshold=0.6, device="cuda")
+    engine.start()
+    await asyncio.to_thread(wait_until, lambda: engine.status == "ready")
+    entry = engine.health()[0]
+    assert (entry["device"], entry["name"], entry["memory"]) == ("cuda:0", "the card cuda:0", {"used_bytes": 1})
+    asset = await engine.generate("a", None, 1)
+    assert asset.report.device == "cuda:0"
+    assert engine.health()[0]["memory"] == {"used_bytes": 2}
+    engine.stop(PATIENCE_S)

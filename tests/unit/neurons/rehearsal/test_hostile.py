@@ -1,0 +1,290 @@
+"""Validators that mean no good: what each habit of `neurons.rehearsal.hostile` comes to at the miner."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import tracemalloc
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import pytest
+from aiohttp import web
+
+from neurons.chain import Neuron
+from neurons.miner.validators.clock import ValidatorClocks
+from neurons.miner.validators.dendrite import MAX_ANSWER_BYTES, ValidatorDendrite
+from neurons.protocol import (
+    DECLARATION,
+    LARGEST_INTEGER,
+    PullTask,
+    SubmitResults,
+    TextTask,
+    make_submission,
+    signature_is_valid,
+)
+from neurons.rehearsal import __main__ as rehearsal
+from neurons.rehearsal.hostile import HABITS, HostileValidator
+from neurons.rehearsal.rules import Limits
+
+KEYPAIR = bt.Keypair.create_from_uri("//miner")
+VALIDATOR = bt.Keypair.create_from_uri("//validator").ss58_address
+TASK = TextTask(id="1", prompt="a red cube")
+
+
+@asynccontextmanager
+async def hostile(kind: str) -> AsyncIterator[HostileValidator]:
+    validator = HostileValidator(1, VALIDATOR, kind, Limits())
+    serving = asyncio.create_task(validator.serve())
+    try:
+        while not validator.started:
+            await asyncio.sleep(0.001)
+        yield validator
+    finally:
+        validator.stop()
+        await serving
+
+
+async def call(validator: HostileValidator, synapse: Any, timeout: float = 5) -> Any:
+    axon = Neuron(1, validator.hotkey, "127.0.0.1", validator.port, 1e4, True).axon_info()
+    async with ValidatorDendrite(KEYPAIR) as dendrite:
+        return await dendrite.call(axon, synapse, timeout=timeout, deserialize=False)
+
+
+def submission(result: bytes = b"spz") -> SubmitResults:
+    return make_submission(TASK, result, VALIDATOR, KEYPAIR)
+
+
+# --- on the way: no answer, or none that is taken
+
+
+@pytest.mark.parametrize("synapse", [PullTask(), submission()], ids=["pull", "submission"])
+@pytest.mark.parametrize(
+    ("kind", "status", "answered", "message"),
+    [
+        ("never-answers", 408, None, "no answer within"),
+        ("answers-late", 408, None, "no answer within"),
+        ("trickles", 408, None, "no answer within"),
+        ("drops-connection", 502, None, "ClientPayloadError"),
+        ("floods", 502, None, "larger than"),
+        ("endless-headers", 502, None, ""),
+        ("fails", 500, 500, "Server Error"),
+        ("redirects", 307, 307, ""),
+        ("gzip-bomb", 422, 200, "malformed"),
+        ("slow-codec", 422, 200, "malformed"),
+        ("malformed", 422, 200, "malformed"),
+        ("nested", 422, 200, "malformed"),
+        ("many-values", 422, 200, "malformed"),
+    ],
+)
+async def test_what_is_no_answer(kind: str, status: int, answered: int | None, message: str, synapse: Any) -> None:
+    async with hostile(kind) as validator:
+        started = time.monotonic()
+        response = await call(validator, synapse.model_copy(), timeout=0.5 if status == 408 else 5)
+        assert time.monotonic() - started < 3
+    assert not response.is_success
+    assert (response.dendrite.status_code, response.axon.status_code) == (status, answered)
+    assert message in response.dendrite.status_message
+    assert len(response.dendrite.status_message) <= 500
+    assert validator.pulls + len(validator.submissions) == 1  # a redirect is not followed
+
+
+@pytest.mark.parametrize("kind", ["floods", "gzip-bomb", "endless-headers", "slow-codec", "nested", "many-values"])
+async def test_answers_cost_bounded_memory(kind: str) -> None:
+    async with hostile(kind) as validator:
+        tracemalloc.start()
+        try:
+            response = await call(validator, PullTask())
+            assert tracemalloc.get_traced_memory()[1] < 4 * MAX_ANSWER_BYTES
+        finally:
+            tracemalloc.stop()
+    assert not response.is_success
+
+
+async def test_an_upload_that_is_not_read_is_not_waited_for() -> None:
+    """A refusal before the result is sent must not block what comes next."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"message": "No"}'
+        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        await reading_ends.wait()
+        writer.close()
+
+    reading_ends = asyncio.Event()
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1 << 16)
+    axon = Neuron(1, VALIDATOR, "127.0.0.1", server.sockets[0].getsockname()[1], 1e4, True).axon_info()
+    async with server, ValidatorDendrite(KEYPAIR) as dendrite:
+        started = time.monotonic()
+        response = await dendrite.call(axon, submission(bytes(12 << 20)), timeout=5)
+        reading_ends.set()
+        assert time.monotonic() - started < 3
+    assert not response.is_success and response.axon.status_code == 403
+
+
+# --- answers that are taken, and what is made of them
+
+
+async def pull(kind: str) -> PullTask:
+    async with hostile(kind) as validator:
+        return await call(validator, PullTask())
+
+
+async def submit(kind: str) -> SubmitResults:
+    async with hostile(kind) as validator:
+        return await call(validator, submission())
+
+
+async def test_wrong_types_make_a_pull_fail_and_a_submission_answered() -> None:
+    assert (await pull("wrong-types")).dendrite.status_code == 422
+    for kind in ("wrong-types", "wrong-feedback"):
+        answer = await submit(kind)
+        assert answer.is_success
+        assert (answer.feedback, answer.cooldown_until) == (None, 0)
+
+
+async def test_an_unreadable_answer_to_a_submission_is_told_from_none() -> None:
+    """With status 200 the validator has the result: it must not be handed in a second time."""
+    answer = await submit("malformed-feedback")
+    assert not answer.is_success and answer.axon.status_code == 200
+
+
+async def test_fields_that_are_not_the_validator_s_stay_as_they_are() -> None:
+    pulled = await pull("overwrites")
+    assert pulled.is_success and (pulled.name, pulled.timeout, pulled.task) == ("PullTask", 5.0, None)
+    sent = submission()
+    async with hostile("overwrites") as validator:
+        answer = await call(validator, sent)
+    assert answer.is_success and (answer.results, answer.signature) == (sent.results, sent.signature)
+    assert answer.dendrite.hotkey == KEYPAIR.ss58_address
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("cooldown-far", 4_000_000_000),
+        ("cooldown-past", 1),
+        ("cooldown-negative", -(10**9)),
+        ("cooldown-huge", LARGEST_INTEGER),
+    ],
+)
+async def test_cooldowns_come_through_within_bounds(kind: str, expected: int) -> None:
+    assert (await submit(kind)).cooldown_until == expected
+    async with hostile(kind) as validator:
+        first, second = await call(validator, PullTask()), await call(validator, PullTask())
+    assert first.task is not None and second.task is None
+    assert second.is_success and second.cooldown_until == expected
+
+
+async def test_feedback_that_is_not_a_number_counts_as_not_said() -> None:
+    answer = await submit("feedback-nan")
+    assert answer.is_success and answer.feedback is not None
+    assert (answer.feedback.task_fidelity_score, answer.feedback.current_miner_reward) == (0.0, 0.0)
+    assert answer.cooldown_until == 0
+
+
+async def test_a_text_without_utf8_is_a_malformed_answer() -> None:
+    answer = await pull("prompt-surrogate")
+    assert not answer.is_success and "utf-8" in answer.dendrite.status_message
+
+
+async def test_a_clock_an_hour_ahead_refuses_who_does_not_know_it() -> None:
+    assert (await pull("clock-ahead")).dendrite.status_code == 401
+    assert (await pull("clock-behind")).task is not None
+    clocks = ValidatorClocks()
+    async with (
+        hostile("clock-ahead") as validator,
+        ValidatorDendrite(KEYPAIR, clocks.answered, clocks.highest_offset) as dendrite,
+    ):
+        axon = Neuron(1, VALIDATOR, "127.0.0.1", validator.port, 1e4, True).axon_info()
+        for _ in range(3):
+            assert (await dendrite.call(axon, PullTask(), timeout=1.0)).task is not None
+
+
+# --- what a validator could make this miner do
+
+
+class RecordingKeypair:
+    """A keypair that remembers what it signed."""
+
+    ss58_address = KEYPAIR.ss58_address
+
+    def __init__(self) -> None:
+        self.signed: list[bytes] = []
+
+    def sign(self, message: bytes | str) -> bytes:
+        self.signed.append(message if isinstance(message, bytes) else message.encode())
+        return KEYPAIR.sign(message)
+
+
+@pytest.mark.parametrize("kind", HABITS)
+async def test_nothing_is_signed_but_requests_and_the_protocol_s_message(kind: str) -> None:
+    keypair = RecordingKeypair()
+    async with hostile(kind) as validator, ValidatorDendrite(keypair) as dendrite:  # type: ignore[arg-type]
+        axon = Neuron(1, VALIDATOR, "127.0.0.1", validator.port, 1e4, True).axon_info()
+        pulled = await dendrite.call(axon, PullTask(), timeout=0.5)
+        if pulled.is_success and pulled.task is not None:
+            result = make_submission(pulled.task, b"spz", VALIDATOR, keypair)  # type: ignore[arg-type]
+            await dendrite.call(axon, result, timeout=0.5)
+    request = re.compile(rf"\d+\.{KEYPAIR.ss58_address}\.{VALIDATOR}\.[0-9a-f-]{{36}}\.[0-9a-f]{{64}}".encode())
+    ending = (VALIDATOR + KEYPAIR.ss58_address).encode()
+    submissions = [message for message in keypair.signed if request.fullmatch(message) is None]
+    assert len(keypair.signed) - len(submissions) >= 1
+    assert all(m.startswith(DECLARATION.encode()) and m.endswith(ending) for m in submissions)
+
+
+async def test_an_impostor_has_no_use_for_what_it_gets() -> None:
+    """Whoever answers at a validator's address can have results made; they are signed for that validator alone."""
+    async with hostile("impostor") as impostor:
+        pulled = await call(impostor, PullTask())
+        await call(impostor, make_submission(pulled.task, b"spz", impostor.hotkey, KEYPAIR))
+        (stolen,) = impostor.submissions
+    got = SubmitResults(**stolen)
+    assert signature_is_valid(got, pulled.task.prompt, VALIDATOR, KEYPAIR.ss58_address)
+    for other in ("//impostor", "//validator2"):
+        keypair = bt.Keypair.create_from_uri(other)
+        assert not signature_is_valid(got, pulled.task.prompt, keypair.ss58_address, KEYPAIR.ss58_address)
+        assert not signature_is_valid(got, pulled.task.prompt, VALIDATOR, keypair.ss58_address)
+
+
+async def test_neither_proxies_nor_cookies_nor_credentials_come_from_outside(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("default login user password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    seen: list[dict[str, str]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(dict(request.headers))
+        return web.json_response({}, headers={"Set-Cookie": "track=me"})
+
+    runner = web.AppRunner(web.Application())
+    runner.app.router.add_post("/PullTask", handler)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    axon = Neuron(1, VALIDATOR, "127.0.0.1", runner.addresses[0][1], 1e4, True).axon_info()
+    try:
+        async with ValidatorDendrite(KEYPAIR) as dendrite:
+            for _ in range(2):
+                assert (await dendrite.call(axon, PullTask(), timeout=5)).is_success
+    finally:
+        await runner.cleanup()
+    assert len(seen) == 2
+    for headers in seen:
+        assert not {"authorization", "proxy-authorization", "cookie"} & {name.lower() for name in headers}
+        assert headers["Accept-Encoding"] == "identity"
+
+
+def test_the_rehearsal_knows_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rehearsal.parse(["--hostile", "floods", "malformed"]).hostile == ["floods", "malformed"]
+    monkeypatch.setattr("sys.argv", ["rehearsal", "--hostile", "floods", "bites"])
+    with pytest.raises(SystemExit, match="'bites' is none of all, never-answers, "):
+        rehearsal.main()

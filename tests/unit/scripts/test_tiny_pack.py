@@ -1,0 +1,76 @@
+"""The procedural objects of the tiny pack, and what ships of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.tiny_pack import render
+from scripts.tiny_pack.captions import HELD_OUT, ObjectSpec, caption, evaluation_specs, sample_spec
+from scripts.tiny_pack.shapes import COLOURS, MAX_PRIMITIVES, SHAPES
+
+PACK = Path(__file__).resolve().parents[3] / "generation" / "weights" / "tiny"
+
+
+def test_there_are_enough_shapes_and_colours() -> None:
+    assert len(SHAPES) >= 24 and len(COLOURS) >= 12
+    assert all(1 <= len(make()) <= MAX_PRIMITIVES for make in SHAPES.values())
+
+
+def test_training_never_sees_what_the_judge_asks_for() -> None:
+    rng = random.Random(0)
+    seen = {(s.shape, s.colour) for s in (sample_spec(rng) for _ in range(20_000)) if not s.base}
+    asked = evaluation_specs(48)
+    assert not seen & HELD_OUT
+    assert len(asked) == 48 and all((s.shape, s.colour) in HELD_OUT for s in asked)
+    assert {s.shape for s in asked} == set(SHAPES)
+
+
+def test_captions_vary_but_always_name_shape_and_colour() -> None:
+    rng = random.Random(1)
+    ways = {caption(ObjectSpec("sofa", "gray", "shiny", "wide"), rng) for _ in range(200)}
+    assert len(ways) > 40
+    assert all(any(w in c.lower() for w in ("sofa", "couch")) for c in ways)
+    assert all(any(w in c.lower() for w in ("gray", "grey")) for c in ways)
+    assert caption(ObjectSpec("cube", "red"), rng, plain=True) == "a red cube"
+
+
+@pytest.mark.slow
+def test_cpu_tracer_agrees_with_the_torch_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = [ObjectSpec("mug", "red"), ObjectSpec("pyramid", "blue"), ObjectSpec("mushroom", "green", "shiny")]
+    renderer = render.Renderer("cpu")
+    objects = renderer.frame(render.build(specs, random.Random(0)), rounds=1, size=24)
+    c2w = render.orbit(torch.full((3,), 20.0), torch.tensor([0.0, 40.0, 200.0]))
+    traced = renderer.render(objects, c2w, 24)
+    monkeypatch.setattr(render, "_traced", render._surface)
+    marched = renderer.render(objects, c2w, 24)
+    assert ((traced - marched).abs().amax(1) > 0.05).float().mean() < 0.01
+    assert 0.05 < traced[:, 3].mean() < 0.8
+
+
+def test_objects_fill_the_frame_from_the_front() -> None:
+    specs = [ObjectSpec("cube", "red"), ObjectSpec("car", "blue"), ObjectSpec("key", "green")]
+    renderer = render.Renderer("cpu")
+    objects = renderer.frame(render.build(specs, random.Random(0)))
+    front = render.orbit(torch.full((3,), render.FRONT_ELEVATION), torch.zeros(3))
+    mask = renderer.render(objects, front, 80, supersample=1)[:, 3] > 0.5
+    for one in mask:
+        rows, columns = torch.nonzero(one.any(1))[:, 0], torch.nonzero(one.any(0))[:, 0]
+        sides = (
+            len(range(int(rows.min()), int(rows.max()) + 1)),
+            len(range(int(columns.min()), int(columns.max()) + 1)),
+        )
+        assert max(sides) == pytest.approx(80 * (1 - render.BORDER), abs=3)
+
+
+def test_the_pack_is_small_and_every_model_has_a_card() -> None:
+    weights = list(PACK.rglob("*.safetensors"))
+    assert weights and sum(p.stat().st_size for p in weights) <= 48_000_000
+    for name in ("flux", "background", "mvdream", "clip"):
+        card = json.loads((PACK / name / "card.json").read_text())
+        assert card["licence"] and card["script"] and card["quality"] and "seed" in card and card["steps"] > 0
+    assert not [p for p in PACK.rglob("*.json") if "_name_or_path" in p.read_text()]
