@@ -81,7 +81,7 @@ class Pipeline:
             word += f" {request.target.mode} {request.target.size}"
         return Asset(f"{os.getpid()} {word} {request.seed}".encode(), report, gaussians=object())  # type: ignore[arg-type]
 
-    def validate(self, ply: bytes, prompt: Any) -> Any:
+    def validate(self, ply: bytes, prompt: Any, single: bool, grid: bool, above: float) -> Any:
         raise ValueError("not a PLY")
 
 
