@@ -90,7 +90,7 @@ def make_engine(settings: Settings) -> Engine | Fleet:
 
         return trace.load(settings, progress)
 
-    return Engine(load, settings.max_queue, settings.models.max_batch, settings.validation_threshold, settings.device)
+    return Engine(load, settings.max_queue, settings.models.max_batch, settings.device)
 
 
 class Server(uvicorn.Server):

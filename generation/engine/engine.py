@@ -11,11 +11,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from PIL import Image
 
 from generation.engine import gpu_memory
 from generation.schema.results import Asset, Request
@@ -53,24 +51,23 @@ class DeadlineExceeded(Exception):
     """The request was not answered in time."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Job:
     """Waits in a queue, then runs on the engine thread. Cancelling its future gives its place free."""
 
-    deadline: float | None  # on time.monotonic()
-    background: bool
     future: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
 class _Generation(_Job):
-    prompt: str | None = None
-    image: Image.Image | None = None
-    target: Image.Image | None = None
-    seed: int = 0
+    request: Request
+    on_progress: OnProgress | None
     stage: str = "queued"
     fraction: float = 0.0
-    on_progress: OnProgress | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        return self.request.deadline
 
     def progress(self, stage: str, fraction: float) -> None:
         self.stage, self.fraction = stage, fraction
@@ -82,7 +79,8 @@ class _Generation(_Job):
 class _Call(_Job):
     """Something short, such as scoring: goes before waiting generations."""
 
-    function: Callable[[Pipeline], Any] = lambda pipeline: None
+    function: Callable[[Pipeline], Any]
+    deadline: float | None  # on time.monotonic()
 
 
 class _Waiting:
@@ -117,7 +115,6 @@ class Engine:
         load: Callable[[Callable[[str], None]], Any],
         max_queue: int,
         max_batch: int,
-        threshold: float,
         device: str = "cpu",
     ) -> None:
         self.status = "loading"
@@ -129,7 +126,7 @@ class Engine:
         self._memory: dict[str, int] | None = None
         self._ticks: Counter[int] = Counter()  # by the number of requests in them
         self._load = load
-        self._max_queue, self._max_batch, self._threshold = max_queue, max_batch, threshold
+        self._max_queue, self._max_batch = max_queue, max_batch
         self._at_once = max_batch
         self._step_began: float | None = None  # on time.monotonic()
         self._calls, self._generations = _Waiting(), _Waiting()
@@ -148,7 +145,7 @@ class Engine:
         with self._changed:
             self._stopping = True
             self.status, self.reason = "failed", "shutting down"
-            jobs: list[_Job] = [*self._calls, *self._generations, *self._active]
+            jobs: list[_Generation | _Call] = [*self._calls, *self._generations, *self._active]
             self._changed.notify_all()
         for job in jobs:
             _settle(job, Unavailable("the service is shutting down", None))
@@ -165,8 +162,8 @@ class Engine:
         """What runs now: seed, priority, stage ("paused" is one) and the share of the stage that is done."""
         return [
             {
-                "seed": job.seed,
-                "priority": priority(job.background),
+                "seed": job.request.seed,
+                "priority": priority(job.request.background),
                 "stage": job.stage,
                 "fraction": round(job.fraction, 3),
             }
@@ -213,26 +210,16 @@ class Engine:
             next_place = math.ceil(self._mean_seconds / self._max_batch)
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
 
-    async def generate(
-        self,
-        prompt: str | None,
-        image: Image.Image | None,
-        seed: int,
-        on_progress: OnProgress | None = None,
-        background: bool = False,
-        target: Image.Image | None = None,
-    ) -> Asset:
-        """Make a splat from exactly one of prompt and image; ``target``: the image as a validator opens it.
+    async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
+        """Make a splat, within TIMEOUT_S from now: that is the request's deadline.
 
         Cancelling the awaiting task frees the request's place and stops its work. In the background there is no
         deadline: how long it may be paused is for whoever waits for it to say. Raises Unavailable, DeadlineExceeded and
         StageFailed.
         """
-        deadline = None if background else time.monotonic() + TIMEOUT_S
-        job = _Generation(
-            deadline, background, prompt=prompt, image=image, target=target, seed=seed, on_progress=on_progress
-        )
-        queue = self._generations.like(background)
+        request = replace(request, deadline=None if request.background else time.monotonic() + TIMEOUT_S)
+        job = _Generation(request, on_progress)
+        queue = self._generations.like(request.background)
         self._check_room(queue)
         self.totals["requests"] += 1
         started = time.monotonic()
@@ -240,13 +227,13 @@ class Engine:
             asset: Asset = await self._outcome(job, queue)
         except asyncio.CancelledError:
             self.totals["cancelled"] += 1
-            log.info("Generation cancelled: seed %d, in stage %s", seed, job.stage)
+            log.info("Generation cancelled: seed %d, in stage %s", request.seed, job.stage)
             raise
         except Exception as error:
             self.totals["failed"] += 1
             log.error("Generation failed: %s", error)
             raise
-        report = asset.report
+        report, named = asset.report, request.prompt or "(image)"
         report.device = self._device
         if report.score is not None:
             log.info("CLIP Score: %.2f", report.parts.get("alignment", report.score))
@@ -256,11 +243,11 @@ class Engine:
             self.totals["delivered"] += 1
             log.info(
                 "Generated %d Gaussians, %d bytes, seed %d, in %.1f s: %s",
-                report.num_gaussians, len(asset.ply), seed, time.monotonic() - started, prompt or "(image)",
+                report.num_gaussians, len(asset.ply), request.seed, time.monotonic() - started, named,
             )  # fmt: skip
         else:
             self.totals["rejected"] += 1
-            log.warning("Validation failed: %s (seed %d): %s", report.rejected, seed, prompt or "(image)")
+            log.warning("Validation failed: %s (seed %d): %s", report.rejected, request.seed, named)
         return asset
 
     async def call(self, function: Callable[[Pipeline], T], background: bool = False) -> T:
@@ -271,7 +258,7 @@ class Engine:
         queue = self._calls.like(background)
         self._check_room(queue)
         deadline = None if background else time.monotonic() + TIMEOUT_S
-        return await self._outcome(_Call(deadline, background, function=function), queue)
+        return await self._outcome(_Call(function, deadline), queue)
 
     async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
         def forget(_: Future[Any]) -> None:
@@ -334,7 +321,7 @@ class Engine:
                 return None
             self._at_once = min(self._max_batch, fitting)
             # What is paused takes no place: the memory that it keeps is small beside what a tick needs.
-            running = [generation for generation in self._active if not generation.background]
+            running = [generation for generation in self._active if not generation.request.background]
             waiting = self._generations.interactive
             if not running and not waiting:
                 running, waiting = self._active, self._generations.background
@@ -345,10 +332,10 @@ class Engine:
 
     def _urgent(self) -> bool:
         """Whether there is a generation that a person waits for, so that the background is to be left alone."""
-        return bool(self._generations.interactive) or not all(generation.background for generation in self._active)
+        return bool(self._generations.interactive) or any(not each.request.background for each in self._active)
 
     def _is_paused(self, generation: _Generation) -> bool:
-        return generation.background and (bool(self._calls.interactive) or self._urgent())
+        return generation.request.background and (bool(self._calls.interactive) or self._urgent())
 
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:
@@ -358,9 +345,8 @@ class Engine:
         _settle(job, outcome)
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
-        g = generation
-        request = Request(g.prompt, g.image, g.seed, self._threshold, g.deadline, g.target)
-        return pipeline.begin(request, g.progress, g.future.done, partial(self._is_paused, g))
+        paused = partial(self._is_paused, generation)
+        return pipeline.begin(generation.request, generation.progress, generation.future.done, paused)
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
         """Those that go on afterwards."""
@@ -398,7 +384,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _settle(job: _Job, outcome: Any) -> None:
+def _settle(job: _Generation | _Call, outcome: Any) -> None:
     """Hand the outcome to whoever waits, if somebody still does."""
     if job.future.done():
         return

@@ -11,8 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from generation.engine.engine import (
     LATE,
     LOADING_RETRY_S,
@@ -24,7 +22,7 @@ from generation.engine.engine import (
 )
 from generation.fleet.messages import Start
 from generation.fleet.remote import EngineLost, RemoteEngine
-from generation.schema.results import Asset
+from generation.schema.results import Asset, Request
 
 LOADER = "generation.pipeline.trace:load"
 #: How many engines a request may lose until it passes for what they are lost by.
@@ -136,26 +134,18 @@ class Fleet:
         pause = min(each.next_start for each in self._engines) - time.monotonic()
         return Unavailable(f"no engine works: {self.reason}", max(1, math.ceil(pause)))
 
-    async def generate(
-        self,
-        prompt: str | None,
-        image: Image.Image | None,
-        seed: int,
-        on_progress: OnProgress | None = None,
-        background: bool = False,
-        target: Image.Image | None = None,
-    ) -> Asset:
+    async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
         """As ``Engine.generate``."""
 
         async def generate(remote: RemoteEngine) -> Asset:
-            asset = await remote.generate(prompt, image, seed, on_progress, background=background, target=target)
+            asset = await remote.generate(request, on_progress)
             self._mean_seconds += (asset.report.total_seconds - self._mean_seconds) / 4
             return asset
 
-        self.check_admission(background)
+        self.check_admission(request.background)
         self.totals["requests"] += 1
         try:
-            asset = await self._run(False, background, generate)
+            asset = await self._run(False, request.background, generate)
         except asyncio.CancelledError:
             self.totals["cancelled"] += 1
             raise

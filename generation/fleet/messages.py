@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from PIL import Image
+from generation.schema.results import Request
 
 log = logging.getLogger("generation.fleet.messages")
 
@@ -33,12 +33,8 @@ class Start:
 @dataclass(frozen=True)
 class Generate:
     number: int
-    prompt: str | None
-    image: Image.Image | None
-    seed: int
+    request: Request
     wants_progress: bool
-    background: bool
-    target: Image.Image | None = None
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from PIL import Image
-
 from generation.engine.engine import LATE, DeadlineExceeded, OnProgress, StageFailed
 from generation.fleet.messages import (
     Broken,
@@ -31,7 +29,7 @@ from generation.fleet.messages import (
     Start,
     State,
 )
-from generation.schema.results import Asset
+from generation.schema.results import Asset, Request
 
 #: Before a process that ended is started again, in seconds: doubled with each one in a row that answered nothing.
 FIRST_PAUSE_S = 5.0
@@ -107,18 +105,9 @@ class RemoteEngine:
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
 
-    async def generate(
-        self,
-        prompt: str | None,
-        image: Image.Image | None,
-        seed: int,
-        on_progress: OnProgress | None,
-        background: bool = False,
-        target: Image.Image | None = None,
-    ) -> Asset:
+    async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
         """As ``Engine.generate``, but raises EngineLost when the process ends first."""
-        number = next(self._numbers)
-        message = Generate(number, prompt, image, seed, on_progress is not None, background, target)
+        message = Generate(next(self._numbers), request, on_progress is not None)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset

@@ -70,9 +70,8 @@ class EngineProcess:
 
         self._channel = channel
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        batch, threshold = settings.models.max_batch, settings.validation_threshold
         # What may wait is the fleet's decision.
-        self._engine = Engine(load, sys.maxsize, batch, threshold, settings.device)
+        self._engine = Engine(load, sys.maxsize, settings.models.max_batch, settings.device)
 
     async def run(self) -> None:
         """Until the service is gone, or nothing can be relied on here any more."""
@@ -100,14 +99,7 @@ class EngineProcess:
             self._channel.send(Progress(message.number, stage, fraction))
 
         on_progress = progress if message.wants_progress else None
-        asset = await self._engine.generate(
-            message.prompt,
-            message.image,
-            message.seed,
-            on_progress,
-            background=message.background,
-            target=message.target,
-        )
+        asset = await self._engine.generate(message.request, on_progress)
         return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
 
     async def _answer(self, message: Generate | Call) -> None:

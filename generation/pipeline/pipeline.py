@@ -143,11 +143,11 @@ class Pipeline:
         progress("looking for the fastest kernels of background removal and self-check")
         self._warm_up_batches()
         progress("making a first splat, to warm up")
-        requests = [Request("a red cube", None, seed=0, threshold=0.0)]
+        requests = [Request(prompt="a red cube", seed=0, threshold=0.0)]
         if self._options.init == "views":  # where a picture is encoded, and views are drawn around it
             disc = Image.new("RGB", (256, 256), "white")
             ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
-            requests.append(Request(None, disc, seed=0, threshold=0.0))
+            requests.append(Request(image=disc, seed=0, threshold=0.0))
         for request in requests:
             (outcome,) = self.generate([request])
             if isinstance(outcome, Exception):
@@ -326,16 +326,14 @@ class Pipeline:
         """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
         requests = [job.request for job in jobs]
         ask = self._options.text_to_image_prompt
-        written = [(ask(r.prompt), r.seed) for r in requests if r.image is None and r.prompt is not None]
+        written = [(ask(r.prompt), r.seed) for r in requests if r.prompt is not None]
         drawn = iter(self._text_to_image.generate([w[0] for w in written], [w[1] for w in written]) if written else [])
         images = []
         for request in requests:
             if request.image is not None:
                 images.append(to_tensor(request.image.convert("RGB")).to(self._device))
-            elif request.prompt is not None:
-                images.append(next(drawn))
             else:
-                raise ValueError("a request needs a prompt or an image")
+                images.append(next(drawn))
         return images
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:

@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from generation.splats.gaussians import Gaussians
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to make: a text or an image prompt, exactly one of them."""
+    """What to make, from intake to the result: of a text or an image prompt. Raises ValueError without exactly one."""
 
-    prompt: str | None
-    image: Image.Image | None  # where it is transparent its sender cut it out: it is not matted then
-    seed: int
-    threshold: float  # lowest score worth submitting, 0..1
-    deadline: float | None = None  # on time.monotonic(); later, the request fails with TimeoutError
+    prompt: str | None = None
+    image: Image.Image | None = None  # where it is transparent its sender cut it out: it is not matted then
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
+    seed: int  # 0..2**32 - 1; all random numbers come from it
+    threshold: float  # lowest score worth submitting, 0..1
+    background: bool = False  # paused while there are requests that a person waits for, and without a deadline
+    deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.image is None):
+            given = "neither" if self.prompt is None else "both"
+            raise ValueError(f"a request is made of exactly one of prompt and image, not of {given}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import base64
 import importlib.metadata
 import json
 import math
-import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -119,12 +118,9 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def _generate(request: Request, following: Following) -> tuple[Any, dict[str, str]]:
         started = time.monotonic()
         engine.check_admission(following.background)
-        prompt, picture, seed = await intake.read_form(request)
-        image, target = picture or (None, None)
-        seed = secrets.randbits(32) if seed is None else seed
-        following.queued(f"{request.url.path.strip('/')} {'text' if image is None else 'image'}")
-        work = engine.generate(prompt, image, seed, following.progress, background=following.background, target=target)
-        asset = await _while_connected(request, work)
+        asked = await intake.read_form(request, settings.validation_threshold, following.background)
+        following.queued(f"{request.url.path.strip('/')} {'text' if asked.image is None else 'image'}")
+        asset = await _while_connected(request, engine.generate(asked, following.progress))
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}

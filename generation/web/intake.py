@@ -27,6 +27,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.log_lines import escape
+from generation.schema import results
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
@@ -108,10 +109,10 @@ class BodyLimit:
         await self.app(scope, bounded, send)
 
 
-async def read_form(request: Request) -> tuple[str | None, Picture | None, int | None]:
-    """The checked fields of a generation request: (prompt, picture, seed), exactly one of the first two.
+async def read_form(request: Request, threshold: float, background: bool) -> results.Request:
+    """What a form asks for, checked; without a seed it gets a random one. Raises ApiError naming field and limit.
 
-    Raises ApiError naming the field and its limit.
+    ``threshold``: lowest score worth submitting, 0..1. ``background``: as ``check_priority`` says.
     """
     kind = _check_content_type(request, ("multipart/form-data", "application/x-www-form-urlencoded"))
     try:
@@ -124,9 +125,17 @@ async def read_form(request: Request) -> tuple[str | None, Picture | None, int |
             raise _too_long() from None
         raise HTTPException(400, error.message) from None
     try:
-        return await _check_form(form)
+        prompt, picture, seed = await _check_form(form)
     finally:
         await form.close()
+    return results.Request(
+        prompt=prompt,
+        image=picture and picture.image,
+        target=picture and picture.target,
+        seed=secrets.randbits(32) if seed is None else seed,
+        threshold=threshold,
+        background=background,
+    )
 
 
 async def _read_multipart(request: Request) -> FormData:

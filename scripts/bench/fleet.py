@@ -51,7 +51,7 @@ def load_stand_in(settings: Any, progress: Callable[[str], None]) -> StandIn:
 
 def stand_in_settings(seconds: float) -> Any:
     models = SimpleNamespace(max_batch=STAND_IN_BATCH)
-    return SimpleNamespace(models=models, max_queue=10_000, validation_threshold=0.0, device="cpu", stand_in=seconds)
+    return SimpleNamespace(models=models, max_queue=10_000, device="cpu", stand_in=seconds)
 
 
 def full_settings() -> Any:
@@ -66,7 +66,7 @@ async def finish(fleet: Fleet, requests: int, in_flight: int) -> float:
 
     async def keep_busy() -> None:
         for number in numbers:  # shared: each takes the next
-            await fleet.generate(PROMPTS[number % len(PROMPTS)], None, number)
+            await fleet.generate(Request(prompt=PROMPTS[number % len(PROMPTS)], seed=number, threshold=0.0))
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:

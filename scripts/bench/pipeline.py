@@ -118,7 +118,7 @@ def ultra_fast(pipeline: Pipeline) -> Pipeline:
 def request() -> Request:
     """One like no other: prompts that were seen before are not encoded again."""
     number = next(NUMBERS)
-    return Request(f"{PROMPTS[number % len(PROMPTS)]}, number {number}", None, seed=number, threshold=0.0)
+    return Request(prompt=f"{PROMPTS[number % len(PROMPTS)]}, number {number}", seed=number, threshold=0.0)
 
 
 def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:

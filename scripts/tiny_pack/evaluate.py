@@ -80,8 +80,8 @@ def main() -> None:
     tiles = []
     for i, (spec, prompt) in enumerate(zip(specs, texts, strict=True)):
         began = time.perf_counter()
-        asked = (None, images[i]) if images else (prompt, None)
-        (outcome,) = pipeline.generate([Request(*asked, args.seed, threshold)])
+        asked = {"image": images[i]} if images else {"prompt": prompt}
+        (outcome,) = pipeline.generate([Request(**asked, seed=args.seed, threshold=threshold)])
         seconds = time.perf_counter() - began
         if not isinstance(outcome, Asset) or outcome.gaussians is None:
             reason = outcome.report.rejected if isinstance(outcome, Asset) else repr(outcome)

@@ -67,7 +67,7 @@ def where(gaussians: Gaussians) -> dict[str, int]:
 
 def run(pipeline: Pipeline, prompt: str) -> tuple[Asset, list[int]]:
     """What came of the prompt, and the number of Gaussians after each EVERY iterations."""
-    job, counts = pipeline.begin(Request(prompt, None, seed=0, threshold=0.0)), {}
+    job, counts = pipeline.begin(Request(prompt=prompt, seed=0, threshold=0.0)), {}
     while job.outcome is None:
         pipeline.tick([job])
         if job.scene and job.scene.iteration % EVERY == 0:

@@ -137,8 +137,8 @@ def test_downloaded_by_name_and_loaded_offline(published, tmp_path, monkeypatch,
         pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "models": models, "config": config}))
         stages = {model["stage"] for model in pipeline.models} - {"text_to_image", "background", "clip"}
         assert stages == ({"mvdream", "zero123"} if name == "both" else {name})
-        text = Request(prompt="a red cube", image=None, seed=1, threshold=0.0)
-        image = Request(prompt=None, image=picture, seed=1, threshold=0.0)
+        text = Request(prompt="a red cube", seed=1, threshold=0.0)
+        image = Request(image=picture, seed=1, threshold=0.0)
         for asset in pipeline.generate([text, image]):
             assert not isinstance(asset, Exception), asset
             assert asset.report.num_gaussians == 7500

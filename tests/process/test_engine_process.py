@@ -24,6 +24,7 @@ from generation.fleet import remote
 from generation.fleet.fleet import Fleet
 from generation.fleet.messages import Start
 from generation.fleet.worker import LogForwarder, _lost_device
+from generation.schema.results import Request
 from generation.settings import Settings
 from generation.splats import ply
 from generation.web import app
@@ -212,15 +213,16 @@ async def test_two_real_engines_of_the_tiny_profile_make_the_same_splat(tmp_path
     """On the CPU, in two processes; and what only one of them is asked for, the other makes when that is killed."""
     config = tmp_path / "config.yaml"
     config.write_text("iters: 3\nnum_pts: 7500\nref_size: 64\nrender_size: 64\ninit: ball\ndensity_end_iter: 0\n")
-    settings = Settings.resolve({"profile": "tiny", "config": config, "validation_threshold": 0})
+    settings = Settings.resolve({"profile": "tiny", "config": config})
     fleet = Fleet({"cpu a": settings, "cpu b": settings})
+    request = Request(prompt="a red cube", seed=7, threshold=0.0)
     fleet.start()
     try:
         async with asyncio.timeout(REAL_PATIENCE_S):
             while states(fleet) != ["ready", "ready"]:
                 assert "failed" not in states(fleet), fleet.reason
                 await asyncio.sleep(0.1)
-            first, second = await asyncio.gather(*(fleet.generate("a red cube", None, 7) for _ in range(2)))
+            first, second = await asyncio.gather(*(fleet.generate(request) for _ in range(2)))
             assert {first.report.device, second.report.device} == {"cpu a", "cpu b"}
             assert len(ply.read(first.ply)) == first.report.num_gaussians >= 7000
             assert first.ply == second.ply
@@ -229,13 +231,11 @@ async def test_two_real_engines_of_the_tiny_profile_make_the_same_splat(tmp_path
             frames = await fleet.call(partial(app._film, data=first.ply, device="cpu"))
             assert frames[0].shape == (512, 512, 3)
             told: list[str] = []
-            request = asyncio.create_task(
-                fleet.generate("a red cube", None, 7, lambda stage, fraction: told.append(stage))
-            )
+            again = asyncio.create_task(fleet.generate(request, lambda stage, fraction: told.append(stage)))
             while not told:
                 await asyncio.sleep(0.005)
             children()[0].kill()
-            assert (await request).ply == first.ply
+            assert (await again).ply == first.ply
     finally:
         await asyncio.to_thread(fleet.stop, PATIENCE_S)
 

@@ -16,6 +16,7 @@ from generation.engine.engine import DeadlineExceeded, StageFailed, Unavailable
 from generation.fleet import fleet as fleet_module
 from generation.fleet import remote
 from generation.fleet.fleet import Fleet
+from generation.schema.results import Request
 from tests.support import fleet_standin
 from tests.support.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states, until
 
@@ -33,7 +34,7 @@ async def test_each_request_goes_to_the_engine_with_the_least_work(tmp_path: Pat
         waiting = [ask(fleet, "a", seed) for seed in range(3)]
         await until(lambda: fleet.queue_depth == 3)
         with pytest.raises(Unavailable, match="queue full: 3") as refused:
-            await fleet.generate("b", None, 1)
+            await ask(fleet, "b")
         assert refused.value.retry_after is not None
         go.touch()
         outcomes = await asyncio.gather(*held, *waiting)
@@ -43,7 +44,7 @@ async def test_each_request_goes_to_the_engine_with_the_least_work(tmp_path: Pat
         assert (await ask(fleet, "reject")).report.rejected
         with pytest.raises(StageFailed, match="the stage broke"):
             await ask(fleet, "crash")
-        image = await fleet.generate(None, Image.new("RGBA", (3, 2)), 5)
+        image = await fleet.generate(Request(image=Image.new("RGBA", (3, 2)), seed=5, threshold=0.6))
         assert image.ply.endswith(b"RGBA (3, 2) 5")
         totals = {"requests": 10, "delivered": 8, "rejected": 1, "failed": 1, "cancelled": 0, "refused": 1}
         assert fleet.totals == totals
@@ -223,25 +224,26 @@ async def test_a_request_that_takes_too_long_ends_at_its_deadline(
 async def test_progress_is_told(tmp_path: Path) -> None:
     async with running(tmp_path, devices=("only",)) as fleet:
         told: list[tuple[str, float]] = []
-        await fleet.generate("a", None, 1, lambda *progress: told.append(progress))
+        request = Request(prompt="a", seed=1, threshold=0.6)
+        await fleet.generate(request, lambda *progress: told.append(progress))
         assert told == [("dreamgaussian", 0.25)]
 
 
 async def test_what_a_person_asks_for_pauses_the_background_where_it_disturbs_least(tmp_path: Path) -> None:
     go = tmp_path / "go"
     async with running(tmp_path, max_batch=1, max_queue=1) as fleet:
-        background = [asyncio.create_task(fleet.generate(f"hold {go}", None, 1, None, True)) for _ in range(2)]
+        background = [ask(fleet, f"hold {go}", background=True) for _ in range(2)]
         await until(lambda: len(fleet.active) == 2)
-        background.append(asyncio.create_task(fleet.generate("b", None, 1, None, True)))
+        background.append(ask(fleet, "b", background=True))
         await until(lambda: fleet.queue_depth == 1)
         with pytest.raises(Unavailable, match="queue full"):
-            await fleet.generate("c", None, 1, None, True)
+            await ask(fleet, "c", background=True)
         assert (await ask(fleet, "a")).ply  # though both are busy, and the queue is full
         persons = [ask(fleet, f"hold {go}") for _ in range(2)]
         await until(lambda: [each["active"][0]["stage"] for each in fleet.health()] == ["paused"] * 2)
         go.touch()
         assert all(asset.ply for asset in await asyncio.gather(*background, *persons))
-        idle, busy = ask(fleet, "a"), asyncio.create_task(fleet.generate("a", None, 1, None, True))
+        idle, busy = ask(fleet, "a"), ask(fleet, "a", background=True)
         assert (await idle).report.device != (await busy).report.device
 
 

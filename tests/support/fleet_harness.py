@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from generation.fleet.fleet import Fleet
+from generation.schema.results import Request
 
 PATIENCE_S = 30.0  # how long a test waits for what must happen
 DEVICES = ("first", "second")
@@ -24,7 +25,7 @@ def fleet_of(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) ->
 def settings(folder: Path, max_queue: int = 3, max_batch: int = 2) -> Any:
     models = SimpleNamespace(max_batch=max_batch)
     values = {"models": models, "max_queue": max_queue, "broken": str(folder / "broken")}
-    return SimpleNamespace(**values, validation_threshold=0.6, device="cpu")
+    return SimpleNamespace(**values, device="cpu")
 
 
 @asynccontextmanager
@@ -59,8 +60,9 @@ def children() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if "generation.fleet.worker" in each.cmdline()]
 
 
-def ask(fleet: Fleet, prompt: str, seed: int = 1) -> asyncio.Task[Any]:
-    return asyncio.create_task(fleet.generate(prompt, None, seed))
+def ask(fleet: Fleet, prompt: str, seed: int = 1, background: bool = False) -> asyncio.Task[Any]:
+    request = Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
+    return asyncio.create_task(fleet.generate(request))
 
 
 def pid_of(asset: Any) -> int:

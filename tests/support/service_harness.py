@@ -107,7 +107,7 @@ class Service:
 def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
     values["allowed_hosts"] = ("gpu.example", "10.0.0.5")
-    values |= {"memory_class": "24gb", "memory_reason": "a test"}
+    values |= {"memory_class": "24gb", "memory_reason": "a test", "validation_threshold": 0.6}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
     values["missing"] = {"lpips": "alexnet is not on this machine"}
@@ -121,7 +121,7 @@ def serving(
     """A service on a free port. ``load`` replaces the loading of the models."""
     pipeline = StandInPipeline()
     engine = Engine(
-        (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch, 0.6
+        (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch
     )
     with serving_engine(engine, max_queue) as (url, server):
         service = Service(engine, pipeline, server, url)

@@ -15,7 +15,12 @@ import pytest
 
 from generation.engine import engine as engine_module
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.schema.results import Request
 from tests.support.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
+
+
+def of(prompt: str, seed: int = 1, background: bool = False) -> Request:
+    return Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
 
 
 def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
@@ -154,7 +159,7 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
     ready_engine: tuple[Engine, StandInPipeline],
 ) -> None:
     engine, pipeline = ready_engine
-    held = asyncio.create_task(engine.generate("hold", None, 1))
+    held = asyncio.create_task(engine.generate(of("hold")))
     while not engine.active:
         await asyncio.sleep(0.005)
     order: list[str] = []
@@ -180,9 +185,9 @@ async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
         tick(jobs)
 
     pipeline.tick = first  # type: ignore[method-assign]
-    background = asyncio.create_task(engine.generate("a", None, 1, background=True))
+    background = asyncio.create_task(engine.generate(of("a", background=True)))
     await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate("b", None, 1)).ply and (await background).ply
+    assert (await engine.generate(of("b"))).ply and (await background).ply
     assert paused == [False, True] and [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
 
 
@@ -192,7 +197,7 @@ async def test_the_background_has_no_deadline(
     """A task must not be lost because a person asked for something meanwhile."""
     engine, pipeline = ready_engine
     monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
-    held = asyncio.create_task(engine.generate("hold", None, 1, background=True))
+    held = asyncio.create_task(engine.generate(of("hold", background=True)))
     while not engine.active:
         await asyncio.sleep(0.005)
     assert pipeline.started[0].deadline is None
@@ -292,7 +297,7 @@ def test_full_memory_lets_fewer_join() -> None:
 @pytest.fixture
 def ready_engine() -> Any:
     pipeline = StandInPipeline()
-    engine = Engine(lambda progress: pipeline, max_queue=4, max_batch=1, threshold=0.6)
+    engine = Engine(lambda progress: pipeline, max_queue=4, max_batch=1)
     engine.start()
     wait_until(lambda: engine.status == "ready")
     yield engine, pipeline
@@ -306,15 +311,15 @@ async def test_a_request_that_takes_too_long_ends_at_its_deadline(
     engine, pipeline = ready_engine
     monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.05)
     with pytest.raises(DeadlineExceeded):
-        await engine.generate("hold", None, 1)
+        await engine.generate(of("hold"))
     await asyncio.to_thread(wait_until, lambda: pipeline.cancelled == ["hold"])
     monkeypatch.undo()
-    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+    assert (await engine.generate(of("a"))).ply == b"ply\na 1"
 
 
 async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
-    tasks = [asyncio.create_task(engine.generate(prompt, None, 1)) for prompt in ("hold", "a")]
+    tasks = [asyncio.create_task(engine.generate(of(prompt))) for prompt in ("hold", "a")]
     while not engine.active:
         await asyncio.sleep(0.005)
     await asyncio.to_thread(engine.stop, PATIENCE_S)
@@ -322,7 +327,7 @@ async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine
         assert isinstance(outcome, Unavailable)
     assert pipeline.cancelled == ["hold"]
     with pytest.raises(Unavailable):
-        await engine.generate("b", None, 1)
+        await engine.generate(of("b"))
 
 
 async def test_calls_give_back_a_value_error_and_wrap_the_rest(ready_engine: tuple[Engine, StandInPipeline]) -> None:
@@ -341,15 +346,15 @@ async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
     engine, pipeline = ready_engine
     monkeypatch.setattr(pipeline, "tick", lambda jobs: 1 // 0)
     with pytest.raises(StageFailed, match="ZeroDivisionError"):
-        await engine.generate("a", None, 1)
+        await engine.generate(of("a"))
     monkeypatch.undo()
-    assert (await engine.generate("a", None, 1)).ply == b"ply\na 1"
+    assert (await engine.generate(of("a"))).ply == b"ply\na 1"
 
 
 async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
     told: list[tuple[str, float]] = []
-    running = asyncio.create_task(engine.generate("hold", None, 7, lambda *progress: told.append(progress)))
+    running = asyncio.create_task(engine.generate(of("hold", seed=7), lambda *progress: told.append(progress)))
     while not told:
         await asyncio.sleep(0.005)
     entry = engine.health()[0]
@@ -369,12 +374,12 @@ async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest
     measured = iter(range(1, 10))
     monkeypatch.setattr(engine_module.gpu_memory, "device_name", lambda device: f"the card {device}")
     monkeypatch.setattr(engine_module.gpu_memory, "measure", lambda device: {"used_bytes": next(measured)})
-    engine = Engine(lambda progress: StandInPipeline(), max_queue=1, max_batch=1, threshold=0.6, device="cuda")
+    engine = Engine(lambda progress: StandInPipeline(), max_queue=1, max_batch=1, device="cuda")
     engine.start()
     await asyncio.to_thread(wait_until, lambda: engine.status == "ready")
     entry = engine.health()[0]
     assert (entry["device"], entry["name"], entry["memory"]) == ("cuda:0", "the card cuda:0", {"used_bytes": 1})
-    asset = await engine.generate("a", None, 1)
+    asset = await engine.generate(of("a"))
     assert asset.report.device == "cuda:0"
     assert engine.health()[0]["memory"] == {"used_bytes": 2}
     engine.stop(PATIENCE_S)

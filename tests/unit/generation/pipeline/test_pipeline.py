@@ -120,7 +120,7 @@ def pipeline(sculptor) -> Pipeline:
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
-    return Request(**{"prompt": prompt, "image": None, "seed": seed, "threshold": 0.6, **more})
+    return Request(**{"prompt": prompt, "seed": seed, "threshold": 0.6, **more})
 
 
 def test_a_prompt_becomes_a_checked_splat(pipeline):
@@ -426,10 +426,6 @@ class TestImagePrompts:
             (asset,) = pipeline.generate([ask(None, image=picture)])
             assert asset.ply == b"" and asset.report.num_gaussians == 0
         assert sculptor.batches == []
-
-    def test_neither_is_an_error(self, pipeline):
-        (outcome,) = pipeline.generate([ask(None)])
-        assert isinstance(outcome, ValueError)
 
 
 class TestStopping:

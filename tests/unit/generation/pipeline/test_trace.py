@@ -39,7 +39,7 @@ class Multiplying:
 
 
 def new_job(cancelled: Callable[[], bool] = lambda: False) -> Job:
-    return Job(Request("a", None, 1, 0.6), lambda stage, fraction: None, cancelled, Report(1))
+    return Job(Request(prompt="a", seed=1, threshold=0.6), lambda stage, fraction: None, cancelled, Report(1))
 
 
 def run(pipeline: Any, job: Job, ticks: int = TICKS) -> None:

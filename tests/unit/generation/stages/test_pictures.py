@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from generation.schema.results import Request
 from generation.web.intake import ApiError, Picture, decode_image
 from tests.support.fleet_harness import running
 from tests.support.service_harness import Service, serving
@@ -112,7 +113,8 @@ class TestTargets:
     async def test_an_engine_process_gets_it(self, tmp_path) -> None:
         async with running(tmp_path, ("first",)) as fleet:
             image, target = Image.new("RGBA", (3, 2)), Image.new("RGB", (30, 20))
-            assert (await fleet.generate(None, image, 5, target=target)).ply.endswith(b"RGBA (3, 2) RGB (30, 20) 5")
+            request = Request(image=image, target=target, seed=5, threshold=0.6)
+            assert (await fleet.generate(request)).ply.endswith(b"RGBA (3, 2) RGB (30, 20) 5")
 
 
 class TestTransparency:

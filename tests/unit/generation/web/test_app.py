@@ -11,8 +11,10 @@ import logging
 import re
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -22,6 +24,8 @@ import zstandard
 from PIL import Image
 
 from common import spz
+from generation.engine.engine import TIMEOUT_S
+from generation.schema.results import Request
 from generation.web import intake
 from tests.support.service_harness import Service, serving, wait_until
 
@@ -79,6 +83,21 @@ def test_multipart_works_and_a_missing_seed_is_drawn(service: Service) -> None:
         seeds.add(int(response.headers["X-Seed"]))
     assert len(seeds) == 3
     assert all(0 <= seed <= 2**32 - 1 for seed in seeds)
+
+
+def test_what_came_in_is_one_request_all_the_way() -> None:
+    with serving() as service:
+        before = time.monotonic()
+        assert service.generate("a red cube", seed=42).status_code == 200
+        (text,) = service.pipeline.started
+        assert text.deadline is not None and before < text.deadline - TIMEOUT_S < time.monotonic()
+        assert replace(text, deadline=None) == Request(prompt="a red cube", seed=42, threshold=0.6)
+        files, headers = {"prompt_image_file": ("a.png", png(mode="RGBA"), "image/png")}, {"X-Priority": "background"}
+        assert service.client.post("/generate/", data={"seed": "7"}, files=files, headers=headers).status_code == 200
+        picture = intake.decode_image(png(mode="RGBA"), "prompt_image_file")
+        assert service.pipeline.started[1] == Request(
+            image=picture.image, target=picture.target, seed=7, threshold=0.6, background=True
+        )
 
 
 def test_a_rejected_result_is_an_empty_200_whose_reason_is_one_ascii_line(service: Service) -> None:
