@@ -203,15 +203,13 @@ def task_manager_works(_: Service) -> str:
     import bittensor as bt
 
     from neurons.chain import Metagraph, Neuron
-    from neurons.miner.records.events import Event
-    from neurons.miner.submission.spool import Spool
-    from neurons.miner.submission.submitter import Submitter
-    from neurons.miner.tasks.task_manager import AsyncTaskManager
-    from neurons.miner.validators.clock import ValidatorClocks
-    from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
+    from neurons.miner.assemble import assemble, open_books
+    from neurons.miner.options import MinerOptions
+    from neurons.miner.validators.blacklist import Blacklist
     from neurons.protocol import TextTask
 
     count = 4
+    neurons = [Neuron(uid, f"validator {uid}", "127.0.0.1", 9000 + uid, 5000.0, True) for uid in range(count)]
 
     class Validators:
         """Stands in for the network: every validator has a task, and answers once all are asked."""
@@ -219,6 +217,8 @@ def task_manager_works(_: Service) -> str:
         def __init__(self) -> None:
             self.asked = 0
             self.all_asked = asyncio.Event()
+            self.on_date: Any = None
+            self.seconds_ahead: Any = None
 
         async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:
             self.asked += 1
@@ -229,36 +229,28 @@ def task_manager_works(_: Service) -> str:
             synapse.dendrite = bt.TerminalInfo(status_code=200)
             return synapse
 
-    class ReadyGenerators:
-        def __init__(self) -> None:
-            self.ready = asyncio.Event()
-            self.ready.set()
-
-        def expected_seconds(self, tasks: int) -> None:
-            return None
+    async def fetch() -> Metagraph:
+        return Metagraph(17, tuple(neurons))
 
     async def pull(folder: Path) -> str:
         keypair = bt.Keypair.create_from_uri("//check")
-        directory = ValidatorDirectory(Eligibility(keypair.ss58_address, "rehearsal", frozenset()))
-        neurons = [Neuron(uid, f"validator {uid}", "127.0.0.1", 9000 + uid, 5000.0, True) for uid in range(count)]
-        directory.update(Metagraph(17, tuple(neurons)))
-        validators, clocks, events = Validators(), ValidatorClocks(), list[Event]()
-        submitter = Submitter(validators, directory, clocks, keypair, Spool(folder), events.append)
-        manager = AsyncTaskManager(
-            validators,
-            directory,
-            clocks,
-            submitter,
-            ReadyGenerators(),
-            events.append,
-            workers=count,
-            threshold=0.6,
+        options = MinerOptions("rehearsal", "", "", folder, workers=count, rehearsal_state=folder, metrics_port=0)
+        miner = await assemble(
+            options,
+            keypair,
+            dendrite=Validators(),
+            services=[],
+            fetch=fetch,
+            blacklist=Blacklist(()),
+            books=open_books(options, keypair.ss58_address),
         )
+        miner.directory.update(await fetch())
+        miner.pool.ready.set()
         started = time.monotonic()
-        manager.sync()
-        tasks = [await manager.next_assignment() for _ in range(count)]
+        miner.manager.sync()
+        tasks = [await miner.manager.next_assignment() for _ in range(count)]
         seconds = time.monotonic() - started
-        await manager.close()
+        await miner.manager.close()
         ids = {task.task.id for task in tasks if task is not None}
         expect(len(ids) == count, f"{len(ids)} different tasks from {count} validators")
         return f"{count} validators polled at once, {count} tasks in {seconds * 1000:.0f} ms"

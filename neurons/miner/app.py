@@ -15,24 +15,16 @@ from neurons import chain
 from neurons.chain import Metagraph
 from neurons.defaults import REHEARSAL
 from neurons.miner import keys, stopping
-from neurons.miner.generation.pool import GeneratorPool
+from neurons.miner.assemble import Miner, assemble, open_books
 from neurons.miner.generation.service import GenerationService
 from neurons.miner.options import MinerOptions
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.status import ClockLog, IdleLog, StatusFile, snapshot
-from neurons.miner.submission.spool import Spool, SpoolInUse, hold
-from neurons.miner.submission.submitter import Submitter
+from neurons.miner.submission.spool import SpoolInUse, hold
 from neurons.miner.supervisor import keep_running
-from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.blacklist import Blacklist, BlacklistUnreadable
-from neurons.miner.validators.clock import ValidatorClocks, steady_time
 from neurons.miner.validators.dendrite import ValidatorDendrite
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
-from neurons.miner.validators.sync import Synchroniser
 
-SYNC_INTERVAL_S = 300.0
-REHEARSAL_SYNC_INTERVAL_S = 5.0
 STATUS_INTERVAL_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -77,62 +69,50 @@ class CompetitiveMiner:
         if options.network == REHEARSAL:
             log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")
         async with AsyncExitStack() as stack:
-            books = Bookkeeping(ledger, options.metrics_port, options.min_reward)
-            clocks = ValidatorClocks()
-            dendrite = await stack.enter_async_context(
-                ValidatorDendrite(keypair, clocks.answered, clocks.highest_offset)
-            )
+            dendrite = await stack.enter_async_context(ValidatorDendrite(keypair))
             services = [await stack.enter_async_context(GenerationService(url)) for url in options.endpoints]
-            pool = GeneratorPool(services)
-            spool = Spool(folder)
-            directory = ValidatorDirectory(Eligibility(keypair.ss58_address, options.network, blacklist))
-            history = await books.submissions()
-            submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
-            manager = AsyncTaskManager(
-                dendrite,
-                directory,
-                clocks,
-                submitter,
-                pool,
-                books.record,
-                workers=options.workers,
-                threshold=options.validation_threshold,
-                cooldowns=await books.cooldowns(),
-                worth_asking_at=books.policy.ask_at,
+            books = open_books(options, keypair.ss58_address)
+            miner = await assemble(
+                options,
+                keypair,
+                dendrite=dendrite,
+                services=services,
+                fetch=self._fetch,
+                blacklist=blacklist,
+                books=books,
             )
-            books.start()
-            stack.push_async_callback(books.close)
-            interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
-            synchroniser = Synchroniser(
-                self._fetch, keypair.ss58_address, options.network, directory, manager, blacklist, interval
-            )
-            workers = []
-            for number in range(1, options.workers + 1):
-                worker = Worker(manager, pool, submitter, books.record, retries=options.retries)
-                workers.append(_start(f"Worker {number}", worker.run))
-            report = functools.partial(self._report_status, books, clocks, directory, manager, pool, synchroniser)
+            await self.mine(miner, books)
+
+    async def mine(self, miner: Miner, books: Bookkeeping) -> None:
+        """Runs the parts until `stop`. Then what is in hand is handed in, as far as there is time."""
+        books.start()
+        try:
+            workers = [_start(f"Worker {number}", worker.run) for number, worker in enumerate(miner.workers, start=1)]
             background = [
-                _start("Watching the generation services", pool.watch),
-                _start("Following the chain", synchroniser.follow_chain),
-                _start("Following the blacklist", synchroniser.follow_blacklist),
+                _start("Watching the generation services", miner.pool.watch),
+                _start("Following the chain", miner.synchroniser.follow_chain),
+                _start("Following the blacklist", miner.synchroniser.follow_blacklist),
                 _start("Following the standings", books.follow_standings),
-                _start("The status report", report),
+                _start("The status report", functools.partial(self._report_status, miner, books)),
             ]
             await self._stopping.wait()
 
-            stopped_at = steady_time()
-            pool.stop_waiting()
+            now = miner.clocks.now
+            stopped_at = now()
+            miner.pool.stop_waiting()
             for task in background:
                 task.cancel()
-            await manager.close()
+            await miner.manager.close()
             _, late = await asyncio.wait(workers, timeout=stopping.WORKERS_S)
             for task in late:
                 task.cancel()
             if late:
                 log.warning("%d tasks left in generation; their validators keep them assigned", len(late))
             await asyncio.gather(*background, *late, return_exceptions=True)
-            left = stopped_at + stopping.TASKS_S - steady_time()
-            await submitter.drain(min(stopping.SUBMISSIONS_S, left))
+            left = stopped_at + stopping.TASKS_S - now()
+            await miner.submitter.drain(min(stopping.SUBMISSIONS_S, left))
+        finally:
+            await books.close()
 
     async def _network_is_there(self) -> bool:
         """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
@@ -156,33 +136,27 @@ class CompetitiveMiner:
             return await asyncio.to_thread(chain.load, _network_file(options))
         return await chain.fetch(options.network, options.netuid)
 
-    async def _report_status(
-        self,
-        books: Bookkeeping,
-        clocks: ValidatorClocks,
-        directory: ValidatorDirectory,
-        manager: AsyncTaskManager,
-        pool: GeneratorPool,
-        synchroniser: Synchroniser,
-    ) -> None:
+    async def _report_status(self, miner: Miner, books: Bookkeeping) -> None:
         """Keeps the status file as things are, and says in the log when there is nothing to do."""
-        idle_log, clock_log = IdleLog(), ClockLog()
+        idle_log, clock_log = IdleLog(miner.clocks.now), ClockLog()
+        manager, pool = miner.manager, miner.pool
         while True:
-            if not directory.eligible:
-                status = synchroniser.problem
+            eligible = miner.directory.eligible
+            if not eligible:
+                status = miner.synchroniser.problem
             elif manager.first_round_done.is_set():
                 status = "ready"
             else:
                 status = "asking validators" if pool.ready.is_set() else "waiting for the generation service"
             self._status.write(
                 status=status,
-                validators=len(directory.eligible),
+                validators=len(eligible),
                 queued=manager.queued,
                 working=len(manager.working),
                 totals=dict(books.totals),
             )
-            idle_log.update(manager, len(directory.eligible))
-            moment = snapshot(directory, manager, pool, clocks, books.backlog)
+            idle_log.update(manager, len(eligible))
+            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog)
             clock_log.update(moment.clock_behind)
             books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)

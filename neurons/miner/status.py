@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from neurons.miner.generation.pool import GeneratorPool
 from neurons.miner.records.metrics import Snapshot
 from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.validators.clock import ValidatorClocks, steady_time
+from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.directory import ValidatorDirectory
 
 IDLE_LOG_INTERVAL_S = 60.0
@@ -30,7 +31,7 @@ def snapshot(
     ledger_backlog: int,
 ) -> Snapshot:
     """The miner at this moment, for the metrics."""
-    now = steady_time()
+    now = clocks.now()
     eligible = directory.eligible
     return Snapshot(
         queued=manager.queued,
@@ -69,11 +70,12 @@ class StatusFile:
 class IdleLog:
     """Says, once a minute, that all validators are on cooldown or do not answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self._logged_at = 0.0
 
     def update(self, manager: AsyncTaskManager, eligible: int) -> None:
-        now = steady_time()
+        now = self._now()
         cooldowns, silent = manager.cooldowns, manager.silent
         if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:
             return

@@ -2,8 +2,8 @@
 
 Both meet validators that keep the rehearsal's rules by clocks of their own (up to 5 s off, one of them an hour), over a
 network with delays. The sequential miner does what the subnet's base miner does: one task at a time from the next
-validator in turn, waiting for everything, and 10 s of sleep when none is free. Ours is the real AsyncTaskManager with
-its workers, submitter, spool and generator pool. Generators are stand-ins with a set duration and concurrency.
+validator in turn, waiting for everything, and 10 s of sleep when none is free. Ours is the real miner, put
+together as in production. Generators are stand-ins with a set duration and concurrency.
 
     python -m scripts.bench.miner [--hours 4] [--case TEXT]
 """
@@ -23,18 +23,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from neurons.miner.generation.pool import GeneratorPool
-from neurons.miner.records.events import Event
-from neurons.miner.submission.spool import Spool
-from neurons.miner.submission.submitter import Submitter
-from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.tasks.workers import Worker
-from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
+from neurons.miner.assemble import assemble
+from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import PULL_TIMEOUT_S, SUBMIT_TIMEOUT_S, PullTask, make_submission
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import MINER, SPLAT, Behaviour, SimulatedNetwork, SimulatedValidator, StandInService
+from scripts.bench.simulated_subnet import (
+    MINER,
+    SPLAT,
+    Behaviour,
+    MemoryBooks,
+    SimulatedNetwork,
+    SimulatedValidator,
+    StandInService,
+    options_in,
+)
 from scripts.bench.virtual_time import now
 
 # What the base miner does.
@@ -44,7 +47,6 @@ SEQUENTIAL_SUBMIT_ATTEMPTS = 3
 SEQUENTIAL_SUBMIT_PAUSE_S = 10.0
 
 WARM_UP_S = 1200.0
-WORKERS = 4  # the miner's default
 CLOCK_OFFSETS_S = (0.0, 0.4, -0.7, 1.5, -1.5, 2.6, -2.6, 3.7, -4.2, 5.0, -5.0, 3600.0)
 ALL_GOOD = tuple(Behaviour(clock_offset=offset) for offset in CLOCK_OFFSETS_S)
 # 2 of 12 never answer, 4 take 8 s to hand out a task and 45 s to validate a result.
@@ -151,21 +153,19 @@ async def _one_task(network: SimulatedNetwork, service: StandInService, validato
 
 
 async def our_miner(network: SimulatedNetwork, service: StandInService, folder: Path) -> None:
-    clocks = ValidatorClocks(now)
-    network.on_date = clocks.answered
-    directory = ValidatorDirectory(Eligibility(MINER.ss58_address, "rehearsal", frozenset()))
-    directory.update(network.metagraph())
-    spool = Spool(folder)
-    pool = GeneratorPool([service], now)
-    submitter = Submitter(network, directory, clocks, MINER, spool, _ignore)
-    manager = AsyncTaskManager(network, directory, clocks, submitter, pool, _ignore, workers=WORKERS, threshold=0.6)
-    manager.sync()
-    workers = [Worker(manager, pool, submitter, _ignore, retries=2, now=now) for _ in range(WORKERS)]
-    await asyncio.gather(pool.watch(), *(worker.run() for worker in workers))
-
-
-def _ignore(_: Event) -> None:
-    """Events are for the ledger."""
+    miner = await assemble(
+        options_in(folder),
+        MINER,
+        dendrite=network,
+        services=[service],
+        fetch=network.fetch,
+        blacklist=Blacklist(()),
+        books=MemoryBooks(),
+        now=now,
+    )
+    miner.directory.update(network.metagraph())
+    miner.manager.sync()
+    await asyncio.gather(miner.pool.watch(), *(worker.run() for worker in miner.workers))
 
 
 async def for_seconds(seconds: float, miner: Awaitable[None]) -> None:

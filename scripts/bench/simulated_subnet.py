@@ -1,15 +1,17 @@
 """A subnet in virtual time: validators that keep the rehearsal's rules, behind a network with delays, and generators.
 
-`SimulatedNetwork` takes the place of the miner's dendrite, `StandInService` that of a generation service.
+`SimulatedNetwork` takes the place of the miner's dendrite, `StandInService` that of a generation service,
+`MemoryBooks` that of its ledger.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import bittensor as bt
@@ -17,7 +19,11 @@ import numpy as np
 
 from common import ply
 from neurons.chain import Metagraph, Neuron
+from neurons.defaults import REHEARSAL
 from neurons.miner.generation.service import Generated
+from neurons.miner.options import MinerOptions
+from neurons.miner.records.events import Event
+from neurons.miner.records.verdicts import PastSubmission
 from neurons.miner.validators.dendrite import DateListener
 from neurons.protocol import PullTask, SubmitResults, Task
 from neurons.rehearsal.network import load_prompts, shuffled
@@ -98,10 +104,15 @@ class SimulatedNetwork:
     def __init__(self, behaviours: Sequence[Behaviour], limits: Limits, seed: int = 0) -> None:
         self.validators = [SimulatedValidator(uid, each, limits) for uid, each in enumerate(behaviours)]
         self.on_date: DateListener = lambda *_: None
+        self.seconds_ahead: Callable[[str], float] = lambda _: 0.0
         self._random = random.Random(seed)
 
     def metagraph(self) -> Metagraph:
-        return Metagraph(NETUID, tuple(validator.neuron for validator in self.validators))
+        miner = Neuron(len(self.validators), MINER.ss58_address, "0.0.0.0", 0, 0.0, serving=False)
+        return Metagraph(NETUID, (*(validator.neuron for validator in self.validators), miner))
+
+    async def fetch(self) -> Metagraph:
+        return self.metagraph()
 
     async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
         validator = self.validators[target_axon.port - FIRST_PORT]
@@ -125,6 +136,36 @@ class SimulatedNetwork:
 
     def _one_way(self) -> float:
         return self._random.uniform(*ONE_WAY_S)
+
+
+@dataclass
+class MemoryBooks:
+    """In the place of Bookkeeping, whose ledger writes in real time.
+
+    `past` and `known_cooldowns` are what an earlier run knew; `left_alone_until` is who is not worth asking.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    past: Sequence[PastSubmission] = ()
+    known_cooldowns: dict[str, float] = field(default_factory=dict)
+    left_alone_until: dict[str, float] = field(default_factory=dict)
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)
+
+    def worth_asking_at(self, hotkey: str) -> float:
+        return self.left_alone_until.get(hotkey, 0.0)
+
+    async def cooldowns(self) -> dict[str, float]:
+        return self.known_cooldowns
+
+    async def submissions(self) -> Sequence[PastSubmission]:
+        return self.past
+
+
+def options_in(folder: Path) -> MinerOptions:
+    """The miner's defaults, in a rehearsal that keeps its files in `folder`."""
+    return MinerOptions(REHEARSAL, "rehearsal", "miner", folder, rehearsal_state=folder, metrics_port=0)
 
 
 class StandInService:

@@ -15,24 +15,28 @@ import bittensor as bt
 import pytest
 
 from neurons.chain import Metagraph
+from neurons.miner.assemble import assemble
 from neurons.miner.assignment import USEFUL_AGE_S
-from neurons.miner.generation.pool import GeneratorPool
 from neurons.miner.generation.service import EndpointUnavailable, Generated
 from neurons.miner.records.events import Event, Generation, Pull, Settlement, Submission
 from neurons.miner.status import IdleLog
-from neurons.miner.submission.spool import Spool
-from neurons.miner.submission.submitter import Submitter
 from neurons.miner.supervisor import keep_running
-from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.tasks.workers import Worker
-from neurons.miner.validators.clock import UNKNOWN_CLOCK_MARGIN_S, ValidatorClocks
+from neurons.miner.validators.blacklist import Blacklist
+from neurons.miner.validators.clock import UNKNOWN_CLOCK_MARGIN_S
 from neurons.miner.validators.dendrite import CONNECTION_LOST, NO_CONNECTION
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 from neurons.protocol import PULL_TIMEOUT_S, SubmitResults, Task
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
 from scripts.bench.miner import AIM, ALL_GOOD, BASE, MIXED, PROMISE, Case, ceiling, simulate
-from scripts.bench.simulated_subnet import MINER, SPLAT, Behaviour, SimulatedNetwork, StandInService
+from scripts.bench.simulated_subnet import (
+    MINER,
+    SPLAT,
+    Behaviour,
+    MemoryBooks,
+    SimulatedNetwork,
+    StandInService,
+    options_in,
+)
 from scripts.bench.virtual_time import now
 
 HOUR = 3600.0
@@ -61,40 +65,44 @@ class Network(SimulatedNetwork):
         return synapse
 
 
-class Miner:
-    def __init__(self, network: Network, folder: Path, services: Sequence[Any], retries: int = 2) -> None:
-        self.events: list[Event] = []
-        self.network = network
-        clocks = ValidatorClocks(now)
-        network.on_date = clocks.answered
-        self.blacklist: set[int | str] = set()
-        self.directory = ValidatorDirectory(Eligibility(MINER.ss58_address, "rehearsal", self.blacklist))
-        self.directory.update(network.metagraph())
-        self.spool = Spool(folder)
-        self.pool = GeneratorPool(services, now)
-        self.worth_asking_at = dict.fromkeys(self.directory.eligible, 0.0)
-        self.breaks: type[Event] | None = None  # breaks whoever records the next one of these
-        record = self._record
-        self.submitter = Submitter(network, self.directory, clocks, MINER, self.spool, record)
-        self.manager = AsyncTaskManager(
-            *(network, self.directory, clocks, self.submitter, self.pool, record),
-            workers=4,
-            threshold=0.6,
-            worth_asking_at=self.worth_asking_at.__getitem__,
-        )
-        self.workers = [Worker(self.manager, self.pool, self.submitter, record, retries=retries, now=now)] * 4
-        self.tasks: list[asyncio.Task[None]] = []
+class Books(MemoryBooks):
+    breaks: type[Event] | None = None  # breaks whoever records the next one of these
 
-    def start(self) -> None:
-        self.manager.sync()
-        parts = [self.pool.watch, *(worker.run for worker in self.workers)]
-        self.tasks = [asyncio.create_task(keep_running("A part", part)) for part in parts]
-
-    def _record(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         if self.breaks is not None and isinstance(event, self.breaks):
             self.breaks = None
             raise RuntimeError("broken on purpose")
-        self.events.append(event)
+        super().record(event)
+
+
+class Miner:
+    """The assembled parts, with what tests look at and change."""
+
+    def __init__(self, network: Network, folder: Path, services: Sequence[Any], retries: int = 2) -> None:
+        self.network = network
+        self.books = Books()
+        self.events = self.books.events
+        self.blacklist_file = folder / "blacklist"
+        self.blacklist = Blacklist((), self.blacklist_file)
+        self._options = replace(options_in(folder), spool=folder, retries=retries)
+        self._services = services
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        parts = await assemble(
+            *(self._options, MINER),
+            dendrite=self.network,
+            services=self._services,
+            fetch=self.network.fetch,
+            blacklist=self.blacklist,
+            books=self.books,
+            now=now,
+        )
+        self.directory, self.pool, self.manager = parts.directory, parts.pool, parts.manager
+        self.directory.update(self.network.metagraph())
+        self.manager.sync()
+        running = [self.pool.watch, *(worker.run for worker in parts.workers)]
+        self.tasks = [asyncio.create_task(keep_running("A part", part)) for part in running]
 
     async def kill(self) -> None:
         """As far as one process can: everything stops where it stands."""
@@ -122,7 +130,7 @@ class Miner:
 @asynccontextmanager
 async def mining(network: Network, folder: Path, *services: Any, retries: int = 2):  # type: ignore[no-untyped-def]
     miner = Miner(network, folder, services or [StandInService(20.0, 4)], retries)
-    miner.start()
+    await miner.start()
     try:
         yield miner
     finally:
@@ -362,7 +370,8 @@ def test_one_that_is_not_eligible_any_more_gets_its_result_and_is_left_alone(tmp
             await asyncio.sleep(5)
             gone, stays = network.validators
             if how == "blacklisted":
-                miner.blacklist.add(gone.hotkey)
+                miner.blacklist_file.write_text(gone.hotkey)
+                miner.blacklist.reload()
                 miner.directory.refresh()
             else:
                 poor = () if how == "leaves" else (replace(gone.neuron, stake=10.0),)
@@ -374,7 +383,8 @@ def test_one_that_is_not_eligible_any_more_gets_its_result_and_is_left_alone(tmp
             assert pulls[gone.neuron.port] == 1
             # It comes back within its cooldown.
             gone.rules.miners[MINER.ss58_address].cooldown_until = gone.clock() + 200
-            miner.blacklist.clear()
+            miner.blacklist_file.write_text("")
+            miner.blacklist.reload()
             miner.directory.update(network.metagraph())
             miner.manager.sync()
             await asyncio.sleep(600)
@@ -439,7 +449,7 @@ def test_it_is_said_when_nobody_is_left_to_ask(tmp_path: Path, caplog: pytest.Lo
     async def test() -> None:
         network = Network([Behaviour(), Behaviour(), Behaviour(dead=True)], limits())
         async with mining(network, tmp_path) as miner:
-            idle_log = IdleLog()
+            idle_log = IdleLog(now)
             for _ in range(60):
                 await asyncio.sleep(1)
                 idle_log.update(miner.manager, len(miner.directory.eligible))
@@ -456,7 +466,7 @@ def test_validators_that_are_all_silent_have_no_next_one(tmp_path: Path, caplog:
     async def test() -> None:
         network = Network([Behaviour(dead=True)], limits())
         async with mining(network, tmp_path) as miner:
-            idle_log = IdleLog()
+            idle_log = IdleLog(now)
             for _ in range(40):
                 await asyncio.sleep(1)
                 idle_log.update(miner.manager, len(miner.directory.eligible))
@@ -475,7 +485,7 @@ def test_a_part_that_breaks_starts_again_and_no_task_is_lost(
     async def test() -> None:
         network = Network([Behaviour()], limits())
         async with mining(network, tmp_path) as miner:
-            miner.breaks = kind
+            miner.books.breaks = kind
             await asyncio.sleep(HOUR)
             assert network.validators[0].accepted >= 11
             assert len(miner.manager.held) <= 1
@@ -595,12 +605,12 @@ def test_a_judgement_that_is_taken_back_costs_a_minute(tmp_path: Path, caplog: p
         network = Network([Behaviour()] * 2, limits())
         condemned, other = network.validators
         miner = Miner(network, tmp_path, [StandInService(20.0, 4)])
-        miner.worth_asking_at[condemned.hotkey] = now() + HOUR
-        miner.start()
+        miner.books.left_alone_until[condemned.hotkey] = now() + HOUR
+        await miner.start()
         await asyncio.sleep(600)
         assert len(condemned.held) == 0 and len(other.held) == 2
-        assert miner.manager.cooldowns[condemned.hotkey] == miner.worth_asking_at[condemned.hotkey]
-        miner.worth_asking_at[condemned.hotkey] = 0.0
+        assert miner.manager.cooldowns[condemned.hotkey] == miner.books.left_alone_until[condemned.hotkey]
+        miner.books.left_alone_until[condemned.hotkey] = 0.0
         await asyncio.sleep(100)
         assert len(condemned.held) == 1
         await miner.kill()

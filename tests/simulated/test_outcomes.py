@@ -24,20 +24,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurons.chain import Metagraph, Neuron
-from neurons.miner.generation.pool import GeneratorPool
+from neurons.miner.assemble import assemble
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event, Settlement, Submission
 from neurons.miner.records.verdicts import WINDOW_S, PastSubmission, Span, Window
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
 from neurons.miner.submission.submitter import Submitter
-from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.tasks.workers import Worker
+from neurons.miner.validators.blacklist import Blacklist
 from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.dendrite import CONNECTION_LOST, NO_CONNECTION
 from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 from neurons.protocol import Feedback, PullTask, SubmitResults, TextTask, signature_is_valid
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import StandInService
+from scripts.bench.simulated_subnet import MemoryBooks, StandInService, options_in
 from scripts.bench.virtual_time import now
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")
@@ -80,6 +79,7 @@ class Scripted:
         self.pulled_at: list[float] = []
         self.submissions: list[tuple[float, SubmitResults]] = []
         self.on_date: Callable[..., None] = lambda *_: None
+        self.seconds_ahead: Callable[[str], float] = lambda _: 0.0
         self.old_cooldown = 0
 
     def clock(self) -> float:
@@ -133,33 +133,39 @@ class Service(StandInService):
         return replace(generated, ply=b"", rejected="score 0.2") if self.rejects else generated
 
 
+async def metagraph() -> Metagraph:
+    return Metagraph(17, (VALIDATOR,))
+
+
 class Miner:
+    """The assembled parts, over one validator and one service."""
+
     def __init__(self, validator: Scripted, folder: Path, history: Sequence[PastSubmission] = ()) -> None:
         self.validator = validator
-        self.events: list[Event] = []
-        clocks = ValidatorClocks(now)
-        validator.on_date = clocks.answered
-        directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset()))
-        directory.update(Metagraph(17, (VALIDATOR,)))
-        self.spool = Spool(folder)
+        self.books = MemoryBooks(past=history)
+        self.events = self.books.events
         self.service = Service(GENERATION_S, 4)
-        self.pool = GeneratorPool([self.service], now)
-        record = self.events.append
-        self.submitter = Submitter(validator, directory, clocks, KEYPAIR, self.spool, record, history)
-        self.manager = AsyncTaskManager(
-            *(validator, directory, clocks, self.submitter, self.pool, record), workers=4, threshold=0.6
-        )
-        self.worker = Worker(self.manager, self.pool, self.submitter, record, retries=0, now=now)
+        self._options = replace(options_in(folder), spool=folder, retries=0)
 
     async def run(self, seconds: float) -> None:
-        self.manager.sync()
-        parts = [asyncio.create_task(part) for part in (self.pool.watch(), self.worker.run())]
+        miner = await assemble(
+            *(self._options, KEYPAIR),
+            dendrite=self.validator,
+            services=[self.service],
+            fetch=metagraph,
+            blacklist=Blacklist(()),
+            books=self.books,
+            now=now,
+        )
+        miner.directory.update(await metagraph())
+        miner.manager.sync()
+        parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
         await asyncio.sleep(seconds)
-        await self.manager.close()
+        await miner.manager.close()
         for part in parts:
             part.cancel()
         await asyncio.gather(*parts, return_exceptions=True)
-        await self.submitter.drain(0.0)
+        await miner.submitter.drain(0.0)
 
     @property
     def submissions(self) -> list[tuple[str, str]]:

@@ -12,20 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurons.miner.generation.pool import GeneratorPool
+from neurons.miner.assemble import assemble
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event
 from neurons.miner.records.policy import EXPLORATION_INTERVAL_S, Policy
 from neurons.miner.records.standings import WINDOW_S, Standing, read
-from neurons.miner.submission.spool import Spool
-from neurons.miner.submission.submitter import Submitter
-from neurons.miner.tasks.task_manager import AsyncTaskManager
-from neurons.miner.tasks.workers import Worker
-from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
+from neurons.miner.validators.blacklist import Blacklist
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService
+from scripts.bench.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService, options_in
 from scripts.bench.virtual_time import now
 from tests.support.ledger_events import NOW
 
@@ -141,40 +136,39 @@ def test_more_gpu_seconds_never_earn_more(judged: Standing, more: float) -> None
 # --- in the miner, where generators are short: 12 validators ask for 144 tasks an hour, and 60 can be made
 
 
+class PatientBooks(Bookkeeping):
+    def record(self, event: Event) -> None:
+        super().record(event)
+        while self.backlog:  # time is virtual, and the ledger's thread is not: it would fall behind by hours
+            time.sleep(0.0002)
+
+
 def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], list[int]]:
     """Tasks given and results accepted by each validator; the last 4 of the 12 accept nothing."""
 
     async def main() -> tuple[list[int], list[int]]:
         network = SimulatedNetwork([Behaviour()] * 8 + [Behaviour(score=0.1)] * 4, Limits())
-        clocks = ValidatorClocks(now)
-        network.on_date = clocks.answered
-        directory = ValidatorDirectory(Eligibility(MINER.ss58_address, "rehearsal", frozenset()))
-        directory.update(network.metagraph())
-        spool = Spool(folder / "spool")
-        pool = GeneratorPool([StandInService(60.0, 1)], now)
-        books = Bookkeeping(folder / "ledger.sqlite", 0, least_reward, now)
+        options = replace(options_in(folder), min_reward=least_reward, retries=0)
+        books = PatientBooks(options.ledger_of(MINER.ss58_address), 0, least_reward, now)
         books.start()
-
-        def record(event: Event) -> None:
-            books.record(event)
-            while books.backlog:  # time is virtual, and the ledger's thread is not: it would fall behind by hours
-                time.sleep(0.0002)
-
-        submitter = Submitter(network, directory, clocks, MINER, spool, record)
-        manager = AsyncTaskManager(
-            *(network, directory, clocks, submitter, pool, record),
-            workers=4,
-            threshold=0.6,
-            worth_asking_at=books.policy.ask_at,
+        miner = await assemble(
+            *(options, MINER),
+            dendrite=network,
+            services=[StandInService(60.0, 1)],
+            fetch=network.fetch,
+            blacklist=Blacklist(()),
+            books=books,
+            now=now,
         )
-        workers = [Worker(manager, pool, submitter, record, retries=0, now=now) for _ in range(4)]
-        manager.sync()
-        parts = asyncio.gather(pool.watch(), books.follow_standings(), *(worker.run() for worker in workers))
+        miner.directory.update(network.metagraph())
+        miner.manager.sync()
+        workers = (worker.run() for worker in miner.workers)
+        parts = asyncio.gather(miner.pool.watch(), books.follow_standings(), *workers)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(parts, WINDOW_S)
-        await manager.close()
+        await miner.manager.close()
         await books.close()
-        found = read(folder / "ledger.sqlite", now())
+        found = read(options.ledger_of(MINER.ss58_address), now())
         return (
             [found[each.hotkey].tasks for each in network.validators],
             [each.accepted for each in network.validators],

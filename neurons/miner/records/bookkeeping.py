@@ -61,6 +61,10 @@ class Bookkeeping:
     def show(self, snapshot: Snapshot) -> None:
         self._metrics.show(snapshot)
 
+    def worth_asking_at(self, hotkey: str) -> float:
+        """The unix time from which it is worth asking the validator for a task; 0 for right away."""
+        return self.policy.ask_at(hotkey)
+
     @property
     def backlog(self) -> int:
         return self._ledger.backlog

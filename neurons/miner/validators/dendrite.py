@@ -77,8 +77,8 @@ class ValidatorDendrite(bt.Dendrite):
         self.external_ip = "0.0.0.0"
         self.keypair = keypair
         self._session: aiohttp.ClientSession | None = None
-        self._on_date = on_date
-        self._seconds_ahead = seconds_ahead
+        self.on_date = on_date
+        self.seconds_ahead = seconds_ahead
         self._senders: dict[str, _Sender] = {}
 
     def __del__(self) -> None:
@@ -150,7 +150,7 @@ class ValidatorDendrite(bt.Dendrite):
     def _sign(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender) -> None:
         declared = timeout
         if sender.refused:
-            ahead = max(self._seconds_ahead(target_axon.hotkey), 0.0)
+            ahead = max(self.seconds_ahead(target_axon.hotkey), 0.0)
             declared = max(timeout, DECLARED_AFTER_REFUSAL_S + ahead)
         hotkey = self.keypair.ss58_address
         nonce = sender.next_nonce()
@@ -176,7 +176,7 @@ class ValidatorDendrite(bt.Dendrite):
             timeout=aiohttp.ClientTimeout(total=timeout),
             allow_redirects=False,
         ) as response:
-            self._on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())
+            self.on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())
             body = bytearray()
             async for chunk in response.content.iter_chunked(1 << 16):
                 body += chunk

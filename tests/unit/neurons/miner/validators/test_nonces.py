@@ -163,7 +163,7 @@ async def test_a_validator_whose_clock_is_ahead_is_asked_all_the_same(
 
 @pytest.mark.parametrize("ahead", [50.0])
 async def test_without_a_date_60_seconds_are_declared(validator: Validator, miner: Miner) -> None:
-    miner.dendrite._on_date = lambda *_: None
+    miner.dendrite.on_date = lambda *_: None
     assert await miner.pull(validator) == 200
     assert validator.asked[0].timeout == pytest.approx(60 + 5, abs=1)
 
