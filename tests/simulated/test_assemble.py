@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ import pytest
 from neurons.miner.app import CompetitiveMiner
 from neurons.miner.assemble import Miner, assemble, open_books
 from neurons.miner.assignment import usable_threshold
-from neurons.miner.generation.service import Generated
+from neurons.miner.generation.service import EndpointUnavailable, Generated
 from neurons.miner.options import MinerOptions
+from neurons.miner.records import standings
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event, Generation, Pull, Settlement, Submission
 from neurons.miner.submission.spool import SpooledResult
@@ -126,6 +128,50 @@ def test_what_is_in_generation_at_a_stop_is_handed_in(tmp_path: Path) -> None:
             await asyncio.sleep(3)
             assert run.of(Pull) == ["task"] and not run.of(Generation)
         assert run.of(Submission) == ["accepted"]
+
+    in_virtual_time(test)
+
+
+def test_a_stop_does_not_wait_for_a_service_that_is_gone(tmp_path: Path) -> None:
+    class Gone(Service):
+        async def generate(self, task: Task, seed: int) -> Generated:
+            raise EndpointUnavailable("gone", 200.0)
+
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        async with mining(network, options_in(tmp_path), Gone(GENERATION_S, 4)) as run:
+            await asyncio.sleep(10)
+            assert len(run.parts.manager.working) == 1
+            stopped_at = now()
+            await run.stop()
+            assert now() - stopped_at < 1
+
+    in_virtual_time(test)
+
+
+def test_what_was_recorded_last_is_in_the_ledger_after_a_stop(tmp_path: Path) -> None:
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour(dead=True)], Limits())
+        options = options_in(tmp_path)
+        (validator,) = network.validators
+        async with mining(network, options) as run:
+            await asyncio.sleep(1)
+            for _ in range(5000):
+                run.books.record(Pull(validator.neuron, "refused", 0.1))
+        assert standings.read(options.ledger_of(MINER.ss58_address), now())[validator.hotkey].pulls >= 5000
+
+    in_virtual_time(test)
+
+
+def test_the_status_file_says_how_things_are_until_the_stop(tmp_path: Path) -> None:
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        file = tmp_path / "status"
+        async with mining(network, replace(options_in(tmp_path), status_file=file)):
+            await asyncio.sleep(30)
+            said = json.loads(file.read_text())
+        assert (said["status"], said["validators"]) == ("ready", 1)
+        assert said["totals"] == {"pull task": 1, "generation generated": 1, "submission accepted": 1}
 
     in_virtual_time(test)
 
@@ -252,10 +298,10 @@ def test_a_threshold_of_one_counts() -> None:
     assert usable_threshold(1.0 + 1e-9, 0.6) == 0.6
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 6])
 def test_so_many_tasks_are_in_generation_at_once(tmp_path: Path, workers: int) -> None:
     async def test() -> None:
-        network = SimulatedNetwork([Behaviour()] * 5, Limits())
+        network = SimulatedNetwork([Behaviour()] * 8, Limits())
         async with mining(network, replace(options_in(tmp_path), workers=workers), Service(60.0, 10)) as run:
             await asyncio.sleep(20)
             assert len(run.parts.manager.working) == workers

@@ -76,6 +76,18 @@ def test_rounding_is_half_away_from_zero() -> None:
     assert body[:18] == bytes.fromhex("010000 ffffff 000000  000000 020000 000000")
 
 
+def test_bytes_are_rounded_half_away_from_zero_too() -> None:
+    scales = {f"scale_{i}": -10 + halves / 16 for i, halves in enumerate((0.5, 1.5, 2.5))}
+    assert unpacked(spz.compress(make_ply([scales])))[16 + 13 : 16 + 16] == bytes([1, 2, 3])
+
+
+def test_sh_is_rounded_half_away_from_zero_before_it_is_bucketed() -> None:
+    # round(-4.5) = -5: 123, of which 120 is nearest; -4 would be 124, a tie that goes up to 128. Degree 2 likewise,
+    # where buckets are 16 wide: -9 is 119, nearest to 112.
+    packed = unpacked(spz.compress(make_ply([{"f_rest_0": -4.5 / 128, "f_rest_3": -8.5 / 128}], sh_degree=2)))
+    assert packed[16 + 19] == 120 and packed[16 + 19 + 9] == 112
+
+
 def test_positions_are_clamped_to_24_bits() -> None:
     body = unpacked(spz.compress(make_ply([{"x": 1e6, "y": -1e6, "z": 2047.75}])))[16:]
     assert body[:9] == bytes.fromhex("ffff7f 000080 00fc7f")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from email.utils import formatdate
@@ -85,6 +86,41 @@ def test_a_clock_that_drifts_is_followed(clocks: ValidatorClocks, now: Time) -> 
         cooldown_until = int(now.now + offset + 300)
         assert clocks.next_pull_at("5V", cooldown_until) + offset - 4e-5 * 300 >= cooldown_until
         now.now += 300
+
+
+def answer_on_the_second(clocks: ValidatorClocks, now: Time, offset: float) -> None:
+    """An answer without any delay, with a header that is neither old nor truncated: it tells the clock exactly."""
+    now.now = math.ceil(now.now + offset) - offset
+    clocks.answered("5V", formatdate(round(now.now + offset), usegmt=True), now.now, now.now)
+
+
+DRIFT = 9e-5  # of two clocks, in seconds per second: just within what is reckoned with
+
+
+def test_a_pull_is_not_early_after_hours_without_an_answer_of_a_slow_clock(clocks: ValidatorClocks, now: Time) -> None:
+    answer_on_the_second(clocks, now, 0.0)
+    told_at = now.now
+    now.now += 3 * 3600
+    cooldown_until = int(now.now) + 10
+    at = clocks.next_pull_at("5V", cooldown_until)
+    assert cooldown_until <= at - DRIFT * (at - told_at) < cooldown_until + 1
+
+
+def test_a_pull_is_not_early_after_a_long_cooldown_of_a_slow_clock(clocks: ValidatorClocks, now: Time) -> None:
+    answer_on_the_second(clocks, now, 0.0)
+    told_at = now.now
+    cooldown_until = int(now.now) + 3 * 3600
+    at = clocks.next_pull_at("5V", cooldown_until)
+    assert cooldown_until <= at - DRIFT * (at - told_at) < cooldown_until + 1
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_fast_clock_is_never_further_ahead_than_is_said(clocks: ValidatorClocks, now: Time, answers: int) -> None:
+    began = now.now
+    for _ in range(answers):
+        answer_on_the_second(clocks, now, DRIFT * (now.now - began))
+        now.now += 86_400
+    assert 0 <= clocks.highest_offset("5V") - DRIFT * (now.now - began) < 6
 
 
 def test_a_header_that_lies_is_found_out_by_a_refusal(clocks: ValidatorClocks, now: Time) -> None:
