@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 
+from neurons.chain import Metagraph
 from neurons.miner.app import CompetitiveMiner
 from neurons.miner.assemble import Miner, assemble, open_books
-from neurons.miner.assignment import usable_threshold
+from neurons.miner.assignment import USEFUL_AGE_S, usable_threshold
 from neurons.miner.generation.service import EndpointUnavailable, Generated
 from neurons.miner.options import MinerOptions
 from neurons.miner.records import standings
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event, Generation, Pull, Settlement, Submission
-from neurons.miner.submission.spool import SpooledResult
+from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import Feedback, Task, TextTask
 from neurons.rehearsal.rules import Limits
@@ -215,14 +216,14 @@ def test_what_validators_counted_outlasts_a_restart(tmp_path: Path) -> None:
     in_virtual_time(test)
 
 
-def test_the_spool_of_an_earlier_run_is_handed_in(tmp_path: Path) -> None:
+def test_the_spool_of_an_earlier_run_is_known(tmp_path: Path) -> None:
     async def test() -> None:
-        network = SimulatedNetwork([Behaviour()], Limits())
-        async with mining(network, options_in(tmp_path)) as run:
-            await asyncio.sleep(GENERATION_S + 3)
+        network = SimulatedNetwork([Behaviour(dead=True)], Limits())
+        options = replace(options_in(tmp_path), spool=tmp_path / "elsewhere")
         (validator,) = network.validators
-        run.parts.spool.put(SpooledResult(validator.hotkey, TextTask(id="kept", prompt="p"), b"result"))
-        async with mining(network, options_in(tmp_path)) as run:
+        kept = SpooledResult(validator.hotkey, TextTask(id="kept", prompt="p"), b"result")
+        Spool(tmp_path / "elsewhere").put(kept)
+        async with mining(network, options) as run:
             assert run.parts.submitter.keeps_for(validator.hotkey)
 
     in_virtual_time(test)
@@ -306,6 +307,53 @@ def test_so_many_tasks_are_in_generation_at_once(tmp_path: Path, workers: int) -
             await asyncio.sleep(20)
             assert len(run.parts.manager.working) == workers
             assert len(run.of(Pull)) == workers  # as long as nothing is measured
+
+    in_virtual_time(test)
+
+
+def test_no_more_is_pulled_than_is_generated_in_time(tmp_path: Path) -> None:
+    """By how long a task was measured to take: 200 s for two, 300 s for three."""
+
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()] * 8, Limits())
+        async with mining(network, replace(options_in(tmp_path), workers=1), Service(100.0, 1)) as run:
+            await asyncio.sleep(150)
+            assert run.of(Generation) == ["generated"] and len(run.parts.manager.held) == 2
+
+    in_virtual_time(test)
+
+
+def test_a_generation_is_given_up_when_its_task_has_become_too_old(tmp_path: Path) -> None:
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        async with mining(network, replace(options_in(tmp_path), retries=0), Service(1000.0, 1)) as run:
+            await asyncio.sleep(USEFUL_AGE_S + 2)
+            assert run.of(Generation) == ["failed"]
+
+    in_virtual_time(test)
+
+
+@pytest.mark.parametrize(("chain", "least", "most"), [("rehearsal", 15, 25), ("ws://127.0.0.1:9944", 4, 8)])
+def test_a_chain_is_asked_less_often_than_a_rehearsal_and_trusted_less(
+    tmp_path: Path, chain: str, least: int, most: int
+) -> None:
+    """On a chain nobody is asked at 127.0.0.1, so none is eligible here, and it is read again after 2, 4, 8, ... s."""
+
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        reads = 0
+
+        async def fetch() -> Metagraph:
+            nonlocal reads
+            reads += 1
+            return network.metagraph()
+
+        network.fetch = fetch  # type: ignore[method-assign]
+        options = replace(options_in(tmp_path), network=chain, spool=tmp_path / "s", ledger=tmp_path / "l")
+        async with mining(network, options) as run:
+            await asyncio.sleep(100)
+            assert least <= reads <= most
+            assert len(run.parts.directory.eligible) == (chain == "rehearsal")
 
     in_virtual_time(test)
 
