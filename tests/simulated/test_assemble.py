@@ -55,7 +55,8 @@ class Run:
 
     async def stop(self) -> None:
         self._app.stop()
-        await self._running
+        async with asyncio.timeout(60):
+            await self._running
 
     def of(self, kind: type[Event]) -> list[str]:
         return [event.outcome for event in self.events if isinstance(event, kind)]
