@@ -146,7 +146,8 @@ FORM = {
 def score(prompt: str) -> dict[str, Any]:
     """The body of a scoring request by ``prompt`` or ``prompt_image``: one form for each compression of the splat."""
     schema = intake.ScoreRequest.model_json_schema()
-    picture = {name: value for name, value in schema["properties"]["prompt_image"].items() if name != "default"}
+    # The prompt that is not meant may be null, the one that is meant may not.
+    picture = next(each for each in schema["properties"]["prompt_image"]["anyOf"] if each["type"] == "string")
     meant = {"prompt": _PROMPT, "prompt_image": {**picture, "minLength": 1, "format": "picture-base64"}}
     forms = []
     for number, kind in enumerate(("ply", "zstd", "spz")):
