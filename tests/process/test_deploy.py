@@ -517,7 +517,7 @@ def test_a_gpu_needs_python_h(clone: Clone) -> None:
     (clone.path / ".venv/bin/python").unlink()
     clone.write(
         ".venv/bin/python",
-        f'#!/bin/sh\ncase $2 in *sysconfig*) echo /x/python3.12/Python.h ;; *) exec {sys.executable} "$@" ;; esac\n',
+        f'#!/bin/sh\ncase $2 in *sysconfig*) echo /x/python3.12/Python.h ;; *) exec "{sys.executable}" "$@" ;; esac\n',
     )
     (clone.path / ".venv/bin/python").chmod(0o755)
     refused(
