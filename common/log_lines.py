@@ -38,3 +38,11 @@ class SingleLineFormatter(logging.Formatter):
     def formatException(self, ei: object) -> str:
         lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
         return "\n".join("    | " + escape(line) for line in lines)
+
+
+def shown_network(network: str) -> str:
+    """A chain's name, or its node's ``ws://`` address without user, password, path and query: these may hold a key."""
+    scheme, separator, rest = network.partition("://")
+    if not separator:
+        return network
+    return f"{scheme}://{re.split('[/?#]', rest, maxsplit=1)[0].rpartition('@')[2]}"

@@ -16,6 +16,8 @@ from typing import Any
 
 import bittensor as bt
 
+from common.log_lines import shown_network
+
 FETCH_TIMEOUT_S = 60.0
 # On top of it: the chain's client can swallow the cancellation that a time-out is, and then its thread never ends.
 GIVE_UP_S = 30.0
@@ -84,7 +86,8 @@ async def fetch(network: str, netuid: int) -> Metagraph:
         async with asyncio.timeout(limit):
             return await fetched
     except TimeoutError as error:
-        raise MetagraphUnavailable(f"{network}: reading subnet {netuid} has not ended in {limit:.0f} s") from error
+        said = f"{shown_network(network)}: reading subnet {netuid} has not ended in {limit:.0f} s"
+        raise MetagraphUnavailable(said) from error
 
 
 async def _fetch(network: str, netuid: int) -> Metagraph:
@@ -92,10 +95,12 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
         async with asyncio.timeout(FETCH_TIMEOUT_S), bt.AsyncSubtensor(network=network) as subtensor:
             return from_chain(await subtensor.metagraph(netuid, lite=True))
     except TimeoutError as error:
-        raise MetagraphUnavailable(f"{network}: no metagraph of subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s") from error
+        said = f"{shown_network(network)}: no metagraph of subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s"
+        raise MetagraphUnavailable(said) from error
     except Exception as error:
         # The substrate client lets whatever its websocket and decoder raise through.
-        raise MetagraphUnavailable(f"{network}: {type(error).__name__} {error}".rstrip()) from error
+        said = str(error).replace(network, shown_network(network))
+        raise MetagraphUnavailable(f"{shown_network(network)}: {type(error).__name__} {said}".rstrip()) from error
 
 
 def from_chain(metagraph: Any) -> Metagraph:

@@ -20,6 +20,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
@@ -47,19 +48,24 @@ Integer = Annotated[int, AfterValidator(lambda value: min(max(value, -LARGEST_IN
 Text = Annotated[str, AfterValidator(_with_utf8)]
 
 
+# Many times what a validator's scoring takes (1,024), and what a UUID has (36).
+MAX_PROMPT_CHARACTERS = 65_536
+MAX_ID_CHARACTERS = 1024
+
+
 class TextTask(BaseModel):
     """A prompt to turn into a splat. Older validators send no `type`, which makes theirs this one."""
 
     type: Literal["text"] = "text"
-    id: Text
-    prompt: Text
+    id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)]
+    prompt: Annotated[Text, Field(max_length=MAX_PROMPT_CHARACTERS)]
 
 
 class ImageTask(BaseModel):
     """An image to turn into a splat; `prompt` is the image in base64."""
 
     type: Literal["image"] = "image"
-    id: Text
+    id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)]
     prompt: Text
 
 

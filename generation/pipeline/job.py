@@ -48,7 +48,9 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        return any(other.outcome is None for other in self.behind)
+        # Those that are done are let go, or their scenes would stay in memory that this one needs.
+        self.behind = [other for other in self.behind if other.outcome is None]
+        return bool(self.behind)
 
     def rest(self) -> None:
         """It is paused: neither that nor what it takes is in the times of its report."""

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from common.log_lines import escape
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
@@ -34,10 +35,6 @@ MAX_REASON_CHARACTERS = 500
 ENGINE_STOP_S = 5.0
 
 T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """Nobody is left to answer."""
 
 
 def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
@@ -66,8 +63,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
     _add_error_handlers(app)
     app.state.events = events  # to be closed before the server waits for its open answers
-    # Bodies are read before a request is admitted; not too many big ones at once.
-    scoring_bodies = asyncio.Semaphore(2)
+    # Bodies are read before a request is admitted; not too many big ones at once. The background's wait for persons.
+    scoring_bodies = {background: asyncio.Semaphore(2) for background in (False, True)}
 
     @app.post("/generate", include_in_schema=False)
     @app.post(
@@ -128,21 +125,22 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.ERRORS)
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
-        async with scoring_bodies:
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        async with scoring_bodies[background]:
             body = await intake.read_score_request(request)
-            return await _score(request, body, intake.check_prompt(body.prompt or ""))
+            return await _score(request, body, intake.check_prompt(body.prompt or ""), background)
 
     @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.ERRORS)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
-        async with scoring_bodies:
+        background = intake.check_priority(request.headers.get("X-Priority"))
+        async with scoring_bodies[background]:
             body = await intake.read_score_request(request)
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
             picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
-            return await _score(request, body, picture.target)
+            return await _score(request, body, picture.target, background)
 
-    async def _score(request: Request, body: intake.ScoreRequest, prompt: Any) -> dict[str, Any]:
-        background = intake.check_priority(request.headers.get("X-Priority"))
+    async def _score(request: Request, body: intake.ScoreRequest, prompt: Any, background: bool) -> dict[str, Any]:
         data = await asyncio.to_thread(intake.decode_base64, body.data, "data")
         previews = (body.generate_single_preview, body.generate_grid_preview, body.preview_score_threshold)
         score = partial(_validate, data=data, compression=body.compression, prompt=prompt, previews=previews)
@@ -266,7 +264,7 @@ def _jsonable(value: Any) -> Any:
 
 def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
     """Outcome and reason for who follows a request that came to no result. No words that may quote its prompt."""
-    if isinstance(error, ClientGone):
+    if isinstance(error, ClientDisconnect):
         return "cancelled", "the client hung up"
     if isinstance(error, ApiError | Unavailable):
         return "refused" if stage in ("receiving", "queued") else "failed", str(error)
@@ -276,7 +274,7 @@ def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientGone.
+    """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientDisconnect.
 
     Raises Unavailable when the server ends with the request unfinished. To be called once the request's body is read:
     after that, the only message left is the disconnect.
@@ -291,7 +289,7 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ClientGone
+        raise ClientDisconnect
     except asyncio.CancelledError:  # the server's patience with requests in flight is over
         raise Unavailable("the service is shutting down", None) from None
     finally:
@@ -327,8 +325,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def failed(request: Request, error: StageFailed) -> Response:
         return answer(request, 500, f"generation failed: {error}")
 
-    @app.exception_handler(ClientGone)
-    async def gone(_: Request, error: ClientGone) -> Response:
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)

@@ -50,9 +50,12 @@ def local_folder(entry: Entry) -> Path:
 
 
 def only_file(entry: Entry) -> str:
-    """The name of the file of an entry that is no repository."""
-    assert entry.url is not None
-    return entry.url.rpartition("/")[2]
+    """The name of the file of an entry that is one file. Raises WeightsError for a folder whose card does not tell."""
+    if entry.url is not None:
+        return entry.url.rpartition("/")[2]
+    if len(entry.files) != 1:
+        raise WeightsError(f"{entry.name} must be one file: its card should say of which model, as 'of'")
+    return entry.files[0]
 
 
 def _url_folder(entry: Entry) -> Path:

@@ -178,6 +178,7 @@ REGISTRY = {
         Entry(
             name="alexnet",
             url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+            files=("alexnet-owt-7be5be79.pth",),
             revision="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
             licence="not known for the weights (ImageNet); the code around them, torchvision, is BSD-3-Clause",
             size_gb=0.24,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import bittensor as bt
 
+from common.log_lines import shown_network
 from neurons import chain
 from neurons.chain import Metagraph
 from neurons.defaults import REHEARSAL
@@ -36,7 +37,7 @@ class CompetitiveMiner:
     def __init__(self, options: MinerOptions) -> None:
         self._options = options
         self._stopping = asyncio.Event()
-        self._status = StatusFile(options.status_file, options.network)
+        self._status = StatusFile(options.status_file, shown_network(options.network))
 
     def stop(self) -> None:
         if not self._stopping.is_set():
@@ -64,7 +65,7 @@ class CompetitiveMiner:
     async def _mine(self, keypair: bt.Keypair, blacklist: Blacklist) -> None:
         options = self._options
         ledger, folder = options.ledger_of(keypair.ss58_address), options.spool_of(keypair.ss58_address)
-        log.info("Miner %s on %s, subnet %d", keypair.ss58_address, options.network, options.netuid)
+        log.info("Miner %s on %s, subnet %d", keypair.ss58_address, shown_network(options.network), options.netuid)
         log.info("Ledger %s, spool %s", ledger, folder)
         if options.network == REHEARSAL:
             log.warning("REHEARSAL: validators on this machine; nothing is submitted to the Bittensor network")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import bittensor as bt
 
+from common.log_lines import shown_network
 from neurons.chain import Metagraph
 from neurons.defaults import REHEARSAL
 from neurons.miner.generation.pool import GeneratorPool, Service
@@ -106,5 +107,5 @@ async def assemble(
         Worker(manager, pool, submitter, books.record, retries=options.retries, now=now) for _ in range(options.workers)
     ]
     interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
-    synchroniser = Synchroniser(fetch, hotkey, options.network, directory, manager, blacklist, interval)
+    synchroniser = Synchroniser(fetch, hotkey, shown_network(options.network), directory, manager, blacklist, interval)
     return Miner(clocks, directory, pool, spool, submitter, manager, workers, synchroniser)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from common.log_lines import shown_network
 from neurons.defaults import DATA, NETUID, REHEARSAL, REHEARSAL_HOTKEY, REHEARSAL_STATE, REHEARSAL_WALLET
 from neurons.miner.validators.blacklist import parse_entry
 
@@ -57,7 +58,7 @@ class MinerOptions:
         if self.network == REHEARSAL:
             # Its wallet is in there, too, and nothing that was practice may look like earnings.
             return self.rehearsal_state
-        network = re.sub(r"[^A-Za-z0-9.]+", "-", self.network)
+        network = re.sub(r"[^A-Za-z0-9.]+", "-", shown_network(self.network))
         return DATA / f"{network}-{self.netuid}-{hotkey}"
 
 

@@ -19,10 +19,11 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors.numpy import save
 
+from generation.schema.options import ModelChoice
 from generation.settings import ROOT
 from generation.weights import MissingWeights, WeightsError, download, loading
 from generation.weights.lock import Lock, lock_path, write_lock
-from generation.weights.registry import REGISTRY, Entry, wanted
+from generation.weights.registry import REGISTRY, Entry, lookup, wanted
 from tests.support.fake_hub import LARGE, Hub, Repository, digest, serve
 
 # Weights that the hub keeps outside of git, in a form that can be looked at.
@@ -509,6 +510,18 @@ class TestOneFile:
         monkeypatch.setattr(download, "PAUSE", 0)
         url = f"{hub.url}/{BIREFNET.repo}/resolve/{BIREFNET.revision}/model.safetensors"
         return replace(REGISTRY["alexnet"], url=url, revision=digest(WEIGHTS), size=len(WEIGHTS))
+
+    def test_a_folder_with_a_card_takes_its_place(self, tmp_path):
+        card = tmp_path / "card.json"
+        card.write_text('{"of": "alexnet"}')
+        entry = lookup(ModelChoice(model=str(tmp_path)))
+        with pytest.raises(MissingWeights, match=r"alexnet lacks alexnet-owt-7be5be79\.pth"):
+            loading.local_folder(entry)
+        (tmp_path / "alexnet-owt-7be5be79.pth").write_bytes(b"weights")
+        assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == b"weights"
+        card.write_text('{"name": "mine", "licence": "MIT"}')
+        with pytest.raises(WeightsError, match="mine must be one file: its card should say of which model"):
+            loading.only_file(lookup(ModelChoice(model=str(tmp_path))))
 
     def fetch(self, entry: Entry) -> list[str]:
         said: list[str] = []

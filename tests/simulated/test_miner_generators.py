@@ -65,6 +65,51 @@ def with_pool(test: Callable[[GeneratorPool, Service, Service], Awaitable[None]]
     virtual_time.run(main())
 
 
+def test_a_task_leaves_an_endpoint_that_vanished_with_it() -> None:
+    """Its connection stays open for ever: only its health tells."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.seconds = 1e6
+        generating = asyncio.create_task(pool.generate(TASK, 1))
+        await asyncio.sleep(0.1)
+        assert len(first.asked) == 1
+        first.status = EndpointUnavailable("not reachable")
+        began = now()
+        assert (await generating).endpoint == second.endpoint
+        assert now() - began <= 2 * HEALTH_INTERVAL_S + second.seconds + 1
+
+    with_pool(test)
+
+
+def test_a_health_check_that_fails_once_takes_no_task_away() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.seconds = 4 * HEALTH_INTERVAL_S
+        generating = asyncio.create_task(pool.generate(TASK, 1))
+        await asyncio.sleep(0.1)
+        first.status = EndpointUnavailable("not reachable")
+        await asyncio.sleep(HEALTH_INTERVAL_S + 0.1)
+        first.status = "ready"
+        assert (await generating).endpoint == first.endpoint
+        assert not second.asked
+
+    with_pool(test)
+
+
+def test_a_service_that_is_busy_has_not_failed() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = "loading"
+        await asyncio.sleep(HEALTH_INTERVAL_S + 0.1)
+        first.outcomes.extend(EndpointUnavailable("busy", 1.0) for _ in range(6))
+        await pool.generate(TASK, 1)
+        first.outcomes.extend([EndpointUnavailable("busy", 1.0)] * 6)
+        first.outcomes.append(EndpointUnavailable("gone"))
+        began = now()
+        await pool.generate(TASK, 1)
+        assert now() - began < 6 * 1.1 + FIRST_PAUSE_S + first.seconds + 1
+
+    with_pool(test)
+
+
 def test_least_outstanding_work_first() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(4)))

@@ -19,6 +19,8 @@ FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
 # A task can be at fault too: only an endpoint that fails at more in a row is left out.
 TOLERATED_FAILURES = 2
+# What it has in work is given to another one when it could not be reached so many times in a row.
+GONE_AFTER = 2
 # Of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
 
@@ -88,6 +90,8 @@ class _Endpoint:
         self.healthy = False
         self.said = ""
         self.failures = 0  # in a row
+        self.unreachable = 0  # in a row, when asked for its health
+        self.gone = asyncio.Event()
         self.failed_at = 0.0
         self.left_out_until = 0.0
 
@@ -146,7 +150,8 @@ class GeneratorPool:
                 generated = await self._generate(endpoint, task, seed, give_up_at)
                 finished = True
             except EndpointUnavailable as error:
-                self._failed(endpoint, begun, error, error.seconds)
+                # A service that says for how long it is busy has not failed.
+                self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
             except AttemptFailed as error:
                 self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
                 failed.append(endpoint)
@@ -158,13 +163,22 @@ class GeneratorPool:
                 endpoint.pace.end(begun, finished)
 
     async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
+        """Ends when its endpoint is gone, too: a machine that vanished never closes the connection."""
         asked_at = self._now()
+        working = asyncio.ensure_future(endpoint.service.generate(task, seed))
+        gone = asyncio.ensure_future(endpoint.gone.wait())
         try:
-            async with asyncio.timeout(give_up_at - asked_at):
-                return await endpoint.service.generate(task, seed)
-        except TimeoutError as error:
+            await asyncio.wait((working, gone), timeout=give_up_at - asked_at, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            if gone.done():
+                raise EndpointUnavailable("gone while it had a task")
             seconds = self._now() - asked_at
-            raise AttemptFailed(f"no answer in {seconds:.0f} s", endpoint.service.endpoint, seconds) from error
+            raise AttemptFailed(f"no answer in {seconds:.0f} s", endpoint.service.endpoint, seconds)
+        finally:
+            working.cancel()
+            gone.cancel()
+            await asyncio.gather(working, gone, return_exceptions=True)
 
     def _least_busy(self, failed: list[_Endpoint]) -> _Endpoint | None:
         """The usable endpoint, none of `failed`, that would be done first with one more task."""
@@ -188,14 +202,19 @@ class GeneratorPool:
         if not self.ready.is_set() or self._now() >= give_up_at:
             raise ServiceUnavailable("no generation service can take the task")
 
-    def _failed(self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None) -> None:
-        """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row."""
+    def _failed(
+        self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None, counts: bool = True
+    ) -> None:
+        """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row.
+
+        `counts`: whether this is such a failure.
+        """
         if begun_at < endpoint.failed_at:
             return  # All tasks in work fail with an endpoint that goes: that is one failure.
         endpoint.failed_at = self._now()
         if pause is None:
             pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
-        endpoint.failures += 1
+        endpoint.failures += counts
         log.warning("Generation service at %s: %s; left out for %.0f s", endpoint.service.endpoint, error, pause)
         endpoint.left_out_until = self._now() + pause
         self._update_ready()
@@ -205,8 +224,14 @@ class GeneratorPool:
         while True:
             try:
                 said = await endpoint.service.health()
+                endpoint.unreachable = 0
             except EndpointUnavailable as error:
                 said = str(error)
+                endpoint.unreachable += 1
+            if endpoint.unreachable < GONE_AFTER:
+                endpoint.gone.clear()
+            else:
+                endpoint.gone.set()
             if said is None:
                 # A service deep in its work answers late, and is there all the same.
                 said = "ready" if endpoint.healthy else "not answering"

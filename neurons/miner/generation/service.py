@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import math
+import string
 import time
 import unicodedata
 from collections.abc import Mapping
@@ -33,6 +34,9 @@ KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
 PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
+# Answers that are about the task, and would be the same again; all others below 500 are of a proxy or a gateway.
+OF_THE_TASK = (400, 413, 415, 422)
+BUSY = (429, 503)
 NO_CONNECTION = "not reachable (no connection in time)"
 
 
@@ -140,12 +144,16 @@ class GenerationService:
 
         try:
             async with self._session.post(f"{self._url}/generate/", data=form, headers=PRIORITY) as response:
-                if response.status == 503:
-                    raise EndpointUnavailable("busy (503)", _retry_after(response))
+                if response.status in BUSY:
+                    raise EndpointUnavailable(f"busy ({response.status})", _retry_after(response))
                 if response.status != 200:
                     message = (await response.content.read(500)).decode(errors="replace")
                     reason = f"service answered {response.status}: {quoted(message)}"
-                    raise failed(reason) if response.status >= 500 else GenerationFailed(reason)
+                    if response.status in OF_THE_TASK:
+                        raise GenerationFailed(reason)
+                    if response.status >= 500 or response.status == 408:
+                        raise failed(reason)
+                    raise EndpointUnavailable(reason)  # of whatever stands before the service
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
                 if not ply and isinstance(task, ImageTask) and headers.get("X-Num-Gaussians") == "0":
@@ -172,7 +180,8 @@ def _form(task: Task, seed: int) -> aiohttp.FormData:
     form = aiohttp.FormData({"seed": str(seed)})
     if isinstance(task, ImageTask):
         try:
-            image = base64.b64decode("".join(task.prompt.split()), validate=True)  # as MIME has it, in lines
+            encoded = task.prompt.encode().translate(None, string.whitespace.encode())  # MIME has it in lines
+            image = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
             raise GenerationFailed(f"image prompt is not base64 ({error})") from error
         form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 import threading
@@ -383,3 +384,36 @@ async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest
     assert asset.report.device == "cuda:0"
     assert engine.health()[0]["memory"] == {"used_bytes": 2}
     engine.stop(PATIENCE_S)
+
+
+def test_scoring_in_the_background_keeps_nobody_s_scoring_waiting() -> None:
+    """It waits for the end of a person's generation, and there are only so many bodies at once."""
+    body = {"prompt": "a cube", "data": base64.b64encode(b"ply").decode()}
+
+    def score(priority: str) -> httpx.Response:
+        url, headers = service.url + "/validate_txt_to_3d_ply/", {"X-Priority": priority}
+        return httpx.post(url, json=body, headers=headers, timeout=5)
+
+    with serving() as service:
+        held, _ = hold(service)
+        waiting = [in_background(lambda: score("background"))[0] for _ in range(2)]
+        wait_until(lambda: service.engine.queue_depth == 2)
+        assert score("interactive").status_code == 200
+        assert service.engine.queue_depth == 2
+        service.pipeline.go.set()
+        for thread in (held, *waiting):
+            thread.join(PATIENCE_S)
+
+
+def test_a_client_that_hangs_up_while_it_sends_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        with httpx.stream("GET", service.url + "/events/mine", timeout=PATIENCE_S) as events:
+            with socket.create_connection((host, int(port))) as client:
+                client.sendall(
+                    b"POST /generate/ HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: mine\r\n"
+                    b"Content-Type: application/x-www-form-urlencoded\r\nContent-Length: 50\r\n\r\nprompt="
+                )
+            told = [line for line in events.iter_lines() if line.startswith("data:")]
+        assert json.loads(told[-1].removeprefix("data:"))["reason"] == "the client hung up"
+    assert "Exception in ASGI application" not in caplog.text

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
-from generation.pipeline.pipeline import Cancelled, Pipeline, Request
+from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
 from generation.schema.options import DreamGaussianOptions
 from generation.settings import Settings
 from generation.splats import ply
@@ -264,6 +264,14 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
         assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
         assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+
+    def test_one_that_waits_lets_go_of_those_that_are_done(self, pipeline):
+        first, second, waiting = (pipeline.begin(ask("red", seed=seed)) for seed in (1, 2, 3))
+        waiting.behind = [first, second]
+        first.outcome = Asset(b"ply", first.report)
+        assert waiting.waits and waiting.behind == [second]
+        second.outcome = RuntimeError("it fell over")
+        assert not waiting.waits and not waiting.behind
 
     def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
         pipeline.limit.out_of_memory(4)

@@ -92,6 +92,12 @@ def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:
         assert isinstance(parse(body), dict)
 
 
+@pytest.mark.parametrize("task", [{"id": "1", "prompt": "ab " * 30_000}, {"id": "1" * 2000, "prompt": "p"}])
+def test_a_text_task_of_megabytes_is_no_task(task: dict[str, str]) -> None:
+    with pytest.raises(ValueError):
+        fill(PullTask(), parse(json.dumps({"task": {"type": "text", **task}}).encode()))
+
+
 @pytest.mark.parametrize("body", ["", "[]", "{}}", '{"task": 3}', '{"cooldown_until": "never"}', '{"task": {"id": 1}}'])
 def test_a_pull_s_malformed_answer_is_refused(body: str) -> None:
     with pytest.raises(ValueError):
