@@ -31,9 +31,10 @@ NO_PULL_SUCCEEDS = {
     *("never-answers", "answers-late", "drops-connection", "fails", "floods", "trickles", "endless-headers"),
     *("gzip-bomb", "redirects", "slow-codec", "malformed", "nested", "many-values", "wrong-types", "overwrites"),
     "prompt-surrogate",
+    "prompt-1mb",
 }
 NO_RESULT_ANSWERED = {"keeps-silent-on-results", "drops-results", "fails-on-results"}
-NOT_FIT_FOR_GENERATION = {"prompt-1mb", "prompt-escapes", "prompt-empty", "image-is-none", "image-bomb"}
+NOT_FIT_FOR_GENERATION = {"prompt-escapes", "prompt-empty", "image-is-none", "image-bomb"}
 # What the log says of each kind; of the others, that tasks are submitted.
 LOGGED = {
     tuple(NO_PULL_SUCCEEDS - {"overwrites"}): "Pull from validator [{}] failed: ",
