@@ -488,13 +488,13 @@ def main() -> None:
         spent = torch.load(kept, weights_only=True)["spent"] if kept.exists() else 0.0
         args.minutes = (spent + until - time.monotonic()) / 60
     best, run = fit("lgm", model, trainer.loss, args, lr=1e-3, decay=0.998, until=until)
+    folder = args.pack / "lgm"
+    save(best, folder)
     del trainer, pool, pools, fresh
     test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
     draw_views(test, chain, 1)
     quality = {f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")}
     quality["unseen_prompts"], rows = unseen_prompts(best, chain, args.device, args.prompts, 0)
-    folder = args.pack / "lgm"
-    save(best, folder)
     write_card(folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality, background=BACKDROP)
     if args.sheet:
         save_image(make_grid(rows, nrow=2 * len(VIEWS), pad_value=1.0), args.sheet)
