@@ -300,9 +300,9 @@ def shade(splats: Tensor, views: Tensor, size: int, background: Tensor) -> tuple
         from generation.splats.rasterize import kernels
 
         kernels.load()
-        means, opacity, scale, rotation, colour = splats.split([3, 1, 3, 4, 3], -1)
+        means, opacity, scale, rotation, colour = (x.contiguous() for x in splats.split([3, 1, 3, 4, 3], -1))
         rgb, alpha, _ = rasterization(
-            means, rotation, scale, opacity[..., 0], colour, views, Ks.expand(*views.shape[:2], 3, 3), size, size,
+            means, rotation, scale, opacity[..., 0], colour, views, Ks.repeat(*views.shape[:2], 1, 1), size, size,
             near_plane=0.2, eps2d=0.3, packed=False, tile_size=16, backgrounds=background,
         )  # fmt: skip
         return rgb.permute(0, 1, 4, 2, 3), alpha.permute(0, 1, 4, 2, 3)
