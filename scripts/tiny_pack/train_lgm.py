@@ -59,6 +59,9 @@ CONFIG = Config(
 SHRINK = CONFIG.radius / RADIUS  # the network's units in one of the renderer's
 TARGETS, TARGET_SIZE = 8, 128  # views of an object that it is held against, in pixels
 SHOWN = 4  # of them in one step
+# Validators look at 518 pixels, where the rasteriser's blur of 0.3 pixels^2 hides no gaps that it hides at 128.
+BLUR = 0.3 * (TARGET_SIZE / 518) ** 2
+FINE = 4  # what is measured is drawn so many times larger
 STEPS, GUIDANCE = 12, 3.0  # of the multi-view diffusion, as in the profile
 # How the views of a drawn object come about: of those with the proportions that their captions mean, and of the others,
 # which only a picture can show.
@@ -286,10 +289,10 @@ def disagree(images: Tensor) -> Tensor:
     return (images + (images * gain - images) * solid).clamp(0, 1)
 
 
-def shade(splats: Tensor, views: Tensor, size: int, background: Tensor) -> tuple[Tensor, Tensor]:
+def shade(splats: Tensor, views: Tensor, size: int, background: Tensor, blur: float = 0.3) -> tuple[Tensor, Tensor]:
     """Colours (B, K, 3, S, S) and alphas (B, K, 1, S, S) of `splats` (B, N, 14) from `views` (B, K, 4, 4).
 
-    `background` (B, K, 3). Gradients that are not finite become zero: one Gaussian must not end a run.
+    `background` (B, K, 3); `blur` in pixels^2, as the rasteriser has it, on a GPU. Gradients that are not finite become zero: one Gaussian must not end a run.
     """
     if splats.requires_grad:
         splats.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
@@ -303,7 +306,7 @@ def shade(splats: Tensor, views: Tensor, size: int, background: Tensor) -> tuple
         means, opacity, scale, rotation, colour = (x.contiguous() for x in splats.split([3, 1, 3, 4, 3], -1))
         rgb, alpha, _ = rasterization(
             means, rotation, scale, opacity[..., 0], colour, views, Ks.repeat(*views.shape[:2], 1, 1), size, size,
-            near_plane=0.2, eps2d=0.3, packed=False, tile_size=16, backgrounds=background,
+            near_plane=0.2, eps2d=blur, packed=False, tile_size=16, backgrounds=background,
         )  # fmt: skip
         return rgb.permute(0, 1, 4, 2, 3), alpha.permute(0, 1, 4, 2, 3)
     results = []
@@ -367,7 +370,7 @@ class Trainer:
             wanted_rgb, wanted_alpha = composite(wanted, behind), wanted[:, :, 3:]
         with autocast(args):
             splats = self.forward(shown, self.rays)
-        rgb, alpha = shade(splats.float(), views, TARGET_SIZE, background)
+        rgb, alpha = shade(splats.float(), views, TARGET_SIZE, background, BLUR)
         off = torch.cat([rgb - wanted_rgb, alpha - wanted_alpha], 2)
         edges = sum(differences(off, by).abs().mean() for by in (1, 2))
         return (
@@ -388,7 +391,9 @@ def measure(model: LGM, pool: Pool, name: str, device: str) -> dict[str, float]:
         shown = t[name].float() / 255
         splats = model(over_backdrop(shown) if shown.shape[2] == 4 else shown, rays)
         white = torch.ones(*t["views"].shape[:2], 3, device=device)
-        rgb, alpha = shade(splats, t["views"], TARGET_SIZE, white)
+        fine = FINE if splats.is_cuda else 1
+        rgb, alpha = shade(splats, t["views"], TARGET_SIZE * fine, white)
+        rgb, alpha = (F.avg_pool2d(x.flatten(0, 1), fine).unflatten(0, x.shape[:2]) for x in (rgb, alpha))
         wanted = t["targets"].float() / 255
         error = (rgb.clamp(0, 1) - composite(wanted, 1.0)).square().mean((1, 2, 3, 4))
         decibels.append(-10 * error.log10())
