@@ -292,7 +292,8 @@ def disagree(images: Tensor) -> Tensor:
 def shade(splats: Tensor, views: Tensor, size: int, background: Tensor, blur: float = 0.3) -> tuple[Tensor, Tensor]:
     """Colours (B, K, 3, S, S) and alphas (B, K, 1, S, S) of `splats` (B, N, 14) from `views` (B, K, 4, 4).
 
-    `background` (B, K, 3); `blur` in pixels^2, as the rasteriser has it, on a GPU. Gradients that are not finite become zero: one Gaussian must not end a run.
+    `background` (B, K, 3); `blur` in pixels^2, as the rasteriser has it, on a GPU. Gradients that are not finite become
+    zero: one Gaussian must not end a run.
     """
     if splats.requires_grad:
         splats.register_hook(lambda grad: torch.nan_to_num(grad, 0.0, 0.0, 0.0))
