@@ -160,7 +160,7 @@ class Models(Schema):
         values = read_yaml(path)
         if isinstance(stage := values.get("text_to_image"), dict) and stage.pop("prompt_template", None) is not None:
             log.warning(
-                "%s: text_to_image.prompt_template has no effect here any more: it belongs into the optimisation "
+                "%s: text_to_image.prompt_template has no effect here any more: it belongs into the generator's "
                 "config (prompt_template), where the elevation is that it must agree with", path,
             )  # fmt: skip
         models = validate(cls, values, str(path))
