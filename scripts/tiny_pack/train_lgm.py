@@ -27,7 +27,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from generation.generators.dreamgaussian import MVDream
-from generation.generators.lgm import LGM, Config, to_gaussians
+from generation.generators.lgm.network import LGM, Config, to_gaussians
 from generation.schema.options import Models
 from generation.settings import CONFIGS
 from generation.splats.cameras import Cameras

@@ -32,7 +32,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123, camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
-from generation.generators.lgm import BIG, LGM, Config, plucker_rays, to_gaussians
+from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays, to_gaussians
 from generation.schema.options import BackgroundModel
 from generation.splats import ply
 from generation.splats.cameras import orbit

@@ -1,5 +1,1 @@
-"""Four views, or so, to Gaussians in one pass: LGM."""
-
-from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays, to_gaussians
-
-__all__ = ["BIG", "LGM", "Config", "plucker_rays", "to_gaussians"]
+"""LGM (Tang et al. 2024, https://arxiv.org/abs/2402.05054): a few views of an object to Gaussians in one pass."""

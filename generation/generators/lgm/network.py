@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from generation.generators.base import Checkpoint
 from generation.generators.lgm.unet import UNet
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
@@ -152,6 +153,11 @@ class LGM(nn.Module):
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise WeightsError(f"{path}: not the weights of LGM: {' '.join(str(error).split())}") from error
         return model.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> LGM:
+        """For ``Parts.load``."""
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
     def rays(self) -> Tensor:
         """Plücker rays (V, 6, S, S) of the config's views, on the network's device."""

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from generation.generators.lgm import BIG, plucker_rays, to_gaussians
+from generation.generators.lgm.network import BIG, plucker_rays, to_gaussians
 from generation.splats.cameras import orbit
 from generation.splats.rasterize import rasterize
 from scripts.tiny_pack import render
