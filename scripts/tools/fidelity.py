@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123, camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
+from generation.generators.multiview.attention import camera_embedding, join_views
 from generation.schema.options import BackgroundModel
 from generation.splats.cameras import orbit
 from generation.stages.background import BackgroundRemover

@@ -10,9 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from generation.generators.dreamgaussian.guidance.multiview import join_views
 from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
+from generation.generators.multiview.attention import join_views
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
