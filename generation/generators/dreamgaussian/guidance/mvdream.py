@@ -12,11 +12,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.accelerate.pinned import send
 from generation.accelerate.shared_start import SharedStart
+from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.generators.multiview.attention import camera_embedding, join_views
 from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, guided, known_view, nothing_known
 from generation.generators.multiview.words import Words
 from generation.weights.latent_diffusion import load_unet
+from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
 
 
@@ -39,6 +41,7 @@ class MVDream(Distillation):
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
         self._texts = Words(text_encoder, tokenizer)
+        self._networks.append(self._texts.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
         self._start = SharedStart(unet)
 
@@ -55,6 +58,12 @@ class MVDream(Distillation):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
         return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
+        """See `load`."""
+        use = checkpoint.entry.used_as(MultiViewUse) or MultiViewUse()
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> None:
