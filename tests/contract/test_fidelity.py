@@ -10,11 +10,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from generation.generators.dreamgaussian.guidance.multiview import join_views
 from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
 from generation.generators.lgm import unet
 from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays
+from generation.generators.multiview.attention import join_views
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
