@@ -204,6 +204,8 @@ class Comparison:
         with self.pipeline_module():
             published = importlib.import_module("mv_unet").MultiViewUNetModel(**config).eval()
             state = weights(shapes(published))
+            published.load_state_dict(small_imagedream.quiet(state))
+            hushed = published(x.clone(), **each, ip_img=inputs["picture"].clone())
             published.load_state_dict(state)
             out = published(x.clone(), **each, ip_img=inputs["picture"].clone())
         stand_ins = ("open_clip", "omegaconf", "xformers", "xformers.ops")
@@ -218,20 +220,25 @@ class Comparison:
             ).eval()  # fmt: skip
             first.load_state_dict(state)
             again = first(x.clone(), **each, ip_img=inputs["picture"].clone())
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "config.json").write_text(json.dumps({"_class_name": "MultiViewUNetModel", **config}))
-            save_file(state, folder / "diffusion_pytorch_model.safetensors")
-            unet, resampler = load_image_prompt_unet(folder, torch.float32)
-        join_views(unet.eval(), 5, shared_text=True, image_tokens=config["ip_dim"])
         frames = torch.cat([inputs["x"], inputs["picture"][:, None]], 1).flatten(0, 1)
-        told = torch.cat([inputs["text"], resampler(inputs["seen"])], 1)
-        ours = unet(frames, each["timesteps"], told, class_labels=each["camera"]).sample
-        self.add(
-            "ImageDream UNet with resampler, 2 objects of 4 views and a picture (bytedance/ImageDream)", again, ours
-        )
-        self.add("the same (ashawkey/mvdream_diffusers, whose names the public weights have)", out, ours)
-        self.golden("imagedream_unet", {"t": t, "noise": out}, config=config, shapes=shapes(published))
+
+        def ours(state: dict[str, Tensor]) -> Tensor:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                (folder / "config.json").write_text(json.dumps({"_class_name": "MultiViewUNetModel", **config}))
+                save_file(state, folder / "diffusion_pytorch_model.safetensors")
+                unet, resampler = load_image_prompt_unet(folder, torch.float32)
+            join_views(unet.eval(), 5, shared_text=True, image_tokens=4)
+            told = torch.cat([inputs["text"], resampler(inputs["seen"])], 1)
+            noise: Tensor = unet(frames, each["timesteps"], told, class_labels=each["camera"]).sample
+            return noise
+
+        what = "ImageDream UNet with resampler, 2 objects of 4 views and a picture"
+        self.add(f"{what} (bytedance/ImageDream)", again, ours(state))
+        self.add("the same (ashawkey/mvdream_diffusers, whose names the public weights have)", out, ours(state))
+        self.add("the same with weights so small that epsilons matter", hushed, ours(small_imagedream.quiet(state)))
+        tensors = {"t": t, "noise": out, "hushed": hushed}
+        self.golden("imagedream_unet", tensors, config=config, shapes=shapes(published))
 
     def imagedream_names(self) -> None:
         """At full size, and whether that makes a file of the published size, 1,883,435,904 bytes."""
@@ -263,7 +270,7 @@ class Comparison:
     ) -> None:
         generator = torch.Generator().manual_seed(5)
         of_picture = torch.zeros(0) if cutout is None else torch.randn(4, 8, 8, generator=generator)
-        noise = torch.randn(4, 4, 8, 8, generator=generator)
+        noise = torch.randn(4, 4, 8, 8, generator=generator)[[3, 0, 1, 2]]  # their second view is our first
         picture = None
         if cutout is not None:
             noise = torch.cat([noise, torch.full((1, 4, 8, 8), 9.0)])
@@ -290,9 +297,9 @@ class Comparison:
         while not drawing.done:
             drawer.step([drawing])
         what = f"{kind.__name__}, 5 steps"
-        self.add(f"{what}: latents of 4 views (ashawkey/mvdream_diffusers)", latents[:4], drawing.latents)
+        self.add(f"{what}: latents of 4 views (ashawkey/mvdream_diffusers)", latents[[1, 2, 3, 0]], drawing.latents)
         self.add(f"{what}: the views of 256 pixels, in LGM's order", views, drawer.views([drawing])[0])
-        tensors = {"latents": latents[:4], "small": F.avg_pool2d(views, 16)}
+        tensors = {"latents": latents[[1, 2, 3, 0]], "small": F.avg_pool2d(views, 16)}
         self.golden(f"{name}_views", tensors, config=config, shapes=shapes(pipe.unet))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What models that draw views share: from words, pictures and seeds to four views, a denoising step at a time."""
+"""What models that draw views share: from words, pictures and seeds to views that agree, a denoising step at a time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from generation.accelerate.compiled import compile_autoencoder
 from generation.accelerate.cuda_graph import Captured, pieces
+from generation.accelerate.offload import Resting
 from generation.accelerate.pinned import send
 from generation.accelerate.unet import compile_unet
 from generation.generators.multiview.attention import camera_embedding
@@ -17,14 +18,17 @@ from generation.generators.multiview.sampling import Drawing, Sampler, Schedule,
 from generation.generators.multiview.words import Words
 from generation.splats.cameras import orbit
 
-VIEWS = 4
-
-Colour = tuple[float, float, float]
+#: degrees of elevation (up) and of azimuth, each
+Places = Sequence[tuple[float, float]]
+AROUND: Places = ((0.0, 0.0), (0.0, 90.0), (0.0, 180.0), (0.0, 270.0))
 
 
 class Drawer:
-    """Draws four views of each of several objects. An object's views depend on its words, picture and seed alone, up to
+    """Draws views of each of several objects. An object's views depend on its words, picture and seed alone, up to
     rounding."""
+
+    #: set by those that inherit, and all networks in `_networks`
+    _sampler: Sampler
 
     def __init__(
         self,
@@ -33,34 +37,28 @@ class Drawer:
         words: Words,
         scheduler: DDIMScheduler,
         front_azimuth: float,
-        elevation: float,
+        views: Places,
         steps: int,
         negative_prompt: str,
-        backdrop: Colour,
+        backdrop: Sequence[float],
     ) -> None:
-        """`front_azimuth` (degrees): where the camera stood that saw the front in training; a multiple of 90.
-
-        The views are seen from `elevation` (degrees, up). `backdrop`: what is behind the object in a picture.
-        """
-        quarter, rest = divmod(front_azimuth, 90)
-        if rest:
-            raise ValueError(f"a front at azimuth {front_azimuth:g} is in no view: they are at 0, 90, 180 and 270")
-        #: the frames that see azimuth 0, 90, 180 and 270, counted from the front
-        self.order = [int(quarter + i) % VIEWS for i in range(VIEWS)]
+        """`views`: from where. `front_azimuth`: see `camera_embedding`. `backdrop`: what is behind an object (RGB)."""
         self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
         self._unet = unet.eval().requires_grad_(False)
         self._vae = vae.eval().requires_grad_(False)
         self._words = words
         self._negative_prompt = negative_prompt
         self._backdrop = torch.tensor(backdrop).view(3, 1, 1)
-        poses = orbit(elevation, torch.arange(VIEWS) * 90.0, 1.0, 45.0, 8, 8).camera_to_world
-        self._cameras = camera_embedding(poses).to(unet.device, unet.dtype)
+        elevations, azimuths = (torch.tensor(each) for each in zip(*views, strict=True))
+        poses = orbit(elevations, azimuths, 1.0, 45.0, 8, 8).camera_to_world
+        self._cameras = camera_embedding(poses, front_azimuth).to(unet.device, unet.dtype)
         self._schedule = Schedule.of(scheduler, steps, unet.device)
-        self._latent_shape = (VIEWS, unet.config.out_channels, unet.config.sample_size, unet.config.sample_size)
+        size = unet.config.sample_size
+        self._latent_shape = (len(views), unet.config.out_channels, size, size)
         self._decode = Captured(self._images)
-
-    #: set by those that inherit
-    _sampler: Sampler
+        self._networks = nn.ModuleList([unet, vae, words.encoder])
+        self._resting: Resting | None = None
+        self._is_compiled = False
 
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
@@ -74,11 +72,14 @@ class Drawer:
     def _capture_pictures(self, size: int) -> None:
         """Capture what is done with so many pictures."""
 
+    def _captured(self) -> list[Captured]:
+        return [self._decode, self._sampler.captured]
+
     @torch.no_grad()
     def begin(self, words: Sequence[str], cutouts: Sequence[Tensor | None], seeds: Sequence[int]) -> list[Drawing]:
         """A drawing of each object, by its words ("": none), its cut-out (4, S, S), RGBA in 0..1, and its seed.
 
-        Raises ValueError where this model needs a cut-out, or words, and there is none.
+        Raises ValueError where this model needs a cut-out, and there is none.
         """
         return self._begin(words, cutouts, [torch.Generator().manual_seed(seed) for seed in seeds])
 
@@ -88,11 +89,8 @@ class Drawer:
 
     @torch.no_grad()
     def views(self, drawings: Sequence[Drawing]) -> Tensor:
-        """What they show when they are done: (S, 4, 3, image_size, image_size) in 0..1, on the model's device.
-
-        From azimuth 0, 90, 180 and 270: the front first, then counter-clockwise seen from above.
-        """
-        latents = torch.stack([self._finished(drawing)[self.order] for drawing in drawings])
+        """What they show when they are done: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
+        latents = torch.stack([self._finished(drawing) for drawing in drawings])
         return torch.cat([self._decode(latents[some])[0].clone() for some in pieces(len(drawings))])
 
     def read(self, texts: Sequence[str]) -> None:
@@ -108,8 +106,10 @@ class Drawer:
         """On a GPU, compile and capture for up to `most` objects at once; else nothing."""
         if self._unet.device.type != "cuda":
             return
-        compile_unet(self._unet)
-        compile_autoencoder(self._vae)
+        if not self._is_compiled:
+            compile_unet(self._unet)
+            compile_autoencoder(self._vae)
+            self._is_compiled, self._resting = True, None  # it has other parameters now
         for size in compiled_sizes(most):
             progress(f"compiling {type(self).__name__} for {size} of {most} at once")
             self._capture_pictures(size)
@@ -117,12 +117,25 @@ class Drawer:
             self._sampler.capture(drawing, size)
             self._decode.capture(torch.randn(size, *self._latent_shape, device=self._unet.device))
 
+    def rest(self) -> None:
+        """Off the GPU until `wake`, into pinned memory; drawings stay."""
+        for captured in self._captured():
+            captured.forget()
+        if self._resting is None:
+            self._resting = Resting(self._networks, self._unet.device)
+        self._resting.rest()
+
+    def wake(self) -> None:
+        """Bring the networks back."""
+        if self._resting is not None:
+            self._resting.wake()
+
     def _noise(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-        return send(torch.randn(tuple(shape), generator=generator), self._unet.device)
+        return send(torch.randn(tuple(shape), generator=generator), self._cameras.device)
 
     def _over_backdrop(self, cutout: Tensor) -> Tensor:
         """(3, S, S) in 0..1, on the model's device."""
-        cutout = cutout.to(self._unet.device)
+        cutout = cutout.to(self._cameras.device)
         return cutout[:3] * cutout[3:] + self._backdrop.to(cutout) * (1 - cutout[3:])
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +146,6 @@ class Drawer:
 
     def _images(self, latents: Tensor) -> tuple[Tensor]:
         """(S, V, 3, H, W) in 0..1 of latents (S, V, C, h, w)."""
-        latents = latents.flatten(0, 1) / self._vae.config.scaling_factor
-        images = self._vae.decode(latents.to(self._vae.dtype)).sample.float()
-        return ((images / 2 + 0.5).clamp(0, 1).unflatten(0, (-1, VIEWS)),)
+        flat = latents.flatten(0, 1) / self._vae.config.scaling_factor
+        images = self._vae.decode(flat.to(self._vae.dtype)).sample.float()
+        return ((images / 2 + 0.5).clamp(0, 1).unflatten(0, latents.shape[:2]),)

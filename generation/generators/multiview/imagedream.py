@@ -1,4 +1,4 @@
-"""Four views of an object from a picture: ImageDream (Wang and Shi 2023, https://arxiv.org/abs/2312.02201).
+"""Views of an object from a picture: ImageDream (Wang and Shi 2023, https://arxiv.org/abs/2312.02201).
 
 The model is told of the picture twice. Tokens of what CLIP sees in it are attended to beside the words, and its latents
 are a fifth frame, without noise, that the views attend to. Without the condition the first are those of nothing (zeros
@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from generation.accelerate.cuda_graph import Captured, pieces
 from generation.generators.multiview.attention import join_views
-from generation.generators.multiview.drawer import VIEWS, Drawer
+from generation.generators.multiview.drawer import AROUND, Drawer, Places
 from generation.generators.multiview.image_prompt import SEEN_WIDTH, load_image_prompt_unet
 from generation.generators.multiview.sampling import Drawing, Sampler, guided, nothing_known
 from generation.generators.multiview.words import Words
@@ -40,22 +40,23 @@ class ImageDream(Drawer):
         scheduler: DDIMScheduler,
         *,
         front_azimuth: float = 0.0,
-        elevation: float = 0.0,
+        views: Places = AROUND,
         steps: int = 30,
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
     ) -> None:
         white = (1.0, 1.0, 1.0)
-        super().__init__(unet, vae, words, scheduler, front_azimuth, elevation, steps, negative_prompt, white)
+        super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, white)
         self._resampler = resampler.eval().requires_grad_(False)
         self._image_encoder = image_encoder.eval().requires_grad_(False)
+        self._networks.extend([resampler, image_encoder])
         self._processor = processor
         self._scale = guidance_scale
         self._cameras = F.pad(self._cameras, (0, 0, 0, 1))  # the picture's camera is none
         seen = torch.zeros(1, self._tokens_seen, SEEN_WIDTH, device=unet.device, dtype=unet.dtype)
         with torch.no_grad():
             self._nothing = self._resampler(seen)[0]  # (I, C)
-        join_views(unet, VIEWS + 1, shared_text=True, image_tokens=len(self._nothing))
+        join_views(unet, len(views) + 1, shared_text=True, image_tokens=len(self._nothing))
         self._sampler = Sampler(self._schedule, self._guided, picture_as_last_frame)
         self._look = Captured(self._see)
 
@@ -111,12 +112,15 @@ class ImageDream(Drawer):
         pixels = self._processor(images=list((images.cpu() * 255).byte()), return_tensors="pt").pixel_values
         size = (self.image_size, self.image_size)
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return pixels.to(self._unet.device, self._unet.dtype), images
+        return pixels.to(self._cameras.device, self._cameras.dtype), images
 
     def _see(self, pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (S, I, C) of what CLIP sees, and the posterior's mean and deviation (S, C, h, w)."""
         seen = self._image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
         return (self._resampler(seen), *self._posterior(images))
+
+    def _captured(self) -> list[Captured]:
+        return [*super()._captured(), self._look]
 
     def _capture_pictures(self, size: int) -> None:
         cutout = torch.ones(4, self.image_size, self.image_size)

@@ -1,4 +1,4 @@
-"""Four views of an object from words: MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512)."""
+"""Views of an object from words: MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from generation.accelerate.shared_start import SharedStart
 from generation.generators.multiview.attention import join_views
-from generation.generators.multiview.drawer import VIEWS, Colour, Drawer
-from generation.generators.multiview.sampling import Drawing, Sampler, guided, known_view, nothing_known
+from generation.generators.multiview.drawer import AROUND, Drawer, Places
+from generation.generators.multiview.sampling import Drawing, Sampler, guided, known_frame, nothing_known
 from generation.generators.multiview.words import Words
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
@@ -30,20 +30,21 @@ class MVDreamViews(Drawer):
         scheduler: DDIMScheduler,
         *,
         front_azimuth: float = 0.0,
-        elevation: float = 0.0,
+        views: Places = AROUND,
         steps: int = 30,
         guidance_scale: float = 7.5,
         negative_prompt: str = "",
-        takes_known_view: bool = False,
-        backdrop: Colour = (1.0, 1.0, 1.0),
+        known_view: bool = False,
+        backdrop: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
-        """With `takes_known_view` the cut-out is the view from the front, and the others are drawn to go with it."""
-        super().__init__(unet, vae, words, scheduler, front_azimuth, elevation, steps, negative_prompt, backdrop)
-        self._takes_known_view = takes_known_view
+        """`views` are four, as it was trained, or more. With `known_view` the cut-out is the first of them, and the
+        others are drawn to go with it."""
+        super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, backdrop)
+        self._known_view = known_view
         self._scale = guidance_scale
-        self._joint = join_views(unet, VIEWS, shared_text=True)
+        self._joint = join_views(unet, len(views), shared_text=True)
         self._start = SharedStart(unet)
-        frames = known_view(self.order[0]) if takes_known_view else nothing_known
+        frames = known_frame(0) if known_view else nothing_known
         self._sampler = Sampler(self._schedule, self._guided, frames)
 
     @classmethod
@@ -65,13 +66,13 @@ class MVDreamViews(Drawer):
         self.read(words)
         noises = [self._noise(generator, self._latent_shape) for generator in generators]
         known: list[tuple[Tensor, ...]] = [()] * len(words)
-        if self._takes_known_view:
+        if self._known_view:
             given = [cutout for cutout in cutouts if cutout is not None]
             if len(given) < len(cutouts):
                 raise ValueError("this model draws views around a known one: a cut-out is missing")
             images = torch.stack([self._over_backdrop(cutout) for cutout in given])
             mean, _ = self._posterior(F.interpolate(images, (self.image_size, self.image_size), mode="area"))
-            known = [(view, noise[self.order[0]]) for view, noise in zip(mean, noises, strict=True)]
+            known = [(view, noise[0]) for view, noise in zip(mean, noises, strict=True)]
         return [
             Drawing(noise, self._words.pair(text, self._negative_prompt), about, self._sampler.steps)
             for noise, text, about in zip(noises, words, known, strict=True)
@@ -80,12 +81,12 @@ class MVDreamViews(Drawer):
     def _finished(self, drawing: Drawing) -> Tensor:
         latents = drawing.latents.clone()
         if drawing.known:
-            latents[self.order[0]] = drawing.known[0]
+            latents[0] = drawing.known[0]
         return latents
 
     def _guided(self, both: Tensor, t: Tensor, words: Tensor) -> Tensor:
         cameras = self._cameras.repeat(len(words), 1)
-        if self._takes_known_view:
+        if self._known_view:
             return guided(self._unet, both, t, cameras, words, self._scale)
         with self._start.halves_are_alike():
             return guided(self._unet, both, t, cameras, words, self._scale)

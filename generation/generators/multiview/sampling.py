@@ -75,7 +75,7 @@ def nothing_known(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, T
     return latents.expand(2, *latents.shape), t[:, None].expand(2, *latents.shape[:2])
 
 
-def known_view(index: int) -> Frames:
+def known_frame(index: int) -> Frames:
     """`Frames` of which the one at `index` is known (S, C, h, w), its noise (S, C, h, w) as well.
 
     For a model that was trained to see it without noise, at time step 0. Without the condition it is lost in noise like
@@ -114,18 +114,18 @@ class Sampler:
         self._schedule = schedule
         self._guided = guided
         self._frames = frames
-        self._step = Captured(self._denoise)
+        self.captured = Captured(self._denoise)
 
     def capture(self, drawing: Drawing, size: int) -> None:
         """Compile and capture a step of so many drawings of this one's shape."""
-        self._step.capture(*self._inputs([drawing] * size))
+        self.captured.capture(*self._inputs([drawing] * size))
 
     @torch.no_grad()
     def step(self, drawings: Sequence[Drawing]) -> None:
         """One denoising step of each; all or, when it fails, none of them."""
         latents = []
         for some in pieces(len(drawings)):
-            (after,) = self._step(*self._inputs(drawings[some]))
+            (after,) = self.captured(*self._inputs(drawings[some]))
             latents += list(after.clone())
         for drawing, after in zip(drawings, latents, strict=True):
             drawing.latents, drawing.at = after, drawing.at + 1

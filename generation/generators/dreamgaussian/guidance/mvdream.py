@@ -15,7 +15,7 @@ from generation.accelerate.shared_start import SharedStart
 from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.generators.multiview.attention import camera_embedding, join_views
-from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, guided, known_view, nothing_known
+from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, guided, known_frame, nothing_known
 from generation.generators.multiview.words import Words
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.registry import MultiViewUse
@@ -104,7 +104,7 @@ class MVDream(Distillation):
             return self._guided(both, t, camera_to_world, words, guidance_scale)
 
         schedule = Schedule.of(self._scheduler, steps, self._unet.device)
-        sampler = Sampler(schedule, noise, known_view(0) if known else nothing_known)
+        sampler = Sampler(schedule, noise, known_frame(0) if known else nothing_known)
         drawing = Drawing(latents, condition, known, steps)
         try:
             self._joint.views = views
