@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from generation.generators.dreamgaussian import MVDream
 from generation.generators.lgm.network import LGM, Config, to_gaussians
+from generation.generators.multiview import MVDreamViews
 from generation.schema.options import Models
 from generation.settings import CONFIGS
 from generation.splats.cameras import Cameras
@@ -184,7 +184,13 @@ class Chain:
         self.device = device
         self.flux = TextToImage.load(pack / "flux", models.text_to_image, device)
         self.matting = BackgroundRemover.load(pack / "background", models.background, device)
-        self.mvdream = MVDream.load(pack / "mvdream", device, torch.float32)
+        self.drawers = {
+            known: MVDreamViews.load(
+                pack / "mvdream", device, torch.float32, views=VIEWS, steps=STEPS, guidance_scale=GUIDANCE,
+                known_view=known, backdrop=BACKDROP,
+            )
+            for known in (True, False)
+        }  # fmt: skip
 
     def cut_out(self, pictures: Tensor) -> Tensor:
         """RGBA (N, 4, 64, 64) of pictures (N, 3, S, S); all transparent where there is nothing."""
@@ -198,32 +204,17 @@ class Chain:
         return cutouts
 
     @torch.no_grad()
-    def draw(self, texts: list[str], cutouts: Tensor | None, g: torch.Generator) -> Tensor:
+    def draw(self, texts: list[str], cutouts: Tensor | None, seeds: list[int]) -> Tensor:
         """Views (N, V, 3, 64, 64) in 0..1 of words ("" for none), around cut-outs (N, 4, 64, 64) if there are any."""
-        m, n, v = self.mvdream, len(texts), len(VIEWS)
-        words = torch.stack(m._encode_texts(["", *texts]))
-        conditions = torch.stack([words[:1].expand(n, -1, -1), words[1:]], 1)
-        cameras = nominal(n, self.device).flatten(0, 1)
-        latents = torch.randn(n, v, 4, 16, 16, generator=g).to(self.device)
-        noise, known, count = latents[:, :1].clone(), None, 0
-        if cutouts is not None:
-            first = over_backdrop(torch.cat([cutouts[:, :3] * cutouts[:, 3:], cutouts[:, 3:]], 1))
-            known = m._vae.encode(first * 2 - 1).latent_dist.mode()[:, None] * m._vae.config.scaling_factor
-            count = 1
-        m._scheduler.set_timesteps(STEPS)
-        m._joint.views = v
-        for t in m._scheduler.timesteps:
-            both, at = latents.expand(2, -1, -1, -1, -1, -1).clone(), t.to(self.device).repeat(2, n, v)
-            if known is not None:
-                both[0, :, :count] = m._scheduler.add_noise(known, noise, t[None])
-                both[1, :, :count], at[1, :, :count] = known, 0
+        drawer = self.drawers[cutouts is not None]
+        drawings = drawer.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
+        sampler = drawer._sampler
+        for _ in range(STEPS):  # all in one call: the service's pieces of four would leave a GPU idle
             with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
-                guided = m._guided(both.flatten(1, 2), at.flatten(1), cameras, conditions, GUIDANCE)
-            latents = m._scheduler.step(guided.float(), t, latents.flatten(0, 1)).prev_sample.view_as(latents)
-        if known is not None:
-            latents[:, :count] = known
-        images = m._vae.decode(latents.flatten(0, 1) / m._vae.config.scaling_factor).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1).view(n, v, 3, *images.shape[-2:])
+                (latents,) = sampler._denoise(*sampler._inputs(drawings))
+            for drawing, each in zip(drawings, latents, strict=True):
+                drawing.latents, drawing.at = each, drawing.at + 1
+        return drawer._images(torch.stack([drawer._finished(drawing) for drawing in drawings]))[0]
 
     def picture(self, texts: list[str], seeds: list[int]) -> Tensor:
         """Cut-outs (N, 4, 64, 64) of what text to image draws."""
@@ -235,7 +226,7 @@ def draw_views(pool: Pool, chain: Chain, seed: int, chunk: int = 96, until: floa
 
     What is not drawn when the time is `until` (of `time.monotonic`) stays unusable.
     """
-    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
     n, size, began = len(pool), CONFIG.input_size, time.monotonic()
     device = pool.tensors["exact"].device
     drawn = torch.zeros(n, len(VIEWS), 3, size, size, dtype=torch.uint8, device=device)
@@ -257,7 +248,8 @@ def draw_views(pool: Pool, chain: Chain, seed: int, chunk: int = 96, until: floa
         elif way != "words":
             fronts = composite(pool.tensors["front"][part, 0].float() / 255, 1.0)
             cutouts = chain.cut_out(fronts)
-        views = chain.draw([""] * len(part) if way == "picture" else texts, None if way == "words" else cutouts, g)
+        told, seeds = [""] * len(part) if way == "picture" else texts, [rng.randrange(2**31) for _ in part]
+        views = chain.draw(told, None if way == "words" else cutouts, seeds)
         drawn[part] = (views * 255).round().to(torch.uint8)
         outline = ((views - backdrop).abs().amax(2) > 0.35)[:, 1:]
         exact = pool.tensors["exact"][part, 1:, 3] > 127
@@ -265,8 +257,8 @@ def draw_views(pool: Pool, chain: Chain, seed: int, chunk: int = 96, until: floa
         usable[part] = alike.mean(1) > ALIKE
         shares[way] += alike.mean(1).tolist()
     pool.tensors |= {"drawn": drawn, "usable": usable}
-    told = {way: f"{sum(x) / len(x):.3f}" for way, x in shares.items() if x}
-    print(f"drew {n} objects' views in {time.monotonic() - began:.1f} s; outlines alike {told}; usable "
+    agreed = {way: f"{sum(x) / len(x):.3f}" for way, x in shares.items() if x}
+    print(f"drew {n} objects' views in {time.monotonic() - began:.1f} s; outlines alike {agreed}; usable "
           f"{float(usable.float().mean()):.3f}", flush=True)  # fmt: skip
 
 
@@ -424,11 +416,11 @@ def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int)
     from scripts.tools.contact_sheet import all_round
 
     judging = judge.load().to(device)
-    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
     specs = evaluation_specs(count)
     texts = [caption(spec, rng, plain=True) for spec in specs]
     cutouts = chain.picture(texts, list(range(count)))
-    views = chain.draw(texts, cutouts, g)
+    views = chain.draw(texts, cutouts, list(range(count)))
     splats = torch.cat([model(part, model.rays().to(device)) for part in views.split(16)])
     right, rows, kept = [], [], []
     for spec, shown, each in zip(specs, views, splats, strict=True):
@@ -471,7 +463,7 @@ def main() -> None:
             "--sheet": {"type": Path, "help": "where a contact sheet goes"},
         },
     )
-    began, count = time.monotonic(), args.objects or 4096
+    began, count = time.monotonic(), 4096 if args.objects is None else args.objects
     model = LGM(CONFIG)
     begin_small(model)
     model.to(args.device)
@@ -479,13 +471,15 @@ def main() -> None:
     # Each run draws objects of its own, and sees those of the runs before, too.
     earlier = sorted(args.work.glob("pool_lgm_*.pt"))
     pools = [Pool.load(path, args.device) for path in earlier]
-    seed = args.seed + 100 + len(earlier)
-    rng = random.Random(seed)
-    fresh = render_views([sample_spec(rng) for _ in range(count)], args.device, seed)
-    draw_views(fresh, chain, seed, until=began + 0.4 * args.pause if args.pause else math.inf)
-    del fresh.tensors["front"]
-    fresh.save(args.work / f"pool_lgm_{len(earlier)}.pt")
-    pool = Pool.joined([*pools, fresh])
+    if count:
+        seed = args.seed + 100 + len(earlier)
+        rng = random.Random(seed)
+        fresh = render_views([sample_spec(rng) for _ in range(count)], args.device, seed)
+        draw_views(fresh, chain, seed, until=began + 0.4 * args.pause if args.pause else math.inf)
+        del fresh.tensors["front"]
+        fresh.save(args.work / f"pool_lgm_{len(earlier)}.pt")
+        pools.append(fresh)
+    pool = Pool.joined(pools)
     rest = (1 - args.share_drawn) / 2
     trainer = Trainer(model, pool, args, (rest, rest, args.share_drawn))
     until = began + args.pause if args.pause else None
@@ -496,7 +490,7 @@ def main() -> None:
     best, run = fit("lgm", model, trainer.loss, args, lr=1e-3, decay=0.998, until=until)
     folder = args.pack / "lgm"
     save(best, folder)
-    del trainer, pool, pools, fresh
+    del trainer, pool, pools
     test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
     draw_views(test, chain, 1)
     quality = {f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")}
