@@ -109,7 +109,7 @@ class Lgm:
         if self._device.type != "cuda":
             return
         self._drawer.warm_up(most, progress)
-        self._network.to(memory_format=torch.channels_last)
+        self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         size = self._drawer.image_size
         for count in sorted({part.stop - part.start for n in range(1, most + 1) for part in pieces(n)}):
             progress(f"capturing LGM for {count} of {most} at once")
