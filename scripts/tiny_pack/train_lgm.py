@@ -54,6 +54,7 @@ CONFIG = Config(
     input_size=64,
     views=VIEWS,
     background=BACKDROP,
+    stray_opacity=0.05,
     position="ray",
 )
 SHRINK = CONFIG.radius / RADIUS  # the network's units in one of the renderer's
@@ -424,7 +425,7 @@ def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int)
     splats = torch.cat([model(part, model.rays().to(device)) for part in views.split(16)])
     right, rows, kept = [], [], []
     for spec, shown, each in zip(specs, views, splats, strict=True):
-        gaussians = to_gaussians(each)
+        gaussians = to_gaussians(each, CONFIG)
         kept.append(len(gaussians))
         drawn = all_round(gaussians)
         named = judging.name(F.interpolate(drawn, size=judge.SIZE, mode="area"))

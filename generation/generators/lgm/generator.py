@@ -166,7 +166,7 @@ class Lgm:
         for some in pieces(len(works)):
             (splats,) = self._pass(views[some])
             for work, each in zip(works[some], splats, strict=True):
-                work.result = to_gaussians(each)
+                work.result = to_gaussians(each, self._network.config, self._options.min_gaussians)
 
     def _splats(self, views: Tensor) -> tuple[Tensor]:
         return (self._network(views, self._rays),)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from generation.schema.options import GeneratorOptions, Template
+from generation.schema.options import MIN_GAUSSIANS, GeneratorOptions, Template
 
 
 class LgmOptions(GeneratorOptions):
@@ -32,6 +32,9 @@ class LgmOptions(GeneratorOptions):
     view_template: Template = "{prompt}, 3d asset"
     #: cut each drawn view out, and put it into the middle of the network's background, as the authors do after MVDream
     recentre_views: bool = False
+
+    #: what a validator asks for at least; where a network gives fewer, faint ones become several that look the same
+    min_gaussians: int = Field(MIN_GAUSSIANS, ge=0, le=65_536)
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from generation.generators.lgm.network import LGM, Config, to_gaussians
 from generation.generators.lgm.options import LgmOptions
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, ROOT
+from generation.splats.cameras import orbit
+from generation.splats.rasterize import rasterize
 from generation.stages.background import recentre
 
 SMALL = Config(
@@ -128,6 +130,30 @@ def test_almost_transparent_gaussians_are_left_out():
     assert len(gaussians) == 4
     assert torch.isfinite(gaussians.logit_opacities).all()
     assert torch.allclose(gaussians.log_scales.exp(), splats[[1, 2, 3, 5], 4:7], atol=1e-6)
+
+
+def test_too_few_gaussians_become_more_that_look_the_same():
+    splats = torch.rand(60, 14, generator=torch.Generator().manual_seed(0))
+    splats[:, :3] = (splats[:, :3] - 0.5) * 0.8
+    splats[:, 4:7] *= 0.1
+    few, many = to_gaussians(splats), to_gaussians(splats, at_least=120)
+    assert len(few) == 60 and 120 <= len(many) < 160
+    cameras = orbit(20.0, torch.tensor([0.0, 120.0]), 1.5, 49.1, 48, 48)
+    (a, _, _), (b, _, _) = (rasterize(each, cameras, 48, 48, torch.ones(3)) for each in (few, many))
+    assert float((a - b).abs().mean()) < 0.005
+    a, b = a.clamp(0, 1), b.clamp(0, 1)
+    assert float((a - b).abs().max()) < 0.06
+
+
+def test_faint_gaussians_far_from_the_others_are_left_out():
+    splats = torch.rand(40, 14)
+    splats[:, :3] = (splats[:, :3] - 0.5) * 0.8
+    splats[:, 3] = 0.9
+    splats[0, :4] = torch.tensor([0.9, 0.0, 0.0, 0.04])
+    splats[1, :4] = torch.tensor([0.0, 0.0, 0.0, 0.04])
+    assert len(to_gaussians(splats)) == 40
+    means = to_gaussians(splats, replace(SMALL, stray_opacity=0.05)).means
+    assert len(means) == 39 and float(means.abs().max()) <= 0.4
 
 
 def test_views_are_recentred_as_pictures_are():
