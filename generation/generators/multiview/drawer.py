@@ -108,7 +108,7 @@ class Drawer:
             return
         if not self._is_compiled:
             compile_unet(self._unet)
-            compile_autoencoder(self._vae)
+            compile_autoencoder(self._vae, any_batch=True)
             self._is_compiled, self._resting = True, None  # it has other parameters now
         for size in compiled_sizes(most):
             progress(f"compiling {type(self).__name__} for {size} of {most} at once")
