@@ -152,6 +152,14 @@ REGISTRY = {
             use=MultiViewUse(front_azimuth=90.0),  # DreamGaussian has its known view there under MVDream
         ),
         Entry(
+            name="lgm-big",
+            repo="ashawkey/LGM",
+            revision="main",
+            licence="MIT",
+            size_gb=0.83,
+            files=("model_fp16_fixrot.safetensors",),
+        ),
+        Entry(
             name="imagedream",
             repo="ashawkey/imagedream-ipmv-diffusers",
             revision="main",

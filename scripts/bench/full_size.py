@@ -47,6 +47,7 @@ from generation.generators.base import Checkpoint, Parts, RemoveBackground
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import CAMERA_NUMBERS, Zero123
 from generation.generators.kinds import load_models, load_options
+from generation.generators.lgm.network import BIG, LGM
 from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
 from generation.generators.multiview.words import Words
 from generation.pipeline.assemble import load_generators
@@ -184,6 +185,12 @@ def imagedream(device: str, dtype: torch.dtype = torch.float16, **options: Any) 
     return ImageDream(unet, resampler, vae, words, tower, CLIPImageProcessor(), _scheduler(), **options)
 
 
+def lgm(device: str, dtype: torch.dtype = torch.float16) -> LGM:
+    """LGM big: 0.42 billion parameters."""
+    with on(device, dtype):
+        return LGM(BIG).eval().requires_grad_(False)
+
+
 def _clip_tokenizer() -> CLIPTokenizer:
     tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(TINY / "mvdream/tokenizer", model_max_length=77)
     return tokenizer
@@ -201,6 +208,7 @@ STAND_INS: dict[type[Any], Callable[..., Any]] = {
     MVDream: lambda folder, device, dtype, front_azimuth: mvdream(device, dtype),
     Zero123: lambda folder, device, dtype, stable: zero123(device, dtype),
     ImageDream: lambda folder, device, dtype, **options: imagedream(device, dtype, **options),
+    LGM: lambda folder, device, dtype: lgm(device, dtype),
     MVDreamViews: lambda folder, device, dtype, **options: mvdream_views(device, dtype, **options),
 }
 

@@ -15,11 +15,10 @@ import math
 import shutil
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -40,15 +39,17 @@ from transformers import (
 
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123, camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
+from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays, to_gaussians
 from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
 from generation.generators.multiview.attention import camera_embedding, join_views
 from generation.generators.multiview.image_prompt import load_image_prompt_unet
 from generation.schema.options import BackgroundModel
+from generation.splats import ply
 from generation.splats.cameras import orbit
 from generation.stages.background import BackgroundRemover
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
 from scripts.tools import small_imagedream
-from scripts.tools.golden_weights import GOLDEN, pack, weights
+from scripts.tools.golden_weights import GOLDEN, lgm_views, lgm_weights, pack, weights
 
 LIMIT = 1e-4  # largest absolute difference, float32
 
@@ -68,6 +69,16 @@ MVDREAM_FULL = MVDREAM | {
     "image_size": 32, "model_channels": 320, "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4],
     "num_head_channels": 64, "context_dim": 1024,
 }  # fmt: skip
+# LGM with a level less, and narrow; groups and heads are fixed in the authors' code.
+LGM_SMALL = Config(
+    down_channels=(32, 32, 64, 64), down_attention=(False, False, True, True),
+    up_channels=(64, 64, 32), up_attention=(True, True, False), input_size=32,
+)  # fmt: skip
+LGM_PARTS = {
+    "positions": slice(0, 3), "opacities": slice(3, 4), "scales": slice(4, 7), "rotations": slice(7, 11),
+    "colours": slice(11, 14),
+}  # fmt: skip
+LGM_UNUSED = ("tyro", "roma", "cv2", "lazy_loader", "diff_gaussian_rasterization", "kiui.lpips")
 ANGLES = [(-80.0, -170.0), (-30.0, 0.0), (0.0, 0.0), (0.0, 90.0), (15.0, 135.0), (45.0, -60.0), (79.0, 179.0)]
 
 
@@ -293,20 +304,12 @@ class Comparison:
     @contextmanager
     def pipeline_module(self) -> Iterator[None]:
         """The authors' unified pipeline can be imported inside, with their own cameras."""
-        with borrowed(self.authors / "kiuikit", "cv2", "xformers", "xformers.ops"):
-            package = ModuleType("kiui")
-            package.__file__ = str(self.authors / "kiuikit" / "kiui" / "__init__.py")
-            package.__path__ = [str(self.authors / "kiuikit" / "kiui")]
-            sys.modules["kiui"] = package  # without what its own __init__ wants
-            names = ModuleType("kiui.typing")
-            names.__file__ = package.__file__
-            names.__dict__.update({**vars(typing), "__all__": [*typing.__all__, "Tensor", "ndarray"]})
-            names.Tensor, names.ndarray = Tensor, np.ndarray  # type: ignore[attr-defined]
-            sys.modules["kiui.typing"] = names
-            with borrowed(self.authors / "mvdream_diffusers"):
-                module = importlib.import_module("mv_unet")
-                module.xformers.ops.memory_efficient_attention = attention
-                yield
+        unused = ("cv2", "lazy_loader", "xformers", "xformers.ops")
+        with borrowed(self.authors / "mvdream_diffusers", *unused), borrowed(self.authors / "kiui"):
+            sys.modules["lazy_loader"].attach.return_value = (None, list, [])
+            module = importlib.import_module("mv_unet")
+            module.xformers.ops.memory_efficient_attention = attention
+            yield
 
     def _pipeline(self, folder: Path, config: dict[str, object], picture: bool) -> Any:
         module = importlib.import_module("pipeline_mvdream")
@@ -484,6 +487,73 @@ class Comparison:
             out = theirs((image - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))[-1].sigmoid()
         self.add("BiRefNet, alpha of 256 x 256 pixels", out, ours.remove(image))
 
+    @contextmanager
+    def _lgm_code(self) -> Iterator[ModuleType]:
+        with borrowed(self.authors / "LGM", *LGM_UNUSED), borrowed(self.authors / "kiui"):
+            sys.modules["lazy_loader"].attach.return_value = (None, list, [])
+            models = importlib.import_module("core.models")
+            with patch.object(models, "GaussianRenderer", MagicMock()):  # its constructor wants a GPU
+                yield models
+
+    @torch.no_grad()
+    def lgm(self) -> None:
+        """Two objects of four views, at a size that is not the network's; then one of them as the authors' PLY."""
+        c = LGM_SMALL
+        options = SimpleNamespace(
+            input_size=c.input_size, splat_size=c.splat_size, fovy=c.fovy, cam_radius=c.radius, lambda_lpips=0.0,
+            down_channels=c.down_channels, down_attention=c.down_attention, mid_attention=True,
+            up_channels=c.up_channels, up_attention=c.up_attention,
+        )  # fmt: skip
+        images = lgm_views()
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        with self._lgm_code() as models, tempfile.TemporaryDirectory() as name:
+            theirs = models.LGM(options).eval()
+            state = lgm_weights(shapes(theirs))
+            theirs.load_state_dict(state)
+            rays = theirs.prepare_default_rays("cpu")
+            raised = theirs.prepare_default_rays("cpu", elevation=-20)
+            size = (c.input_size, c.input_size)
+            resized = F.interpolate(images.flatten(0, 1), size=size, mode="bilinear", align_corners=False)
+            resized = (resized - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+            given = torch.cat([resized.view(2, 4, 3, *size), rays.expand(2, -1, -1, -1, -1)], 2)
+            splats = theirs.forward_gaussians(given)
+            maps = theirs.unet(given.flatten(0, 1))
+            renderer = importlib.import_module("core.gs").GaussianRenderer
+            path = Path(name) / "splats.ply"
+            renderer.save_ply(object.__new__(renderer), splats[:1], str(path))
+            saved = ply.read(path.read_bytes())
+            folder = Path(name)
+            save_file(state, folder / "model_fp16_fixrot.safetensors")
+            (folder / "config.json").write_text(json.dumps(vars(c)))
+            ours = LGM.load(folder, "cpu", torch.float32)
+        self.add("LGM: Plücker rays of its four cameras", rays, ours.rays())
+        above = orbit(20.0, torch.tensor([0.0, 90, 180, 270]), c.radius, c.fovy, 32, 32).camera_to_world
+        self.add("the same, 20 degrees above the object", raised, plucker_rays(above, 32, c.fovy))
+        our_maps = ours.unet(given.flatten(0, 1), 4)
+        self.add("LGM's UNet, 2 objects of 4 views (3DTopia/LGM)", maps, our_maps)
+        ours_splats = ours(images, ours.rays())
+        for part, columns in LGM_PARTS.items():
+            spread = float(splats[..., columns].std())
+            what = f"LGM: {part} of {splats.shape[1]} Gaussians (their standard deviation: {spread:.2g})"
+            self.add(what, splats[..., columns], ours_splats[..., columns])
+        mine = to_gaussians(ours_splats[0])
+        for field, value in saved.tensors().items():
+            self.add(f"LGM's PLY: {field} of {len(saved)} Gaussians", value, mine.tensors()[field])
+        tensors = {"rays": rays[:, :, ::8, ::8], "raised": raised[:, :, ::8, ::8], "splats": splats[:, ::8]}
+        self.golden("lgm", tensors, config=vars(c), shapes=shapes(theirs))
+
+    def lgm_names(self) -> None:
+        """At full size, as for MVDream."""
+        with self._lgm_code() as models, torch.device("meta"):
+            big = importlib.import_module("core.options").config_defaults["big"]
+            big.lambda_lpips = 0.0
+            theirs = models.LGM(big).state_dict()
+            ours = LGM(BIG).state_dict()
+        differing = {k: v.shape for k, v in theirs.items()}.items() ^ {k: v.shape for k, v in ours.items()}.items()
+        count = sum(t.numel() for t in theirs.values())
+        what = f"LGM big at full size, {len(theirs)} tensors, {count:,} numbers: names or shapes that differ"
+        self.rows.append((what, float(len(differing)), float(count)))
+
     def _published(self, folder: Path, state: dict[str, Tensor]) -> Path:
         """A folder as on the hub: the modelling files, made smaller by one number, and weights."""
         source = self.authors / "RMBG-2.0"
@@ -529,6 +599,7 @@ def small_zero123(module: ModuleType) -> object:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("authors", type=Path, help="folder with the checkouts")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these comparisons alone: lgm, lgm_names, ...")
     parser.add_argument("--golden", action="store_true", help="write tests/golden anew")
     arguments = parser.parse_args()
     comparison = Comparison(arguments.authors.resolve(), arguments.golden)
@@ -536,9 +607,11 @@ def main() -> int:
         comparison.mvdream, comparison.mvdream_names, comparison.mvdream_cameras, comparison.imagedream,
         comparison.imagedream_names, comparison.views, comparison.zero123_unet,
         comparison.zero123_guidance, comparison.birefnet, comparison.cameras, comparison.learning_rates,
+        comparison.lgm, comparison.lgm_names,
     ]  # fmt: skip
     for check in checks:
-        check()
+        if not arguments.only or check.__name__ in arguments.only:
+            check()
     print("| what | largest difference | largest value |\n|---|---|---|")
     for what, difference, largest in comparison.rows:
         print(f"| {what} | {difference:.1e} | {largest:.3g} |")
