@@ -4,7 +4,8 @@
     .venv/bin/python -m scripts.bench.pipeline --random    full size, random weights (scripts/bench/full_size.py)
 
 Cases: the default config one request after the other, the same with four in flight (one joins when one ends), and the
-ultra-fast config; with --pictures also pictures, and texts and pictures together, by the two generators of the profile. Figures are seconds per request, the median where requests run alone; everything is warm.
+ultra-fast config; with --pictures also pictures, and texts and pictures together, by the two generators of the profile.
+Figures are seconds per request, the median where requests run alone; everything is warm.
 """
 
 from __future__ import annotations
