@@ -135,9 +135,11 @@ def serving(
 
 
 @contextlib.contextmanager
-def serving_engine(engine: Engine | Fleet, max_queue: int) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving_engine(
+    engine: Engine | Fleet, max_queue: int, its_settings: Any = None
+) -> Iterator[tuple[str, uvicorn.Server]]:
     """The URL of a service around ``engine``, and its server."""
-    app = create_app(engine, settings(max_queue=max_queue))
+    app = create_app(engine, its_settings or settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
