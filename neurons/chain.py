@@ -40,16 +40,20 @@ class Neuron:
     serving: bool
 
     def axon_info(self) -> bt.AxonInfo:
+        """As bittensor describes an axon. Raises ValueError where `ip` is no address."""
         version = ipaddress.ip_address(self.ip).version
         return bt.AxonInfo(version=0, ip=self.ip, port=self.port, ip_type=version, hotkey=self.hotkey, coldkey="")
 
 
 @dataclass(frozen=True)
 class Metagraph:
+    """The neurons of subnet `netuid`."""
+
     netuid: int
     neurons: tuple[Neuron, ...]
 
     def find(self, hotkey: str) -> Neuron | None:
+        """The neuron with this hotkey; None when it is not registered."""
         return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
 
 

@@ -40,6 +40,7 @@ class CompetitiveMiner:
         self._status = StatusFile(options.status_file, shown_network(options.network))
 
     def stop(self) -> None:
+        """Ends `run`, within stopping.TOTAL_S seconds. May be called more than once."""
         if not self._stopping.is_set():
             log.info("Stopping")
         self._stopping.set()

@@ -32,6 +32,7 @@ class Assignment:
     settled: asyncio.Future[float] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def settle(self, ask_again_at: float) -> None:
+        """`ask_again_at`: unix seconds of the steady clock. Later calls change nothing."""
         # Nobody waits any more when the miner is stopping.
         if not self.settled.done():
             self.settled.set_result(ask_again_at)

@@ -153,9 +153,11 @@ class MinerOptions(MinerTable, Score):
     netuid: int = NETUID
 
     def spool_of(self, hotkey: str) -> Path:
+        """Folder of this hotkey's results on their way."""
         return self.spool or self._home(hotkey) / SPOOL_NAME
 
     def ledger_of(self, hotkey: str) -> Path:
+        """Database of what happened to this hotkey."""
         return self.ledger or self._home(hotkey) / LEDGER_NAME
 
     def _home(self, hotkey: str) -> Path:

@@ -40,9 +40,11 @@ class Service(Protocol):
 
     endpoint: str
 
-    async def health(self) -> str | None: ...
+    async def health(self) -> str | None:
+        """See GenerationService. Raises EndpointUnavailable."""
 
-    async def generate(self, task: Task, seed: int) -> Generated: ...
+    async def generate(self, task: Task, seed: int) -> Generated:
+        """See GenerationService. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
 
 
 class Pace:
@@ -69,6 +71,7 @@ class Pace:
         return self._changed_at
 
     def end(self, begun: float, finished: bool) -> None:
+        """`begun`: what `begin` returned. `finished`: it brought a result, which is what the averages are of."""
         self._advance(-1)
         if finished:
             self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy

@@ -40,15 +40,18 @@ class Bookkeeping:
         self._now = now
 
     def start(self) -> None:
+        """Begins to write and to serve. A port that is taken is a log line."""
         self._ledger.start()
         if self._metrics_port:
             self._metrics.serve(self._metrics_port)
 
     async def close(self) -> None:
+        """Writes what is left, within stopping.METRICS_S and LEDGER_S seconds."""
         await asyncio.to_thread(self._metrics.close)
         await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
+        """Tells everyone. Returns at once and never raises."""
         if isinstance(event, Settlement):
             if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
                 self.totals["submission unknown"] -= 1
@@ -59,6 +62,7 @@ class Bookkeeping:
         self._ledger.record(event)
 
     def show(self, snapshot: Snapshot) -> None:
+        """What the gauges say from now on."""
         self._metrics.show(snapshot)
 
     def worth_asking_at(self, hotkey: str) -> float:
@@ -67,6 +71,7 @@ class Bookkeeping:
 
     @property
     def backlog(self) -> int:
+        """Ledger rows not written yet."""
         return self._ledger.backlog
 
     async def follow_standings(self) -> None:

@@ -101,6 +101,7 @@ class Ledger:
         self._thread = threading.Thread(target=self._write_rows, name="ledger", daemon=True)
 
     def start(self) -> None:
+        """Begins to write. To be called once."""
         self._thread.start()
 
     def record(self, event: Event) -> None:

@@ -123,6 +123,7 @@ class Metrics:
         self._stop_serving = lambda: None
 
     def record(self, event: Event) -> None:
+        """Counts an event."""
         uid = str(event.validator.uid)
         if isinstance(event, Pull):
             self._pulls.labels(uid, event.outcome).inc()

@@ -53,10 +53,12 @@ class Standing:
 
     @property
     def acceptance_rate(self) -> float | None:
+        """Accepted results, as a share of those whose fate is known; None without any."""
         return self.accepted / self.known if self.known else None
 
     @property
     def gpu_s_per_task(self) -> float | None:
+        """Seconds of generation for each result submitted; None without any."""
         return self.gpu_s / self.submitted if self.submitted else None
 
 
@@ -83,6 +85,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def standings(connection: sqlite3.Connection, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
+    """As `read`, of an open connection."""
     since = until - window
     found: dict[str, dict[str, float | str | None]] = defaultdict(dict)
     for table, counts in _COUNTS.items():

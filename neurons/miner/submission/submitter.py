@@ -63,9 +63,8 @@ log = logging.getLogger(__name__)
 class ValidatorCaller(Protocol):
     """The one method of bittensor's Dendrite that the miner uses. Errors come back as the synapse's status."""
 
-    async def call(
-        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float, deserialize: bool
-    ) -> SynapseT: ...
+    async def call(self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float, deserialize: bool) -> SynapseT:
+        """`synapse`, with the answer in it. `timeout` in seconds. Never raises for what a validator does."""
 
 
 @dataclass
@@ -489,5 +488,6 @@ def _status_code(answer: bt.Synapse) -> int | None:
 
 
 def status_of(answer: bt.Synapse) -> str:
+    """The status of a call and its message, fit for a log line."""
     terminal = answer.dendrite
     return "no answer" if terminal is None else f"{terminal.status_code} {quoted(terminal.status_message)}"

@@ -11,7 +11,10 @@ PLANNED_AGE_S = 240.0
 
 
 class Forecast(Protocol):
-    def expected_seconds(self, tasks: int) -> float | None: ...
+    """Who knows how fast the generation services are."""
+
+    def expected_seconds(self, tasks: int) -> float | None:
+        """Seconds in which `tasks` tasks are finished; None while nothing is measured."""
 
 
 class Place:
@@ -63,6 +66,7 @@ class Admission:
 
     @property
     def is_full(self) -> bool:
+        """Whether the next to enter would have to wait."""
         return bool(self._waiting) or not self._has_room()
 
     def _has_room(self) -> bool:

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 
 class Generators(Forecast, Protocol):
+    """What the task manager needs of a GeneratorPool. `ready` is set while a service can take a task."""
+
     ready: asyncio.Event
 
 
@@ -150,6 +152,7 @@ class AsyncTaskManager:
 
     @property
     def queued(self) -> int:
+        """Tasks that wait for a worker."""
         return self._queue.qsize()
 
     def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:

@@ -86,6 +86,7 @@ class ValidatorDendrite(bt.Dendrite):
 
     @property
     async def session(self) -> aiohttp.ClientSession:
+        """The one HTTP session, made at the first call."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),

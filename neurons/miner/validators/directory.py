@@ -75,6 +75,7 @@ class ValidatorDirectory:
         self.update(self._metagraph)
 
     def update(self, metagraph: Metagraph) -> None:
+        """Takes a new metagraph."""
         self._metagraph = metagraph
         eligible = {}
         reasons = {}
