@@ -14,7 +14,7 @@ USEFUL_AGE_S = 300.0
 
 
 def usable_threshold(announced: float, own: float) -> float:
-    """The score to reach: the higher one, as long as the validator's can be reached at all."""
+    """The score to reach: the higher of the two, or our `own` where no result could reach the `announced` one."""
     return max(announced, own) if math.isfinite(announced) and announced <= 1 else own
 
 

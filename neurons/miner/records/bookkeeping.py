@@ -1,6 +1,4 @@
-"""Everyone who is told what happens in the miner: ledger, metrics, the status file's totals, and by way of the ledger
-the policy.
-"""
+"""Passes each event on to the ledger, the metrics and the status file's totals. The policy follows the ledger."""
 
 from __future__ import annotations
 
@@ -108,8 +106,8 @@ def _submissions(path: Path, now: float) -> list[PastSubmission]:
 
 
 def _cooldowns(path: Path, now: float) -> dict[str, float]:
-    # The column beside max() is that of the newest row. One from the future is from before the clock was set back: when
-    # its wait began is unknown, so it begins now.
+    # SQLite takes the columns beside max() from the newest row. A row from the future was written before the clock was
+    # set back. When its wait began is not known, so it begins now.
     query = """SELECT hotkey, min(at, :now) + wait, max(at) FROM
         (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
         WHERE at >= :now - :longest GROUP BY hotkey"""

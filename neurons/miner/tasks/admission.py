@@ -1,4 +1,4 @@
-"""How many tasks the miner holds: as many as keep the generators busy and are finished while still of use."""
+"""How many tasks the miner holds: enough to keep the generators busy, and none that would be finished too late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-# Within which a newly pulled task should be generated; the rest is for the submission and for what was not foreseen.
+# Seconds within which a newly pulled task should be generated. What is left of 300 s is for the submission.
 PLANNED_AGE_S = 240.0
 
 
