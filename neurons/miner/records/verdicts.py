@@ -64,8 +64,8 @@ class Window:
 
     Its count grows by what it accepts, and shrinks by what gets older than WINDOW_S. We know to within some seconds
     when each counted result was accepted. Of results from before the first answer we know only that they were in the
-    window. So the count of the next answer has a lowest and a highest value. What it is beyond that are results that were
-    accepted although their answers were lost.
+    window. So the count of the next answer has a lowest and a highest value. What it is beyond that are results that
+    were accepted although their answers were lost.
     """
 
     def __init__(self) -> None:
