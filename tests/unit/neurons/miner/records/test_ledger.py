@@ -76,6 +76,13 @@ def test_keeps_every_field(path: Path, started: Ledger) -> None:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+@pytest.mark.parametrize(("wait", "kept"), [(0.5, 0.5), (0.0, 0.0), (-1.0, None), (2e9, None)])
+def test_a_wait_is_one_that_is_still_to_come(path: Path, started: Ledger, wait: float, kept: float | None) -> None:
+    started.record(Pull(validator(1), "cooldown", 0.1, ask_again_at=NOW + wait))
+    started.close()
+    assert rows(path, "pulls", "wait") == [(kept,)]
+
+
 def test_goes_on_in_the_same_file(path: Path) -> None:
     for _ in range(2):
         write(path, one_task(1, NOW))
