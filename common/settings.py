@@ -344,7 +344,10 @@ class CommandLine:
         """
         prog = self.parser.prog
         args = self.parser.parse_args(argv)
-        named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        try:
+            named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        except RuntimeError as error:  # a ~ of nobody
+            _refuse(prog, [f"--config-file {args.config_file}: {error}"])
         file = named or self._default_file
         if args.save and file is None:
             _refuse(prog, ["--save needs --config-file PATH"])
@@ -354,7 +357,7 @@ class CommandLine:
                 document = tomllib.loads(_read(file))
             except OSError as error:
                 _refuse(prog, [f"--config-file {file}: {error.strerror}"])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 _refuse(prog, [f"--config-file {file}: {error}"])
         problems: list[str] = []
         values: dict[Source, dict[Setting, Any]] = {
