@@ -434,12 +434,13 @@ class CommandLine:
 
 
 def _add(group: argparse._ArgumentGroup, each: Setting) -> None:
-    metavar = each.metavar or "|".join(getattr(each.check, "words", ())) or each.key.upper()
+    choices = "|".join(getattr(each.check, "words", ()))
+    metavar = each.metavar or choices or each.key.upper()
     default = f" (default: {each.default_is})" if each.default_is else ""
     options: dict[str, Any] = {}
     if isinstance(each.check, Many):
         options = {"nargs": "+" if each.check.least else "*", "action": "extend"}
-    limits = "" if each.check.limits in (FilePath.limits, TEXT) or metavar != each.metavar else f"; {each.check.limits}"
+    limits = "" if choices or each.check.limits in (FilePath.limits, TEXT) else f"; {each.check.limits}"
     group.add_argument(
         *each.flags,
         dest=f"{each.table}.{each.key}",

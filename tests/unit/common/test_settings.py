@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import subprocess
 import sys
@@ -276,6 +277,28 @@ workers = 3
         file.write_text(self.WRITTEN)
         refused(capsys, "--config-file", file, "--save", "--port", "0")
         assert file.read_text() == self.WRITTEN
+
+
+@pytest.mark.parametrize("text", ["", "a\0b"])
+def test_what_can_be_no_path_is_none(file: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    file.write_text(f"[service]\nconfig = {json.dumps(text)}\n")
+    assert "must be a path" in refused(capsys, "--config-file", file)
+    assert "must be a path" in refused(capsys, "--config", text)
+
+
+def test_help_tells_limits_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--profile auto|full|tiny models (default: auto)",
+        "--port PORT port; a whole number in 1..65535 (default: 10006)",
+        "--name NAME 100 % a name",
+        "--urls URLS [URLS ...] services; addresses (default: http://a)",
+        "--left.out [UIDS ...] left out; UIDs (default: 180)",
+    ):
+        assert words in told
 
 
 def test_the_declarations_need_nothing_installed() -> None:
