@@ -15,7 +15,7 @@ from neurons.rehearsal.checks import Unacceptable, check_results
 
 # aiohttp's default, which the public validator keeps.
 SCORING_LIMIT_S = 300.0
-# A validator's service is there for scoring alone; this one makes the miner's results, too.
+# This service is busy with the miner's tasks as well, which a real validator's is not.
 BUSY = (429, 503)
 RETRY_S = 3.0
 PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first

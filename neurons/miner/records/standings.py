@@ -18,13 +18,13 @@ from neurons.miner.records.verdicts import WINDOW_S
 class Standing:
     """One validator over the window. Times are in seconds; a mean is None where there is nothing to average.
 
-    `submitted` counts every result that was made for the validator, whatever became of it: the tasks that it cost us.
-    What became of them: see events.SubmissionOutcome. `unknown` are those of which that is not known, or not yet.
+    `submitted` counts every result that was made for the validator. What became of them is counted by outcome, as
+    events.SubmissionOutcome explains them; `unknown` may still be settled.
     `attempted` counts the tasks that a generation service spent time on. `early` are pulls that it answered with a
-    cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included: while a service has
-    several tasks, be they worked on together or one after the other, each is charged its share.
-    `penalty_s` are the waits after results that it declined. `mean_score` is of accepted results: of others no score is
-    told. `reward` is what it last said: accepted results x rating, by its own count.
+    cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included. While a service has
+    several tasks, each is charged an equal share of the time. `penalty_s` are the waits after results that it declined.
+    `mean_score` is of accepted results, for no other score is told. `reward` is what it last said: accepted results x
+    rating, by its own count.
     """
 
     uid: int
