@@ -37,8 +37,8 @@ class ScoringService:
         self._endpoint = endpoint.rstrip("/")
 
     async def score(self, task: Task, results: str) -> float | None:
-        """What can not be read, and what the hard rejections are about, has score 0: an exception inside the subnet's
-        scoring service gives that, while no answer, be it for a connection, time or a status, gives None.
+        """0 for what can not be read or is rejected outright, as an exception inside the subnet's service gives. None for
+        no answer: no connection, a time-out, or another status than 200.
         """
         try:
             await asyncio.to_thread(check_results, results)

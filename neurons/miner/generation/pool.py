@@ -179,8 +179,8 @@ class GeneratorPool:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
-        """Waits until an attempt ends or an endpoint freezes. With all frozen, until an attempt ends or there is another
-        endpoint. Returns the attempts that ended.
+        """Waits until an attempt ends or an endpoint freezes; with all frozen, until an attempt ends or there is
+        another endpoint. Returns the attempts that ended.
         """
         working = [endpoint for endpoint in attempts.values() if not endpoint.frozen.is_set()]
         events = [endpoint.frozen for endpoint in working] or [self.ready]
