@@ -37,8 +37,8 @@ class ScoringService:
         self._endpoint = endpoint.rstrip("/")
 
     async def score(self, task: Task, results: str) -> float | None:
-        """0 for what can not be read or is rejected outright, as an exception inside the subnet's service gives. None for
-        no answer: no connection, a time-out, or another status than 200.
+        """0 for what can not be read or is rejected outright: an exception inside the subnet's service gives that, too.
+        None for no answer: no connection, a time-out, or another status than 200.
         """
         try:
             await asyncio.to_thread(check_results, results)
