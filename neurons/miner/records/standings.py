@@ -62,12 +62,12 @@ class Standing:
         return self.gpu_s / self.submitted if self.submitted else None
 
 
-def read(path: Path, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
-    """The standings in `window` seconds up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
+def read(path: Path, until: float) -> dict[str, Standing]:
+    """The standings in the WINDOW_S up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
     with closing(connect(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             return {}  # the miner is about to begin it
-        return standings(connection, until, window)
+        return standings(connection, until, WINDOW_S)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -84,8 +84,8 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def standings(connection: sqlite3.Connection, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
-    """As `read`, of an open connection."""
+def standings(connection: sqlite3.Connection, until: float, window: float) -> dict[str, Standing]:
+    """As `read`, of an open connection and `window` seconds."""
     since = until - window
     found: dict[str, dict[str, float | str | None]] = defaultdict(dict)
     for table, counts in _COUNTS.items():
