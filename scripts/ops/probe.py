@@ -1,18 +1,10 @@
-"""What deploy_competitive.sh asks about ports and about the processes that it started. Standard library only.
-
-probe.py port HOST PORT           exit 0 when the port is free, else one line that says who holds it
-probe.py service URL PID          wait until the service is ready, with its progress; exit 1 when it fails
-probe.py file PATH PID SECONDS    wait until PATH is there; exit 1 when PID ends or SECONDS pass first
-probe.py status PATH PID SECONDS  the same, until the JSON in PATH says {"status": "ready"}; PID may go on without
-probe.py workers URL...           print how many workers keep these services busy
-"""
+"""What a deployment asks about ports and about the processes that it started. Standard library only."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-import sys
 import time
 import urllib.request
 from http.client import HTTPException
@@ -143,23 +135,3 @@ def read_status(path: Path) -> str:
         return str(json.loads(path.read_text())["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-def main(command: str, *arguments: str) -> int:
-    if command == "workers":
-        print(workers_for(list(arguments)))
-        return 0
-    if command == "port":
-        problem = check_port(arguments[0], int(arguments[1]))
-    elif command == "service":
-        problem = wait_for_service(arguments[0], int(arguments[1]))
-    else:
-        path, pid, seconds = arguments
-        problem = wait_for_file(Path(path), int(pid), float(seconds), status=command == "status")
-    if problem:
-        print(problem)
-    return 1 if problem else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
