@@ -75,7 +75,7 @@ class Deployment:
         return json.dumps([self.profile, self.network, self._service, self._miner])
 
     def arguments(self, name: str) -> list[str]:
-        """Of one of the processes. The last of a flag's values holds; endpoints add up, and the first is asked first."""
+        """Of one process. The last of a flag's values holds; endpoints add up."""
         if name == "generation_service":
             return [*self._service, "--profile", self.profile]
         if name == "rehearsal":

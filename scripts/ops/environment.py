@@ -130,7 +130,9 @@ def _install(extras: Sequence[str], hashes: bool) -> None:
     if not all(_run([*pip, "--progress-bar", "off", *step], os.environ, _PipProgress(count)) for step in steps):
         _refuse_what_pip_can_not_mend()
         print("\n".join(LOG.read_text(errors="replace").splitlines()[-LOG_LINES:]), file=sys.stderr)
-        raise InstallError("pip could not install the packages: its reason is above. Running this again goes on.")
+        raise InstallError(
+            "pip could not install the packages: its reason is above. Running this again goes on from here."
+        )
 
 
 def _refuse_what_pip_can_not_mend() -> None:
@@ -140,8 +142,8 @@ def _refuse_what_pip_can_not_mend() -> None:
     found = re.search(r"Hash mismatch for `?([^`\s]+)|DO NOT MATCH THE HASHES[^\n]*\n\s*(\S+)", text)
     if found:
         raise InstallError(
-            f"{found[1] or found[2]} is not the file that the lock names: it was changed on its way, or your package "
-            "registry packs files anew. Only if you trust that registry: scripts/install.sh --no-hashes, then this again"
+            f"{found[1] or found[2]} is not the file that the lock names: it was changed on its way, or your registry "
+            "packs files anew. Only if you trust that registry: scripts/install.sh --no-hashes, then this again"
         )
 
 

