@@ -189,6 +189,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
+        """Its environment variable."""
         return f"{PREFIX}{self.table}_{self.key}".upper()
 
 

@@ -40,13 +40,17 @@ class Dendrite(ValidatorCaller, Protocol):
 class Books(Protocol):
     """What the parts need of Bookkeeping."""
 
-    def record(self, event: Event) -> None: ...
+    def record(self, event: Event) -> None:
+        """Takes an event; returns at once and never raises."""
 
-    def worth_asking_at(self, hotkey: str) -> float: ...
+    def worth_asking_at(self, hotkey: str) -> float:
+        """The unix time from which the validator is worth a pull; 0 for right away."""
 
-    async def cooldowns(self) -> Mapping[str, float]: ...
+    async def cooldowns(self) -> Mapping[str, float]:
+        """Hotkey -> unix time until which the validator may not be asked."""
 
-    async def submissions(self) -> Sequence[PastSubmission]: ...
+    async def submissions(self) -> Sequence[PastSubmission]:
+        """Those of an earlier run that validators may still count, oldest first."""
 
 
 @dataclass(frozen=True)

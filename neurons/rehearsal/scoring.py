@@ -24,11 +24,15 @@ log = logging.getLogger(__name__)
 
 
 class Scoring(Protocol):
+    """Who scores results: a service, or a fixed answer."""
+
     async def score(self, task: Task, results: str) -> float | None:
         """Final score of `results` (base64 of `.spz`); None when there is no answer."""
 
 
 class ScoringService:
+    """The scoring service over HTTP, as the public validator calls it."""
+
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint.rstrip("/")
 
@@ -68,6 +72,7 @@ class FixedScores:
         self._score = score
 
     async def score(self, task: Task, results: str) -> float | None:
+        """Always the same."""
         return self._score
 
 

@@ -1,7 +1,7 @@
 """Writes every setting of service and miner as Markdown tables into docs/PRODUCTION_CONFIG.md, between its two marks.
 
-    .venv/bin/python -m scripts.tools.settings_reference            # writes
-    .venv/bin/python -m scripts.tools.settings_reference --check    # exit status 1 when the document is not true
+.venv/bin/python -m scripts.tools.settings_reference            # writes
+.venv/bin/python -m scripts.tools.settings_reference --check    # exit status 1 when the document is not true
 """
 
 from __future__ import annotations

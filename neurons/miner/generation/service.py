@@ -29,12 +29,12 @@ CONNECT_TIMEOUT_S = 10.0
 PRIORITY = {"X-Priority": "background"}
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
-# Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
+# The service closes idle connections after 5 s. A POST on one that is just closing would be lost.
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
 PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
-# Answers that are about the task, and would be the same again; all others below 500 are of a proxy or a gateway.
+# Statuses that are about the task: another attempt would get the same. Others below 500 come from a proxy or a gateway.
 OF_THE_TASK = (400, 413, 415, 422)
 BUSY = (429, 503)
 NO_CONNECTION = "not reachable (no connection in time)"

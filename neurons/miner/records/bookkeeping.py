@@ -1,6 +1,4 @@
-"""Everyone who is told what happens in the miner: ledger, metrics, the status file's totals, and by way of the ledger
-the policy.
-"""
+"""Passes each event on to the ledger, the metrics and the status file's totals. The policy follows the ledger."""
 
 from __future__ import annotations
 
@@ -40,15 +38,18 @@ class Bookkeeping:
         self._now = now
 
     def start(self) -> None:
+        """Begins to write and to serve. A port that is taken is a log line."""
         self._ledger.start()
         if self._metrics_port:
             self._metrics.serve(self._metrics_port)
 
     async def close(self) -> None:
+        """Writes what is left, within stopping.METRICS_S and LEDGER_S seconds."""
         await asyncio.to_thread(self._metrics.close)
         await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
+        """Tells everyone. Returns at once and never raises."""
         if isinstance(event, Settlement):
             if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
                 self.totals["submission unknown"] -= 1
@@ -59,6 +60,7 @@ class Bookkeeping:
         self._ledger.record(event)
 
     def show(self, snapshot: Snapshot) -> None:
+        """What the gauges say from now on."""
         self._metrics.show(snapshot)
 
     def worth_asking_at(self, hotkey: str) -> float:
@@ -67,6 +69,7 @@ class Bookkeeping:
 
     @property
     def backlog(self) -> int:
+        """Ledger rows not written yet."""
         return self._ledger.backlog
 
     async def follow_standings(self) -> None:
@@ -103,8 +106,8 @@ def _submissions(path: Path, now: float) -> list[PastSubmission]:
 
 
 def _cooldowns(path: Path, now: float) -> dict[str, float]:
-    # The column beside max() is that of the newest row. One from the future is from before the clock was set back: when
-    # its wait began is unknown, so it begins now.
+    # SQLite takes the columns beside max() from the newest row. A row from the future was written before the clock was
+    # set back. When its wait began is not known, so it begins now.
     query = """SELECT hotkey, min(at, :now) + wait, max(at) FROM
         (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
         WHERE at >= :now - :longest GROUP BY hotkey"""

@@ -42,7 +42,7 @@ class Snapshot:
 
 
 class _Moment(Collector):
-    """The gauges. They are made anew from the latest snapshot, so a validator that has left leaves nothing behind."""
+    """The gauges, made anew from the latest snapshot, so that no validator stays in them after it has left."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
@@ -123,6 +123,7 @@ class Metrics:
         self._stop_serving = lambda: None
 
     def record(self, event: Event) -> None:
+        """Counts an event."""
         uid = str(event.validator.uid)
         if isinstance(event, Pull):
             self._pulls.labels(uid, event.outcome).inc()
@@ -136,7 +137,7 @@ class Metrics:
         else:
             self._submission_s.observe(event.seconds)
             if event.outcome == "unknown":
-                # Counted when the validator's next answer has told what it was.
+                # Counted once the validator's next answer settles it.
                 self._unsettled.add((event.validator.hotkey, event.task_id))
             else:
                 self._submissions.labels(uid, event.outcome).inc()
@@ -169,7 +170,7 @@ class Metrics:
 
 
 def _by_name(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """Refuses what calls this machine by another name: a website can have one that stands for it (DNS rebinding)."""
+    """Refuses requests for other host names: a website can make its name resolve to this machine (DNS rebinding)."""
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("HTTP_HOST", "").partition(":")[0].lower() in NAMES:

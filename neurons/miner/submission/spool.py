@@ -1,4 +1,4 @@
-"""Results on disk from the moment that they are made until it is known what their validator made of them."""
+"""Keeps results on disk until it is known what became of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from neurons.protocol import Task
 
 # Tasks are long gone after that: validators close them within minutes.
 MAX_AGE_S = 3600.0
-# Many times what can be on its way: one result per validator, 256 neurons on the subnet.
+# Twice what can be on its way: one result for each of at most 256 neurons.
 MAX_ENTRIES = 512
 MAX_BYTES = 4 << 30
 LOCK_NAME = "lock"
@@ -60,8 +60,8 @@ class SpooledResult:
 class Spool:
     """One file per validator and task: a line of JSON, then the result's bytes.
 
-    File names are hashes: task ids come from strangers. A file's removal is one step that a crash can not halve, and so
-    the mark that its validator has answered.
+    File names are hashes, for task ids come from strangers. A removed file is the mark that its validator has answered:
+    no crash can leave half of that.
     """
 
     def __init__(self, folder: Path) -> None:

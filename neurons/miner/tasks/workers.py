@@ -30,7 +30,10 @@ class TaskLeft(Exception):
 
 
 class Generator(Protocol):
-    async def generate(self, task: Task, seed: int, patience: float) -> Generated: ...
+    """What a worker needs of a GeneratorPool."""
+
+    async def generate(self, task: Task, seed: int, patience: float) -> Generated:
+        """A splat within `patience` seconds. Raises GenerationFailed, AttemptFailed or ServiceUnavailable."""
 
 
 class Worker:
@@ -54,6 +57,7 @@ class Worker:
         self._now = now
 
     async def run(self) -> None:
+        """Works until the manager is closed."""
         while (assignment := await self._manager.next_assignment()) is not None:
             result = None
             try:

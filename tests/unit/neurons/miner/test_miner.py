@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from neurons.chain import Metagraph, Neuron
 from neurons.miner import options
 from neurons.miner.assignment import USEFUL_AGE_S
 from neurons.miner.generation import pool as generators
+from neurons.miner.generation import service as service_module
 from neurons.miner.generation.pool import GeneratorPool, ServiceUnavailable
 from neurons.miner.generation.service import (
     AttemptFailed,
@@ -537,6 +539,14 @@ async def test_an_endpoint_that_takes_no_connection_is_not_there(call: str, monk
     async with GenerationService("http://10.0.0.1:9") as service:
         with pytest.raises(EndpointUnavailable, match="no connection in time"):
             await (service.health() if call == "health" else service.generate(TextTask(id="1", prompt="p"), 1))
+
+
+async def test_a_service_that_takes_connections_and_never_answers_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not unreachable: the kernel answers for a process that is frozen."""
+    monkeypatch.setattr(service_module, "HEALTH_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with GenerationService(f"http://127.0.0.1:{server.getsockname()[1]}") as service:
+            assert await service.health() is None
 
 
 async def test_a_failed_attempt_says_where_and_for_how_long() -> None:
