@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.settings import CommandLine, Given
 from generation.arguments import TABLES as SERVICE_TABLES
 from neurons.miner.options import TABLES as MINER_TABLES
-from scripts.ops import environment, probe, processes
+from scripts.ops import environment, probe, processes, systemd
 from scripts.ops.processes import ROOT, RUN, Refused
 
 PROGRAM = "deploy_competitive.sh"
@@ -40,6 +40,12 @@ def parse(arguments: Sequence[str], caller: Path) -> Given:
         default_file=ROOT / "competitive.toml",
         files_must_exist=True,
     )
+    service = line.parser.add_mutually_exclusive_group()
+    service.add_argument(
+        "--install-service", action="store_true", help="save the flags, and have systemd start all at each boot"
+    )
+    service.add_argument("--uninstall-service", action="store_true", help="take that back")
+    line.parser.add_argument("--only-prepare", action="store_true", help="install and save, and start nothing")
     return line.parse(arguments, cwd=caller)
 
 
@@ -100,6 +106,12 @@ def deploy(given: Given, caller: Path) -> None:
     """Raises Refused or InstallError, each with a line that says why not."""
     deployment = Deployment(given)
     os.chdir(ROOT)
+    if given.args.uninstall_service or given.args.install_service:
+        _change_service(given, deployment, caller)
+        return
+    if given.args.only_prepare:
+        _prepare(given, deployment, caller)
+        return
     for folder in ("logs", "data"):
         Path(folder).mkdir(exist_ok=True)
     with processes.lock():
@@ -114,12 +126,7 @@ def deploy(given: Given, caller: Path) -> None:
         problem = probe.check_port(deployment.host, deployment.port)
         if problem:
             raise Refused(problem)
-        extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
-        environment.ensure([*environment.PLAIN, *extras])
-        if given.asked_to_save:
-            _save(given, caller)
-        if extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:
-            raise Refused("gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny")
+        _prepare(given, deployment, caller)
         try:
             _start(deployment)
         except BaseException:
@@ -128,9 +135,43 @@ def deploy(given: Given, caller: Path) -> None:
         _summarise(deployment)
 
 
+def _prepare(given: Given, deployment: Deployment, caller: Path) -> None:
+    """The environment, the GPU code, and the settings' file."""
+    extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
+    environment.ensure([*environment.PLAIN, *extras])
+    if given.asked_to_save:
+        _save(given, caller)
+    if extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:
+        raise Refused("gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny")
+
+
+def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
+    """Installs the systemd units or takes them away."""
+    if given.args.uninstall_service:
+        print("\n".join(systemd.uninstall()))
+        return
+    user = systemd.check_can_install()
+    with processes.lock():
+        if any(processes.state(name) != "absent" for name in processes.MODULES):
+            raise Refused("it is deployed without systemd. Stop that first: ./stop_competitive.sh")
+    # As the user whom the folder belongs to, so that the files are that user's.
+    words = [word for word in sys.argv[1:] if word not in ("--install-service", "--save")]
+    home = {**os.environ, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    command = [sys.executable, __file__, *words, "--save", "--only-prepare"]
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+    if subprocess.run(command, cwd=caller, env=home, **as_user).returncode != 0:
+        raise Refused(f"it could not be prepared as {user.pw_name}: the reason is above")
+    print("\n".join(systemd.install(deployment.names, user.pw_name)))
+    print(f"Started. See: systemctl status '{systemd.unit('*')}', journalctl -f -u '{systemd.unit('*')}'")
+    print(
+        f"Stop: systemctl stop {systemd.TARGET}. After a change of competitive.toml: systemctl restart {systemd.TARGET}"
+    )
+
+
 def _save(given: Given, caller: Path) -> None:
     """In the environment's Python, which has what writes the file."""
-    command = [environment.PYTHON, __file__, "--only-save", *sys.argv[1:]]
+    command = [environment.PYTHON, __file__, *sys.argv[1:], "--only-save"]
     if Path(sys.executable) == environment.PYTHON:
         given.save()
     elif subprocess.run(command, cwd=caller).returncode != 0:
@@ -233,8 +274,8 @@ def _end(*_: object) -> NoReturn:
 def main(arguments: Sequence[str], caller: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    if arguments[:1] == ["--only-save"]:
-        parse(arguments[1:], caller).save()
+    if arguments[-1:] == ["--only-save"]:
+        parse(arguments[:-1], caller).save()
         return 0
     try:
         deploy(parse(arguments, caller), caller)

@@ -1,10 +1,14 @@
-"""What a deployment asks about ports and about the processes that it started. Standard library only."""
+"""What a deployment asks about ports and about the processes that it started. Standard library only.
+
+``probe.py service URL`` and ``probe.py miner STATUS_FILE`` tell whether one is healthy, for container health checks.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
+import sys
 import time
 import urllib.request
 from http.client import HTTPException
@@ -14,6 +18,7 @@ from typing import Any
 LOADING_S = 1800  # full-size weights from a slow disk
 WORKERS = 4  # at least, and for a service that does not tell
 MAX_WORKERS = 64
+STATUS_FRESH_S = 60.0
 
 
 def alive(pid: int) -> bool:
@@ -135,3 +140,20 @@ def read_status(path: Path) -> str:
         return str(json.loads(path.read_text())["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def main(kind: str, where: str) -> int:
+    """Exit status 0 for healthy. The miner is while it says of itself what it does: every second or so."""
+    if kind == "service":
+        try:
+            return health_of(where)["status"] != "ready"
+        except (OSError, HTTPException, ValueError, LookupError):
+            return 1
+    try:
+        return time.time() - Path(where).stat().st_mtime > STATUS_FRESH_S
+    except OSError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Bookkeeping:
-    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served. `spool`: for the metrics."""
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
 
     def __init__(
         self,
