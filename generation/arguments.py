@@ -43,7 +43,14 @@ class ServiceTable:
     config: Path | None = setting(
         None,
         FilePath(exists=True),
-        "optimisation config, a YAML with DreamGaussian's keys",
+        "config of the generator for texts, a YAML",
+        default_is="the profile's",
+        metavar="PATH",
+    )
+    image_config: Path | None = setting(
+        None,
+        FilePath(exists=True),
+        "config of the generator for pictures, a YAML",
         default_is="the profile's",
         metavar="PATH",
     )
