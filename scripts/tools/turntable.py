@@ -25,7 +25,7 @@ from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.stages.self_check import ELEVATION, FOVY, RADIUS, fit_to_frame
 
-PROMPTS = ("a red cube", "a blue bottle", "a yellow star", "a green cone", "an orange ring")
+PROMPTS = ("a green chair", "a yellow mushroom", "a pink lamp", "a blue hat", "a red cone")
 SERVICE = "http://127.0.0.1:10006"
 SEEDS = 4
 FRAMES = 36
