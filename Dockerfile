@@ -21,9 +21,10 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf scripts/install.sh service &
 COPY --chown=miner . .
 RUN mkdir -p data logs run .cache
 EXPOSE 10006
+ENV COMPETITIVE_SERVICE_HOST=0.0.0.0
 HEALTHCHECK --interval=10s --timeout=11s --start-period=30m --start-interval=5s --retries=3 \
     CMD [".venv/bin/python", "scripts/ops/probe.py", "service", "http://127.0.0.1:10006"]
-CMD [".venv/bin/python", "-m", "generation.serve_competitive", "--host", "0.0.0.0"]
+CMD [".venv/bin/python", "scripts/ops/serve.py", "generation_service"]
 
 FROM generation-cpu AS generation-cuda
 # g++ compiles gsplat here, and torch.compile's code at run time.
@@ -41,4 +42,4 @@ COPY --chown=miner . .
 RUN mkdir -p data logs run
 HEALTHCHECK --interval=30s --timeout=5s --start-period=5m --retries=3 \
     CMD [".venv/bin/python", "scripts/ops/probe.py", "miner", "run/miner.status"]
-CMD [".venv/bin/python", "-m", "neurons.serve_miner_competitive", "--status-file", "run/miner.status"]
+CMD [".venv/bin/python", "scripts/ops/serve.py", "miner"]
