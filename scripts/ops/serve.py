@@ -47,6 +47,9 @@ def main(arguments: Sequence[str]) -> int:
     os.chdir(environment.ROOT)
     for folder in ("logs", "data", "run"):
         Path(folder).mkdir(exist_ok=True)
+    if arguments[0] == "rehearsal" and not deploy.Deployment(deploy.parse([], environment.ROOT)).rehearsed:
+        print("no rehearsal: the settings name a wallet or a network")
+        return 0
     words = command(arguments[0])
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.execv(words[0], words)

@@ -15,6 +15,7 @@ from generation.arguments import TABLES as SERVICE_TABLES
 from generation.weights.registry import REGISTRY
 from neurons.miner.options import TABLES as MINER_TABLES
 from scripts.ops import deploy
+from scripts.ops.processes import STOP_S
 from scripts.tools import api_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +159,18 @@ def test_lines_of_the_logs_are_said_by_the_code() -> None:
             parts = [part.strip(" :,()") for part in re.split(VALUES, line)]
             missing += [f"{line}: {part}" for part in parts if len(part) > 8 and part not in said]
     assert not missing
+
+
+def test_the_public_workflow_runs_what_ci_runs() -> None:
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
+    assert "bash .ci/run" in [step.get("run") for step in steps]
+    assert "exec scripts/test.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_stops_are_as_long_everywhere() -> None:
+    """systemd, Docker and pm2 wait for as long as stop_competitive.sh."""
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    names = {"generation": "generation_service", "miner": "miner", "rehearsal": "rehearsal"}
+    for service, name in names.items():
+        assert services[service]["stop_grace_period"] == f"{STOP_S[name]:.0f}s"
+        assert f'app("{name}", {STOP_S[name]:.0f})' in (ROOT / "ecosystem.config.js").read_text()
