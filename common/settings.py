@@ -346,7 +346,10 @@ class CommandLine:
         """
         prog = self.parser.prog
         args = self.parser.parse_args(argv)
-        named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        try:
+            named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        except RuntimeError as error:  # a ~ of nobody
+            _refuse(prog, [f"--config-file {args.config_file}: {error}"])
         file = named or self._default_file
         if args.save and file is None:
             _refuse(prog, ["--save needs --config-file PATH"])
@@ -356,7 +359,7 @@ class CommandLine:
                 document = tomllib.loads(_read(file))
             except OSError as error:
                 _refuse(prog, [f"--config-file {file}: {error.strerror}"])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 _refuse(prog, [f"--config-file {file}: {error}"])
         problems: list[str] = []
         values: dict[Source, dict[Setting, Any]] = {
@@ -433,12 +436,13 @@ class CommandLine:
 
 
 def _add(group: argparse._ArgumentGroup, each: Setting) -> None:
-    metavar = each.metavar or "|".join(getattr(each.check, "words", ())) or each.key.upper()
+    choices = "|".join(getattr(each.check, "words", ()))
+    metavar = each.metavar or choices or each.key.upper()
     default = f" (default: {each.default_is})" if each.default_is else ""
     options: dict[str, Any] = {}
     if isinstance(each.check, Many):
         options = {"nargs": "+" if each.check.least else "*", "action": "extend"}
-    limits = "" if each.check.limits in (FilePath.limits, TEXT) or metavar != each.metavar else f"; {each.check.limits}"
+    limits = "" if choices or each.check.limits in (FilePath.limits, TEXT) else f"; {each.check.limits}"
     group.add_argument(
         *each.flags,
         dest=f"{each.table}.{each.key}",

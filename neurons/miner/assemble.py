@@ -84,7 +84,7 @@ async def assemble(
     books: Books,
     now: Callable[[], float] = steady_time,
 ) -> Miner:
-    """A miner that goes on where `books` and its spool say that it was.
+    """A miner that goes on where the last run ended, by `books` and the spool.
 
     `now`: unix seconds of a clock that never steps.
     """

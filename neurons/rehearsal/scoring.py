@@ -15,7 +15,7 @@ from neurons.rehearsal.checks import Unacceptable, check_results
 
 # aiohttp's default, which the public validator keeps.
 SCORING_LIMIT_S = 300.0
-# A validator's service is there for scoring alone; this one makes the miner's results, too.
+# This service is busy with the miner's tasks as well, which a real validator's is not.
 BUSY = (429, 503)
 RETRY_S = 3.0
 PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first
@@ -37,8 +37,8 @@ class ScoringService:
         self._endpoint = endpoint.rstrip("/")
 
     async def score(self, task: Task, results: str) -> float | None:
-        """What can not be read, and what the hard rejections are about, has score 0: an exception inside the subnet's
-        scoring service gives that, while no answer, be it for a connection, time or a status, gives None.
+        """0 for what can not be read or is rejected outright: an exception inside the subnet's service gives that, too.
+        None for no answer: no connection, a time-out, or another status than 200.
         """
         try:
             await asyncio.to_thread(check_results, results)

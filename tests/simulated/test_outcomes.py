@@ -7,6 +7,7 @@ Nothing in here asks the rehearsal's rules. An answer to a submission is its sta
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -454,6 +455,13 @@ def test_a_freshly_registered_miner_asks_every_five_minutes(tmp_path: Path) -> N
         assert miner.submissions == [("task", "accepted")]
 
     virtual_time.run(main())
+
+
+def test_a_validator_that_refuses_without_a_reason_is_asked_less_and_less(tmp_path: Path) -> None:
+    """After half a minute, until the pause that doubles from 1 s on is longer than that."""
+    pulled_at = mine(tmp_path, [PullTask()] * 12, [ACCEPTED], 2000).validator.pulled_at
+    waits = [later - at for at, later in itertools.pairwise(pulled_at)]
+    assert waits[:10] == pytest.approx([30, 30, 30, 30, 30, 32, 64, 128, 256, 300], abs=0.5)
 
 
 def test_a_validator_that_has_handed_out_tasks_is_believed(tmp_path: Path) -> None:

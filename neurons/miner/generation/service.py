@@ -22,7 +22,7 @@ from neurons.protocol import ImageTask, Task
 MAX_PROMPT_CHARACTERS = 1024
 MAX_PLY_BYTES = 512 << 20
 MAX_HEALTH_BYTES = 1 << 20
-# The pool gives up earlier where the task was pulled some time before.
+# The pool gives up earlier on a task that was pulled some time ago.
 REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
 # Who asks the service in person goes first: what is made for validators is paused meanwhile.
@@ -57,7 +57,7 @@ class AttemptFailed(Exception):
 
 
 class EndpointUnavailable(Exception):
-    """The service is not there, or (with `seconds`) asks to be left alone that long. The task itself is fine."""
+    """The service is not there, or asks to be left alone for `seconds`. The task itself is fine."""
 
     def __init__(self, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)

@@ -84,8 +84,8 @@ class Ledger:
         ledger.record(Submission(validator, task.id, "accepted", seconds=2.1, size=len(result), feedback=feedback))
         await asyncio.to_thread(ledger.close)   # writes what is left, or says what is lost
 
-    A file that is damaged, or of a later version, is set aside and a new one begun. `standings` reads it, from this
-    process or another.
+    A file that is damaged, or of a later version, is set aside, and a new one is begun. `standings` reads the file,
+    from this process or another.
     """
 
     def __init__(self, path: Path, now: Callable[[], float] = steady_time) -> None:

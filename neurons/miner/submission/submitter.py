@@ -164,7 +164,7 @@ class Submitter:
         return entry.result
 
     def pulled(self, validator: Neuron, answer: PullTask) -> None:
-        """To be called with what a pull was answered. What it does not ask for any more is kept no longer."""
+        """To be called with the answer to each pull. A result that it does not ask for is dropped."""
         hotkey = validator.hotkey
         if answer.cooldown_until > 0:
             self._memories[hotkey].last_told = answer.cooldown_until
@@ -190,7 +190,7 @@ class Submitter:
             log.error("Submission failed", exc_info=error)
 
     async def _deliver(self, assignment: Assignment, result: bytes, again: bool) -> None:
-        """Spool, send, find out what became of it, forget. Whatever ends this before leaves the result spooled."""
+        """Spool, send, find out what became of it, forget. If this ends early, the result stays in the spool."""
         hotkey, task = assignment.validator.hotkey, assignment.task
         kept = self._kept.get((hotkey, task.id)) if again else None
         is_new = kept is None
@@ -225,7 +225,7 @@ class Submitter:
     async def _hand_in(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
         """The time from which the validator may be asked again; None when the task is to be ended with an empty result.
 
-        Where it is not known what became of the result, that time is soon: the pull tells.
+        Where the result's fate is not known, that time is soon, because the next pull tells.
         """
         validator, shown = assignment.validator, quoted(assignment.task.id)
         kept.rounds += 1

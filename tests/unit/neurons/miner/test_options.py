@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neurons.miner.options import parse
+from neurons.miner.options import COMMAND_LINE, parse
 
 FILE = """
 [network]
@@ -68,6 +68,11 @@ def test_a_variable_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPETITIVE_MINER_BLACKLIST", "180,7")
     options = parse([])
     assert (options.network, options.wallet_name, options.blacklist) == ("finney", "cold", (180, 7))
+
+
+def test_the_first_of_two_flags_is_handed_on() -> None:
+    given = COMMAND_LINE.parse(["--subtensor.network", "test", "--wallet.name", "cold"])
+    assert given.flags("network", "wallet") == ["--network", "test", "--wallet.name", "cold"]
 
 
 def test_save_is_for_the_next_start(tmp_path: Path) -> None:
