@@ -6,6 +6,7 @@ in the background, and waits until they are healthy. Standard library only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.log_lines import shown_network
 from common.settings import CommandLine, Given
 from generation.arguments import TABLES as SERVICE_TABLES
 from neurons.miner.options import TABLES as MINER_TABLES
@@ -59,7 +61,7 @@ class Deployment:
             self.network = "finney" if wallet.name else "rehearsal"
         self.rehearsed = self.network == "rehearsal"
         if not (self.rehearsed or wallet.name):
-            given.refuse("network", "name", f"{self.network} needs --wallet.name")
+            given.refuse("network", "name", f"{shown_network(self.network)} needs --wallet.name")
         # What the tiny models make earns nothing there but penalties: only who asks for them gets them.
         self.profile: str = service.profile if self.rehearsed or service.profile != "auto" else "full"
         self.host, self.port = service.host, service.port
@@ -77,8 +79,9 @@ class Deployment:
         self.names = ("generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
 
     def flags(self) -> str:
-        """All that it was asked for, to be compared."""
-        return json.dumps([self.profile, self.network, self._service, self._miner])
+        """All that it was asked for, to be compared; as a hash, for addresses may hold passwords."""
+        asked = json.dumps([self.profile, self.network, self._service, self._miner])
+        return hashlib.sha256(asked.encode()).hexdigest()
 
     def arguments(self, name: str) -> list[str]:
         """Of one process. The last of a flag's values holds; endpoints add up."""
@@ -252,7 +255,7 @@ def _summarise(deployment: Deployment) -> None:
             f"  rehearsal network   {LOOPBACK_VALIDATORS} validators on loopback (PID {pids['rehearsal']}), "
             f"log: {_short(logs['rehearsal'])}"
         )
-    network = deployment.network.partition("?")[0]
+    network = shown_network(deployment.network)
     print(f"  miner               {workers} workers on network {network} (PID {pids['miner']}), log: {logs['miner']}")
     if deployment.rehearsed:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
