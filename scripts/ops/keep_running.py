@@ -90,7 +90,10 @@ def main(up: str, log: str, *command: str) -> int:
         signal.signal(number, keeper.stop)
     signal.signal(signal.SIGALRM, _empty_when_large)
     signal.setitimer(signal.ITIMER_REAL, OUTPUT_CHECK_S, OUTPUT_CHECK_S)
-    return keeper.run()
+    try:
+        return keeper.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it would kill an interpreter that is ending, without its handlers
 
 
 if __name__ == "__main__":
