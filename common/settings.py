@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
 from common.log_lines import escape
+from common.version import VERSION
 
 #: All tables of the file. A process reads its own, and leaves the others to theirs.
 TABLES = ("network", "wallet", "score", "service", "miner")
@@ -335,6 +336,7 @@ class CommandLine:
         self._files_must_exist = files_must_exist
         self.parser = _Parser(prog=prog, description=description, allow_abbrev=False)
         add = self.parser.add_argument
+        add("--version", action="version", version=f"{prog} {VERSION}")
         add("--config-file", metavar="PATH", help="TOML file of settings; flags and variables override it")
         add("--save", action="store_true", help="write the flags given into that file, for the next time")
         for table in tables:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.metadata
 import json
 import math
 import time
@@ -21,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from common.log_lines import escape
+from common.version import VERSION
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.fleet.fleet import Fleet
 from generation.schema.score import formula, shares
@@ -40,7 +40,6 @@ T = TypeVar("T")
 def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     """The service around an engine that is not started yet; the app starts and stops it."""
     started = time.monotonic()
-    version = _version()
     events = Events()
     metrics = Metrics(engine)
 
@@ -53,7 +52,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Competitive miner: generation",
         description=openapi.ABOUT,
-        version=version,
+        version=VERSION,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -181,7 +180,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "engines": engine.health(),
             "totals": engine.totals,
             "uptime_seconds": round(time.monotonic() - started, 1),
-            "version": version,
+            "version": VERSION,
         }
 
     @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
@@ -206,7 +205,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     @app.get("/version/", responses=openapi.COMMON)
     async def get_version() -> str:
         """Of this software."""
-        return version
+        return VERSION
 
     return app
 
@@ -340,10 +339,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, 500, "internal error")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("competitive-miner")
-    except importlib.metadata.PackageNotFoundError:  # run from a bare source tree
-        return "0+source"

@@ -69,7 +69,8 @@ class Miner:
 
 def open_books(options: MinerOptions, hotkey: str, now: Callable[[], float] = steady_time) -> Bookkeeping:
     """The books of the miner with this hotkey."""
-    return Bookkeeping(options.ledger_of(hotkey), options.metrics_port, options.min_reward, now)
+    ledger, spool = options.ledger_of(hotkey), options.spool_of(hotkey)
+    return Bookkeeping(ledger, options.metrics_port, options.min_reward, now, spool)
 
 
 async def assemble(

@@ -28,12 +28,17 @@ class Bookkeeping:
     """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
 
     def __init__(
-        self, ledger: Path, metrics_port: int, least_reward: float, now: Callable[[], float] = steady_time
+        self,
+        ledger: Path,
+        metrics_port: int,
+        least_reward: float,
+        now: Callable[[], float] = steady_time,
+        spool: Path | None = None,
     ) -> None:
         self.totals: Counter[str] = Counter()
         self.policy = Policy(least_reward)
         self._ledger = Ledger(ledger, now)
-        self._metrics = Metrics()
+        self._metrics = Metrics(spool)
         self._metrics_port = metrics_port
         self._now = now
 

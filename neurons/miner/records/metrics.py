@@ -7,8 +7,10 @@ by the event loop, and read by the server's thread.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
@@ -75,10 +77,27 @@ class _Moment(Collector):
         yield endpoints
 
 
+class _Disk(Collector):
+    """What the spool's folder holds, looked at when somebody asks."""
+
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            sizes = [path.stat().st_size for path in self._spool.glob("*.result")]
+            free = shutil.disk_usage(self._spool).free
+        except OSError:  # gone this very moment, or not there yet: the next scrape tells
+            return
+        yield GaugeMetricFamily("miner_spool_results", "Results on disk that wait for their validator", len(sizes))
+        yield GaugeMetricFamily("miner_spool_bytes", "What they take", sum(sizes))
+        yield GaugeMetricFamily("miner_disk_free_bytes", "Free space of the disk with spool and ledger", free)
+
+
 class Metrics:
     """All metrics of one miner, in a registry of its own.
 
-        metrics = Metrics()
+        metrics = Metrics(spool)
         metrics.serve(10007)       # a thread of its own; a port that is taken is a log line
         metrics.record(event)      # the same events that the ledger gets
         metrics.show(Snapshot(queued=2, ages=[3.1, 40.0], cooldowns={17: 120.5}, endpoints={"http://...": True}))
@@ -87,10 +106,13 @@ class Metrics:
     Labels are bounded: outcomes and kinds are the miner's own words, UIDs those of the metagraph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spool: Path | None = None) -> None:
+        """`spool`: its folder; None: nothing is told of it, nor of the disk."""
         self.registry = CollectorRegistry()
         self._moment = _Moment()
         self.registry.register(self._moment)
+        if spool is not None:
+            self.registry.register(_Disk(spool))
         self._pulls = Counter("miner_pulls", "Pulls by outcome", ["uid", "outcome"], registry=self.registry)
         self._generations = Counter(
             "miner_generations", "Attempts at a task by outcome", ["kind", "outcome"], registry=self.registry

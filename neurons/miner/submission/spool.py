@@ -23,6 +23,8 @@ MAX_AGE_S = 3600.0
 MAX_ENTRIES = 512
 MAX_BYTES = 4 << 30
 LOCK_NAME = "lock"
+# Files of the first version do not say theirs. One of a later version is dropped, as if it were damaged.
+FORMAT_VERSION = 1
 
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
@@ -73,7 +75,11 @@ class Spool:
     def put(self, entry: SpooledResult) -> None:
         """Writes the entry, whole or not at all; the oldest ones make room. Raises OSError (disk full)."""
         path = self._path(entry.validator_hotkey, entry.task.id)
-        head = {"validator_hotkey": entry.validator_hotkey, "task": entry.task.model_dump()}
+        head = {
+            "version": FORMAT_VERSION,
+            "validator_hotkey": entry.validator_hotkey,
+            "task": entry.task.model_dump(),
+        }
         content = json.dumps(head).encode() + b"\n" + entry.result
         self._make_room(1, len(content))
         temporary = path.with_suffix(".tmp")
@@ -176,6 +182,8 @@ class Spool:
         try:
             head, _, result = path.read_bytes().partition(b"\n")
             fields = json.loads(head)
+            if fields.get("version", 1) > FORMAT_VERSION:
+                return None
             return SpooledResult(str(fields["validator_hotkey"]), _TASK.validate_python(fields["task"]), result)
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
             return None
