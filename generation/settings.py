@@ -52,6 +52,7 @@ class Arguments(Schema):
     gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
+    gallery: Path = ROOT / "data" / "studio"  # where Studio keeps what was made
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -89,6 +90,7 @@ class Settings(Schema):
     allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
     #: stages that the score goes without: which weights are missing, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
+    gallery: Path = ROOT / "data" / "studio"  # what was made in Studio
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
@@ -122,7 +124,7 @@ class Settings(Schema):
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
         shared = arguments.model_dump(
-            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
+            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace", "gallery"}
         )
         return cls(
             profile=profile,
