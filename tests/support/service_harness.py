@@ -110,6 +110,7 @@ def settings(**changes: Any) -> Any:
     values |= {"memory_class": "24gb", "memory_reason": "a test", "validation_threshold": 0.6}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
+    values["gallery"] = Path("/nonexistent/gallery")
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 
@@ -135,9 +136,9 @@ def serving(
 
 
 @contextlib.contextmanager
-def serving_engine(engine: Engine | Fleet, max_queue: int) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving_engine(engine: Engine | Fleet, max_queue: int, **changes: Any) -> Iterator[tuple[str, uvicorn.Server]]:
     """The URL of a service around ``engine``, and its server."""
-    app = create_app(engine, settings(max_queue=max_queue))
+    app = create_app(engine, settings(max_queue=max_queue, **changes))
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

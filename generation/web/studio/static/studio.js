@@ -100,15 +100,26 @@ function choosePicture(file) {
   if (file) image.src = URL.createObjectURL(file);
 }
 
+/** Rows stay where they are while they change: a button that is replaced can not be pressed. */
 function drawProgress() {
-  byId("progress").replaceChildren(...[...making.values()].reverse().map((each) => {
-    const cancel = element("button", { type: "button", onclick: () => ask(`requests/${each.id}`, { method: "DELETE" }).catch(() => {}) }, "Cancel");
+  const list = byId("progress");
+  for (const row of [...list.children]) if (!making.has(row.dataset.id)) row.remove();
+  for (const each of making.values()) {
+    const row = list.querySelector(`[data-id="${each.id}"]`) ?? progressRow(each);
     const stage = STAGES[each.stage] ?? (each.stage || "waiting").replaceAll("_", " ");
     const left = each.left == null ? "" : `, about ${Math.ceil(each.left)} s left`;
-    const bar = element("progress", { max: 1, value: each.fraction ?? 0, "aria-label": stage });
-    return element("div", { className: "making" }, element("div", { className: "row" }, element("b", {}, each.prompt ?? "a picture"), cancel),
-      bar, element("div", { className: "small" }, stage + left));
-  }));
+    row.querySelector("progress").value = each.fraction ?? 0;
+    row.querySelector(".small").textContent = stage + left;
+  }
+}
+
+function progressRow(each) {
+  const cancel = element("button", { type: "button", onclick: () => ask(`requests/${each.id}`, { method: "DELETE" }).catch(() => {}) }, "Cancel");
+  const row = element("div", { className: "making" }, element("div", { className: "row" }, element("b", {}, each.prompt ?? "a picture"), cancel),
+    element("progress", { max: 1, value: 0, "aria-label": "this stage" }), element("div", { className: "small" }));
+  row.dataset.id = each.id;
+  byId("progress").prepend(row);
+  return row;
 }
 
 // ---- the result -----------------------------------------------------------------------------------------------------
