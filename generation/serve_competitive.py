@@ -58,6 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
     parser.add_argument("--gpus", help=f"all, or numbers of GPUs such as 0,1 (default: {default['gpus']})")
     parser.add_argument("--gallery", help="folder where Studio keeps its last results (default: data/studio)")
+    parser.add_argument("--miner-url", help=f"the miner's metrics, for Studio (default: {default['miner_url']})")
     parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
     return vars(parser.parse_args(argv))
 

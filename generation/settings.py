@@ -27,6 +27,7 @@ from generation.schema.options import (
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
+MINER_URL = "http://127.0.0.1:10007"
 
 #: profile -> (models file, default optimisation config)
 PROFILES = {
@@ -53,6 +54,7 @@ class Arguments(Schema):
     profile_trace: Path | None = None  # where to write what the first request did
     memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
     gallery: Path = ROOT / "data" / "studio"  # where Studio keeps what was made
+    miner_url: str = Field(MINER_URL, pattern=r"^http://[^/\s]+/?$")  # its metrics' port, for Studio
 
     @field_validator("allowed_hosts")
     @classmethod
@@ -91,6 +93,7 @@ class Settings(Schema):
     #: stages that the score goes without: which weights are missing, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
     gallery: Path = ROOT / "data" / "studio"  # what was made in Studio
+    miner_url: str = MINER_URL  # where the miner tells of itself
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
@@ -124,7 +127,16 @@ class Settings(Schema):
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
         shared = arguments.model_dump(
-            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace", "gallery"}
+            include={
+                "host",
+                "port",
+                "validation_threshold",
+                "log_file",
+                "max_queue",
+                "profile_trace",
+                "gallery",
+                "miner_url",
+            }
         )
         return cls(
             profile=profile,

@@ -165,7 +165,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         frames = await engine.call(partial(_film, data=data, device=settings.device), False)
         return await asyncio.to_thread(_encode, frames)
 
-    app.include_router(studio.router(makers, settings.validation_threshold, film_kept))
+    app.include_router(studio.router(makers, settings.validation_threshold, film_kept, settings.miner_url))
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

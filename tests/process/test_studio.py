@@ -147,7 +147,9 @@ def studio(browser: Any, tmp_path: Path) -> Iterator[Studio]:
             painter.go.set()
             studio.page.context.close()
         origin = urlsplit(url).netloc
-        assert {urlsplit(each).netloc for each in studio.requested if not each.startswith(("blob:", "data:"))} == {origin}
+        assert {urlsplit(each).netloc for each in studio.requested if not each.startswith(("blob:", "data:"))} == {
+            origin
+        }
         assert studio.problems == []
 
 
@@ -188,14 +190,20 @@ def test_the_page_draws_as_the_rasteriser_does(studio: Studio) -> None:
     gaussians = ply.read(ply.write(scene()))
     low, high = gaussians.means.amin(0), gaussians.means.amax(0)
     radius = turntable.DISTANCE * (high - low).max().item()
-    for azimuth, elevation, behind in ((0, 15, (1.0, 1.0, 1.0)), (130, -20, (0.0, 0.0, 0.0)), (250, 60, (0.5, 0.5, 0.5))):
+    for azimuth, elevation, behind in (
+        (0, 15, (1.0, 1.0, 1.0)),
+        (130, -20, (0.0, 0.0, 0.0)),
+        (250, 60, (0.5, 0.5, 0.5)),
+    ):
         studio.page.evaluate(
             "([azimuth, elevation, behind]) => { studio.view.background = behind; "
             "studio.view.look({ azimuth, elevation }); }",
             [azimuth, elevation, behind],
         )
         shown = studio.pixels()
-        camera = orbit(elevation, azimuth, radius, turntable.FOVY, SIZE, SIZE, target=tuple(((low + high) / 2).tolist()))
+        camera = orbit(
+            elevation, azimuth, radius, turntable.FOVY, SIZE, SIZE, target=tuple(((low + high) / 2).tolist())
+        )
         rgb, _, _ = rasterize(gaussians, camera, SIZE, SIZE, torch.tensor(behind))
         wanted = (rgb[0].clamp(0, 1) * 255).numpy()
         assert shown.shape == wanted.shape
@@ -234,9 +242,12 @@ def test_a_picture_is_dropped(studio: Studio) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "PNG")
     data = base64.b64encode(out.getvalue()).decode()
     studio.page.evaluate(
-        """data => { const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), files = new DataTransfer();
-        files.items.add(new File([bytes], "a.png", { type: "image/png" }));
-        document.getElementById("drop").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true })); }""",
+        """data => {
+            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0)), files = new DataTransfer();
+            files.items.add(new File([bytes], "a.png", { type: "image/png" }));
+            const event = new DragEvent("drop", { dataTransfer: files, bubbles: true });
+            document.getElementById("drop").dispatchEvent(event);
+        }""",
         data,
     )
     assert studio.page.is_visible("#picture-shown")

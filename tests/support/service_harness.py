@@ -110,7 +110,7 @@ def settings(**changes: Any) -> Any:
     values |= {"memory_class": "24gb", "memory_reason": "a test", "validation_threshold": 0.6}
     values["options"] = SimpleNamespace(iters=ITERATIONS)
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
-    values["gallery"] = Path("/nonexistent/gallery")
+    values |= {"gallery": Path("/nonexistent/gallery"), "miner_url": "http://127.0.0.1:9"}
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from generation.web import intake
 from generation.web.intake import ApiError
+from generation.web.studio import miner
 from generation.web.studio.gallery import FILM, PICTURE, SPLAT, THUMBNAIL, as_json
 from generation.web.studio.makers import Makers
 
@@ -40,7 +41,7 @@ KEPT = {
 Film = Callable[[bytes], Awaitable[bytes]]
 
 
-def router(makers: Makers, threshold: float, film: Film) -> APIRouter:
+def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIRouter:
     """All under /studio."""
     routes = APIRouter(prefix="/studio", include_in_schema=False)
     pages = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
@@ -82,6 +83,13 @@ def router(makers: Makers, threshold: float, film: Film) -> APIRouter:
         asked = await intake.read_form(request, threshold, False)
         makers.check_room()
         return {"id": makers.start(asked), "seed": asked.seed}
+
+    @routes.get("/miner")
+    async def mining() -> dict[str, Any]:
+        try:
+            return await asyncio.to_thread(miner.activity, miner_url)
+        except miner.NoMiner as error:
+            raise ApiError(503, "miner", str(error), None, 2) from error
 
     @routes.delete("/requests/{request_id}", status_code=204)
     async def give_up(request_id: str) -> None:
