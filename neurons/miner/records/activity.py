@@ -62,7 +62,7 @@ class Activity:
                     "accepted": each.accepted,
                     "submitted": each.submitted,
                     "declined": each.declined,
-                    "violations": each.violations,
+                    "early": each.early,
                     "mean_score": each.mean_score,
                     "reward": each.reward,
                     "unknown": each.unknown,
@@ -73,7 +73,7 @@ class Activity:
         for uid in moment.cooldowns:
             by_uid.setdefault(uid, {})
         nothing = {
-            "hotkey": "", "accepted": 0, "submitted": 0, "declined": 0, "violations": 0, "mean_score": None,
+            "hotkey": "", "accepted": 0, "submitted": 0, "declined": 0, "early": 0, "mean_score": None,
             "reward": None, "unknown": 0,
         }  # fmt: skip
         validators = [

@@ -86,9 +86,9 @@ function validators(state) {
     const bar = element("div", { className: "bar" }, element("i", {}));
     bar.firstChild.style.width = `${Math.min(100, ((each.cooldown ?? 0) / 300) * 100)}%`;
     const left = element("div", { className: "row" }, bar, each.cooldown ? duration(each.cooldown) : "free");
-    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.declined), number(each.violations)];
+    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.declined), number(each.early)];
   });
-  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["declined", "n"], ["violations", "n"]], rows, "No validator has answered yet.");
+  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
 }
 
 function held(state) {
@@ -138,7 +138,7 @@ function axes(add, state, low, high, digits) {
 
 function bars(state) {
   const { svg, add } = drawing(WIDTH, HEIGHT, "Accepted and lost results over time");
-  const most = Math.max(4, ...state.bins.map((each) => each.accepted + each.lost));
+  const most = 2 * Math.max(2, Math.ceil(Math.max(...state.bins.map((each) => each.accepted + each.lost)) / 2));
   axes(add, state, 0, most, 0);
   const step = (WIDTH - LEFT) / state.bins.length, unit = (BOTTOM - TOP) / most;
   state.bins.forEach((each, i) => {
