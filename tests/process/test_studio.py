@@ -6,6 +6,7 @@ import base64
 import io
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,10 @@ from generation.splats.cameras import orbit
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.web import turntable
+from neurons.miner.records.activity import Activity, Identity
+from neurons.miner.records.metrics import Metrics, Snapshot
 from tests.support.browser import chromium, until
+from tests.support.ledger_events import NOW, one_task, write
 from tests.support.service_harness import serving_engine, wait_until
 from tests.support.standins import ball
 
@@ -274,3 +278,35 @@ def test_no_other_site_and_no_other_name_reaches_it(studio: Studio) -> None:
             assert answer.status_code in (403, 421)
     policy = httpx.get(f"{studio.url}/studio/").headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
+
+
+def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.sqlite"
+    events = one_task(1, NOW - 600, score=0.91, reward=10) + one_task(1, NOW - 300, accepted=False, reward=10)
+    write(ledger, events + one_task(2, NOW - 200, score=0.83, reward=20))
+    metrics = Metrics()
+    moment = Snapshot(queued=1, ages=[12.0], cooldowns={1: 250.0}, endpoints={"http://127.0.0.1:10006": False})
+    metrics.show(replace(moment, clock_behind=-9.0, status="ready", held=[(2, "image", 12.0)]))
+    port = metrics.serve(0, Activity(Identity("5Hot", "finney", 17), ledger, lambda: NOW).as_json)
+    engine = Engine(lambda progress: Painter(), 16, 8)
+    miner_url = f"http://127.0.0.1:{port}"
+    with serving_engine(engine, 16, gallery=tmp_path / "gallery", miner_url=miner_url) as (url, _):
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.goto(f"{url}/studio/#miner")
+        until(lambda: page.locator(".tile").count() == 6, "the miner's figures")
+        tiles = page.locator(".tile b").all_inner_texts()
+        assert tiles == ["2", "30.0", "0.870", "1", "1", "0"]
+        assert "5Hot on finney, subnet 17" in page.inner_text("#miner")
+        assert "clock is 9 s ahead of the validators" in page.inner_text("#miner")
+        assert "No generation service can take a task" in page.inner_text("#miner")
+        rows = page.locator("#outcomes tbody tr").all_inner_texts()
+        assert sorted(row.split("\t")[1:4] for row in rows) == [
+            ["UID 1", "accepted", "0.910"], ["UID 1", "declined", "–"], ["UID 2", "accepted", "0.830"],
+        ]  # fmt: skip
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.click("#tab-make")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        metrics.close()
+        page.click("#tab-miner")
+        until(lambda: "No miner answers at" in page.inner_text("#miner"), "word that no miner runs")
+        page.close()
