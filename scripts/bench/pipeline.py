@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.kinds import load_options
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, Settings
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="full size with random weights, on a GPU")
     parser.add_argument("--profile", default="auto")
+    parser.add_argument("--config", type=Path, help="in place of the profile's; where it draws pictures, for them too")
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
@@ -62,8 +64,12 @@ def main() -> None:
     say(f"models ready after {time.perf_counter() - started:.1f} s")
     say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
+    is_dreamgaussian = isinstance(pipeline._text, DreamGaussian)
     if not args.no_eager:
-        one_by_one(with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5})), 1)
+        first = pipeline
+        if is_dreamgaussian:
+            first = with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5}))
+        one_by_one(first, 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
@@ -82,13 +88,15 @@ def main() -> None:
             pipeline, 2 * args.requests + 2, most, lambda: (request, picture)[next(NUMBERS) % 2]()
         )
         show(f"texts and pictures, {most} in flight", figures["mixed"])
-    figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
-    show("ultra-fast, one request", figures["ultra"])
+    if is_dreamgaussian:
+        figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
+        show("ultra-fast, one request", figures["ultra"])
     if settings.device.startswith("cuda"):
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
         say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+    if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
     if args.json:
@@ -99,11 +107,14 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
         memory = int(args.memory_gib * 2**30) if args.memory_gib else None
-        settings = Settings.resolve({"profile": args.profile}, memory)
+        chosen = {"config": args.config} if args.config else {}
+        if args.config and load_options(args.config).draws:
+            chosen["image_config"] = args.config
+        settings = Settings.resolve({"profile": args.profile, **chosen}, memory)
         return assemble.load(settings, say, warm=False), settings
     from scripts.bench import full_size
 
-    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None, config=args.config)
     return full_size.load(settings, say, warm=False), settings
 
 

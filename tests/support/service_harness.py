@@ -110,6 +110,7 @@ def settings(**changes: Any) -> Any:
     values |= {"config": Path("text.yaml"), "options": SimpleNamespace(generator="dreamgaussian")}
     values |= {"image_config": Path("image.yaml"), "image_options": SimpleNamespace(generator="lgm")}
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
+    values |= {"gallery": Path("/nonexistent/gallery"), "miner_url": "http://127.0.0.1:9"}
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 

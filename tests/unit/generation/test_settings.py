@@ -149,7 +149,8 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = load_models(settings.PROFILES[profile].models)
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    others = {"zero123", "stable_zero123", "image_clip", "quality", "lpips"} if profile == "full" else set()
+    full = {"zero123", "stable_zero123", "imagedream", "image_clip", "quality", "lpips"}
+    others = {"lgm"} | (full if profile == "full" else set())
     assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
     for choice in models.stages.values():
         if profile == "full":

@@ -12,13 +12,13 @@ from generation.accelerate import text_cache
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian import optimiser
 from generation.generators.dreamgaussian.carve import carve
-from generation.generators.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.generators.dreamgaussian.optimiser import DreamGaussian, foreground
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.scene import Views
 from generation.generators.dreamgaussian.schedule import noise_level, position_lr
+from generation.generators.multiview.attention import MultiViewAttention, camera_embedding, join_views
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0
 
@@ -177,7 +177,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     read: list[int] = []
-    guidance._text_encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
     guidance.read([*prompts, "ugly"])
     for prompt in prompts:
