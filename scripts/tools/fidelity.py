@@ -15,7 +15,6 @@ import math
 import shutil
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -305,20 +304,12 @@ class Comparison:
     @contextmanager
     def pipeline_module(self) -> Iterator[None]:
         """The authors' unified pipeline can be imported inside, with their own cameras."""
-        with borrowed(self.authors / "kiuikit", "cv2", "xformers", "xformers.ops"):
-            package = ModuleType("kiui")
-            package.__file__ = str(self.authors / "kiuikit" / "kiui" / "__init__.py")
-            package.__path__ = [str(self.authors / "kiuikit" / "kiui")]
-            sys.modules["kiui"] = package  # without what its own __init__ wants
-            names = ModuleType("kiui.typing")
-            names.__file__ = package.__file__
-            names.__dict__.update({**vars(typing), "__all__": [*typing.__all__, "Tensor", "ndarray"]})
-            names.Tensor, names.ndarray = Tensor, np.ndarray  # type: ignore[attr-defined]
-            sys.modules["kiui.typing"] = names
-            with borrowed(self.authors / "mvdream_diffusers"):
-                module = importlib.import_module("mv_unet")
-                module.xformers.ops.memory_efficient_attention = attention
-                yield
+        unused = ("cv2", "lazy_loader", "xformers", "xformers.ops")
+        with borrowed(self.authors / "mvdream_diffusers", *unused), borrowed(self.authors / "kiui"):
+            sys.modules["lazy_loader"].attach.return_value = (None, list, [])
+            module = importlib.import_module("mv_unet")
+            module.xformers.ops.memory_efficient_attention = attention
+            yield
 
     def _pipeline(self, folder: Path, config: dict[str, object], picture: bool) -> Any:
         module = importlib.import_module("pipeline_mvdream")

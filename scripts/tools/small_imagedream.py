@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
@@ -21,6 +22,8 @@ from transformers import (
 )
 
 from scripts.tools.golden_weights import weights
+
+M = TypeVar("M", bound=nn.Module)
 
 # Parts whose output is added to what goes through the UNet or the resampler, or is normalised next.
 _QUIET = (
@@ -84,7 +87,7 @@ def quiet(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor * 0.02 if is_quiet(name) else tensor for name, tensor in state.items()}
 
 
-def redrawn(model: nn.Module, seed: int) -> nn.Module:
+def redrawn(model: M, seed: int) -> M:
     """With random weights in all places, also where a class begins with zeros."""
     shapes: Mapping[str, list[int]] = {
         name: list(tensor.shape) for name, tensor in model.state_dict().items() if tensor.is_floating_point()

@@ -4,7 +4,10 @@ ours must agree without it, and with a mistake in any convention it must not."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +23,13 @@ from generation.generators.multiview.attention import camera_embedding, join_vie
 from generation.generators.multiview.image_prompt import load_image_prompt_unet
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
+from generation.weights.loading import local_folder
+from generation.weights.registry import REGISTRY
 from scripts.tools import small_imagedream
 from scripts.tools.golden_weights import golden, weights
+from tests.support.fake_hub import Repository, serve
 
+ROOT = Path(__file__).resolve().parents[2]
 CLOSE = {"atol": 1e-4, "rtol": 0.0}
 FULL = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "attention_resolutions": [4, 2, 1],
@@ -281,3 +288,21 @@ def test_names_of_older_transformers_are_read(folder, tmp_path):
     state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
     save_file(state, path, {"format": "pt"})
     assert agrees(loaded(copy), "imagedream_views", "", small_imagedream.cutout())
+
+
+@pytest.mark.slow
+def test_downloaded_by_name_and_loaded_offline(folder, tmp_path, monkeypatch, no_network):
+    entry = REGISTRY["imagedream"]
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files |= {"unet/mv_unet.py": b"raise SystemExit", "README.md": b"#", "model_index.json": b"{}"}
+    with serve({entry.repo: Repository("d" * 40, files)}) as hub:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.ops.download_weights", "--only", "imagedream"],
+            env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert agrees(loaded(local_folder(entry)), "imagedream_views", "", small_imagedream.cutout())

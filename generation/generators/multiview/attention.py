@@ -50,9 +50,9 @@ class ImagePromptAttention(MultiViewAttention):
             keys = torch.cat([attn.to_k(words), attn.to_k_ip(picture)], 1)
             values = torch.cat([attn.to_v(words), attn.to_v_ip(picture)], 1)
         joined = hidden_states.reshape(shape[0] // self.views, self.views * shape[1], shape[2])
-        query, keys, values = (
-            each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in (attn.to_q(joined), keys, values)
-        )
+        query = attn.to_q(joined).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        keys = keys.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        values = values.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
         of_words = F.scaled_dot_product_attention(query, keys[:, :, :length], values[:, :, :length])
         of_picture = F.scaled_dot_product_attention(query, keys[:, :, length:], values[:, :, length:])
         result = attn.to_out[0]((of_words + of_picture).transpose(1, 2).flatten(2))

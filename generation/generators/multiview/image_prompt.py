@@ -73,7 +73,7 @@ def rename(state: Mapping[str, Tensor], layers: int) -> tuple[dict[str, Tensor],
 
     Raises ValueError for a name that has none.
     """
-    of_resampler = {}
+    of_resampler: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith(_RESAMPLER):
             of_resampler |= _rename_resampler(name.removeprefix(_RESAMPLER), tensor)

@@ -351,9 +351,11 @@ class TestScoreParts:
         names = {entry.name for entry in profile_entries()}
         assert {"clip-convnext-large-d", "llm2clip-l-14-336", "404-gen-quality", "alexnet"} <= names
 
-    def test_small_cards_keep_the_clips_off_the_gpu(self):
+    def test_small_cards_keep_the_clips_and_the_idle_generator_off_the_gpu(self):
         models = load_models(settings.PROFILES["full"].models)
-        places = {each.name: models.fitted(each).self_check_rests_on for each in models.memory_classes}
+        fitted = {each.name: models.fitted(each) for each in models.memory_classes}
+        places = {name: each.self_check_rests_on for name, each in fitted.items()}
+        assert places == {name: each.generators_rest_on for name, each in fitted.items()}
         assert places == {"48gb": "gpu", "24gb": "cpu", "16gb": "cpu"}
 
 
@@ -474,7 +476,7 @@ class TestResolve:
             ({"port": 65536}, ("port", "65536", "65535")),
             ({"validation_threshold": 1.5}, ("validation_threshold", "1.5", "1")),
             ({"flux_steps": 51}, ("flux_steps", "51", "50")),
-            ({"profile": "huge"}, ("profile", "huge", "'tiny'")),
+            ({"profile": "huge"}, ("profile", "huge", "tiny")),
             ({"prot": 1}, ("prot",)),
         ],
     )
