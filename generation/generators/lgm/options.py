@@ -7,7 +7,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from generation.schema.options import MIN_GAUSSIANS, GeneratorOptions, Template
+from generation.schema.limits import MIN_GAUSSIANS
+from generation.schema.options import GeneratorOptions, Template
 
 
 class LgmOptions(GeneratorOptions):
