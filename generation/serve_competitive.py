@@ -36,9 +36,8 @@ def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
     default = {name: field.default for name, field in Arguments.model_fields.items()}
     parser = argparse.ArgumentParser(prog="serve_competitive", description="The generation service.")
     parser.add_argument("--profile", help=f"auto, full or tiny (default: {default['profile']})")
-    parser.add_argument(
-        "--config", help="optimisation config, a YAML with DreamGaussian's keys (default: the profile's)"
-    )
+    parser.add_argument("--config", help="config of the generator for texts, a YAML (default: the profile's)")
+    parser.add_argument("--image-config", help="config of the generator for pictures (default: the profile's)")
     parser.add_argument("--models", help="models file in place of the profile's")
     parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
     parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")

@@ -41,7 +41,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     """The service around an engine that is not started yet; the app starts and stops it."""
     started = time.monotonic()
     version = _version()
-    events = Events({"dreamgaussian": settings.options.iters})
+    events = Events()
     metrics = Metrics(engine)
 
     @asynccontextmanager
@@ -165,6 +165,10 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "device": settings.device,
             "memory_class": settings.memory_class,
             "memory_reason": settings.memory_reason,
+            "generators": {
+                "text": {"name": settings.options.generator, "config": settings.config.name},
+                "image": {"name": settings.image_options.generator, "config": settings.image_config.name},
+            },
             "models": engine.models,
             "score": {
                 "formula": formula(settings.models.score_parts),

@@ -15,7 +15,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from generation.schema.score import MIN_ALIGNMENT
 
@@ -31,8 +31,22 @@ class MissingWeights(WeightsError):
     """Weights of which a file is not on this machine."""
 
 
+class Use:
+    """What must be known of a kind of checkpoint beside its files. Each kind has a class of its own."""
+
+
+U = TypeVar("U", bound=Use)
+
+
 @dataclass(frozen=True)
-class ClipUse:
+class MultiViewUse(Use):
+    """How a multi-view model is told of cameras."""
+
+    front_azimuth: float = 0.0  # degrees: from where it saw its objects' fronts in training
+
+
+@dataclass(frozen=True)
+class ClipUse(Use):
     """How a CLIP model's cosines become a score of 0 to 1, and how pixels are prepared for that."""
 
     cosine_scale: float  # the text-image cosine that counts as 1
@@ -60,8 +74,11 @@ class Entry:
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
-    clip: ClipUse | None = None
-    front_azimuth: float = 0.0  # degrees: from where a multi-view model saw its objects' fronts in training
+    use: Use | None = None  # of the checkpoint's kind, where that has one
+
+    def used_as(self, kind: type[U]) -> U | None:
+        """Its ``use`` where that is of this kind."""
+        return self.use if isinstance(self.use, kind) else None
 
     @property
     def pinned(self) -> bool:
@@ -132,7 +149,7 @@ REGISTRY = {
             licence="OpenRAIL",
             size_gb=2.6,
             files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
-            front_azimuth=90.0,  # DreamGaussian has its known view there under MVDream
+            use=MultiViewUse(front_azimuth=90.0),  # DreamGaussian has its known view there under MVDream
         ),
         Entry(
             name="zero123-xl",
@@ -156,7 +173,7 @@ REGISTRY = {
             size_gb=1.4,
             files=("open_clip_config.json", "open_clip_*model.*"),
             # The constant 0.35 belongs to the validators' way: 224 pixels where the model was made for 256.
-            clip=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            use=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="llm2clip-l-14-336",
@@ -165,7 +182,7 @@ REGISTRY = {
             licence="Apache-2.0",
             size_gb=2.3,  # of which the vision tower is 1.2
             files=("config.json", "*.safetensors*"),
-            clip=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            use=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="404-gen-quality",
@@ -239,12 +256,12 @@ def _from_card(folder: Path) -> Entry:
     for key, value in floors.items():
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
-    clip = None
+    use = None
     if "cosine_scale" in scales:
-        clip = ClipUse(
+        use = ClipUse(
             scales["cosine_scale"],
             scales.get("image_cosine_scale", 1.0),
             min_alignment=floors.get("min_alignment", MIN_ALIGNMENT),
             min_image_alignment=floors.get("min_image_alignment", MIN_ALIGNMENT),
         )
-    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)
+    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, use=use)

@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-from generation.generators.dreamgaussian import DreamGaussian
+from generation.generators.base import Subject
+from generation.generators.dreamgaussian.optimiser import DreamGaussian
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
-from generation.schema.options import DreamGaussianOptions
 from generation.settings import CONFIGS, Settings
 from scripts.bench.guidance import FLOORS_MS, capture_parts, replayed_ms
 
@@ -57,7 +59,7 @@ def main() -> None:
     say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
     if not args.no_eager:
-        one_by_one(with_options(pipeline, pipeline._options.model_copy(update={"iters": 5})), 1)
+        one_by_one(with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5})), 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
@@ -87,7 +89,7 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     if not args.random:
         memory = int(args.memory_gib * 2**30) if args.memory_gib else None
         settings = Settings.resolve({"profile": args.profile}, memory)
-        return Pipeline.load(settings, say, warm=False), settings
+        return assemble.load(settings, say, warm=False), settings
     from scripts.bench import full_size
 
     settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
@@ -95,19 +97,24 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
 
 
 def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
-    """The same models under another optimisation config."""
-    other = copy.copy(pipeline)
-    other._options = options
-    sculptor = pipeline._dreamgaussian
-    other._dreamgaussian = DreamGaussian(
-        sculptor._guidance, options, sculptor._device, sculptor._remove_background, sculptor._image_guidance
+    """The same models under another config for texts."""
+    other, of_texts = copy.copy(pipeline), sculptor(pipeline)
+    other._text = DreamGaussian(
+        of_texts._guidance, options, of_texts._device, of_texts._remove_background, of_texts._image_guidance
     )
     return other
 
 
+def sculptor(pipeline: Pipeline) -> DreamGaussian:
+    """The generator for texts. Raises SystemExit where that is another kind, whose parts are not known here."""
+    if not isinstance(pipeline._text, DreamGaussian):
+        raise SystemExit(f"measures dreamgaussian, not {pipeline._text.name}")
+    return pipeline._text
+
+
 def ultra_fast(pipeline: Pipeline) -> Pipeline:
     """The same models under the ultra-fast config, with fewer steps of FLUX."""
-    kind = "tiny" if pipeline._options.init == "views" else "text"
+    kind = "tiny" if sculptor(pipeline)._options.init == "views" else "text"
     fast = with_options(pipeline, DreamGaussianOptions.load(CONFIGS / f"{kind}_mv_ultra_fast.yaml"))
     fast._text_to_image = copy.copy(pipeline._text_to_image)
     steps = min(ULTRA_STEPS, pipeline._text_to_image._options.steps)
@@ -184,11 +191,12 @@ def show(name: str, case: dict[str, Any], eager: dict[str, Any] | None = None) -
 def neighbours(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     """How far a scene among others is from the same one alone after one step: the share of values that differ by more
     than 0.001, by field. The first step of Adam is as long for the smallest gradient as for the largest."""
-    dg, size = pipeline._dreamgaussian, pipeline._options.ref_size
+    dg = sculptor(pipeline)
+    size = dg.cutout.size
     cutout = torch.rand(4, size, size, generator=torch.Generator().manual_seed(0))
-    alone, *among = (dg.start(cutout, "a red cube", seed) for seed in (0, *range(scenes)))
-    dg.step([alone])
-    dg.step(among)
+    alone, *among = (dg.begin(Subject("a red cube", cutout, seed)) for seed in (0, *range(scenes)))
+    dg.tick([alone])
+    dg.tick(among)
     pairs = zip(alone.gaussians().tensors().items(), among[0].gaussians().tensors().values(), strict=True)
     shares = {name: float(((a - b).abs() > 1e-3).float().mean()) for (name, a), b in pairs}
     say(f"alone and among {scenes - 1} others, values that differ by over 0.001 after a step: {shares}")
@@ -197,18 +205,18 @@ def neighbours(pipeline: Pipeline, scenes: int) -> dict[str, float]:
 
 def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     """Milliseconds of one iteration of so many scenes, by part; on a GPU, in the middle of their optimisation."""
-    dg, options = pipeline._dreamgaussian, pipeline._options
-    guidance = dg._guidance
+    dg = sculptor(pipeline)
+    guidance, options = dg._guidance, dg._options
     cutout = torch.rand(4, options.ref_size, options.ref_size, device=pipeline._device)
     cutout[3] = 1.0
-    started = [dg.start(cutout, "a red cube", seed) for seed in range(scenes)]
+    started = [dg.begin(Subject("a red cube", cutout, seed)) for seed in range(scenes)]
     for _ in range(options.iters // 2):
-        dg.step(started)
+        dg.tick(started)
     synchronise()
     wall, cpu = [], []
     for _ in range(20):
         begin = time.perf_counter()
-        dg.step(started)
+        dg.tick(started)
         cpu.append(1e3 * (time.perf_counter() - begin))
         synchronise()
         wall.append(1e3 * (time.perf_counter() - begin))

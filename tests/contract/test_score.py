@@ -232,7 +232,7 @@ class TestPictures:
 
     def test_three_times_the_mean_and_the_deviation(self):
         for name, size in (("clip-convnext-large-d", 224), ("llm2clip-l-14-336", 336)):
-            use = REGISTRY[name].clip
+            use = REGISTRY[name].used_as(ClipUse)
             assert use.image_size == size
             assert use.std == pytest.approx([0.80588862, 0.78390774, 0.82733133])
             assert use.mean == pytest.approx([1.44436398, 1.3734825, 1.22463231])

@@ -20,7 +20,6 @@ from generation.pipeline.pipeline import Asset, Cancelled, GateResult, Job, Repo
 from generation.serve_competitive import Server
 from generation.web.app import create_app
 
-ITERATIONS = 40
 PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
 
 
@@ -108,7 +107,8 @@ def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
     values["allowed_hosts"] = ("gpu.example", "10.0.0.5")
     values |= {"memory_class": "24gb", "memory_reason": "a test", "validation_threshold": 0.6}
-    values["options"] = SimpleNamespace(iters=ITERATIONS)
+    values |= {"config": Path("text.yaml"), "options": SimpleNamespace(generator="dreamgaussian")}
+    values |= {"image_config": Path("image.yaml"), "image_options": SimpleNamespace(generator="lgm")}
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})

@@ -13,9 +13,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from generation.accelerate.pinned import send
 from generation.accelerate.shared_start import SharedStart
 from generation.accelerate.text_cache import TextCache, cut
+from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
 from generation.weights.latent_diffusion import load_unet
+from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
 
 
@@ -36,6 +38,7 @@ class MVDream(Distillation):
         """`front_azimuth`: see `camera_embedding`."""
         super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
         self._text_encoder = text_encoder.eval().requires_grad_(False)
+        self._networks.append(self._text_encoder)
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
@@ -56,6 +59,12 @@ class MVDream(Distillation):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
         return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
+        """See `load`."""
+        use = checkpoint.entry.used_as(MultiViewUse) or MultiViewUse()
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
 
     @torch.no_grad()
     def read(self, texts: Sequence[str]) -> None:

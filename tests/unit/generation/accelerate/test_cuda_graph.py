@@ -17,8 +17,9 @@ from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, com
 from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
 from generation.accelerate.group_norm import ImageNorm, group_norm
 from generation.accelerate.unet import compile_unet
-from generation.generators.dreamgaussian import MVDream, Zero123
 from generation.generators.dreamgaussian.guidance.distillation import with_gradient
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.settings import ROOT
 from generation.splats.cameras import orbit
 
