@@ -89,10 +89,22 @@ INTERVAL, RESCALE = (0.5, 1.0), 3.0
 
 
 def quiet(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The same weights with a trunk a thousandth as large."""
-    return {
+    """The same weights with a trunk a thousandth as large.
+
+    The Gaussian decoder always adds positions to it: there they are taken away again from the first voxel.
+    """
+    quieter = {
         key: tensor / 1000 if any(part in key for part in QUIET[name]) else tensor for key, tensor in state.items()
-    }  # fmt: skip
+    }
+    if name == "gaussian_decoder":
+        (position,) = position_embedding(decoded_cells()[0][:1], GAUSSIAN_DECODER["model_channels"])
+        quieter["input_layer.bias"] = quieter["input_layer.bias"] - position
+    return quieter
+
+
+def decoded_cells() -> list[Tensor]:
+    """What the Gaussian decoder is given."""
+    return sparse_coords(5, 16, (0.02, 0.01))
 
 
 def sparse_coords(seed: int, side: int, shares: tuple[float, ...]) -> list[Tensor]:
@@ -304,7 +316,7 @@ class Trellis:
     @torch.no_grad()
     def gaussian_decoder(self) -> None:
         """Every field of two samples' Gaussians, after activation; and one's PLY."""
-        cells = sparse_coords(5, 16, (0.02, 0.01))
+        cells = decoded_cells()
         x = weights({"x": [sum(map(len, cells)), 4]}, seed=6)["x"] * 2
         voxels = Voxels.join([Voxels.of(coords, 16) for coords in cells])
         with authors(self.folder) as get, tempfile.TemporaryDirectory() as folder:
