@@ -10,24 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from generation.arguments import ROOT, Arguments, checked
 from generation.generators.kinds import load_models, load_options
 from generation.schema.hosts import is_loopback, is_wildcard, parse_names
 from generation.schema.memory_class import choose
-from generation.schema.options import (
-    MAX_GAUSSIANS,
-    MIN_GAUSSIANS,
-    GeneratorOptions,
-    ModelChoice,
-    Models,
-    Schema,
-    SettingsError,
-    UnitInterval,
-    validate,
-)
+from generation.schema.options import GeneratorOptions, ModelChoice, Models, Schema, SettingsError, UnitInterval
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 
 
@@ -43,40 +33,6 @@ PROFILES = {
     "full": Profile(CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml", CONFIGS / "image_fast.yaml"),
     "tiny": Profile(CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml", None),
 }
-
-
-class Arguments(Schema):
-    """What the command line says, before it is resolved. None means: the profile's own."""
-
-    profile: Literal["auto", "full", "tiny"] = "auto"
-    config: Path | None = None  # of the generator for texts
-    image_config: Path | None = None  # of the one for pictures
-    models: Path | None = None  # a models file in place of the profile's
-    host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(10006, ge=1, le=65535)
-    allowed_hosts: str = ""  # names beside loopback's that requests may call the service by: "gpu.example,10.0.0.5"
-    flux_steps: int | None = Field(None, ge=1, le=50)
-    max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
-    validation_threshold: UnitInterval = 0.6
-    log_file: Path = ROOT / "logs" / "generation_service.log"
-    max_queue: int = Field(16, ge=1, le=10_000)
-    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
-    profile_trace: Path | None = None  # where to write what the first request did
-    memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _names(cls, text: str) -> str:
-        if text:
-            parse_names(text)
-        return text
-
-    @field_validator("max_gaussians")
-    @classmethod
-    def _enough_to_be_accepted(cls, count: int | None) -> int | None:
-        if count is not None and count < MIN_GAUSSIANS:
-            raise ValueError(f"must be at least {MIN_GAUSSIANS}: validators reject splats of fewer Gaussians")
-        return count
 
 
 class Settings(Schema):
@@ -105,13 +61,15 @@ class Settings(Schema):
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
-        """Settings from command-line values (keys of ``Arguments``; None counts as not given).
+        """Settings from values of ``Arguments``, by key, as text or typed; None counts as not given.
 
         ``memory`` is what to use of the GPU's memory, in bytes; None: all that it has.
         Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
         """
-        given = {key: value for key, value in (values or {}).items() if value is not None}
-        arguments = validate(Arguments, given, "arguments")
+        try:
+            arguments = checked(values or {})
+        except ValueError as error:
+            raise SettingsError(f"arguments: {error}") from error
         gpus = _choose_gpus(arguments.gpus)
         memory = memory or gpu_memory(gpus)
         profile, reason, device = _choose_profile(arguments, memory)
@@ -132,9 +90,10 @@ class Settings(Schema):
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
-        shared = arguments.model_dump(
-            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
-        )
+        shared = {
+            key: getattr(arguments, key)
+            for key in ("host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace")
+        }
         return cls(
             profile=profile,
             profile_reason=reason,
@@ -198,7 +157,7 @@ class _Generators(NamedTuple):
 def needed_by_profile(profile: Literal["full", "tiny"]) -> dict[str, ModelChoice]:
     """The checkpoints of a profile's own files: what its default generators need, and what is optional."""
     models = load_models(PROFILES[profile].models)
-    return {**_Generators.load(profile, Arguments.model_validate({})).needed(models), **models.optional}
+    return {**_Generators.load(profile, Arguments()).needed(models), **models.optional}
 
 
 def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["full", "tiny"], str, str]:

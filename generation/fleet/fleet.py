@@ -21,7 +21,7 @@ from generation.engine.engine import (
     Unavailable,
 )
 from generation.fleet.messages import Start
-from generation.fleet.remote import EngineLost, RemoteEngine
+from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Request
 
 LOADER = "generation.pipeline.trace:load"
@@ -170,12 +170,17 @@ class Fleet:
         Again is alone: whose fault it was is unknown, and those beside it must not be lost with it once more.
         """
         lost: list[str] = []
+        had_a_turn = False
         try:
             async with asyncio.timeout(None if background else TIMEOUT_S):
                 while len(lost) < MAX_RUNS:
-                    async with self._place(is_call, background, again=bool(lost)) as remote:
+                    alone = bool(lost) and not is_call
+                    async with self._place(is_call, background, alone, first=had_a_turn) as remote:
+                        had_a_turn = True
                         try:
                             return await work(remote)
+                        except NotSent:
+                            pass
                         except EngineLost as error:
                             lost.append(f"{remote.device}: {error}")
         except TimeoutError:
@@ -185,12 +190,12 @@ class Fleet:
         raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
 
     @asynccontextmanager
-    async def _place(self, is_call: bool, background: bool, again: bool) -> AsyncIterator[RemoteEngine]:
-        """A place on the engine with the least work, waited for behind those that wait already, or before them."""
+    async def _place(self, is_call: bool, background: bool, alone: bool, first: bool) -> AsyncIterator[RemoteEngine]:
+        """A place on the engine with the least work, waited for behind those that wait already, or ``first``."""
         if self._stopping:
             raise self._no_engine()
-        place = _Place(is_call, background, alone=again and not is_call)
-        if again:
+        place = _Place(is_call, background, alone)
+        if first:
             self._waiting.appendleft(place)
         else:
             self._waiting.append(place)
@@ -211,18 +216,22 @@ class Fleet:
 
         Turn them away when no engine is left to wait for.
         """
-        held_back = False
+        in_rotation = [each for each in self._engines if each.in_rotation]
+        reserved: list[RemoteEngine] = []
         for place in sorted(self._waiting, key=lambda place: place.background):
-            if held_back and not place.is_call:
-                continue  # or no engine would ever be free for the one that runs alone
-            engines = [each for each in self._engines if each.status == "ready" and _is_for(each, place)]
-            held_back = held_back or (place.alone and not engines)
-            if engines and not place.given.done():
+            if place.given.done():
+                continue
+            open_ones = in_rotation if place.is_call else [each for each in in_rotation if each not in reserved]
+            engines = [each for each in open_ones if place.is_call or each.has_room(place.background, place.alone)]
+            if engines:
                 self._waiting.remove(place)
                 # A person's request disturbs others where it must, and only the background.
                 place.engine = min(engines, key=lambda each: (not place.is_call and each.interactive, each.load))
                 place.given.set_result(None)
                 _count(place, 1)
+            elif place.alone and open_ones:
+                # The engine that will be free first takes nothing more, or it would never be free.
+                reserved.append(min(open_ones, key=lambda each: each.generations))
         if not any(each.hopeful for each in self._engines):
             self._turn_away()
 
@@ -233,10 +242,6 @@ class Fleet:
         self._waiting.clear()
 
 
-def _is_for(engine: RemoteEngine, place: _Place) -> bool:
-    return place.is_call or (engine.has_room(place.background) and not (place.alone and engine.generations))
-
-
 def _count(place: _Place, change: int) -> None:
     assert place.engine is not None
     if place.is_call:
@@ -244,4 +249,5 @@ def _count(place: _Place, change: int) -> None:
     else:
         place.engine.generations += change
         place.engine.interactive += change * (not place.background)
-        place.engine.alone = place.alone and change > 0
+        if place.alone:
+            place.engine.alone = None if change < 0 else "background" if place.background else "interactive"

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from generation.engine.engine import LATE, DeadlineExceeded, OnProgress, StageFailed
 from generation.fleet.messages import (
@@ -51,6 +51,10 @@ class EngineLost(Exception):
     """The engine's process ended, or can not be relied on any more, before it answered."""
 
 
+class NotSent(Exception):
+    """The engine left the rotation before it was told of the request, which so can not be the cause."""
+
+
 class RemoteEngine:
     """Everything is done on the asyncio thread. ``changed`` is called when the engine joins or leaves the rotation.
 
@@ -63,7 +67,8 @@ class RemoteEngine:
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
         self.interactive = 0  # of the generations
-        self.alone = False  # whether the generation in flight is to have no others beside it
+        #: Whether a request that an engine was lost with has this one for itself, and whether in the background.
+        self.alone: Literal["interactive", "background"] | None = None
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
@@ -78,6 +83,7 @@ class RemoteEngine:
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
         self._heard = False
+        self._ended = False  # the channel to this life's process: nothing that is sent arrives
         self._broken = ""  # what it, or we, said was wrong
 
     @property
@@ -94,31 +100,41 @@ class RemoteEngine:
         """What is in flight, in shares of what the engine takes at once."""
         return (self.generations + self.calls) / self.capacity
 
-    def has_room(self, background: bool) -> bool:
-        """For one more generation. Those in the background make way for others, and would only wait behind them."""
-        if self.alone:
-            return False
+    @property
+    def in_rotation(self) -> bool:
+        """Whether it can be asked: it is ready, and its process is not known to have ended."""
+        return self.status == "ready" and not self._ended
+
+    def has_room(self, background: bool, alone: bool = False) -> bool:
+        """For one more generation; ``alone``: that is to have the engine for itself.
+
+        Those in the background make way for others, and would only wait behind them. A person's request is not put
+        beside one of a person's that runs alone. It is beside one in the background, which is paused meanwhile and
+        can harm nobody.
+        """
+        if alone:
+            return not self.generations
         if background:
-            return self.generations < self.capacity and not self.interactive
-        return self.interactive < self.capacity
+            return self.generations < self.capacity and not self.interactive and self.alone is None
+        return self.interactive < self.capacity and self.alone != "interactive"
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
-        """As ``Engine.generate``, but raises EngineLost when the process ends first."""
+        """As ``Engine.generate``, but raises EngineLost when the process ends first, and NotSent when it had."""
         message = Generate(next(self._numbers), request, on_progress is not None)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset
 
     async def call(self, function: Callable[[Any], Any], background: bool = False) -> Any:
-        """As ``Engine.call``, for a picklable function with a picklable result. Raises EngineLost as well."""
+        """As ``Engine.call``, for a picklable function with a picklable result. Raises EngineLost and NotSent too."""
         return await self._ask(Call(next(self._numbers), function, background))
 
     async def _ask(self, message: Generate | Call, on_progress: OnProgress | None = None) -> Any:
-        if self.status != "ready":
-            raise EngineLost(self.reason)
+        if not self.in_rotation:
+            raise NotSent(self.reason)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._channel.send(message)
         self._asked[message.number] = (future, on_progress)
@@ -164,7 +180,7 @@ class RemoteEngine:
     async def _live(self) -> str:
         """From the start of a process to its end; the cause of that in words."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        self._broken = ""
+        self._broken, self._ended = "", False
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
@@ -179,7 +195,7 @@ class RemoteEngine:
         self._channel = Channel(ours)
         self._channel.start(
             lambda message: loop.call_soon_threadsafe(self._take, message),
-            lambda: loop.call_soon_threadsafe(ended.set),
+            lambda: loop.call_soon_threadsafe(self._end_of_channel, ended),
         )
         self._channel.send(self._start)
         try:
@@ -191,6 +207,10 @@ class RemoteEngine:
         if process.returncode < 0:
             return f"its process was killed by {signal.Signals(-process.returncode).name}"
         return f"its process ended with exit status {process.returncode}"
+
+    def _end_of_channel(self, ended: asyncio.Event) -> None:
+        self._ended = True
+        ended.set()
 
     async def _end(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
         self._channel.close()

@@ -23,9 +23,6 @@ log = logging.getLogger("generation.schema.options")
 #: What memory classes say in place of the text_to_image stage.
 CLASS_KEYS = {"quantization", "t5_rests_on"}
 
-#: A validator rejects splats of fewer.
-MIN_GAUSSIANS = 7000
-MAX_GAUSSIANS = 2_000_000
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]

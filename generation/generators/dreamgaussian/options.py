@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from generation.schema.options import MAX_GAUSSIANS, GeneratorOptions, Template, UnitInterval
+from generation.schema.limits import MAX_GAUSSIANS
+from generation.schema.options import GeneratorOptions, Template, UnitInterval
 
 log = logging.getLogger("generation.generators.dreamgaussian")
 

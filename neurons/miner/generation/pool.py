@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from common.log_lines import quoted
@@ -21,6 +22,9 @@ MAX_PAUSE_S = 300.0
 TOLERATED_FAILURES = 2
 # What it has in work is given to another one when it could not be reached so many times in a row.
 GONE_AFTER = 2
+# So many health checks in a row without an answer, 30 s with their time-out: it may be frozen. What it has in work is
+# given to another one as well, and the first answer counts.
+FROZEN_AFTER = 3
 # Of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
 
@@ -90,8 +94,10 @@ class _Endpoint:
         self.healthy = False
         self.said = ""
         self.failures = 0  # in a row
-        self.unreachable = 0  # in a row, when asked for its health
+        self.unreachable = 0  # health checks in a row that found no connection
+        self.unanswered = 0  # health checks in a row without an answer, for whatever reason
         self.gone = asyncio.Event()
+        self.frozen = asyncio.Event()
         self.failed_at = 0.0
         self.left_out_until = 0.0
 
@@ -133,34 +139,67 @@ class GeneratorPool:
     async def generate(self, task: Task, seed: int, patience: float = USEFUL_AGE_S) -> Generated:
         """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds.
 
-        Raises GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
+        A frozen endpoint keeps the task while another one is asked for it too: the first answer counts. Raises
+        GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
         """
         give_up_at = self._now() + patience
+        attempts: dict[asyncio.Task[Generated], _Endpoint] = {}
         failed: list[_Endpoint] = []
         failure: AttemptFailed | None = None
-        while True:
-            endpoint = self._least_busy(failed) if self._now() < give_up_at else None
-            if endpoint is None:
-                if failure is not None:
-                    raise failure
-                await self._until_ready(give_up_at)
-                continue
-            begun, finished = endpoint.pace.begin(), False
-            try:
-                generated = await self._generate(endpoint, task, seed, give_up_at)
-                finished = True
-            except EndpointUnavailable as error:
-                # A service that says for how long it is busy has not failed.
-                self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
-            except AttemptFailed as error:
-                self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
-                failed.append(endpoint)
-                failure = error
-            else:
-                endpoint.failures = 0
-                return generated
-            finally:
-                endpoint.pace.end(begun, finished)
+        try:
+            while True:
+                if all(endpoint.frozen.is_set() for endpoint in attempts.values()):
+                    asked = [*failed, *attempts.values()]
+                    endpoint = self._least_busy(asked) if self._now() < give_up_at else None
+                    if endpoint is not None:
+                        begun = endpoint.pace.begin()
+                        attempt = asyncio.create_task(self._attempt(endpoint, task, seed, begun, give_up_at))
+                        attempt.add_done_callback(partial(_end, endpoint.pace, begun))
+                        attempts[attempt] = endpoint
+                    elif failure is not None:
+                        raise failure
+                    elif not attempts:
+                        await self._until_ready(give_up_at)
+                        continue
+                for attempt in await self._any_news(attempts):
+                    endpoint = attempts.pop(attempt)
+                    try:
+                        return attempt.result()
+                    except EndpointUnavailable:
+                        pass
+                    except AttemptFailed as error:
+                        failed.append(endpoint)
+                        failure = error
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+            await asyncio.gather(*attempts, return_exceptions=True)
+
+    async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
+        """The attempts that ended. Waits for one, for an endpoint that freezes or, with all frozen, for another one."""
+        working = [endpoint for endpoint in attempts.values() if not endpoint.frozen.is_set()]
+        events = [endpoint.frozen for endpoint in working] or [self.ready]
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait((*attempts, *waits), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return [attempt for attempt in attempts if attempt.done()]
+
+    async def _attempt(self, endpoint: _Endpoint, task: Task, seed: int, begun: float, give_up_at: float) -> Generated:
+        """One endpoint's answer; its failures are counted."""
+        try:
+            generated = await self._generate(endpoint, task, seed, give_up_at)
+        except EndpointUnavailable as error:
+            # A service that says for how long it is busy has not failed.
+            self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
+            raise
+        except AttemptFailed as error:
+            self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
+            raise
+        endpoint.failures = 0
+        return generated
 
     async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
         """Ends when its endpoint is gone, too: a machine that vanished never closes the connection."""
@@ -225,16 +264,16 @@ class GeneratorPool:
             try:
                 said = await endpoint.service.health()
                 endpoint.unreachable = 0
+                endpoint.unanswered = endpoint.unanswered + 1 if said is None else 0
             except EndpointUnavailable as error:
                 said = str(error)
                 endpoint.unreachable += 1
-            if endpoint.unreachable < GONE_AFTER:
-                endpoint.gone.clear()
-            else:
-                endpoint.gone.set()
+                endpoint.unanswered += 1
+            _set(endpoint.gone, endpoint.unreachable >= GONE_AFTER)
+            _set(endpoint.frozen, endpoint.unanswered >= FROZEN_AFTER)
             if said is None:
                 # A service deep in its work answers late, and is there all the same.
-                said = "ready" if endpoint.healthy else "not answering"
+                said = "ready" if endpoint.healthy and not endpoint.frozen.is_set() else "not answering"
             if said != endpoint.said:
                 level = logging.INFO if said == "ready" else logging.WARNING
                 log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
@@ -248,3 +287,14 @@ class GeneratorPool:
             self.ready.set()
         else:
             self.ready.clear()
+
+
+def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:
+    pace.end(begun, finished=not attempt.cancelled() and attempt.exception() is None)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -25,6 +26,7 @@ from neurons.chain import Metagraph, Neuron
 from neurons.miner import options
 from neurons.miner.assignment import USEFUL_AGE_S
 from neurons.miner.generation import pool as generators
+from neurons.miner.generation import service as service_module
 from neurons.miner.generation.pool import GeneratorPool, ServiceUnavailable
 from neurons.miner.generation.service import (
     AttemptFailed,
@@ -539,6 +541,14 @@ async def test_an_endpoint_that_takes_no_connection_is_not_there(call: str, monk
             await (service.health() if call == "health" else service.generate(TextTask(id="1", prompt="p"), 1))
 
 
+async def test_a_service_that_takes_connections_and_never_answers_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not unreachable: the kernel answers for a process that is frozen."""
+    monkeypatch.setattr(service_module, "HEALTH_TIMEOUT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        async with GenerationService(f"http://127.0.0.1:{server.getsockname()[1]}") as service:
+            assert await service.health() is None
+
+
 async def test_a_failed_attempt_says_where_and_for_how_long() -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(status=500)
@@ -680,12 +690,12 @@ def test_networks_and_wallets() -> None:
     assert rehearsal.wallet_path == Path("data/rehearsal/wallets")
     real = options.parse(["--wallet.name", "w", "--wallet.hotkey", "h", "--wallet.path", "/k"])
     assert (real.network, real.wallet_name, real.wallet_hotkey, str(real.wallet_path)) == ("finney", "w", "h", "/k")
-    assert (real.blacklist, real.netuid, real.workers) == (frozenset({180}), 17, 4)
+    assert (real.blacklist, real.netuid, real.workers) == ((180,), 17, 4)
     practice = options.parse(["--wallet.name", "w", "--network", "rehearsal"])
     assert practice.wallet_name == "rehearsal"  # the real one stays out of it
     assert options.parse(["--subtensor.network", "ws://127.0.0.1:9944"]).network == "ws://127.0.0.1:9944"
     hotkey = KEYPAIR.ss58_address
-    assert options.parse(["--blacklist", "180", "7", hotkey]).blacklist == frozenset({7, 180, hotkey})
+    assert options.parse(["--blacklist", "180", "7", hotkey]).blacklist == (180, 7, hotkey)
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert options.parse(["--generation.endpoint", *urls]).endpoints == tuple(urls)
     repeated = [word for url in (*urls, urls[0]) for word in ("--generation.endpoint", url)]
