@@ -272,7 +272,7 @@ class Trellis:
             for small in (False, True):
                 theirs, flow = self._pair(theirs, StructureFlow, STRUCTURE_FLOW, "structure_flow", small)
                 led, unled = theirs(x, t, features), theirs(x, t, torch.zeros_like(features))
-                mine = flow(torch.cat([x, x]), torch.cat([t, t]), [flow.remember(each) for each in features])
+                mine = flow(x, t, [flow.remember(each) for each in features], guided=2)
                 pairs.append((torch.cat([led, unled]), mine))
             self._add(
                 "TRELLIS structure flow, 2 samples with and without a picture", "structure_flow", pairs,
@@ -307,7 +307,7 @@ class Trellis:
                 sparse = _sparse(get, x, cells)
                 led, unled = (theirs(sparse, t, c).feats for c in (features, torch.zeros_like(features)))
                 memories = [flow.remember(each) for each in features]
-                mine = flow(torch.cat([x, x]), torch.cat([t, t]), memories, Voxels.join(voxels + voxels))
+                mine = flow(x, t, memories, Voxels.join(voxels), Voxels.join(voxels + voxels))
                 pairs.append((torch.cat([led, unled]), mine))
             what = f"TRELLIS SLAT flow, {len(cells[0])} and {len(cells[1])} voxels with and without a picture"
             tensors = {"x": x, "t": t, "features": features, "cells_0": cells[0], "cells_1": cells[1]}
@@ -483,12 +483,11 @@ def sample(
     """A flow from noise to its end for one picture's features (1, S, C)."""
     memory, x = flow.remember(features[0]), noise
     for step in schedule(steps, RESCALE, INTERVAL):
-        count = 2 if step.guided else 1
-        t = torch.full((count,), 1000 * step.t)
+        t = torch.tensor([1000 * step.t])
         if voxels is None:
-            v = flow(torch.cat([x] * count), t, [memory])
+            v = flow(x, t, [memory], guided=int(step.guided))
         else:
-            v = flow(torch.cat([x] * count), t, [memory], Voxels.join([voxels] * count))
+            v = flow(x, t, [memory], voxels, Voxels.join([voxels] * (1 + step.guided)))
         led, unled = v.chunk(2) if step.guided else (v, None)
         x = step.apply(x, led, unled, guidance)
     return x

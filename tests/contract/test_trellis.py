@@ -47,7 +47,7 @@ def network(name: str, kind, small: bool):
 def structure_flow(small: bool = False) -> float:
     tensors, flow = network("structure_flow", StructureFlow, small)
     x, t, features = (tensors[key] for key in ("x", "t", "features"))
-    out = flow(torch.cat([x, x]), torch.cat([t, t]), [flow.remember(each) for each in features])
+    out = flow(x, t, [flow.remember(each) for each in features], guided=2)
     return apart(out, tensors["quiet" if small else "out"])
 
 
@@ -67,7 +67,7 @@ def slat(small: bool = False) -> float:
     x, t, features = (tensors[key] for key in ("x", "t", "features"))
     voxels = cells(tensors)
     memories = [flow.remember(each) for each in features]
-    out = flow(torch.cat([x, x]), torch.cat([t, t]), memories, Voxels.join(voxels + voxels))
+    out = flow(x, t, memories, Voxels.join(voxels), Voxels.join(voxels + voxels))
     return apart(out, tensors["quiet" if small else "out"])
 
 
@@ -410,9 +410,11 @@ def test_a_sample_among_others_is_as_alone():
     voxels = cells(tensors)
     first = len(voxels[0].fine.coords)
     memories = [flow.remember(each) for each in tensors["features"]]
-    together = flow(tensors["x"], tensors["t"], memories, Voxels.join(voxels))
-    alone = flow(tensors["x"][:first], tensors["t"][:1], memories[:1], voxels[0])
-    assert apart(together[:first], alone) < 1e-5
+    both = Voxels.join(voxels)
+    together = flow(tensors["x"], tensors["t"], memories, both, Voxels.join([*voxels, voxels[0]]))
+    alone = flow(tensors["x"][:first], tensors["t"][:1], memories[:1], voxels[0], Voxels.join([voxels[0]] * 2))
+    assert apart(together[:first], alone[:first]) < 1e-5
+    assert apart(together[-first:], alone[first:]) < 1e-5  # without a picture
 
 
 def test_one_voxel():

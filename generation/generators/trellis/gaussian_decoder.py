@@ -47,10 +47,8 @@ class Windows:
     def __init__(self, level: Level, size: int, shift: int) -> None:
         coords = (level.coords + shift) // size
         device, total = coords.device, len(coords)
-        lengths = torch.tensor(level.lengths, device=device)
-        owners = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=total)
         side = int(coords.max()) + 1
-        code = ((owners * side + coords[:, 0]) * side + coords[:, 1]) * side + coords[:, 2]
+        code = ((level.owners * side + coords[:, 0]) * side + coords[:, 1]) * side + coords[:, 2]
         order = code.argsort(stable=True)
         _, counts = code[order].unique_consecutive(return_counts=True)
         starts = counts.cumsum(0) - counts

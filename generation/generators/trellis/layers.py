@@ -22,19 +22,38 @@ Memory = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """Samples whose tokens stand one after the other; those that are led by a picture come first."""
+    """Samples whose tokens stand one after the other.
 
-    lengths: tuple[int, ...]  # tokens of each sample
-    led: int  # samples with a picture; the others are the unconditional half of guidance
+    All are led by a picture; those of the first ``guided`` stand there once more behind all others, and are not: the
+    unconditional half of guidance.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each led sample
+    guided: int
 
     @cached_property
-    def led_tokens(self) -> int:
-        return sum(self.lengths[: self.led])
+    def all_lengths(self) -> tuple[int, ...]:
+        return self.lengths + self.lengths[: self.guided]
 
-    def owners(self, device: torch.device) -> Tensor:
-        """(T,) the sample of each token."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return torch.arange(len(self.lengths), device=device).repeat_interleave(lengths, output_size=sum(self.lengths))
+    @cached_property
+    def led(self) -> int:
+        """Tokens that are led by a picture; they come first."""
+        return sum(self.lengths)
+
+    @cached_property
+    def again(self) -> int:
+        """Of how many of them, from the first on, there is a second one."""
+        return sum(self.lengths[: self.guided])
+
+
+def owners(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(T,) the sample of each token, of samples with ``lengths``."""
+    return torch.cat([torch.full((length,), number, device=device) for number, length in enumerate(lengths)])
+
+
+def twice(x: Tensor, first: int) -> Tensor:
+    """``x`` with its ``first`` rows once more behind it."""
+    return torch.cat([x, x[:first]]) if first else x
 
 
 def position_embedding(coords: Tensor, channels: int) -> Tensor:
@@ -171,17 +190,15 @@ class FlowBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, memories: Sequence[Memory]) -> Tensor:
         """Tokens (T, C) one block on.
 
-        time: (B, C); owners: (T,) the sample of each token; memories: of each led sample.
+        time: (B, C) of each sample of T; owners: (T,) the sample of each token; memories: of each led sample.
         """
         shift, scale, gate, *feed_forward = self.adaLN_modulation(time).chunk(6, dim=1)
         q, k, v = self.before(x, shift, scale, owners)
-        seen = attend(q, k, v, packing.lengths, packing.lengths)
-        x, q = self.between(x, seen, gate, owners, packing.led_tokens)
-        if packing.led:
-            keys, values = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*memories, strict=True))
-            context = tuple(len(keys) for keys, _ in memories)
-            q = attend(q, keys, values, packing.lengths[: packing.led], context)
-        return self.after(x, q, owners, *feed_forward)
+        seen = attend(q, k, v, packing.all_lengths, packing.all_lengths)
+        x, q = self.between(x, seen, gate, owners, packing.led)
+        keys, values = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*memories, strict=True))
+        seen = attend(q, keys, values, packing.lengths, tuple(len(keys) for keys, _ in memories))
+        return self.after(x, seen, owners, *feed_forward)
 
     def before(self, x: Tensor, shift: Tensor, scale: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = plain_norm(x, BLOCK_EPS).to(x.dtype)
@@ -197,7 +214,7 @@ class FlowBlock(nn.Module):
     def after(
         self, x: Tensor, seen: Tensor, owners: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:  # fmt: skip
-        """``seen`` has rows for the led tokens, which come first."""
+        """``seen`` has a row for each led token; they come first."""
         led = len(seen)
         unled = self.cross_attn.unled().expand(len(x) - led, -1)
         x = x + torch.cat([self.cross_attn.to_out(seen.flatten(1)), unled])

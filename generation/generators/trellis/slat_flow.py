@@ -17,6 +17,7 @@ from generation.generators.trellis.layers import (
     TimeEmbedding,
     plain_norm,
     position_embedding,
+    twice,
 )
 from generation.generators.trellis.sparse import SubmanifoldConv, Voxels, downsample
 
@@ -38,13 +39,12 @@ class SparseBlock(nn.Module):
         if self.change == "down":
             x = downsample(x, voxels)
         level = voxels.coarse if self.change == "down" else voxels.fine
-        owners = Packing(level.lengths, 0).owners(x.device)
         scale, shift = self.emb_layers(time).chunk(2, dim=1)
         norm = self.norm1
         h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
         # All that is done to a voxel alone is done to parents, before their children get it.
         h = self.conv1(F.silu(h), voxels.neighbours_parents if self.change == "up" else level.neighbours)
-        h = plain_norm(h, BLOCK_EPS).to(h.dtype) * (1 + scale[owners]) + shift[owners]
+        h = plain_norm(h, BLOCK_EPS).to(h.dtype) * (1 + scale[level.owners]) + shift[level.owners]
         h = self.conv2(F.silu(h), level.neighbours)
         skipped = self.skip_connection(x)
         return h + (skipped[voxels.parents] if self.change == "up" else skipped)
@@ -91,23 +91,29 @@ class SlatFlow(nn.Module):
         """What the blocks know of a picture with these features (S, C); it serves at all steps."""
         return [block.cross_attn.remember(features) for block in self.blocks]
 
-    def forward(self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], voxels: Voxels) -> Tensor:
-        """Velocities (N, C) float32 of the latents of all samples' voxels, at each sample's time ``t`` (B,), 0 to 1000.
+    def forward(
+        self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], voxels: Voxels, doubled: Voxels
+    ) -> Tensor:
+        """Velocities (N + G, C) float32 of the noisy latents (N, C) of all samples' voxels at each sample's time, ``t``
+        (B,), 0 to 1000.
 
-        The first samples are led by pictures: ``memories`` has what ``remember`` gave for each. The others are not.
+        memories: for each sample what ``remember`` gave for its picture. Behind the velocities with pictures are those
+        without, of the first samples: ``doubled`` has all samples of ``voxels``, and these once more.
         """
-        packing = Packing(voxels.coarse.lengths, len(memories))
-        owners = packing.owners(x.device)
+        guided = len(doubled.fine.lengths) - len(voxels.fine.lengths)
+        packing = Packing(voxels.coarse.lengths, guided)
         dtype = self.blocks[0].self_attn.to_out.weight.dtype
         h, time = self.input_layer(x).to(dtype), self.t_embedder(t).to(dtype)
         skips = []
-        for block in self.input_blocks:
+        for block in self.input_blocks:  # no picture has a say in these: both halves of guidance share them
             h = block(h, time, voxels)
-            skips.append(h)
+            rows = len(doubled.coarse.coords if block.change else doubled.fine.coords)
+            skips.append(twice(h, rows - len(h)))
         h = h + position_embedding(voxels.coarse.coords, h.shape[1]).to(dtype)
+        h, time = twice(h, packing.again), twice(time, guided)
         for number, block in enumerate(self.blocks):
-            h = block(h, time, packing, owners, [memory[number] for memory in memories])
+            h = block(h, time, packing, doubled.coarse.owners, [memory[number] for memory in memories])
         for block in self.out_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), time, voxels)
+            h = block(torch.cat([h, skips.pop()], dim=1), time, doubled)
         velocity: Tensor = self.out_layer(plain_norm(h))
         return velocity

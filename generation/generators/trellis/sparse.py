@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from generation.generators.trellis.layers import owners
 
 #: how many numbers are gathered at once for a convolution
 GATHERED = 2**27
@@ -24,6 +27,11 @@ class Level:
     coords: Tensor  # (N, 3) int64
     neighbours: Tensor  # (N, 27) rows of the voxels around and of the voxel itself; N: there is none
     lengths: tuple[int, ...]  # voxels of each sample
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """(N,) the sample of each voxel."""
+        return owners(self.lengths, self.coords.device)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Voxels:
         children = _shifted([s.children for s in samples], [len(s.fine.coords) for s in samples])
         return cls(fine, coarse, parents, children)
 
-    @property
+    @cached_property
     def neighbours_parents(self) -> Tensor:
         """(N, 27) rows of ``coarse``: the parents of each fine voxel's neighbours; M: there is none."""
         return F.pad(self.parents, (0, 1), value=len(self.coarse.coords))[self.fine.neighbours]

@@ -25,3 +25,13 @@ def to_gaussians(raw: RawGaussians) -> Gaussians:
         logit_opacities=raw.opacities,
         sh=raw.colours[:, None],
     )
+
+
+def capped(gaussians: Gaussians, most: int) -> Gaussians:
+    """At most so many: those of the largest opacity times area, in their order."""
+    if len(gaussians) <= most:
+        return gaussians
+    area = gaussians.log_scales.sort(dim=1).values[:, 1:].sum(1)  # its logarithm, of the two longer axes
+    weight = torch.nn.functional.logsigmoid(gaussians.logit_opacities) + area
+    kept = weight.topk(most).indices.sort().values
+    return Gaussians(**{name: value[kept] for name, value in gaussians.tensors().items()})

@@ -12,8 +12,10 @@ from generation.generators.trellis.layers import (
     Memory,
     Packing,
     TimeEmbedding,
+    owners,
     plain_norm,
     position_embedding,
+    twice,
 )
 
 
@@ -55,18 +57,19 @@ class StructureFlow(nn.Module):
         """What the blocks know of a picture with these features (S, C); it serves at all steps."""
         return [block.cross_attn.remember(features) for block in self.blocks]
 
-    def forward(self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]]) -> Tensor:
-        """Velocities (B, C, R, R, R) float32 at times ``t`` (B,), 0 to 1000.
+    def forward(self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], guided: int) -> Tensor:
+        """Velocities (B + guided, C, R, R, R) float32 of noisy latents at times ``t`` (B,), 0 to 1000.
 
-        The first samples are led by pictures: ``memories`` has what ``remember`` gave for each. The others are not.
+        memories: for each sample what ``remember`` gave for its picture. Behind the velocities with pictures are those
+        without, of the first ``guided`` samples.
         """
-        batch, cells = len(x), self.resolution**3
-        packing = Packing((cells,) * batch, len(memories))
-        owners = packing.owners(x.device)
-        h = self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb
+        cells = self.resolution**3
+        packing = Packing((cells,) * len(x), guided)
+        sample_of = owners(packing.all_lengths, x.device)
         dtype = self.blocks[0].self_attn.to_out.weight.dtype
-        h, time = h.flatten(0, 1).to(dtype), self.t_embedder(t).to(dtype)
+        h = (self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb).flatten(0, 1).to(dtype)
+        h, time = twice(h, packing.again), twice(self.t_embedder(t).to(dtype), guided)
         for number, block in enumerate(self.blocks):
-            h = block(h, time, packing, owners, [memory[number] for memory in memories])
-        h = self.out_layer(plain_norm(h)).view(batch, cells, -1)
-        return h.transpose(1, 2).reshape(batch, -1, *x.shape[2:])
+            h = block(h, time, packing, sample_of, [memory[number] for memory in memories])
+        h = self.out_layer(plain_norm(h)).view(-1, cells, self.out_layer.out_features)
+        return h.transpose(1, 2).unflatten(2, x.shape[2:])
