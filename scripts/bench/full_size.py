@@ -55,6 +55,7 @@ from generation.stages.self_check.quality import DINOV2_SMALL
 from generation.stages.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
 from generation.weights.registry import REGISTRY, ClipUse
+from scripts.bench import trellis_sizes
 
 TINY = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
@@ -160,7 +161,12 @@ def zero123(device: str, dtype: torch.dtype = torch.float16) -> Zero123:
 
 
 #: what stands in for the checkpoint of a name
-CHECKPOINTS: dict[str, Callable[[str], Any]] = {"mvdream": mvdream, "zero123": zero123}
+CHECKPOINTS: dict[str, Callable[[str], Any]] = {
+    "mvdream": mvdream,
+    "zero123": zero123,
+    "trellis": trellis_sizes.networks,
+    "dinov2": trellis_sizes.condition,
+}
 
 
 class RandomParts(Parts):
@@ -210,9 +216,13 @@ def self_check(device: str, rests: bool = False) -> SelfCheck:
     )
 
 
-def settings(device: str = "cuda", memory: int | None = None) -> Settings:
-    """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own)."""
+def settings(device: str = "cuda", memory: int | None = None, own: Path | None = None) -> Settings:
+    """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own).
+
+    ``own``: a config for texts and pictures in place of the profile's.
+    """
     models_file, config, image_config = PROFILES["full"]
+    config, image_config = own or config, own or image_config
     assert image_config is not None
     models = load_models(models_file)
     memory_class, memory_reason = choose(models.memory_classes, memory or gpu_memory((0,)), None)

@@ -2,9 +2,11 @@
 
     .venv/bin/python -m scripts.bench.pipeline             the profile that the service would choose
     .venv/bin/python -m scripts.bench.pipeline --random    full size, random weights (scripts/bench/full_size.py)
+    ... --random --config configs/trellis.yaml             the same with another generator
 
 Cases: the default config one request after the other, the same with four in flight (one joins when one ends), and the
-ultra-fast config. Figures are seconds per request, the median where requests run alone; everything is warm.
+ultra-fast config of DreamGaussian. Figures are seconds per request, the median where requests run alone; everything is
+warm.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.trellis.generator import Trellis
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, Settings
@@ -38,6 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="full size with random weights, on a GPU")
     parser.add_argument("--profile", default="auto")
+    parser.add_argument("--config", type=Path, help="of texts and pictures, in place of the profile's")
+    parser.add_argument("--models", type=Path, help="a models file in place of the profile's")
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
@@ -58,8 +63,12 @@ def main() -> None:
     say(f"models ready after {time.perf_counter() - started:.1f} s")
     say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
+    sculpts = isinstance(pipeline._text, DreamGaussian)
     if not args.no_eager:
-        one_by_one(with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5})), 1)
+        short = {"iters": 5}
+        one_by_one(
+            with_options(pipeline, sculptor(pipeline)._options.model_copy(update=short)) if sculpts else pipeline, 1
+        )
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
@@ -71,15 +80,19 @@ def main() -> None:
     show("one request", figures["one"], figures.get("eager"))
     figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
     show(f"{most} in flight", figures["several"], figures.get("eager"))
-    figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
-    show("ultra-fast, one request", figures["ultra"])
+    if sculpts:
+        figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
+        show("ultra-fast, one request", figures["ultra"])
     if settings.device.startswith("cuda"):
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
         say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+    if settings.device.startswith("cuda") and sculpts:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
+    if isinstance(pipeline._text, Trellis):
+        figures["parts_ms"] = {n: trellis_parts(pipeline._text, n) for n in sorted({1, most})}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
@@ -88,11 +101,12 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
         memory = int(args.memory_gib * 2**30) if args.memory_gib else None
-        settings = Settings.resolve({"profile": args.profile}, memory)
+        chosen = {"profile": args.profile, "config": args.config, "image_config": args.config, "models": args.models}
+        settings = Settings.resolve(chosen, memory)
         return assemble.load(settings, say, warm=False), settings
     from scripts.bench import full_size
 
-    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None, own=args.config)
     return full_size.load(settings, say, warm=False), settings
 
 
@@ -229,6 +243,32 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     for part, ms in result.items():
         floor = FLOORS_MS.get(part, 0) * scenes
         say(f"  {scenes} scene(s), {part}: {ms:.1f} ms" + (f", {ms / floor:.1f} times its floor" if floor else ""))
+    return result
+
+
+def trellis_parts(trellis: Trellis, works: int) -> dict[str, float]:
+    """Milliseconds of each kind of tick of so many works together; with it, what is done before or after its step."""
+    size = trellis.cutout.size
+    cutouts = torch.rand(works, 4, size, size, device=trellis._device)
+    running = [trellis.begin(Subject("", cutout, seed)) for seed, cutout in enumerate(cutouts)]
+    ticks: dict[str, list[float]] = {}
+    while not all(work.done for work in running):
+        first, flow = running[0], "structure" if running[0].latents is None else "latents"
+        steps = trellis._structure_steps if flow == "structure" else trellis._slat_steps
+        name = f"{flow}, {'guided' if steps[first.step].guided else 'unguided'} step"
+        if first.step in (0, len(steps) - 1) and not (flow == "latents" and first.step == 0):
+            name = f"{flow}, {'first' if first.step == 0 else 'last'} tick"
+        synchronise()
+        begin = time.perf_counter()
+        trellis.tick(running)
+        synchronise()
+        ticks.setdefault(name, []).append(1e3 * (time.perf_counter() - begin))
+        if flow == "structure" and first.voxels is not None:
+            counts = [(len(w.voxels.fine.coords), len(w.voxels.coarse.coords)) for w in running if w.voxels]
+            say(f"  {works} at once: voxels, and what is left of them by eight: {counts}")
+    result = {name: statistics.median(ms) for name, ms in ticks.items()}
+    for name, ms in result.items():
+        say(f"  {works} at once, {name}: {ms:.1f} ms ({len(ticks[name])} of them)")
     return result
 
 
