@@ -75,8 +75,8 @@ class Windows:
         qkv = F.pad(torch.stack([q, k, v]), (0, 0, 0, 0, 0, 1))
         seen = []
         for bucket in self.buckets:
-            inputs = qkv[:, bucket.rows].transpose(2, 3)  # (3, W, heads, L, D)
-            result = F.scaled_dot_product_attention(*inputs, attn_mask=bucket.there)
+            q, k, v = qkv[:, bucket.rows].transpose(2, 3)  # (W, heads, L, D) each
+            result = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.there)
             seen.append(result.transpose(1, 2).flatten(0, 1))
         return torch.cat(seen)[self.places]
 
@@ -137,14 +137,20 @@ class GaussianDecoder(nn.Module):
         self.register_buffer("offset_perturbation", perturbation(self.each, float(representation_config["voxel_size"])))
 
     @property
-    def half(self) -> list[nn.Module]:
+    def _dtype(self) -> torch.dtype:
+        first = self.blocks[0]
+        assert isinstance(first, WindowBlock)
+        return first.attn.to_out.weight.dtype
+
+    @property
+    def torso(self) -> list[nn.Module]:
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.blocks]
 
     def forward(self, x: Tensor, level: Level) -> list[RawGaussians]:
         """Of each sample, from the latents (T, C) of all samples' voxels."""
         h = self.input_layer(x) + position_embedding(level.coords, self.input_layer.out_features)
-        h = h.to(self.blocks[0].attn.to_out.weight.dtype)
+        h = h.to(self._dtype)
         windows = [Windows(level, self.window_size, shift) for shift in (0, self.window_size // 2)]
         for number, block in enumerate(self.blocks):
             h = block(h, windows[number % 2])

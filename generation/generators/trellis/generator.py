@@ -15,7 +15,7 @@ from generation.accelerate.offload import Resting
 from generation.accelerate.pinned import send
 from generation.generators.base import Checkpoint, CutoutFrame, NoSplat, Parts, Subject, Work
 from generation.generators.trellis.condition import Condition
-from generation.generators.trellis.layers import FlowBlock, Memory
+from generation.generators.trellis.layers import FlowBlock, FlowBlocks, Memory
 from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.sampler import Step, schedule
 from generation.generators.trellis.sparse import Voxels
@@ -132,7 +132,9 @@ class Trellis:
         size = self._condition.size
         resolution = self._networks.slat_flow.resolution
         axes = torch.arange(resolution, device=self._device) - resolution / 2
-        ball = torch.argwhere(sum(axis.square() for axis in torch.meshgrid(*[axes] * 3, indexing="ij")) < 256)
+        ball = torch.argwhere(
+            torch.cartesian_prod(axes, axes, axes).norm(dim=1).view([resolution] * 3) < resolution / 4
+        )
         for count in sorted({1, min(2, most), most}):
             progress(f"making {count} with TRELLIS, to warm up")
             cutouts = torch.rand(count, 4, size, size, device=self._device)
@@ -272,11 +274,10 @@ def _pairs(parts: Sequence[Tensor], works: int) -> Velocities:
 _PARTS = ("before", "between", "after")
 
 
-def compile_blocks(blocks: nn.ModuleList) -> None:
+def compile_blocks(blocks: FlowBlocks) -> None:
     """Have what is between attentions compiled, once for all blocks and numbers of tokens."""
     torch._dynamo.config.recompile_limit = 128
     for block in blocks:
-        assert isinstance(block, FlowBlock)
         for part in _PARTS:
             setattr(block, part, partial(_compiled(part), block))
 

@@ -6,9 +6,10 @@ of samples with as many tokens each, and one of samples with different numbers o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -221,3 +222,32 @@ class FlowBlock(nn.Module):
         h = plain_norm(x, BLOCK_EPS).to(x.dtype)
         h = self.mlp(h * (1 + scale[owners]) + shift[owners])
         return x + h * gate[owners]
+
+
+class FlowBlocks(nn.ModuleList):
+    """The blocks of a flow, one after the other."""
+
+    def __init__(
+        self, count: int, channels: int, context_channels: int, heads: int, ratio: float, normalised: bool
+    ) -> None:
+        super().__init__(FlowBlock(channels, context_channels, heads, ratio, normalised) for _ in range(count))
+
+    def __iter__(self) -> Iterator[FlowBlock]:
+        return cast(Iterator[FlowBlock], super().__iter__())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they compute in."""
+        return next(iter(self)).self_attn.to_out.weight.dtype
+
+    def remember(self, features: Tensor) -> list[Memory]:
+        """What they know of a picture with these features (S, C); it serves at all steps."""
+        return [block.cross_attn.remember(features) for block in self]
+
+    def run(
+        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, memories: Sequence[list[Memory]]
+    ) -> Tensor:
+        """Tokens (T, C) after all of them; see ``FlowBlock.forward``."""
+        for number, block in enumerate(self):
+            x = block(x, time, packing, owners, [memory[number] for memory in memories])
+        return x

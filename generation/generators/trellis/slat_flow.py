@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from generation.generators.trellis.layers import (
     BLOCK_EPS,
-    FlowBlock,
+    FlowBlocks,
     Memory,
     Packing,
     TimeEmbedding,
@@ -75,21 +75,19 @@ class SlatFlow(nn.Module):
         self.input_layer = nn.Linear(in_channels, width)
         self.input_blocks = nn.ModuleList(SparseBlock(width, inner, width) for _ in more)
         self.input_blocks.append(SparseBlock(width, inner, inner, "down"))
-        self.blocks = nn.ModuleList(
-            FlowBlock(inner, cond_channels, num_heads, mlp_ratio, qk_rms_norm) for _ in range(num_blocks)
-        )
+        self.blocks = FlowBlocks(num_blocks, inner, cond_channels, num_heads, mlp_ratio, qk_rms_norm)
         self.out_blocks = nn.ModuleList([SparseBlock(2 * inner, inner, width, "up")])
         self.out_blocks.extend(SparseBlock(2 * width, inner, width) for _ in more)
         self.out_layer = nn.Linear(width, out_channels)
 
     @property
-    def half(self) -> list[nn.Module]:
+    def torso(self) -> list[nn.Module]:
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.input_blocks, self.blocks, self.out_blocks]
 
     def remember(self, features: Tensor) -> list[Memory]:
         """What the blocks know of a picture with these features (S, C); it serves at all steps."""
-        return [block.cross_attn.remember(features) for block in self.blocks]
+        return self.blocks.remember(features)
 
     def forward(
         self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], voxels: Voxels, doubled: Voxels
@@ -102,7 +100,7 @@ class SlatFlow(nn.Module):
         """
         guided = len(doubled.fine.lengths) - len(voxels.fine.lengths)
         packing = Packing(voxels.coarse.lengths, guided)
-        dtype = self.blocks[0].self_attn.to_out.weight.dtype
+        dtype = self.blocks.dtype
         h, time = self.input_layer(x).to(dtype), self.t_embedder(t).to(dtype)
         skips = []
         for block in self.input_blocks:  # no picture has a say in these: both halves of guidance share them
@@ -111,8 +109,7 @@ class SlatFlow(nn.Module):
             skips.append(twice(h, rows - len(h)))
         h = h + position_embedding(voxels.coarse.coords, h.shape[1]).to(dtype)
         h, time = twice(h, packing.again), twice(time, guided)
-        for number, block in enumerate(self.blocks):
-            h = block(h, time, packing, doubled.coarse.owners, [memory[number] for memory in memories])
+        h = self.blocks.run(h, time, packing, doubled.coarse.owners, memories)
         for block in self.out_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), time, doubled)
         velocity: Tensor = self.out_layer(plain_norm(h))

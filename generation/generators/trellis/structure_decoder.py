@@ -65,13 +65,14 @@ class StructureDecoder(nn.Module):
         self.out_layer = nn.Sequential(ChannelNorm(last), nn.SiLU(), nn.Conv3d(last, out_channels, 3, padding=1))
 
     @property
-    def half(self) -> list[nn.Module]:
+    def torso(self) -> list[nn.Module]:
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.middle_block, self.blocks]
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.input_layer(x).to(self.middle_block[0].conv1.weight.dtype)
-        for block in (*self.middle_block, *self.blocks):
+        blocks = [*self.middle_block, *self.blocks]
+        h = self.input_layer(x).to(next(blocks[0].conv1.parameters()).dtype)
+        for block in blocks:
             h = block(h)
         logits: Tensor = self.out_layer(h.float())
         return logits

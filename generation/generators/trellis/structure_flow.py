@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from generation.generators.trellis.layers import (
-    FlowBlock,
+    FlowBlocks,
     Memory,
     Packing,
     TimeEmbedding,
@@ -43,19 +43,17 @@ class StructureFlow(nn.Module):
         self.t_embedder = TimeEmbedding(model_channels)
         self.register_buffer("pos_emb", position_embedding(cells, model_channels))
         self.input_layer = nn.Linear(in_channels, model_channels)
-        self.blocks = nn.ModuleList(
-            FlowBlock(model_channels, cond_channels, num_heads, mlp_ratio, qk_rms_norm) for _ in range(num_blocks)
-        )
+        self.blocks = FlowBlocks(num_blocks, model_channels, cond_channels, num_heads, mlp_ratio, qk_rms_norm)
         self.out_layer = nn.Linear(model_channels, out_channels)
 
     @property
-    def half(self) -> list[nn.Module]:
+    def torso(self) -> list[nn.Module]:
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.blocks]
 
     def remember(self, features: Tensor) -> list[Memory]:
         """What the blocks know of a picture with these features (S, C); it serves at all steps."""
-        return [block.cross_attn.remember(features) for block in self.blocks]
+        return self.blocks.remember(features)
 
     def forward(self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], guided: int) -> Tensor:
         """Velocities (B + guided, C, R, R, R) float32 of noisy latents at times ``t`` (B,), 0 to 1000.
@@ -66,10 +64,9 @@ class StructureFlow(nn.Module):
         cells = self.resolution**3
         packing = Packing((cells,) * len(x), guided)
         sample_of = owners(packing.all_lengths, x.device)
-        dtype = self.blocks[0].self_attn.to_out.weight.dtype
+        dtype = self.blocks.dtype
         h = (self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb).flatten(0, 1).to(dtype)
         h, time = twice(h, packing.again), twice(self.t_embedder(t).to(dtype), guided)
-        for number, block in enumerate(self.blocks):
-            h = block(h, time, packing, sample_of, [memory[number] for memory in memories])
+        h = self.blocks.run(h, time, packing, sample_of, memories)
         h = self.out_layer(plain_norm(h)).view(-1, cells, self.out_layer.out_features)
         return h.transpose(1, 2).unflatten(2, x.shape[2:])

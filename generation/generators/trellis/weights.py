@@ -64,7 +64,7 @@ class Networks:
             mean, std = (torch.tensor(about["slat_normalization"][key], device=device) for key in ("mean", "std"))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise WeightsError(f"{path}: not a TRELLIS pipeline: {error!r}") from error
-        kinds: dict[str, type[nn.Module]] = {
+        kinds: dict[str, Any] = {
             "sparse_structure_flow_model": StructureFlow,
             "sparse_structure_decoder": StructureDecoder,
             "slat_flow_model": SlatFlow,
@@ -73,7 +73,8 @@ class Networks:
         if lacking := sorted(set(kinds) - set(names)):
             raise WeightsError(f"{path}: names no {', '.join(lacking)}")
         loaded: list[Any] = [load_network(kind, folder / names[key], device, dtype) for key, kind in kinds.items()]
-        networks = cls(*loaded, mean, std)
+        flow, decoder, slat_flow, gaussian_decoder = loaded
+        networks = cls(flow, decoder, slat_flow, gaussian_decoder, mean, std)
         channels = {
             networks.slat_flow.channels,
             networks.gaussian_decoder.input_layer.in_features,
@@ -117,7 +118,7 @@ def build(kind: type[N], arguments: Mapping[str, Any]) -> N:
 
 def prepare(network: N, dtype: torch.dtype) -> N:
     """For use, with the linear layers and convolutions of its blocks in ``dtype``."""
-    for part in network.half:
+    for part in network.torso:
         for module in part.modules():
             if isinstance(module, nn.Linear | nn.Conv3d | Kernel):
                 module.to(dtype)
