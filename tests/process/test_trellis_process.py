@@ -52,7 +52,7 @@ def picture() -> bytes:
 
 def generate(client: httpx.Client, seed: int, of_picture: bool = False) -> httpx.Response:
     if of_picture:
-        files = {"image": ("disc.png", picture(), "image/png")}
+        files = {"prompt_image_file": ("disc.png", picture(), "image/png")}
         response = client.post("/generate/", data={"seed": str(seed)}, files=files)
     else:
         response = client.post("/generate/", data={"prompt": "a red cube", "seed": str(seed)})
