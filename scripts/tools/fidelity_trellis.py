@@ -429,7 +429,7 @@ class Trellis:
                 their = F.layer_norm(their, their.shape[-1:])
                 with tempfile.TemporaryDirectory() as name:
                     dinov2_folder(Path(name), state)
-                    mine = Condition.load(Path(name), torch.float32)(picture)
+                    mine = Condition.load(Path(name), "cpu", torch.float32)(picture)
                 pairs.append((their, mine))
             self._add("DINOv2 with registers, normalised, 2 cut-outs", "condition", pairs, {})
 

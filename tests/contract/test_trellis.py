@@ -90,7 +90,9 @@ def condition(folder: Path, small: bool = False) -> float:
     state = weights(tool.dinov2_names())
     tool.dinov2_folder(folder / "dinov2", tool.quiet(state, "condition") if small else state)
     tensors, _ = golden("trellis_condition")
-    return apart(Condition.load(folder / "dinov2", torch.float32)(tool.cutouts()), tensors["quiet" if small else "out"])
+    return apart(
+        Condition.load(folder / "dinov2", "cpu", torch.float32)(tool.cutouts()), tensors["quiet" if small else "out"]
+    )
 
 
 @torch.no_grad()

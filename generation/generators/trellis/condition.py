@@ -29,9 +29,9 @@ class Condition(nn.Module):
         self.register_buffer("std", torch.tensor(_STD).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype) -> Condition:
+    def load(cls, folder: Path, device: str, dtype: torch.dtype) -> Condition:
         """Raises WeightsError when the folder's weights are not exactly its config's."""
-        return cls(load_model(Dinov2WithRegistersModel, folder, dtype)).eval().requires_grad_(False)
+        return cls(load_model(Dinov2WithRegistersModel, folder, dtype)).to(device).eval().requires_grad_(False)
 
     @classmethod
     def build(cls, config: Dinov2WithRegistersConfig) -> Condition:

@@ -40,7 +40,7 @@ def load_networks(checkpoint: Checkpoint) -> Networks:
 
 
 def load_condition(checkpoint: Checkpoint) -> Condition:
-    return Condition.load(checkpoint.folder, checkpoint.dtype).to(checkpoint.device)
+    return Condition.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
 class Making:

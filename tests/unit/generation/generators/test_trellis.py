@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trellis(folder: Path, **options: Any) -> Trellis:
     networks = Networks.load(folder / "trellis", "cpu", torch.float32)
-    return Trellis(networks, Condition.load(folder / "dinov2", torch.float32), TrellisOptions(**FAST | options), "cpu")
+    return Trellis(
+        networks, Condition.load(folder / "dinov2", "cpu", torch.float32), TrellisOptions(**FAST | options), "cpu"
+    )
 
 
 def subject(seed: int) -> Subject:
