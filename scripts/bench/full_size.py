@@ -48,10 +48,10 @@ from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import CAMERA_NUMBERS, Zero123
 from generation.generators.kinds import load_models, load_options
 from generation.generators.lgm.network import BIG, LGM
-from generation.generators.trellis.condition import Condition
-from generation.generators.trellis.weights import Networks
 from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
 from generation.generators.multiview.words import Words
+from generation.generators.trellis.condition import Condition
+from generation.generators.trellis.weights import Networks
 from generation.pipeline.assemble import load_generators
 from generation.pipeline.pipeline import Pipeline
 from generation.schema.memory_class import Quantization, choose

@@ -19,7 +19,7 @@ from generation.generators.trellis.layers import FlowBlock, FlowBlocks, Memory
 from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.sampler import Step, schedule
 from generation.generators.trellis.sparse import Voxels
-from generation.generators.trellis.splats import capped, to_gaussians
+from generation.generators.trellis.splats import capped, sharpened, to_gaussians
 from generation.generators.trellis.weights import Networks
 from generation.splats.gaussians import Gaussians
 
@@ -261,7 +261,7 @@ class Trellis:
         for work, raw in zip(works, networks.gaussian_decoder(latents, voxels.fine), strict=True):
             gaussians = to_gaussians(raw)
             if all(bool(field.isfinite().all()) for field in gaussians.tensors().values()):
-                work.end(capped(gaussians, self._options.max_gaussians))
+                work.end(sharpened(capped(gaussians, self._options.max_gaussians)))
             else:
                 work.end(NoSplat("latents: they, or the Gaussians made of them, are not finite"))
 
