@@ -25,6 +25,8 @@ from generation.generators.trellis.structure_decoder import StructureDecoder
 from generation.generators.trellis.structure_flow import StructureFlow
 from generation.generators.trellis.weights import Networks, build
 from generation.weights import WeightsError
+from generation.weights.registry import REGISTRY, wanted
+from scripts.bench.trellis_sizes import PUBLISHED
 from scripts.tools import fidelity_trellis as tool
 from scripts.tools.golden_weights import golden, weights
 
@@ -289,24 +291,12 @@ def test_how_many_steps_are_guided():
 
 #: parameters and buffers, as generators.md's sizes of the public files have them; the first as a public record counts
 COUNTS = {"StructureFlow": 559_737_864, "StructureDecoder": 73.67e6, "SlatFlow": 600.4e6, "GaussianDecoder": 85.37e6}
-FULL_CONFIGS = {
-    StructureFlow: tool.STRUCTURE_FLOW
-    | {"resolution": 16, "in_channels": 8, "out_channels": 8, "model_channels": 1024, "cond_channels": 1024,
-       "num_blocks": 24, "num_heads": 16},
-    StructureDecoder: tool.STRUCTURE_DECODER | {"latent_channels": 8, "channels": [512, 128, 32]},
-    SlatFlow: tool.SLAT_FLOW
-    | {"resolution": 64, "in_channels": 8, "out_channels": 8, "model_channels": 1024, "cond_channels": 1024,
-       "num_blocks": 24, "num_heads": 16, "io_block_channels": [128]},
-    GaussianDecoder: tool.GAUSSIAN_DECODER
-    | {"resolution": 64, "model_channels": 768, "latent_channels": 8, "num_blocks": 12, "num_heads": 12,
-       "representation_config": tool.GAUSSIANS | {"num_gaussians": 32}},
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FULL_CONFIGS)
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_the_published_sizes(kind):
     with torch.device("meta"):
-        state = build(kind, FULL_CONFIGS[kind]).state_dict()
+        state = build(kind, PUBLISHED[kind]).state_dict()
     count = sum(tensor.numel() for tensor in state.values())
     assert count == pytest.approx(COUNTS[kind.__name__], rel=1e-4)
     if kind is StructureFlow:
@@ -369,6 +359,24 @@ class TestFiles:
         path.write_text(json.dumps(about))
         with pytest.raises(WeightsError, match="names no slat_decoder_gs"):
             Networks.load(folder, "cpu", torch.float32)
+
+
+def test_only_what_splats_need_is_fetched():
+    """Of the published repository's files."""
+    parts = {
+        "slat_dec_gs_swin8_B_64l8gs32_fp16", "slat_flow_img_dit_L_64l8p2_fp16", "ss_dec_conv3d_16l8_fp16",
+        "ss_flow_img_dit_L_16l8_fp16",
+    }  # fmt: skip
+    others = {
+        "slat_dec_mesh_swin8_B_64l8m256c_fp16", "slat_dec_rf_swin8_B_64l8r16_fp16", "slat_enc_swin8_B_64l8_fp16",
+        "ss_enc_conv3d_16l8_fp16",
+    }  # fmt: skip
+    there = [f"ckpts/{name}.{kind}" for name in parts | others for kind in ("json", "safetensors")]
+    entry = REGISTRY["trellis-image-large"]
+    fetched = wanted([*there, "pipeline.json", "README.md", ".gitattributes"], entry.files)
+    assert set(fetched) == {"pipeline.json", *(f"ckpts/{p}.{kind}" for p in parts for kind in ("json", "safetensors"))}
+    assert {name for name, _ in entry.sha256} == {f"ckpts/{part}.safetensors" for part in parts}
+    assert entry.pinned and REGISTRY["dinov2-with-registers-large"].pinned
 
 
 def write_pipeline(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from generation.generators.base import NoSplat, Subject
 from generation.generators.kinds import load_options
+from generation.generators.trellis import generator as generator_module
 from generation.generators.trellis.condition import Condition
 from generation.generators.trellis.gaussian_decoder import RawGaussians
 from generation.generators.trellis.generator import BORDER, Making, Trellis
@@ -134,6 +135,28 @@ class TestMaking:
     def test_the_picture_is_as_large_as_dinov2s_and_the_object_1_in_1_2_of_it(self, folder):
         frame = trellis(folder).cutout
         assert frame == (56, BORDER) and 1 / (1 - frame.border) == pytest.approx(1.2)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_as_eager_ones_and_made_once_for_all_and_any_number(folder, monkeypatch):
+    """Without a compiler behind it: that each part is one graph, and that new numbers of tokens need no new ones."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: plain(function, **options, backend="eager"))
+    monkeypatch.setattr(generator_module, "_COMPILED", {})
+    generator = trellis(folder)
+    expected = [
+        finished(generator, *(generator.begin(subject(seed)) for seed in seeds)) for seeds in ((0, 1), (2, 3, 4))
+    ]
+    for flow in (generator._networks.structure_flow, generator._networks.slat_flow):
+        generator_module.compile_blocks(flow.blocks)
+    torch._dynamo.utils.counters.clear()
+    for number in range(2):  # as it warms up
+        finished(generator, *(generator.begin(subject(seed)) for seed in range(number + 1)))
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for splats, seeds in zip(expected, batches, strict=True):
+        again = finished(generator, *(generator.begin(subject(seed)) for seed in seeds))
+        assert max(map(apart, splats, again)) < 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
 class TestNoSplat:
