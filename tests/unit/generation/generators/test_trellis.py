@@ -144,9 +144,8 @@ def test_compiled_blocks_are_as_eager_ones_and_made_once_for_all_and_any_number(
     monkeypatch.setattr(torch, "compile", lambda function, **options: plain(function, **options, backend="eager"))
     monkeypatch.setattr(generator_module, "_COMPILED", {})
     generator = trellis(folder)
-    expected = [
-        finished(generator, *(generator.begin(subject(seed)) for seed in seeds)) for seeds in ((0, 1), (2, 3, 4))
-    ]
+    batches = ((0, 1), (2, 3, 4))
+    expected = [finished(generator, *(generator.begin(subject(seed)) for seed in seeds)) for seeds in batches]
     for flow in (generator._networks.structure_flow, generator._networks.slat_flow):
         generator_module.compile_blocks(flow.blocks)
     torch._dynamo.utils.counters.clear()
