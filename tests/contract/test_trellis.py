@@ -23,7 +23,7 @@ from generation.generators.trellis.slat_flow import SlatFlow
 from generation.generators.trellis.sparse import SubmanifoldConv, Voxels
 from generation.generators.trellis.structure_decoder import StructureDecoder
 from generation.generators.trellis.structure_flow import StructureFlow
-from generation.generators.trellis.weights import Networks, build
+from generation.generators.trellis.weights import Networks, build, prepare
 from generation.weights import WeightsError
 from generation.weights.registry import REGISTRY, wanted
 from scripts.bench.trellis_sizes import PUBLISHED
@@ -129,6 +129,14 @@ class TestEachNetwork:
 @pytest.mark.parametrize("name", ["structure", "slat"])
 def test_samplers_to_the_last_step(name, steps, guidance):
     assert sampled(name, steps, guidance) < LIMIT
+
+
+@pytest.mark.parametrize("compute", [structure_flow, decoded_structure, slat, worst_field])
+def test_blocks_in_half_precision_are_close(monkeypatch, compute):
+    """With norms, first and last layers in float32, as the service runs them on a GPU."""
+    plain = tool.ours
+    monkeypatch.setattr(tool, "ours", lambda *about: prepare(plain(*about), torch.float16))
+    assert 1e-4 < compute() < 1e-2
 
 
 # ---- mistakes, each planted ----
