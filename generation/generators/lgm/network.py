@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from generation.generators.base import Checkpoint
 from generation.generators.lgm.unet import UNet
+from generation.schema.limits import MAX_GAUSSIANS
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.weights import WeightsError
@@ -202,8 +203,9 @@ class LGM(nn.Module):
         return torch.cat(parts, 1).view(b, v, 14, -1).transpose(2, 3).reshape(b, -1, 14)
 
 
-def to_gaussians(splats: Tensor, config: Config = BIG, at_least: int = 0) -> Gaussians:
-    """Of one object's `splats` (N, 14), as `LGM` gives them, those that the config's opacities keep.
+def to_gaussians(splats: Tensor, config: Config = BIG, at_least: int = 0, at_most: int = MAX_GAUSSIANS) -> Gaussians:
+    """Of one object's `splats` (N, 14), as `LGM` gives them, those that the config's opacities keep; the most opaque
+    `at_most` of them.
 
     A splat is framed by the box around its Gaussians, so faint ones far from the others would make it small.
     Where there are fewer than `at_least`, faint ones become several at the same place, together as opaque as the one
@@ -215,6 +217,8 @@ def to_gaussians(splats: Tensor, config: Config = BIG, at_least: int = 0) -> Gau
     if len(clear):
         kept &= ((position >= clear.amin(0)) & (position <= clear.amax(0))).all(1)
     splats = splats[kept]
+    if len(splats) > at_most:
+        splats = splats[splats[:, 3].topk(at_most).indices]
     if 0 < len(splats) < at_least:
         faint = splats[:, 3] < _FAINT
         if not faint.any():

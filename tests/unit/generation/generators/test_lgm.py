@@ -190,6 +190,7 @@ class TestConfigs:
         ("line", "words"),
         [("views_from: nowhere", "views_from"), ("view_steps: 0", "view_steps"), ("iters: 3", "iters"),
          ("view_template: cube", "exactly once"),
+         ("min_gaussians: 9000\nmax_gaussians: 8000", "min_gaussians 9000 is over max_gaussians 8000"),
          ("views_from: picture_and_words\nrecentre_views: true", "apart from the others")],
     )  # fmt: skip
     def test_what_can_not_be(self, tmp_path: Path, line, words):
@@ -198,9 +199,12 @@ class TestConfigs:
         with pytest.raises(SettingsError, match=words):
             kinds.load_options(path)
 
-    def test_the_number_of_gaussians_is_the_networks(self):
-        with pytest.raises(SettingsError, match="the generator lgm has no such limit"):
-            LgmOptions().capped(10_000)
+    def test_the_number_of_gaussians_can_be_limited(self):
+        assert LgmOptions().capped(10_000).max_gaussians == 10_000
+        splats = torch.rand(50, 14)
+        few = to_gaussians(splats, at_most=20)
+        assert len(few) == 20
+        assert float(few.logit_opacities.sigmoid().min()) >= float(splats[:, 3].sort().values[29])
 
 
 def test_the_tiny_one_takes_the_views_that_its_config_says():
