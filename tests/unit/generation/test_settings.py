@@ -7,6 +7,7 @@ import torch
 from generation import settings, weights
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_models
+from generation.generators.trellis.options import TrellisOptions
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, Settings
 from generation.splats.rasterize import kernels
@@ -151,7 +152,8 @@ def test_models_files_name_checkpoints_that_exist(profile):
     assert list(models.needed(DreamGaussianOptions())) == needed
     full = {"zero123", "stable_zero123", "imagedream", "image_clip", "quality", "lpips"}
     others = {"lgm"} | (full if profile == "full" else set())
-    assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
+    of_others = {"quality"} | set(models.stages) & set(TrellisOptions.CHECKPOINTS)
+    assert set(models.stages) - set(needed) - of_others == others - {"quality"}
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).is_downloaded
@@ -214,7 +216,9 @@ def test_text_to_image_is_asked_for_what_the_elevation_says(elevation, view):
     assert asked.startswith("a red cube, ") and f"front view {view}, plain white background" in asked
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*fast.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*sorted(CONFIGS.glob("*_mv_*.yaml")), CONFIGS / "image_fast.yaml"], ids=lambda path: path.name
+)
 def test_own_configs_ask_for_the_view_that_they_place_the_picture_at(path):
     options = DreamGaussianOptions.load(path)
     asked, mvdream = options.picture_prompt("a red cube"), options.mvdream_prompt("a red cube")
