@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -106,6 +107,24 @@ def test_progress_is_counted_in_what_uv_tells() -> None:
         progress.read(line)
     share, text = progress.shown()
     assert text == "1 of 501 MB" and share == pytest.approx(1 / 501)
+
+
+def test_an_install_that_is_ended_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "LOG", tmp_path / "log")
+
+    class Ended(environment._UvProgress):
+        def read(self, line: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def end(*_: object) -> None:
+        raise SystemExit(130)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            environment._run([sys.executable, "-uc", "import time; print(1); time.sleep(100)"], os.environ, Ended())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
