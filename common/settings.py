@@ -285,7 +285,13 @@ class Given:
         for each, value in self._values["flag"].items():
             if each.table not in document:
                 document[each.table] = tomlkit.table()
-            document[each.table][each.key] = _as_toml(value)  # type: ignore[index]
+            table: Any = document[each.table]
+            # Comments and empty lines at the end of a table belong to the next one.
+            body = getattr(table.value, "body", [])
+            end = max((index for index, (key, _) in enumerate(body, start=1) if key is not None), default=len(body))
+            after, body[end:] = body[end:], []
+            table[each.key] = _as_toml(value)
+            body.extend(after)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         # An endpoint may hold a password.
         mode = file.stat().st_mode & 0o777 if file.exists() else 0o600

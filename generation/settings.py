@@ -58,6 +58,8 @@ class Settings(Schema):
     allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
     #: stages that the score goes without: which weights are missing, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
+    gallery: Path = ROOT / "data" / "studio"  # what was made in Studio
+    miner_url: str = "http://127.0.0.1:10007"  # where the miner tells of itself
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
@@ -92,7 +94,16 @@ class Settings(Schema):
             models = models.model_copy(update={"text_to_image": steps})
         shared = {
             key: getattr(arguments, key)
-            for key in ("host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace")
+            for key in (
+                "host",
+                "port",
+                "validation_threshold",
+                "log_file",
+                "max_queue",
+                "profile_trace",
+                "gallery",
+                "miner_url",
+            )
         }
         return cls(
             profile=profile,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.lgm.options import LgmOptions
 from generation.schema.options import GeneratorOptions, Models, SettingsError, read_yaml
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Kind(NamedTuple):
 #: what a config says as ``generator`` -> the kind
 KINDS = {
     "dreamgaussian": Kind(DreamGaussianOptions, "generation.generators.dreamgaussian.optimiser:load"),
+    "lgm": Kind(LgmOptions, "generation.generators.lgm.generator:load"),
 }
 #: of a config that does not say it, as those of upstream's DreamGaussian do not
 DEFAULT = "dreamgaussian"

@@ -156,9 +156,11 @@ class Pipeline:
     def _give_turn(self, generator: Generator) -> None:
         """Have it on the device, where generators take turns there."""
         if self._take_turns and self._awake is not generator:
-            if self._awake is not None:
-                self._awake.rest()
-                release_cache()
+            self._awake = None
+            for other in self._generators():  # also one that was left half awake when memory was full
+                if other is not generator:
+                    other.rest()
+            release_cache()
             generator.wake()
             self._awake = generator
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Path, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -30,6 +30,9 @@ from generation.web.events import Events, EventStream, Following
 from generation.web.hosts import SameSite
 from generation.web.intake import ApiError, BodyLimit
 from generation.web.metrics import Metrics
+from generation.web.studio import routes as studio
+from generation.web.studio.gallery import Gallery
+from generation.web.studio.makers import Makers
 
 MAX_REASON_CHARACTERS = 500
 ENGINE_STOP_S = 5.0
@@ -42,11 +45,15 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     started = time.monotonic()
     events = Events()
     metrics = Metrics(engine)
+    makers = Makers(
+        engine, Gallery(settings.gallery), events, settings.device, settings.validation_threshold, metrics.record
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        await makers.stop()
         await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
 
     app = FastAPI(
@@ -152,6 +159,16 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             for name in ("preview", "grid_preview")
         }
         return {**_jsonable(asdict(scores)), **encoded}
+
+    async def film_kept(data: bytes) -> bytes:
+        frames = await engine.call(partial(_film, data=data, device=settings.device), False)
+        return await asyncio.to_thread(_encode, frames)
+
+    app.include_router(studio.router(makers, settings.validation_threshold, film_kept, settings.miner_url))
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("studio/")
 
     @app.get("/health", responses=openapi.COMMON)
     async def health() -> dict[str, Any]:

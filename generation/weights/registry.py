@@ -152,6 +152,31 @@ REGISTRY = {
             use=MultiViewUse(front_azimuth=90.0),  # DreamGaussian has its known view there under MVDream
         ),
         Entry(
+            name="lgm-big",
+            repo="ashawkey/LGM",
+            revision="main",
+            licence="MIT",
+            size_gb=0.83,
+            files=("model_fp16_fixrot.safetensors",),
+        ),
+        Entry(
+            name="imagedream",
+            repo="ashawkey/imagedream-ipmv-diffusers",
+            revision="main",
+            licence="OpenRAIL",
+            size_gb=4.0,
+            files=(
+                "unet/*",
+                "vae/*",
+                "text_encoder/*",
+                "tokenizer/*",
+                "image_encoder/*",
+                "feature_extractor/*",
+                "scheduler/*",
+            ),
+            use=MultiViewUse(front_azimuth=90.0),  # LGM has its front view there under ImageDream
+        ),
+        Entry(
             name="zero123-xl",
             repo="ashawkey/zero123-xl-diffusers",
             revision="10e9e8e75adaa3bf77f5ac9c381419016fed68c7",

@@ -158,7 +158,7 @@ class CompetitiveMiner:
                 totals=dict(books.totals),
             )
             idle_log.update(manager, len(eligible))
-            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog)
+            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog, status)
             clock_log.update(moment.clock_behind)
             books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)

@@ -13,6 +13,7 @@ from neurons.chain import Metagraph
 from neurons.defaults import REHEARSAL
 from neurons.miner.generation.pool import GeneratorPool, Service
 from neurons.miner.options import MinerOptions
+from neurons.miner.records.activity import Identity
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event
 from neurons.miner.records.verdicts import PastSubmission
@@ -70,7 +71,8 @@ class Miner:
 def open_books(options: MinerOptions, hotkey: str, now: Callable[[], float] = steady_time) -> Bookkeeping:
     """The books of the miner with this hotkey."""
     ledger, spool = options.ledger_of(hotkey), options.spool_of(hotkey)
-    return Bookkeeping(ledger, options.metrics_port, options.min_reward, now, spool)
+    identity = Identity(hotkey, shown_network(options.network), options.netuid)
+    return Bookkeeping(ledger, options.metrics_port, options.min_reward, now, spool, identity)
 
 
 async def assemble(

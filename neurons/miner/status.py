@@ -29,6 +29,7 @@ def snapshot(
     pool: GeneratorPool,
     clocks: ValidatorClocks,
     ledger_backlog: int,
+    status: str,
 ) -> Snapshot:
     """The miner at this moment, for the metrics."""
     now = clocks.now()
@@ -40,6 +41,8 @@ def snapshot(
         endpoints=pool.usable,
         ledger_backlog=ledger_backlog,
         clock_behind=clocks.machine_is_behind(),
+        status=status,
+        held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
     )
 
 

@@ -4,7 +4,8 @@
     .venv/bin/python -m scripts.bench.pipeline --random    full size, random weights (scripts/bench/full_size.py)
 
 Cases: the default config one request after the other, the same with four in flight (one joins when one ends), and the
-ultra-fast config. Figures are seconds per request, the median where requests run alone; everything is warm.
+ultra-fast config; with --pictures also pictures, and texts and pictures together, by the two generators of the profile.
+Figures are seconds per request, the median where requests run alone; everything is warm.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw
 
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.kinds import load_options
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, Settings
@@ -38,9 +42,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="full size with random weights, on a GPU")
     parser.add_argument("--profile", default="auto")
+    parser.add_argument("--config", type=Path, help="in place of the profile's; where it draws pictures, for them too")
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
+    parser.add_argument("--pictures", action="store_true", help="pictures too, alone and together with texts")
     parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     args = parser.parse_args()
@@ -58,8 +64,12 @@ def main() -> None:
     say(f"models ready after {time.perf_counter() - started:.1f} s")
     say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
+    is_dreamgaussian = isinstance(pipeline._text, DreamGaussian)
     if not args.no_eager:
-        one_by_one(with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5})), 1)
+        first = pipeline
+        if is_dreamgaussian:
+            first = with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5}))
+        one_by_one(first, 1)
         figures["eager"] = one_by_one(pipeline, 1)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
@@ -71,13 +81,22 @@ def main() -> None:
     show("one request", figures["one"], figures.get("eager"))
     figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
     show(f"{most} in flight", figures["several"], figures.get("eager"))
-    figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
-    show("ultra-fast, one request", figures["ultra"])
+    if args.pictures:
+        figures["picture"] = one_by_one(pipeline, args.requests, picture)
+        show("one picture", figures["picture"])
+        figures["mixed"] = in_flight(
+            pipeline, 2 * args.requests + 2, most, lambda: (request, picture)[next(NUMBERS) % 2]()
+        )
+        show(f"texts and pictures, {most} in flight", figures["mixed"])
+    if is_dreamgaussian:
+        figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
+        show("ultra-fast, one request", figures["ultra"])
     if settings.device.startswith("cuda"):
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
         say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+    if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
     if args.json:
@@ -88,11 +107,14 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
         memory = int(args.memory_gib * 2**30) if args.memory_gib else None
-        settings = Settings.resolve({"profile": args.profile}, memory)
+        chosen = {"config": args.config} if args.config else {}
+        if args.config and load_options(args.config).draws:
+            chosen["image_config"] = args.config
+        settings = Settings.resolve({"profile": args.profile, **chosen}, memory)
         return assemble.load(settings, say, warm=False), settings
     from scripts.bench import full_size
 
-    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None)
+    settings = full_size.settings(memory=int(args.memory_gib * 2**30) if args.memory_gib else None, config=args.config)
     return full_size.load(settings, say, warm=False), settings
 
 
@@ -128,20 +150,26 @@ def request() -> Request:
     return Request(prompt=f"{PROMPTS[number % len(PROMPTS)]}, number {number}", seed=number, threshold=0.0)
 
 
-def one_by_one(pipeline: Pipeline, count: int) -> dict[str, Any]:
+def picture() -> Request:
+    disc = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(disc).ellipse((128, 128, 384, 384), "red")
+    return Request(image=disc, seed=next(NUMBERS), threshold=0.0)
+
+
+def one_by_one(pipeline: Pipeline, count: int, make: Callable[[], Request] = request) -> dict[str, Any]:
     seconds, reports = [], []
     for _ in range(count):
         started = time.perf_counter()
-        (outcome,) = pipeline.generate([request()])
+        (outcome,) = pipeline.generate([make()])
         synchronise()
         seconds.append(time.perf_counter() - started)
         reports.append(report(outcome))
     return {"s": statistics.median(seconds), "all_s": seconds, **summary(reports)}
 
 
-def in_flight(pipeline: Pipeline, count: int, most: int) -> dict[str, Any]:
+def in_flight(pipeline: Pipeline, count: int, most: int, make: Callable[[], Request] = request) -> dict[str, Any]:
     """`count` requests, `most` at once, as the engine runs them: the next joins when one is done."""
-    waiting = [pipeline.begin(request()) for _ in range(count)]
+    waiting = [pipeline.begin(make()) for _ in range(count)]
     running: list[Job] = []
     reports = []
     started = time.perf_counter()
@@ -170,7 +198,8 @@ def report(outcome: Any) -> Any:
 
 
 def summary(reports: list[Any]) -> dict[str, Any]:
-    stages = {stage: statistics.median(r.seconds[stage] for r in reports) for stage in reports[0].seconds}
+    names = dict.fromkeys(stage for r in reports for stage in r.seconds)
+    stages = {name: statistics.median(r.seconds[name] for r in reports if name in r.seconds) for name in names}
     return {
         "stages_s": stages,
         "gaussians": [r.num_gaussians for r in reports],

@@ -110,6 +110,7 @@ def settings(**changes: Any) -> Any:
     values |= {"config": Path("text.yaml"), "options": SimpleNamespace(generator="dreamgaussian")}
     values |= {"image_config": Path("image.yaml"), "image_options": SimpleNamespace(generator="lgm")}
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
+    values |= {"gallery": Path("/nonexistent/gallery"), "miner_url": "http://127.0.0.1:9"}
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 
@@ -135,9 +136,11 @@ def serving(
 
 
 @contextlib.contextmanager
-def serving_engine(engine: Engine | Fleet, max_queue: int) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving_engine(
+    engine: Engine | Fleet, max_queue: int, its_settings: Any = None
+) -> Iterator[tuple[str, uvicorn.Server]]:
     """The URL of a service around ``engine``, and its server."""
-    app = create_app(engine, settings(max_queue=max_queue))
+    app = create_app(engine, its_settings or settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from neurons.miner import stopping
 from neurons.miner.records import standings
+from neurons.miner.records.activity import Activity, Identity
 from neurons.miner.records.events import Event, Settlement
 from neurons.miner.records.ledger import Ledger
 from neurons.miner.records.metrics import Metrics, Snapshot
@@ -25,7 +26,9 @@ log = logging.getLogger(__name__)
 
 
 class Bookkeeping:
-    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served; there, `identity` is
+    who Studio is told that the miner is.
+    """
 
     def __init__(
         self,
@@ -34,19 +37,21 @@ class Bookkeeping:
         least_reward: float,
         now: Callable[[], float] = steady_time,
         spool: Path | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.totals: Counter[str] = Counter()
         self.policy = Policy(least_reward)
         self._ledger = Ledger(ledger, now)
         self._metrics = Metrics(spool)
         self._metrics_port = metrics_port
+        self._activity = None if identity is None else Activity(identity, ledger, now).as_json
         self._now = now
 
     def start(self) -> None:
         """Begins to write and to serve. A port that is taken is a log line."""
         self._ledger.start()
         if self._metrics_port:
-            self._metrics.serve(self._metrics_port)
+            self._metrics.serve(self._metrics_port, self._activity)
 
     async def close(self) -> None:
         """Writes what is left, within stopping.METRICS_S and LEDGER_S seconds."""

@@ -21,6 +21,7 @@ from neurons.miner.records.events import Event, Generation, Pull, Settlement
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
+ACTIVITY = "/activity"
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
@@ -41,6 +42,8 @@ class Snapshot:
     endpoints: Mapping[str, bool] = field(default_factory=dict)
     ledger_backlog: int = 0
     clock_behind: float | None = None
+    status: str = ""  # in words
+    held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
 
 
 class _Moment(Collector):
@@ -168,14 +171,26 @@ class Metrics:
         """What the gauges say from now on."""
         self._moment.snapshot = snapshot
 
-    def serve(self, port: int) -> int | None:
-        """Answers on 127.0.0.1:`port`/metrics, with 0 on any free one; the port, or None when that can not be."""
+    def serve(self, port: int, activity: Callable[[Snapshot], bytes] | None = None) -> int | None:
+        """Answers on 127.0.0.1:`port`, with 0 on any free one; the port, or None when that can not be.
+
+        /activity is what `activity` makes of the latest snapshot, as JSON; all else are the metrics.
+        """
         try:
             server, thread = start_http_server(port, HOST, self.registry)
         except OSError as error:
             log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
             return None
-        server.set_app(_by_name(make_wsgi_app(self.registry)))
+        metrics = make_wsgi_app(self.registry)
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if activity is None or environ.get("PATH_INFO") != ACTIVITY:
+                return metrics(environ, start_response)
+            content = activity(self._moment.snapshot)
+            start_response("200 OK", [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
+            return [content]
+
+        server.set_app(_by_name(app))
 
         def stop() -> None:
             server.shutdown()

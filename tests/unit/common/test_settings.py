@@ -261,11 +261,29 @@ workers = 3
         assert line.parse([])["service"] == given["service"]
         assert given["service"].config == tmp_path / "deep" / "a.yaml"
 
-    @pytest.mark.parametrize("content", ["service.port = 5\n", "service = {port = 5}\n", "[service]", ""])
+    def test_comments_stay_where_they_belong(self, file: Path) -> None:
+        file.write_text("[service]\nport = 5\n\n# --- of the miner\n[miner]\n# its own\nworkers = 3\n")
+        parse("--config-file", file, "--save", "--profile", "full", "--name", "n").save()
+        assert file.read_text() == (
+            '[service]\nport = 5\nprofile = "full"\nname = "n"\n\n# --- of the miner\n[miner]\n# its own\nworkers = 3\n'
+        )
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "service.port = 5\n",
+            "service = {port = 5}\n",
+            "[service]",
+            "",
+            "service.port = 5\nminer.workers = 3\nservice.uids = [3]\n",
+        ],
+    )
     def test_however_the_table_is_written(self, file: Path, content: str) -> None:
         file.write_text(content)
         parse("--config-file", file, "--save", "--port", "6", "--left.out", "1", "2").save()
-        assert tomllib.loads(file.read_text()) == {"service": {"port": 6, "uids": [1, 2]}}
+        saved = tomllib.loads(file.read_text())
+        assert saved["service"] == {"port": 6, "uids": [1, 2]}
+        assert saved.get("miner", {"workers": 3}) == {"workers": 3}
 
     def test_it_goes_where_a_link_leads(self, file: Path, tmp_path: Path) -> None:
         link = tmp_path / "link.toml"

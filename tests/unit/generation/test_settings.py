@@ -149,7 +149,8 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = load_models(settings.PROFILES[profile].models)
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    others = {"zero123", "stable_zero123", "image_clip", "quality", "lpips"} if profile == "full" else set()
+    full = {"zero123", "stable_zero123", "imagedream", "image_clip", "quality", "lpips"}
+    others = {"lgm"} | (full if profile == "full" else set())
     assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
     for choice in models.stages.values():
         if profile == "full":
@@ -350,9 +351,11 @@ class TestScoreParts:
         names = {entry.name for entry in profile_entries()}
         assert {"clip-convnext-large-d", "llm2clip-l-14-336", "404-gen-quality", "alexnet"} <= names
 
-    def test_small_cards_keep_the_clips_off_the_gpu(self):
+    def test_small_cards_keep_the_clips_and_the_idle_generator_off_the_gpu(self):
         models = load_models(settings.PROFILES["full"].models)
-        places = {each.name: models.fitted(each).self_check_rests_on for each in models.memory_classes}
+        fitted = {each.name: models.fitted(each) for each in models.memory_classes}
+        places = {name: each.self_check_rests_on for name, each in fitted.items()}
+        assert places == {name: each.generators_rest_on for name, each in fitted.items()}
         assert places == {"48gb": "gpu", "24gb": "cpu", "16gb": "cpu"}
 
 

@@ -12,12 +12,13 @@ from generation.accelerate import text_cache
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian import optimiser
 from generation.generators.dreamgaussian.carve import carve
-from generation.generators.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.generators.dreamgaussian.optimiser import DreamGaussian, foreground
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.scene import Views
 from generation.generators.dreamgaussian.schedule import noise_level, position_lr
+from generation.generators.multiview.attention import MultiViewAttention, camera_embedding, join_views
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0
 
@@ -176,7 +177,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     read: list[int] = []
-    guidance._text_encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
     guidance.read([*prompts, "ugly"])
     for prompt in prompts:
@@ -416,3 +417,39 @@ def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
     dg.tick([picture])
     assert guidance.scored == 1
     assert picture.done and not torch.equal(before, picture.gaussians().means)
+
+
+def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
+    text = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+    image = Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False)
+
+    def result(rests: bool) -> torch.Tensor:
+        given = options(iters=2, lambda_zero123=1.0, num_pts=50)
+        dg = DreamGaussian(text, given, "cpu", lambda images: images[:, :1], image)
+        scene = dg.begin(Subject("a red square", cutout(), 3))
+        while not scene.done:
+            dg.tick([scene])
+            if rests:
+                dg.rest()
+                dg.rest()
+                dg.wake()
+                dg.wake()
+        return scene.gaussians().means.detach()
+
+    assert torch.equal(result(rests=True), result(rests=False))
+
+
+def test_all_networks_of_a_guidance_rest(mini_models) -> None:
+    for guidance in (
+        MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32),
+        Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False),
+    ):
+        parts = [part for part in vars(guidance).values() if isinstance(part, torch.nn.Module)]
+        parameters = {id(p): p for part in parts for p in part.parameters()}.values()
+        guidance.rest()
+        at_rest = {id(p): p.data_ptr() for p in parameters}
+        guidance.wake()
+        guidance.rest()
+        assert all(p.data_ptr() == at_rest[id(p)] for p in parameters)
+        assert guidance._resting is not None
+        assert {id(p) for p, _ in guidance._resting._at_rest} == set(at_rest)

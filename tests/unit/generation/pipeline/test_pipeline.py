@@ -17,34 +17,9 @@ from generation.settings import Settings
 from generation.splats import ply
 from generation.stages.self_check import views
 from generation.weights import WeightsError
-from tests.support.standins import COLOURS, ball, colour_check
+from tests.support.standins import COLOURS, Painter, WhiteIsBackground, ball, colour_check
 
 STAGES = ["text_to_image", "background", "clay", "self_check"]
-
-
-class Painter:
-    """Text to image: a square of the colour that the prompt names, on white; nothing for a prompt without one."""
-
-    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
-        return [self.paint(prompt) for prompt in prompts]
-
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
-        self.asked = prompt
-        return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
-
-    def paint(self, prompt: str) -> torch.Tensor:
-        if "explode" in prompt:
-            raise RuntimeError("out of paint")
-        image = torch.ones(3, 64, 64)
-        for name, colour in COLOURS.items():
-            if name in prompt:
-                image[:, 16:48, 16:48] = torch.tensor(colour)[:, None, None]
-        return image
-
-
-class WhiteIsBackground:
-    def remove(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.amin(dim=1, keepdim=True) < 0.5).float()
 
 
 class Scene:
