@@ -173,4 +173,4 @@ def test_stops_are_as_long_everywhere() -> None:
     names = {"generation": "generation_service", "miner": "miner", "rehearsal": "rehearsal"}
     for service, name in names.items():
         assert services[service]["stop_grace_period"] == f"{STOP_S[name]:.0f}s"
-        assert f'app("{name}", {STOP_S[name]:.0f})' in (ROOT / "ecosystem.config.js").read_text()
+        assert f'app("{name}", {STOP_S[name]:.0f}' in (ROOT / "ecosystem.config.js").read_text()
