@@ -184,8 +184,9 @@ def uv_variables(pip: Mapping[str, str], environment: Mapping[str, str] = os.env
     found |= {names[key]: " ".join(value.split()) for key, value in pip.items() if key in names}
     if found.get("UV_KEYRING_PROVIDER") not in ("disabled", "subprocess"):
         found.pop("UV_KEYRING_PROVIDER", None)
-    if "find-links" in pip:
-        found["UV_FIND_LINKS"] = ",".join(pip["find-links"].split())
+    # pip only warns of a folder that is not there.
+    if links := [each for each in pip.get("find-links", "").split() if "://" in each or os.path.exists(each)]:
+        found["UV_FIND_LINKS"] = ",".join(links)
     if pip.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         found["UV_NO_INDEX"] = "1"
     if "proxy" in pip:

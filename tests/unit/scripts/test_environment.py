@@ -26,7 +26,7 @@ LISTED = """:env:.default-timeout='60'
 :env:.index-url='https://me:secret@index.example/simple'
 global.cert='/etc/ssl/company.pem'
 global.extra-index-url='https://one.example/simple\\nhttps://two.example/simple'
-global.find-links='/opt/wheels'
+global.find-links='/proc /no/such/folder'
 global.index-url='https://old.example/simple'
 global.proxy='http://proxy.example:3128'
 install.trusted-host='index.example'
@@ -46,7 +46,7 @@ def test_uv_is_told_pips_indexes_proxy_and_certificates() -> None:
         "UV_DEFAULT_INDEX": "https://me:secret@index.example/simple",  # the environment goes before the file
         "UV_INDEX": "https://one.example/simple https://two.example/simple",
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip has it; hashes say which file it must be
-        "UV_FIND_LINKS": "/opt/wheels",
+        "UV_FIND_LINKS": "/proc",
         "UV_INSECURE_HOST": "index.example",
         "UV_HTTP_TIMEOUT": "60",
         "UV_NO_PROGRESS": "1",
