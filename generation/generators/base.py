@@ -36,6 +36,10 @@ class CutoutFrame(NamedTuple):
     border: float  # share of a side that the object's longer side leaves free
 
 
+class NoSplat(Exception):
+    """No splat can be made of a subject, though nothing failed. The words are the reason of the request's rejection."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """What one splat is to be made of."""
@@ -60,7 +64,10 @@ class Work(Protocol):
         ...
 
     def gaussians(self) -> Gaussians:
-        """The result, on the device: y up, the front towards +z. To be asked for when it is ``done``."""
+        """The result, on the device: y up, the front towards +z. To be asked for when it is ``done``.
+
+        Raises NoSplat where there is none: the request is rejected then, for that reason.
+        """
         ...
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import record_function
 
-from generation.generators.base import Generator, Subject, Work
+from generation.generators.base import Generator, NoSplat, Subject, Work
 from generation.pipeline.batch_limit import BatchLimit, in_batches, is_out_of_memory, release_cache
 from generation.pipeline.job import Job, Progress
 from generation.schema.results import Asset, Cancelled, GateResult, Report, Request, Scores
@@ -388,6 +388,8 @@ class Pipeline:
                     job.gaussians = job.work.gaussians().detach()
                 else:
                     unfinished.append(job)
+            except NoSplat as reason:
+                job.reject(str(reason))
             except Exception as error:
                 job.outcome = error
         for generator, own in self._by_generator(unfinished):

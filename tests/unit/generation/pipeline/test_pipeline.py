@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from generation.generators.base import CutoutFrame, Subject
+from generation.generators.base import CutoutFrame, NoSplat, Subject
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import KINDS, Kind
 from generation.pipeline import assemble
@@ -38,6 +38,8 @@ class Scene:
         return self.iteration >= self.iters
 
     def gaussians(self):
+        if "shapeless" in self.prompt:
+            raise NoSplat("clay: it has no shape")
         middle = self.cutout[:3, 32, 32]
         colour = next(name for name, value in COLOURS.items() if torch.allclose(torch.tensor(value), middle, atol=0.1))
         return ball(colour, count=100 if "sparse" in self.prompt else 8000, seed=self.seed)
@@ -345,6 +347,11 @@ class TestRejections:
         assert "no object" in report.rejected
         assert report.score is None
         assert list(report.seconds) == ["text_to_image", "background"]
+
+    def test_what_no_splat_can_be_made_of(self, pipeline):
+        report = self.reject(pipeline, "red and shapeless")
+        assert report.rejected == "clay: it has no shape"
+        assert report.score is None and list(report.seconds) == STAGES[:3]
 
     def test_a_gate(self, pipeline):
         report = self.reject(pipeline, "red sparse")
