@@ -71,6 +71,29 @@ def check_kernels(shape: tuple[int, int, int, int], groups: int, added: bool, dt
         close(f"{name}, measured while added", found, measured, 1e-5)
 
 
+def check_far_from_zero(shape: tuple[int, int, int, int], groups: int, deviations: float) -> None:
+    """Values whose mean is so many of their deviations, in single precision: there and back."""
+    c = shape[1]
+    x = (deviations + random(*shape)).contiguous(memory_format=torch.channels_last)
+    norm, more = Norm(1 + random(c), random(c), groups, 1e-5), deviations + random(c)
+    outward = random(*shape).contiguous(memory_format=torch.channels_last)
+    for added in (None, more):
+        wide = x.double().requires_grad_()
+        shifted = wide if added is None else wide + added.double().view(1, c, 1, 1)
+        expected = F.silu(F.group_norm(shifted, groups, norm.weight.double(), norm.bias.double(), norm.eps))
+        (gradient,) = torch.autograd.grad(expected, wide, outward.double())
+        name = f"{shape} in {groups} groups, {deviations:g} deviations from 0"
+        statistics = measure(x, norm, added)
+        close(f"{name}, there", normalise(x, statistics), expected, 1e-4)
+        close(f"{name}, back", normalise_back(outward, x, statistics, norm), gradient, 1e-4)
+        at_once, statistics = there_at_once(x, norm, added)
+        close(f"{name}, there at once", at_once, expected, 1e-4)
+        close(f"{name}, back at once", back_at_once(outward, x, statistics, norm), gradient, 1e-4)
+    total, statistics = add_and_measure(x, outward, more, norm)
+    expected = F.silu(F.group_norm(total.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps))
+    close(f"{name}, measured while added", normalise(total, statistics), expected, 1e-4)
+
+
 def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch.dtype) -> None:
     n, c = shape[:2]
     x = (2 * random(*shape) + random(n, c, 1, 1)).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -175,6 +198,8 @@ def main() -> None:
     check_kernels((3, 20, 9, 7), 4, False, torch.float32)  # groups that are no power of two, pixels that fill no block
     check_kernels((2, 72, 9, 20), 9, True, torch.float32)  # groups across two programs' channels, several chunks
     check_kernels((2, 64, 16, 16), 32, True, half)
+    check_far_from_zero((2, 72, 9, 20), 9, 300.0)
+    check_far_from_zero((1, 16, 33, 31), 4, 300.0)
     check_group_norm((3, 20, 9, 7), 4, torch.float32)
     check_group_norm((2, 160, 16, 16), 16, half)  # four groups of a program, in lanes for more channels than they have
     check_group_norm((1, 300, 5, 4), 1, half)  # a group wider than a program should be
@@ -186,6 +211,7 @@ def main() -> None:
     if DEVICE != "cpu":
         for shape in ((4, 128, 256, 256), (16, 512, 32, 32), (32, 960, 32, 32), (8, 2560, 8, 8)):
             check_kernels(shape, 32, shape[0] > 4, half)
+        check_far_from_zero((4, 128, 256, 256), 32, 300.0)
         for shape in ((32, 320, 32, 32), (32, 960, 32, 32), (8, 1920, 16, 16), (8, 2560, 8, 8), (32, 1280, 4, 4)):
             check_group_norm(shape, 32, half)
         check_joined((32, 640, 32, 32), 320, 32, half)

@@ -17,7 +17,8 @@ from generation.accelerate.kernels.normalise import (
     Statistics,
     finish_statistics,
     new_statistics,
-    store_sums,
+    one_more,
+    store_moments,
     sums_over,
 )
 
@@ -76,7 +77,7 @@ def _convolve(  # type: ignore[no-untyped-def]
         columns + output[None, :] * columns_row + place[:, None], known[:, None] & (output < c)[None, :], 0.0
     )
     tap, channel = place // CHANNELS_IN, place % CHANNELS_IN
-    values = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    mean = tl.zeros((PIXELS, CHANNELS), tl.float32)
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in range(BLOCKS):
         pixel = (tl.program_id(0) * BLOCKS + block) * PIXELS + tl.arange(0, PIXELS)
@@ -88,13 +89,11 @@ def _convolve(  # type: ignore[no-untyped-def]
         total = tl.dot(tl.load(image + turned, inside, 0.0), matrix, input_precision="ieee")
         stored = total.to(result.dtype.element_ty)
         tl.store(result + pixel[:, None] * c + output[None, :], stored, exist[:, None] & (output < c)[None, :])
-        each = stored.to(tl.float32)  # as it will be read; zero where there is no pixel
-        values += each
-        squares += each * each
-    store_sums(partial, values, squares, c, CHANNELS)
+        mean, squares = one_more(mean, squares, stored.to(tl.float32), exist[:, None], block)  # as it will be read
+    store_moments(partial, mean, squares, pixels, c, BLOCKS, PIXELS, CHANNELS)
     finish_statistics(
         partial, counters, weight, bias, added, scale, shift, inverse, offset,
-        pixels, c, groups, eps, True, GROUPS, EACH, CHUNKS, AT_ONCE,
+        pixels, c, groups, eps, True, BLOCKS, PIXELS, GROUPS, EACH, CHUNKS, AT_ONCE,
     )  # fmt: skip
 
 

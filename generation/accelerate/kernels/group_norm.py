@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from generation.accelerate.kernels.normalise import Norm, Statistics, before_silu, new_statistics
+from generation.accelerate.kernels.normalise import (
+    Norm,
+    Statistics,
+    before_silu,
+    new_statistics,
+    one_more,
+    over_places,
+)
 
 PROGRAMS = 256  # as a target: two for each processor of a large GPU
 WIDEST = 256  # channels of a program
@@ -117,22 +124,22 @@ def _normalise(  # type: ignore[no-untyped-def]
     channel = tl.program_id(0) * (GROUPS * EACH) + lane
     x += n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
     result += n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
-    first = tl.zeros((ROWS, LANES), tl.float32)  # by place in a block: threads add theirs up once, at the end
-    second = tl.zeros((ROWS, LANES), tl.float32)
+    means = tl.zeros((ROWS, LANES), tl.float32)  # by place in a block: threads join theirs once, at the end
+    squares = tl.zeros((ROWS, LANES), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         exist = (block * ROWS + row < pixels)[:, None] & mine[None, :]
         value = tl.load(x + (block * ROWS + row)[:, None] * c + lane[None, :], exist, 0.0).to(tl.float32)
-        first += value
-        second += value * value
-    sums, squares = tl.sum(first, 0), tl.sum(second, 0)
+        means, squares = one_more(means, squares, value, exist, block)
+    counts = tl.minimum(tl.maximum(pixels - row + ROWS - 1, 0) // ROWS, BLOCKS)
+    lane_means, lane_squares = over_places(means, squares, counts.to(tl.float32), pixels)
     more = tl.zeros((LANES,), tl.float32)
     if ADDED:
         more = tl.load(added + n * added_stride + channel, mine, 0.0).to(tl.float32)
-        squares += more * (2 * sums + pixels * more)
-        sums += pixels * more
-    mean = _of_groups(sums, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    square = _of_groups(squares, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    inverse = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+        lane_means += more
+    mean = _of_groups(lane_means, EACH, LANES, GROUP_LANES) / EACH
+    away = lane_means - mean
+    variance = _of_groups(lane_squares + pixels * away * away, EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    inverse = tl.rsqrt(variance + eps)
     scale = inverse * tl.load(weight + channel, mine, 0.0).to(tl.float32)
     offset = more - mean
     shift = tl.load(bias + channel, mine, 0.0).to(tl.float32) + offset * scale
@@ -163,6 +170,8 @@ def _back(  # type: ignore[no-untyped-def]
     begin = n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
     scale = tl.load(scales + n * c + channel, mine, 0.0)
     shift = tl.load(shifts + n * c + channel, mine, 0.0)
+    r = tl.load(inverses + n * c + channel, mine, 0.0)
+    o = tl.load(offsets + n * c + channel, mine, 0.0)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
@@ -172,13 +181,10 @@ def _back(  # type: ignore[no-untyped-def]
         outer = tl.load(gradient + places, exist, 0.0).to(tl.float32)
         inner = before_silu(outer, value, scale[None, :], shift[None, :])
         first += inner
-        second += inner * value
+        second += inner * (value + o[None, :])
     w = tl.load(weight + channel, mine, 0.0).to(tl.float32)
-    r = tl.load(inverses + n * c + channel, mine, 0.0)
-    o = tl.load(offsets + n * c + channel, mine, 0.0)
-    sums = tl.sum(first, 0)
-    mean = _of_groups(w * sums, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    along = _of_groups(w * r * (tl.sum(second, 0) + o * sums), EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    mean = _of_groups(w * tl.sum(first, 0), EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    along = _of_groups(w * r * tl.sum(second, 0), EACH, LANES, GROUP_LANES) / (pixels * EACH)
     by_x = -r * r * along
     constant = by_x * o - r * mean
     for block in tl.range(0, BLOCKS, num_stages=STAGES):

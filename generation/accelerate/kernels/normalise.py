@@ -1,9 +1,12 @@
 """Group normalisation with SiLU of channels-last images, there and back, in Triton kernels that read memory in order.
 
 With channels last a group is a sliver of each pixel, and sums by group read a quarter of every memory sector. These
-kernels take sums by channel, over chunks of the pixels, and the last program of a sample makes the groups' figures of
-them: two kernels each way, which read the image twice and write it once. Sums over what two images add up to are taken
-while it is written.
+kernels take means and squared deviations by channel, over chunks of the pixels, and the last program of a sample makes
+the groups' figures of them: two kernels each way, which read the image twice and write it once. Those of the sum of two
+images are taken while it is written.
+
+Variances are Welford's: the mean of the squares less the square of the mean, in single precision, is off by 0.04 where
+the mean is 300 deviations.
 """
 
 from __future__ import annotations
@@ -225,12 +228,18 @@ def _is_last(counter, programs):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _all_channels(c, groups, GROUPS: tl.constexpr, EACH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By groups (G, E), and which of them exist."""
+    group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
+    return group * (c // groups) + member, (group < groups) & (member < c // groups)
+
+
+@triton.jit
 def _added_up(  # type: ignore[no-untyped-def]
     partial, c, groups, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr
 ):  # fmt: skip
     """All channels by groups (G, E), which of them exist, and both sums of each over all chunks."""
-    group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, EACH)[None, :]
-    channels, exist = group * (c // groups) + member, (group < groups) & (member < c // groups)
+    channels, exist = _all_channels(c, groups, GROUPS, EACH)
     which = tl.arange(0, AT_ONCE)[:, None, None]
     first = tl.zeros((GROUPS, EACH), tl.float32)
     second = tl.zeros((GROUPS, EACH), tl.float32)
@@ -244,7 +253,7 @@ def _added_up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Over this program's pixels, of both, by channel."""
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mine = partial + tl.program_id(0) * 2 * c + channels
@@ -253,22 +262,72 @@ def store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: igno
 
 
 @triton.jit
+def one_more(mean, squares, value, exist, block):  # type: ignore[no-untyped-def]
+    """Welford's step: the mean of the values at a place so far and their squared deviations from it, with one `value`
+    more. A place exists in block 0 to some last one, so all values at it are counted by the block's number."""
+    share = 1.0 / (block + 1)
+    away = tl.where(exist, value - mean, 0.0)
+    return mean + away * share, squares + away * away * (1 - share)
+
+
+@triton.jit
+def over_places(mean, squares, counts, count):  # type: ignore[no-untyped-def]
+    """By channel, mean and squared deviations of all `count` values, of those at each place (P, C) and how many there
+    are (P,): Chan, Golub and LeVeque 1979."""
+    total = tl.sum(mean * counts[:, None], 0) / count
+    away = mean - total[None, :]
+    return total, tl.sum(squares + away * away * counts[:, None], 0)
+
+
+@triton.jit
+def store_moments(  # type: ignore[no-untyped-def]
+    partial, mean, squares, pixels, c, BLOCKS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Mean and squared deviations over this program's pixels, by channel, of those at each place of its blocks."""
+    left = pixels - tl.program_id(0) * (BLOCKS * PIXELS)
+    counts = tl.minimum(tl.maximum(left - tl.arange(0, PIXELS) + PIXELS - 1, 0) // PIXELS, BLOCKS)
+    total, deviation = over_places(mean, squares, counts.to(tl.float32), tl.minimum(left, BLOCKS * PIXELS))
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mine = partial + tl.program_id(0) * 2 * c + channels
+    tl.store(mine, total, channels < c)
+    tl.store(mine + c, deviation, channels < c)
+
+
+@triton.jit
 def finish_statistics(  # type: ignore[no-untyped-def]
     partial, counters, weight, bias, added, scale, shift, inverse, offset,
     pixels, c, groups, eps,
-    ADDED: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
+    ADDED: tl.constexpr, BLOCKS: tl.constexpr, PIXELS: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Of this program's sample, in the last of its programs, by what all have stored: sums of values and of squares."""
+    """Of this program's sample, in the last of its programs, of the moments that all have stored: first the groups'
+    means, then what all values deviate from them."""
     n = tl.program_id(2).to(tl.int64)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
-        at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
+        at, exist = _all_channels(c, groups, GROUPS, EACH)
         constant = tl.zeros((GROUPS, EACH), tl.float32)
         if ADDED:
             constant = tl.load(added + at, exist, 0.0).to(tl.float32)
+        which = tl.arange(0, AT_ONCE)[:, None, None]
+        sums = tl.zeros((GROUPS, EACH), tl.float32)
+        for begin in range(0, CHUNKS, AT_ONCE):
+            counts = tl.minimum(pixels - (begin + which) * (BLOCKS * PIXELS), BLOCKS * PIXELS).to(tl.float32)
+            here = exist[None] & (begin + which < CHUNKS)
+            places = partial + (begin + which) * (2 * c) + at[None]
+            # Other processors wrote them: past this one's own cache.
+            sums += tl.sum(tl.load(places, here, 0.0, cache_modifier=".cg") * counts, 0)
         count = pixels * (c // groups)
-        mean = (tl.sum(first + pixels * constant, 1) / count)[:, None]
-        square = (tl.sum(second + constant * (2 * first + pixels * constant), 1) / count)[:, None]
-        inverse_here = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps) + tl.zeros((GROUPS, EACH), tl.float32)
+        mean = (tl.sum(tl.where(exist, sums + pixels * constant, 0.0), 1) / count)[:, None]
+        squares = tl.zeros((GROUPS, EACH), tl.float32)
+        for begin in range(0, CHUNKS, AT_ONCE):
+            counts = tl.minimum(pixels - (begin + which) * (BLOCKS * PIXELS), BLOCKS * PIXELS).to(tl.float32)
+            here = exist[None] & (begin + which < CHUNKS)
+            places = partial + (begin + which) * (2 * c) + at[None]
+            away = tl.load(places, here, 0.0, cache_modifier=".cg") + (constant - mean)[None]
+            inside = tl.load(places + c, here, 0.0, cache_modifier=".cg")
+            squares += tl.sum(tl.where(here, inside + away * away * counts, 0.0), 0)
+        variance = (tl.sum(squares, 1) / count)[:, None]
+        inverse_here = tl.rsqrt(variance + eps) + tl.zeros((GROUPS, EACH), tl.float32)
         offset_here = constant - mean
         scale_here = inverse_here * tl.load(weight + at, exist, 0.0).to(tl.float32)
         shift_here = tl.load(bias + at, exist, 0.0).to(tl.float32) + offset_here * scale_here
@@ -295,7 +354,7 @@ def _measure(  # type: ignore[no-untyped-def]
     partial += n * CHUNKS * 2 * c
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     more = tl.load(bias_of_sum + channels, channels < c, 0.0).to(tl.float32)[None, :]
-    values = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads add theirs up once, at the end
+    mean = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads join theirs once, at the end
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         places, exist, _ = _block(begin + block * PIXELS, pixels, row, c, PIXELS, CHANNELS)
@@ -304,13 +363,12 @@ def _measure(  # type: ignore[no-untyped-def]
             total = each + tl.load(y + places, exist, 0.0).to(tl.float32) + more
             stored = total.to(result.dtype.element_ty)
             tl.store(result + places, stored, exist)
-            each = tl.where(exist, stored.to(tl.float32), 0.0)  # as it will be read
-        values += each
-        squares += each * each
-    store_sums(partial, values, squares, c, CHANNELS)
+            each = stored.to(tl.float32)  # as it will be read
+        mean, squares = one_more(mean, squares, each, exist, block)
+    store_moments(partial, mean, squares, pixels, c, BLOCKS, PIXELS, CHANNELS)
     finish_statistics(
         partial, counters, weight, bias, added + n * added_stride, scale, shift, inverse, offset,
-        pixels, c, groups, eps, ADDED, GROUPS, EACH, CHUNKS, AT_ONCE,
+        pixels, c, groups, eps, ADDED, BLOCKS, PIXELS, GROUPS, EACH, CHUNKS, AT_ONCE,
     )  # fmt: skip
 
 
@@ -355,6 +413,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
+    o = tl.load(offset + n * c + channels, channels < c, 0.0)[None, :]
     gradients = tl.zeros((PIXELS, CHANNELS), tl.float32)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
@@ -362,18 +421,18 @@ def _measure_back(  # type: ignore[no-untyped-def]
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
         inner = before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
-        products += inner * value
-    store_sums(partial, gradients, products, c, CHANNELS)
+        products += inner * (value + o)
+    _store_sums(partial, gradients, products, c, CHANNELS)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist, first, second = _added_up(partial, c, groups, GROUPS, EACH, CHUNKS, AT_ONCE)
         w = tl.load(weight + at, exist, 0.0).to(tl.float32)
         r = tl.load(inverse + n * c + at, exist, 0.0)
-        o = tl.load(offset + n * c + at, exist, 0.0)
+        around_mean = tl.load(offset + n * c + at, exist, 0.0)
         count = pixels * (c // groups)
         mean = (tl.sum(w * first, 1) / count)[:, None]
-        along = (tl.sum(w * r * (second + o * first), 1) / count)[:, None]  # with the normalised x
+        along = (tl.sum(w * r * second, 1) / count)[:, None]  # with the normalised x
         tl.store(by_x + n * c + at, -r * r * along, exist)
-        tl.store(constant + n * c + at, -r * mean - r * r * along * o, exist)
+        tl.store(constant + n * c + at, -r * mean - r * r * along * around_mean, exist)
 
 
 @triton.jit

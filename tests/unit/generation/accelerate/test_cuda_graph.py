@@ -42,6 +42,18 @@ def test_normalisation_from_channels_is_group_normalisation(shape):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_normalisation_from_channels_far_from_zero(compiles):
+    """The mean of the squares less the square of the mean is off by 0.04 here."""
+    torch.manual_seed(0)
+    plain = torch.nn.GroupNorm(4, 16)
+    x = 300 + torch.randn(2, 16, 64, 64)
+    ours = ChannelwiseGroupNorm(plain)
+    result = torch.compile(ours)(x) if compiles else ours(x)
+    assert torch.allclose(result.double(), plain.double()(x.double()), atol=2e-4)
+
+
+@torch.no_grad()
 def test_normalisation_of_images_is_group_normalisation():
     torch.manual_seed(0)
     plain = torch.nn.GroupNorm(4, 12)
