@@ -234,7 +234,10 @@ def task_manager_works(_: Service) -> str:
 
     async def pull(folder: Path) -> str:
         keypair = bt.Keypair.create_from_uri("//check")
-        options = MinerOptions("rehearsal", "", "", folder, workers=count, rehearsal_state=folder, metrics_port=0)
+        options = MinerOptions(
+            network="rehearsal", wallet_name="", wallet_hotkey="", wallet_path=folder,
+            workers=count, rehearsal_state=folder, metrics_port=0,
+        )  # fmt: skip
         miner = await assemble(
             options,
             keypair,
@@ -271,7 +274,7 @@ def uid_180_blacklisted(_: Service) -> str:
     from neurons.miner import options
     from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 
-    blacklist = options.parse([]).blacklist
+    blacklist = frozenset(options.parse([]).blacklist)
     directory = ValidatorDirectory(Eligibility("own hotkey", "rehearsal", blacklist))
     neurons = [Neuron(uid, f"hotkey {uid}", "127.0.0.1", 9000, 5000.0, True) for uid in (179, BLACKLISTED_UID)]
     directory.update(Metagraph(17, tuple(neurons)))

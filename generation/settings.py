@@ -10,22 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from generation.arguments import ROOT, Arguments, checked
 from generation.schema.hosts import is_loopback, is_wildcard, parse_names
 from generation.schema.memory_class import choose
-from generation.schema.options import (
-    MAX_GAUSSIANS,
-    MIN_GAUSSIANS,
-    DreamGaussianOptions,
-    Models,
-    Schema,
-    SettingsError,
-    UnitInterval,
-    validate,
-)
+from generation.schema.options import DreamGaussianOptions, Models, Schema, SettingsError, UnitInterval
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 
 #: profile -> (models file, default optimisation config)
@@ -33,39 +24,6 @@ PROFILES = {
     "full": (CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml"),
     "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
 }
-
-
-class Arguments(Schema):
-    """What the command line says, before it is resolved. None means: the profile's own."""
-
-    profile: Literal["auto", "full", "tiny"] = "auto"
-    config: Path | None = None  # optimisation config
-    models: Path | None = None  # a models file in place of the profile's
-    host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(10006, ge=1, le=65535)
-    allowed_hosts: str = ""  # names beside loopback's that requests may call the service by: "gpu.example,10.0.0.5"
-    flux_steps: int | None = Field(None, ge=1, le=50)
-    max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
-    validation_threshold: UnitInterval = 0.6
-    log_file: Path = ROOT / "logs" / "generation_service.log"
-    max_queue: int = Field(16, ge=1, le=10_000)
-    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
-    profile_trace: Path | None = None  # where to write what the first request did
-    memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _names(cls, text: str) -> str:
-        if text:
-            parse_names(text)
-        return text
-
-    @field_validator("max_gaussians")
-    @classmethod
-    def _enough_to_be_accepted(cls, count: int | None) -> int | None:
-        if count is not None and count < MIN_GAUSSIANS:
-            raise ValueError(f"must be at least {MIN_GAUSSIANS}: validators reject splats of fewer Gaussians")
-        return count
 
 
 class Settings(Schema):
@@ -92,13 +50,15 @@ class Settings(Schema):
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
-        """Settings from command-line values (keys of ``Arguments``; None counts as not given).
+        """Settings from values of ``Arguments``, by key, as text or typed; None counts as not given.
 
         ``memory`` is what to use of the GPU's memory, in bytes; None: all that it has.
         Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
         """
-        given = {key: value for key, value in (values or {}).items() if value is not None}
-        arguments = validate(Arguments, given, "arguments")
+        try:
+            arguments = checked(values or {})
+        except ValueError as error:
+            raise SettingsError(f"arguments: {error}") from error
         options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
         gpus = _choose_gpus(arguments.gpus)
         memory = memory or gpu_memory(gpus)
@@ -121,9 +81,10 @@ class Settings(Schema):
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
-        shared = arguments.model_dump(
-            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
-        )
+        shared = {
+            key: getattr(arguments, key)
+            for key in ("host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace")
+        }
         return cls(
             profile=profile,
             profile_reason=reason,

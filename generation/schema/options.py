@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError
 
+from generation.schema.limits import MAX_GAUSSIANS
 from generation.schema.memory_class import MemoryClass, Quantization, RestingPlace
 
 log = logging.getLogger("generation.schema.options")
@@ -23,9 +24,6 @@ log = logging.getLogger("generation.schema.options")
 #: What memory classes say in place of the text_to_image stage.
 CLASS_KEYS = {"quantization", "t5_rests_on"}
 
-#: A validator rejects splats of fewer.
-MIN_GAUSSIANS = 7000
-MAX_GAUSSIANS = 2_000_000
 #: Degrees above and below the horizon that training cameras stay within.
 HIGHEST = 80.0
 #: What {view} stands for in a template, by the least elevation (degrees up) of its camera.

@@ -125,7 +125,15 @@ async def test_each_hotkey_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("neurons.chain.fetch", unreachable)
     hotkeys = [make_wallet(tmp_path / "wallets", name).hotkey.ss58_address for name in ("a", "b")]
     miners = [
-        CompetitiveMiner(MinerOptions("ws://[::1]:9944", "rehearsal", name, tmp_path / "wallets", metrics_port=0))
+        CompetitiveMiner(
+            MinerOptions(
+                network="ws://[::1]:9944",
+                wallet_name="rehearsal",
+                wallet_hotkey=name,
+                wallet_path=tmp_path / "wallets",
+                metrics_port=0,
+            )
+        )
         for name in ("a", "b")
     ]
     running = [asyncio.create_task(miner.run()) for miner in miners]

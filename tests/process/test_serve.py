@@ -30,7 +30,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_wrong_arguments_are_named_with_their_limit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--port", "99999", "--validation-threshold", "x\ny"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--port", "99999", "--validation-threshold", "x\ny"])
+    assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("serve_competitive: --port 99999: ")
     assert "65535" in lines[0]

@@ -103,8 +103,8 @@ async def test_a_stop_in_which_everything_hangs_ends_in_time(tmp_path: Path, mon
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     options = MinerOptions(
-        "finney", "cold", "hot", tmp_path, ledger=ledger, metrics_port=port,
-        endpoints=(f"http://127.0.0.1:{runner.addresses[0][1]}",),
+        network="finney", wallet_name="cold", wallet_hotkey="hot", wallet_path=tmp_path,
+        ledger=ledger, metrics_port=port, endpoints=(f"http://127.0.0.1:{runner.addresses[0][1]}",),
     )  # fmt: skip
     miner = CompetitiveMiner(options)
     running = asyncio.create_task(miner.run())

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import bittensor as bt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
 
 from common.log_lines import quoted
 from neurons.chain import Neuron
@@ -333,9 +334,11 @@ class Submitter:
 
     async def _send(self, assignment: Assignment, result: bytes, kept: _Kept) -> SubmitResults | None:
         """The validator's answer, be it a refusal; None when there was none, and none is to be expected for a while."""
-        delay, started = FIRST_RETRY_S, self._now()
+        started = self._now()
         first_lost: float | None = None
-        while True:
+
+        async def attempt() -> SubmitResults:
+            nonlocal first_lost
             # Where it is now: it may have moved since the pull.
             validator = self._directory.eligible.get(assignment.validator.hotkey, assignment.validator)
             submission = make_submission(assignment.task, result, validator.hotkey, self._keypair)
@@ -343,24 +346,34 @@ class Submitter:
             answer = await self._dendrite.call(
                 validator.axon_info(), submission, timeout=SUBMIT_TIMEOUT_S, deserialize=False
             )
-            if _is_final(answer):
-                return answer
-            if _may_have_arrived(answer):
+            if not _is_final(answer) and _may_have_arrived(answer):
                 kept.may_have_arrived = True
                 first_lost = sent if first_lost is None else first_lost
-            pause, now = delay * random.uniform(0.5, 1.5), self._now()
-            if now + pause > (started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S):
-                kept.seconds_tried += now - started
-                kept.reason = status_of(answer)
-                return None
+            return answer
+
+        def is_too_late(state: RetryCallState) -> bool:
+            until = started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S
+            return self._now() + state.upcoming_sleep > until
+
+        def say(state: RetryCallState) -> None:
             log.warning(
                 "Submission to validator [%d] failed: %s; next attempt in %.1f s",
-                validator.uid,
-                status_of(answer),
-                pause,
+                *(assignment.validator.uid, _reason(state), state.upcoming_sleep),
             )
-            await asyncio.sleep(pause)
-            delay = min(2 * delay, MAX_RETRY_S)
+
+        def leave_off(state: RetryCallState) -> None:
+            kept.seconds_tried += self._now() - started
+            kept.reason = _reason(state)
+
+        pause = wait_exponential(FIRST_RETRY_S, max=MAX_RETRY_S)
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda answer: not _is_final(answer)),
+            wait=lambda state: pause(state) * random.uniform(0.5, 1.5),
+            stop=is_too_late,
+            before_sleep=say,
+            retry_error_callback=leave_off,
+        )
+        return await retrying(attempt)
 
     # What became of results
 
@@ -464,6 +477,11 @@ def _may_have_arrived(answer: bt.Synapse) -> bool:
     if status is not None:
         return status >= 500
     return answer.dendrite is None or answer.dendrite.status_code != NO_CONNECTION
+
+
+def _reason(state: RetryCallState) -> str:
+    assert state.outcome is not None
+    return status_of(state.outcome.result())
 
 
 def _status_code(answer: bt.Synapse) -> int | None:

@@ -186,7 +186,6 @@ class AsyncTaskManager:
                     ask_again_at = self._refused(validator, response, sent, pause)
                 else:
                     failures = refusals = 0
-                    place.fill()
                     seconds = self._now() - sent
                     self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
                     ask_again_at = await self._work_off(validator, response, place)

@@ -471,7 +471,7 @@ class TestResolve:
             ({"port": 65536}, ("port", "65536", "65535")),
             ({"validation_threshold": 1.5}, ("validation_threshold", "1.5", "1")),
             ({"flux_steps": 51}, ("flux_steps", "51", "50")),
-            ({"profile": "huge"}, ("profile", "huge", "'tiny'")),
+            ({"profile": "huge"}, ("profile", "huge", "tiny")),
             ({"prot": 1}, ("prot",)),
         ],
     )

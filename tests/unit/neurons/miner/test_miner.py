@@ -690,12 +690,12 @@ def test_networks_and_wallets() -> None:
     assert rehearsal.wallet_path == Path("data/rehearsal/wallets")
     real = options.parse(["--wallet.name", "w", "--wallet.hotkey", "h", "--wallet.path", "/k"])
     assert (real.network, real.wallet_name, real.wallet_hotkey, str(real.wallet_path)) == ("finney", "w", "h", "/k")
-    assert (real.blacklist, real.netuid, real.workers) == (frozenset({180}), 17, 4)
+    assert (real.blacklist, real.netuid, real.workers) == ((180,), 17, 4)
     practice = options.parse(["--wallet.name", "w", "--network", "rehearsal"])
     assert practice.wallet_name == "rehearsal"  # the real one stays out of it
     assert options.parse(["--subtensor.network", "ws://127.0.0.1:9944"]).network == "ws://127.0.0.1:9944"
     hotkey = KEYPAIR.ss58_address
-    assert options.parse(["--blacklist", "180", "7", hotkey]).blacklist == frozenset({7, 180, hotkey})
+    assert options.parse(["--blacklist", "180", "7", hotkey]).blacklist == (180, 7, hotkey)
     urls = ["http://127.0.0.1:1", "http://127.0.0.1:2"]
     assert options.parse(["--generation.endpoint", *urls]).endpoints == tuple(urls)
     repeated = [word for url in (*urls, urls[0]) for word in ("--generation.endpoint", url)]
