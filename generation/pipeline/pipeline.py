@@ -446,7 +446,8 @@ class Pipeline:
             request = job.request
             picture = request.image if request.target is None else request.target
             prompt = request.prompt if picture is None else picture
-            assert job.gaussians is not None and prompt is not None
+            assert job.gaussians is not None
+            assert prompt is not None
             splats.append((job.gaussians, prompt))
         return self._self_check.check_all(splats, fit=True)
 

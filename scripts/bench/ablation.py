@@ -58,7 +58,7 @@ def first_convolution(encoder: Any) -> Any:
 
 
 def small_images(encoder: Any) -> Any:
-    return mock.patch.object(fused, "is_small", lambda x: False)
+    return mock.patch.object(fused, "is_small", return_value=False)
 
 
 def sums_while_adding(encoder: Any) -> Any:

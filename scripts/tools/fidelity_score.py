@@ -307,7 +307,8 @@ def full(folder: Path, splats: list[bytes]) -> bool:
         theirs, their_views = run_authors(folder, weights, asked)
     worst = dict.fromkeys([*NAMES, "score", "views"], 0.0)
     for (_, prompt, _), mine, other, seen in zip(asked, found, theirs, their_views, strict=True):
-        assert mine.views is not None and mine.score is not None
+        assert mine.views is not None
+        assert mine.score is not None
         values: dict[str, Any] = {**mine.parts, "score": mine.score}
         print(f"{'text' if isinstance(prompt, str) else 'picture'}: {lines(other, values)}")
         difference = (mine.views - seen).abs()
@@ -391,7 +392,9 @@ def timed(call: Callable[[], Any], times: int = 7) -> float:
 @torch.no_grad()
 def cost(ours: SelfCheck, weights: Path) -> None:
     """Seconds of the whole self-check and of its parts, and what it takes of the GPU's memory."""
-    assert ours._image is not None and ours._quality is not None and ours._lpips is not None
+    assert ours._image is not None
+    assert ours._quality is not None
+    assert ours._lpips is not None
     splat = fit_to_frame(rough(1, 100_000).to(DEVICE))
     picture = Image.new("RGB", (512, 512), "red")
     print(torch.cuda.get_device_name(), f"memory held by all models {torch.cuda.memory_allocated() / 1e9:.2f} GB")

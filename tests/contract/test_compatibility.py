@@ -30,6 +30,7 @@ from neurons.protocol import (
 )
 from neurons.rehearsal.network import RehearsalNetwork
 from neurons.rehearsal.rules import Limits
+from tests.support.waiting import until
 
 MINER = bt.Keypair.create_from_uri("//miner")
 Shape = tuple[type[bt.Synapse], type[bt.Synapse]]
@@ -219,8 +220,7 @@ async def running(validator: PublicValidator) -> AsyncIterator[ValidatorDendrite
     serving = asyncio.create_task(validator.serve())
     try:
         async with asyncio.timeout(30), ValidatorDendrite(MINER) as dendrite:
-            while not validator.started:
-                await asyncio.sleep(0.005)
+            await until(lambda: validator.started)
             yield dendrite
     finally:
         validator.stop()
@@ -321,13 +321,16 @@ async def test_another_miner_at_a_rehearsal(tmp_path: Path) -> None:
         axon = Neuron(1, validator.hotkey, "127.0.0.1", validator.port, 1e4, True).axon_info()
         async with OtherDendrite(keypair) as dendrite:
             pulled = await dendrite.call(axon, pull_class(), timeout=10, deserialize=False)
-            assert pulled.is_success and pulled.task.prompt == "a red cube" and pulled.task.type == "text"
+            assert pulled.is_success
+            assert pulled.task.prompt == "a red cube"
+            assert pulled.task.type == "text"
             ours = make_submission(TextTask(id=pulled.task.id, prompt="a red cube"), b"", validator.hotkey, keypair)
             theirs = submit_class(
                 task_id=pulled.task.id, results="", submit_time=ours.submit_time, signature=ours.signature
             )
             answer = await dendrite.call(axon, theirs, timeout=10, deserialize=False)
-        assert answer.is_success and not answer.feedback.validation_failed
+        assert answer.is_success
+        assert not answer.feedback.validation_failed
         assert answer.cooldown_until > time.time() + 200
     finally:
         await asyncio.to_thread(network.__exit__)

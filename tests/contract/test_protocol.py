@@ -111,7 +111,7 @@ def test_pulled_tasks_of_older_and_newer_validators(task: object, expected: obje
 
 
 def test_an_unknown_task_type_is_refused() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="Input should be 'text'"):
         PullTask(task={"type": "video", "id": "1", "prompt": "p"})
 
 

@@ -80,13 +80,15 @@ class TestWhole:
     def test_of_a_splat(self):
         parts = {"quality": ours()._quality, "lpips": ours()._lpips}
         check = colour_check(**parts).check(ball("red"), "a red ball")
-        assert all(0 < value <= 1.001 for value in check.parts.values()) and len(check.parts) == 4
+        assert all(0 < value <= 1.001 for value in check.parts.values())
+        assert len(check.parts) == 4
         assert check.score == final_score(check.parts)
         assert colour_check(**parts).check(ball("red"), "a blue ball").score == 0
 
     def test_what_has_no_weights_is_none(self):
         check = colour_check().check(ball("red"), "a red ball")
-        assert check.parts["iqa"] is check.parts["lpips"] is None and check.parts["ssim"] > 0.9
+        assert check.parts["iqa"] is check.parts["lpips"] is None
+        assert check.parts["ssim"] > 0.9
         assert check.score == check.parts["alignment"]
 
     @pytest.mark.slow
@@ -158,7 +160,8 @@ class TestQuality:
         again = QualityNet.load(self.write(tmp_path, {**renamed, **head}))
         images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
         assert torch.equal(net(images), again(images))
-        assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+        assert not net.training
+        assert not any(parameter.requires_grad for parameter in net.parameters())
 
     def test_the_head_looks_at_the_class_token(self, tmp_path):
         net = QualityNet.load(self.write(tmp_path, quality_file()))

@@ -117,7 +117,8 @@ def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
             )
     with torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
         after = loss_and_gradient()
-    assert in_order and all(in_order)
+    assert in_order
+    assert all(in_order)
     for a, b in zip(before, after, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 

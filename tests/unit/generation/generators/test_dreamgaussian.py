@@ -127,10 +127,13 @@ def sphere_views(radius: float = 0.6, size: int = 64):
 def test_carve_finds_shape_and_colours() -> None:
     images, alphas, cameras = sphere_views()
     g = carve(images, alphas, cameras, 1.14, 4000, torch.Generator().manual_seed(0))
-    assert g is not None and len(g) == 4000
+    assert g is not None
+    assert len(g) == 4000
     distance = g.means.norm(dim=1)
     # eight outlines leave a hull around the ball; its outermost voxels, of 0.036, lie inside it
-    assert distance.min() > 0.5 and distance.max() < 0.75 and 0.55 < distance.median() < 0.65
+    assert distance.min() > 0.5
+    assert distance.max() < 0.75
+    assert 0.55 < distance.median() < 0.65
     colours = 0.5 + SH_C0 * g.sh[:, 0]
     upper, lower = g.means[:, 1] > 0.15, (g.means[:, 1] < -0.15) & (g.means[:, 1] > -0.5)
     assert (colours[upper, 0] > colours[upper, 2]).float().mean() > 0.97
@@ -165,9 +168,12 @@ def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVD
 
     both = loss(slice(0, 2), [1, 2])
     alone = torch.cat([loss(slice(0, 1), [1]), loss(slice(1, 2), [2])])
-    assert both.shape == (2,) and torch.allclose(both, alone, rtol=1e-4)
+    assert both.shape == (2,)
+    assert torch.allclose(both, alone, rtol=1e-4)
     both.sum().backward()
-    assert images.grad is not None and torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+    assert images.grad is not None
+    assert torch.isfinite(images.grad).all()
+    assert images.grad.abs().sum() > 0
 
 
 def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
@@ -194,7 +200,8 @@ def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) ->
 
     first = draw(1)
     assert first.shape == (8, 3, guidance.image_size, guidance.image_size)
-    assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
+    assert torch.equal(first, draw(1))
+    assert not torch.equal(first, draw(2))
 
 
 def test_guidance_keeps_a_known_first_view(guidance: MVDream) -> None:
@@ -413,4 +420,5 @@ def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
     assert guidance.scored == 1
     dg.step([picture])
     assert guidance.scored == 1
-    assert picture.done and not torch.equal(before, picture.gaussians().means)
+    assert picture.done
+    assert not torch.equal(before, picture.gaussians().means)

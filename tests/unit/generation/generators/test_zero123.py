@@ -55,7 +55,8 @@ def test_loss_of_a_scene_does_not_depend_on_its_neighbour(zero123):
     assert both.shape == (2,)
     assert torch.allclose(both, torch.cat([loss(slice(0, 1), [1]), loss(slice(1, 2), [2])]), rtol=1e-4)
     both.sum().backward()
-    assert torch.isfinite(images.grad).all() and (images.grad.abs().amax((1, 2, 3)) > 0).all()
+    assert torch.isfinite(images.grad).all()
+    assert (images.grad.abs().amax((1, 2, 3)) > 0).all()
 
 
 @pytest.mark.parametrize("change", ["view", "camera", "elevation"])
@@ -127,7 +128,8 @@ def test_weight_zero_is_not_asked():
     text, image = Sketch(4, 0.3), Sketch(1, 0.3)
     dg = sculptor(text, image, lambda_sd=0)
     dg.step([dg.start(cutout(), "a red cube", 0)])
-    assert len(text.calls) == 1 and len(image.calls) == 2
+    assert len(text.calls) == 1
+    assert len(image.calls) == 2
 
 
 def test_a_scene_is_the_same_alone_and_beside_another(zero123):

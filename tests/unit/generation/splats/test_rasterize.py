@@ -134,7 +134,8 @@ def test_nearer_gaussian_hides_the_farther_one_whatever_their_order():
         both = Gaussians(*(torch.cat([getattr(first, f), getattr(second, f)]) for f in FIELDS))
         front, _, _ = rasterize(both, orbit(0.0, 0.0, 2.0, 49.1, 9, 9), 9, 9, torch.zeros(3))
         back, _, _ = rasterize(both, orbit(0.0, 180.0, 2.0, 49.1, 9, 9), 9, 9, torch.zeros(3))
-        assert front[0, 4, 4].argmax() == 0 and back[0, 4, 4].argmax() == 2
+        assert front[0, 4, 4].argmax() == 0
+        assert back[0, 4, 4].argmax() == 2
 
 
 def test_radii_bound_what_is_drawn():
@@ -153,7 +154,8 @@ def test_behind_the_camera_nothing_is_drawn():
         tensor.requires_grad_()
     rgb, alpha, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.full((3,), 0.25))
     assert info["radii"].tolist() == [[0]]
-    assert (rgb == 0.25).all() and not alpha.any()
+    assert (rgb == 0.25).all()
+    assert not alpha.any()
     rgb.sum().backward()
     assert not any(tensor.grad.any() for tensor in gaussians.tensors().values())
 
@@ -164,8 +166,10 @@ def test_no_gaussians_leave_the_background():
         tensor.requires_grad_()
     background = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
     rgb, alpha, info = rasterize(gaussians, orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 7, 5), 7, 5, background)
-    assert rgb.shape == (2, 5, 7, 3) and alpha.shape == (2, 5, 7, 1)
-    assert info["means2d"].shape == (2, 0, 2) and info["radii"].shape == (2, 0)
+    assert rgb.shape == (2, 5, 7, 3)
+    assert alpha.shape == (2, 5, 7, 1)
+    assert info["means2d"].shape == (2, 0, 2)
+    assert info["radii"].shape == (2, 0)
     assert torch.equal(rgb, background[:, None, None].expand(2, 5, 7, 3))
     rgb.sum().backward()
     assert gaussians.sh.grad.shape == (0, 4, 3)
@@ -180,7 +184,9 @@ def test_extreme_scales(log_scale):
         tensor.requires_grad_()
     rgb, alpha, _ = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.ones(3))
     (rgb.sum() + alpha.sum()).backward()
-    assert torch.isfinite(rgb).all() and alpha.min() >= 0 and alpha.max() <= 1
+    assert torch.isfinite(rgb).all()
+    assert alpha.min() >= 0
+    assert alpha.max() <= 1
     for tensor in gaussians.tensors().values():
         assert torch.isfinite(tensor.grad).all()
 
@@ -213,7 +219,8 @@ def test_zero_quaternion_is_not_drawn():
     gaussians.quats.requires_grad_()
     rgb, _, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 8, 8), 8, 8, torch.ones(3))
     rgb.sum().backward()
-    assert info["radii"].tolist() == [[0]] and not gaussians.quats.grad.any()
+    assert info["radii"].tolist() == [[0]]
+    assert not gaussians.quats.grad.any()
 
 
 def test_result_does_not_depend_on_the_number_of_threads():
@@ -263,7 +270,8 @@ def test_large_batches_without_gradients_are_cut(monkeypatch):
     monkeypatch.setattr(cpu, "MAX_BATCH", 250)
     with torch.no_grad():
         rgb2, alpha2, info2 = rasterize(gaussians, cameras, 32, 32, background)
-    assert torch.equal(rgb, rgb2) and torch.equal(alpha, alpha2)
+    assert torch.equal(rgb, rgb2)
+    assert torch.equal(alpha, alpha2)
     assert all(torch.equal(info[name], info2[name]) for name in ("means2d", "radii", "depths"))
 
 
@@ -280,7 +288,8 @@ def test_retain_grad_on_the_projected_centres():
     rgb, _, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.ones(3))
     info["means2d"].retain_grad()
     rgb.square().sum().backward()
-    assert info["means2d"].grad.shape == (1, 10, 2) and info["means2d"].grad.any()
+    assert info["means2d"].grad.shape == (1, 10, 2)
+    assert info["means2d"].grad.any()
     assert not info["means2d"].grad[info["radii"] == 0].any()
 
 

@@ -104,7 +104,8 @@ class TestTargets:
 
     def test_inks_are_opaque(self) -> None:
         target = read(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)).target
-        assert target.getpixel((8, 8))[0] > 250 and max(target.getpixel((8, 8))[1:]) < 5
+        assert target.getpixel((8, 8))[0] > 250
+        assert max(target.getpixel((8, 8))[1:]) < 5
 
     def test_a_large_one_keeps_its_size(self) -> None:
         picture = read(encoded(Image.new("RGB", (3000, 40), RED)))
@@ -161,7 +162,8 @@ class TestTransparency:
     def test_a_level_that_no_pixel_has_makes_nothing_transparent(self, colour: int) -> None:
         clear = chunk(b"tRNS", struct.pack(">HHH", 40_000, 40_000, 40_000)[: 2 if colour == 0 else 6])
         picture = read(png(np.full((4, 4, 1 if colour == 0 else 3), 30_000), 16, colour, clear))
-        assert picture.image.mode == "RGB" and not picture.image.has_transparency_data
+        assert picture.image.mode == "RGB"
+        assert not picture.image.has_transparency_data
         assert picture.image.convert("RGBA").getextrema()[3] == (255, 255)
 
     @pytest.mark.parametrize("depth", [8, 16])
@@ -249,7 +251,8 @@ class TestOrientation:
 class TestColours:
     def test_inks(self) -> None:
         image = read(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)).image
-        assert image.mode == "RGB" and image.getpixel((8, 8))[0] > 250 > 5 > image.getpixel((8, 8))[1]
+        assert image.mode == "RGB"
+        assert image.getpixel((8, 8))[0] > 250 > 5 > image.getpixel((8, 8))[1]
 
     def test_pictures_of_a_camera_with_more_than_one(self) -> None:
         data = encoded(left_red(size=(32, 16)), "MPO", save_all=True, append_images=[left_red(size=(32, 16))])
@@ -289,7 +292,8 @@ class TestRefusals:
     def test_of_a_file(self, data: bytes, words: str) -> None:
         with pytest.raises(ApiError, match="not a readable image: ") as refused:
             read(data)
-        assert words in str(refused.value) and refused.value.status == 422
+        assert words in str(refused.value)
+        assert refused.value.status == 422
 
 
 @settings(max_examples=300, deadline=None)
@@ -302,7 +306,8 @@ def test_any_damage_is_read_or_refused(kind: str, place: int, instead: bytes, cu
     damaged = data[:place] + instead + (b"" if cut else data[place + len(instead) :])
     with suppress(ApiError):
         picture = read(damaged)
-        assert picture.image.mode in ("RGB", "RGBA") and picture.target.mode == "RGB"
+        assert picture.image.mode in ("RGB", "RGBA")
+        assert picture.target.mode == "RGB"
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +371,8 @@ def test_a_form_in_a_line_that_would_give_another_prompt_is_refused(
     answer = post(service, body)
     assert answer.status_code in (400, 422)
     refused = answer.json()["error"]
-    assert refused["field"] == field and words in refused["message"]
+    assert refused["field"] == field
+    assert words in refused["message"]
 
 
 def parts(text: bytes, *headers: bytes) -> bytes:

@@ -32,7 +32,8 @@ def test_loads_and_samples_without_network(mini_models, no_network):
     (image,) = load(mini_models).generate(["a red cube"], seeds=[1])
     assert image.shape == (3, choice.image_size, choice.image_size)
     assert image.dtype == torch.float32
-    assert image.min() >= 0 and image.max() <= 1
+    assert image.min() >= 0
+    assert image.max() <= 1
 
 
 def test_an_image_depends_on_prompt_and_seed_only(model):
@@ -66,7 +67,8 @@ def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     assert encoded == ["a", "b"]
     again = model.generate(["b", "a"], [1, 1])
     assert encoded == ["a", "b"]
-    assert torch.allclose(again[1], first[0], atol=1e-4) and torch.allclose(again[0], first[1], atol=1e-4)
+    assert torch.allclose(again[1], first[0], atol=1e-4)
+    assert torch.allclose(again[0], first[1], atol=1e-4)
     model.generate(["c", "d", "e"], [1, 1, 1])  # more than are kept
     model.generate(["d"], [1])
     assert encoded == ["a", "b", "c", "d", "e"]
@@ -89,7 +91,8 @@ def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
 def test_what_is_cut_by_open_clip_s_own_tokenizer_is_what_it_does_not_read(word):
     tokenizer = open_clip.get_tokenizer("convnext_large_d")  # the validators'
     whole, cut_one = " ".join([word + " x"] * 37 + ["x"]), " ".join([word + " x"] * 37 + ["x x"])
-    assert cut(tokenizer, whole) is None and cut(tokenizer, cut_one) == (77, 78)
+    assert cut(tokenizer, whole) is None
+    assert cut(tokenizer, cut_one) == (77, 78)
     assert torch.equal(tokenizer([whole]), tokenizer([cut_one]))
     assert int((tokenizer([whole]) == 49407).nonzero()[0, 1]) == 76  # the mark of the end, just inside
 
@@ -125,7 +128,8 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         pipe.transformer.single_transformer_blocks,
     ):
         linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
-        assert linears and all(isinstance(module, Linear4bit) for module in linears)
+        assert linears
+        assert all(isinstance(module, Linear4bit) for module in linears)
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
@@ -135,9 +139,14 @@ def test_a_resting_model_is_on_its_device_only_while_it_works(monkeypatch):
     resting = Resting(model, "cpu")
     at_rest, before = model.weight.data_ptr(), model.weight.detach().clone()
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
-    with pytest.raises(RuntimeError, match="out of memory"), resting.awake():
-        assert model.weight.data_ptr() != at_rest
-        raise RuntimeError("out of memory")
+
+    def work() -> None:
+        with resting.awake():
+            assert model.weight.data_ptr() != at_rest
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work()
     assert model.weight.data_ptr() == at_rest
     assert torch.equal(model.weight, before)
 

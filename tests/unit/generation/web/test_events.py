@@ -129,7 +129,8 @@ def test_a_pause_is_told_once_and_is_no_time_that_it_takes(monkeypatch: pytest.M
     assert told[0]["priority"] == "background"
     told.clear()
     run("third", 0.0, False)
-    assert told[2]["eta_seconds"] == 10.0 and told[0]["priority"] == "interactive"
+    assert told[2]["eta_seconds"] == 10.0
+    assert told[0]["priority"] == "interactive"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,8 @@ def test_a_bad_id_is_refused(service: Service, request_id: str) -> None:
 def test_a_request_that_does_not_come_is_not_waited_for_long(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events_module, "MAX_WAIT_S", 0.05)
     end = Follower(service, "/events/never").end()
-    assert end["outcome"] == "unknown" and "no request with this id" in end["reason"]
+    assert end["outcome"] == "unknown"
+    assert "no request with this id" in end["reason"]
 
 
 def test_listeners_are_limited_and_their_places_come_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +253,8 @@ async def test_a_slow_listener_loses_the_oldest_progress_and_no_end() -> None:
     assert len(got) == events_module.MAX_PENDING
     ends = [event for event in got if event.startswith("event: end")]
     assert len(ends) == 100
-    assert '"r999"' in got[-1] and not any('"r1"' in event for event in got)
+    assert '"r999"' in got[-1]
+    assert not any('"r1"' in event for event in got)
 
 
 def test_a_stalled_listener_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,5 +136,5 @@ def test_the_port_is_free_again_afterwards(metrics: Metrics) -> None:
     port = metrics.serve(0)
     assert port is not None
     metrics.close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="refused"):
         scrape(port)
