@@ -254,8 +254,8 @@ def unet_ms(device: str, changes: Any, counts: list[int]) -> dict[int, tuple[flo
             steps = t.repeat_interleave(guidance.views)
 
             @torch.no_grad()
-            def step(*inputs: Tensor) -> Tensor:
-                return guidance._guided_noise(*inputs, 50.0)
+            def step(noisy: Tensor, steps: Tensor, poses: Tensor, words: Tensor) -> Tensor:
+                return guidance._guided_noise(noisy, steps, poses, words, 50.0)
 
             found[scenes] = measured(device, step, noise.to(guidance._unet.dtype), steps, poses, words)
     return found

@@ -65,12 +65,12 @@ def measure(guidance: MVDream, scenes: int, form: str, reference: dict[int, Tens
         for name, (count, us) in slowest(graph, kernels).items():
             say(f"    {us / 1e3:.2f} ms in {count} of {name[:110]}")
     inputs = step_inputs(guidance, scenes)
-    gradient = guidance._distil(*inputs, 50.0)[1]
+    gradient = guidance._distil(*inputs, scale=50.0)[1]
     expected = reference.setdefault(scenes, gradient)
     return float((gradient - expected).abs().max() / expected.abs().max())
 
 
-def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, ...]:
+def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `Distillation._distil` takes before the scale, random but the same every time."""
     generator = torch.Generator().manual_seed(0)
     views = guidance.views * scenes
@@ -81,7 +81,8 @@ def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, ...]:
         torch.full((scenes,), 500),
         torch.randn(views, *guidance._latent_shape, generator=generator),
     )
-    return tuple(tensor.to(guidance._unet.device) for tensor in tensors)
+    images, poses, words, t, noise = (tensor.to(guidance._unet.device) for tensor in tensors)
+    return images, poses, words, t, noise
 
 
 def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:

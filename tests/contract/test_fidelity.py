@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from generation.weights.registry import REGISTRY
 from generation.weights.strict import load_model, naming
 from scripts.tools.golden_weights import golden, weights
 
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
 
 
 def unet_folder(folder: Path, about: dict) -> Path:

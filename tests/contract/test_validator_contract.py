@@ -133,7 +133,7 @@ def expected_score(step: dict[str, Any]) -> float | None:
 
 
 async def play(world: World, steps: list[dict[str, Any]]) -> None:
-    events = [(step["at"], index, step, False) for index, step in enumerate(steps)]
+    events = [(step["at"], float(index), step, False) for index, step in enumerate(steps)]
     events += [(step["scored_at"], index + 0.5, step, True) for index, step in enumerate(steps) if "scored_at" in step]
     running: dict[int, asyncio.Task[dict[str, Any]]] = {}
     for at, index, step, is_end in sorted(events, key=lambda event: event[:2]):
@@ -246,7 +246,7 @@ async def test_nonces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 step["by"],
                 nonce=nonce,
                 uuid=step["uuid"],
-                timeout=step["timeout"],
+                seconds=step["timeout"],
                 forge=step.get("forge", False),
             )
             assert status == step["status"], step

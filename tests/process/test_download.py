@@ -12,6 +12,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -55,7 +56,7 @@ def mvdream() -> Repository:
 
 @pytest.fixture
 def hub():
-    with serve({BIREFNET.repo: birefnet(), MVDREAM.repo: mvdream()}) as running:
+    with serve({str(BIREFNET.repo): birefnet(), str(MVDREAM.repo): mvdream()}) as running:
         yield running
 
 
@@ -81,7 +82,7 @@ def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subproces
 
 
 def blob(cache: Path, entry: Entry, name: str) -> Path:
-    (path,) = (cache / "hub").glob(f"models--{entry.repo.replace('/', '--')}/snapshots/*/{name}")
+    (path,) = (cache / "hub").glob(f"models--{str(entry.repo).replace('/', '--')}/snapshots/*/{name}")
     return path.resolve()
 
 
@@ -208,7 +209,7 @@ class TestPatience:
 
         def refuse(url: str) -> None:
             asked.append(url)
-            answer = SimpleNamespace(status_code=status, headers={}, request=None)
+            answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
             raise HfHubHTTPError("not for\nyou", response=answer)
 
         monkeypatch.setattr(download, "get_hf_file_metadata", refuse)
@@ -579,7 +580,7 @@ class TestOneFile:
         loading.local_folder(entry)
 
     def test_what_is_refused_is_said_at_once(self, hub, cache, entry):
-        entry = replace(entry, url=entry.url.replace("model.safetensors", "gone.pth"))
+        entry = replace(entry, url=str(entry.url).replace("model.safetensors", "gone.pth"))
         with pytest.raises(WeightsError, match=r"gone\.pth did not arrive: HTTP 404 from 127\.0\.0\.1"):
             self.fetch(entry)
         assert len(hub.fetched("gone.pth")) == 1

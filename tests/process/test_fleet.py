@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,16 @@ async def test_one_that_loads_is_enough_and_health_tells_of_the_other(tmp_path: 
 
 
 async def test_stopping_waits_for_a_process_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, ending = remote._finish, []
-    monkeypatch.setattr(remote, "_finish", lambda *process: ending.append(process) or finish(*process))
+    finish, ending = remote._finish, asyncio.Event()
+
+    async def finishing(process: subprocess.Popen[bytes]) -> None:
+        ending.set()
+        await finish(process)
+
+    monkeypatch.setattr(remote, "_finish", finishing)
     (tmp_path / "broken").touch()
     async with starting(tmp_path, devices=("only",)):
-        await until(lambda: ending)
+        await ending.wait()
     # `starting` makes sure that no process is left
 
 
@@ -261,7 +267,7 @@ async def test_calls(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="invalid literal"):
             await fleet.call(partial(fleet_standin.parse, text="x"))
         with pytest.raises(StageFailed, match="TypeError"):
-            await fleet.call(partial(fleet_standin.parse, text=None))
+            await fleet.call(partial(fleet_standin.parse, text=None))  # type: ignore[arg-type]  # on purpose
         with pytest.raises((AttributeError, TypeError), match="lambda"):
             await fleet.call(lambda pipeline: 1)
         held = [ask(fleet, f"hold {tmp_path / 'go'}") for _ in range(4)]

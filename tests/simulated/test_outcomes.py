@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from neurons.chain import Metagraph, Neuron
 from neurons.miner.assemble import assemble
 from neurons.miner.records.bookkeeping import Bookkeeping
-from neurons.miner.records.events import Event, Settlement, Submission
+from neurons.miner.records.events import Event, Settlement, Submission, SubmissionOutcome
 from neurons.miner.records.verdicts import WINDOW_S, PastSubmission, Span, Window
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
 from neurons.miner.submission.submitter import Submitter
@@ -558,7 +558,8 @@ async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) ->
         ("before", "accepted", 5),
         ("task", "unknown", None),
     ]
-    for count, outcome in ((6, "broken"), (7, "accepted")):
+    settled: list[tuple[int, SubmissionOutcome]] = [(6, "broken"), (7, "accepted")]
+    for count, outcome in settled:
         events: list[Event] = []
         directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset()))
         after = Submitter(

@@ -120,8 +120,7 @@ def test_two_bad_results_do_not_condemn(bad: int, share: float) -> None:
 
 @given(standings())
 def test_one_more_accepted_is_never_worse_than_one_more_declined(judged: Standing) -> None:
-    once_more = {"attempted": judged.attempted + 1, "submitted": judged.submitted + 1}
-    more = replace(judged, **once_more, gpu_s=judged.gpu_s + TASK_S)
+    more = replace(judged, attempted=judged.attempted + 1, submitted=judged.submitted + 1, gpu_s=judged.gpu_s + TASK_S)
     better = policy(0.0, replace(more, accepted=more.accepted + 1)).expected_reward("judged")
     worse = policy(0.0, more).expected_reward("judged")
     assert better is not None

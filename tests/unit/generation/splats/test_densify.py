@@ -31,7 +31,7 @@ def make(
         tensor.requires_grad_()
     groups = [{"params": [t], "name": k, "lr": 1e-3} for k, t in gaussians.tensors().items()]
     optimizer = torch.optim.Adam(groups, fused=fused)
-    sum(t.square().sum() for t in gaussians.tensors().values()).backward()
+    torch.stack([t.square().sum() for t in gaussians.tensors().values()]).sum().backward()
     optimizer.step()
     for tensor in gaussians.tensors().values():
         tensor.grad = None

@@ -13,6 +13,7 @@ from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_COEFFICIENTS, Gaussians
 from generation.splats.rasterize import cpu, rasterize, warm_up
 from tests.support.reference_rasterizer import render
+from tests.support.tensors import gradient
 
 FIELDS = ["means", "quats", "log_scales", "logit_opacities", "sh"]
 
@@ -116,7 +117,7 @@ def test_clamped_alpha_has_no_gradient_by_opacity():
     _, alpha, _ = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 20.0, 4, 4), 4, 4, torch.zeros(3))
     assert alpha[0, 1, 1, 0].item() == pytest.approx(0.999)
     alpha[0, 1, 1, 0].backward()
-    assert gaussians.logit_opacities.grad.item() == 0.0
+    assert gradient(gaussians.logit_opacities).item() == 0.0
 
 
 def test_centre_pixel_of_one_gaussian_by_hand():
@@ -157,7 +158,7 @@ def test_behind_the_camera_nothing_is_drawn():
     assert (rgb == 0.25).all()
     assert not alpha.any()
     rgb.sum().backward()
-    assert not any(tensor.grad.any() for tensor in gaussians.tensors().values())
+    assert not any(gradient(tensor).any() for tensor in gaussians.tensors().values())
 
 
 def test_no_gaussians_leave_the_background():
@@ -172,7 +173,7 @@ def test_no_gaussians_leave_the_background():
     assert info["radii"].shape == (2, 0)
     assert torch.equal(rgb, background[:, None, None].expand(2, 5, 7, 3))
     rgb.sum().backward()
-    assert gaussians.sh.grad.shape == (0, 4, 3)
+    assert gradient(gaussians.sh).shape == (0, 4, 3)
 
 
 @pytest.mark.parametrize("log_scale", [-1e4, -60.0, -20.0, 5.0, 9.0, 20.0, 43.0, 60.0, 1e4])
@@ -188,7 +189,7 @@ def test_extreme_scales(log_scale):
     assert alpha.min() >= 0
     assert alpha.max() <= 1
     for tensor in gaussians.tensors().values():
-        assert torch.isfinite(tensor.grad).all()
+        assert torch.isfinite(gradient(tensor)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38, -3e38])
@@ -207,7 +208,7 @@ def test_values_that_are_not_finite_do_not_spread(field, value):
         return  # finite, and as bright as float32 can be: its own colours may overflow
     assert torch.isfinite(rgb).all()
     for name, tensor in gaussians.tensors().items():
-        assert torch.isfinite(tensor.grad).all(), name
+        assert torch.isfinite(gradient(tensor)).all(), name
     meaningful = [("log_scales", float("-inf")), ("logit_opacities", float("inf"))]  # a point; opaque
     if abs(value) != 3e38 and (field, value) not in meaningful:
         assert info["radii"][0, 0] == 0
@@ -220,7 +221,7 @@ def test_zero_quaternion_is_not_drawn():
     rgb, _, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 8, 8), 8, 8, torch.ones(3))
     rgb.sum().backward()
     assert info["radii"].tolist() == [[0]]
-    assert not gaussians.quats.grad.any()
+    assert not gradient(gaussians.quats).any()
 
 
 def test_result_does_not_depend_on_the_number_of_threads():
@@ -236,7 +237,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
                 gaussians, orbit(0.0, torch.arange(3) * 50.0, 2.0, 49.1, 33, 41), 33, 41, torch.ones(3)
             )
             (rgb.square().sum() + alpha.sum()).backward()
-            results.append([rgb.detach(), alpha.detach(), *(t.grad for t in gaussians.tensors().values())])
+            results.append([rgb.detach(), alpha.detach(), *(gradient(t) for t in gaussians.tensors().values())])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -1,5 +1,6 @@
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -55,7 +56,7 @@ def test_an_image_does_not_depend_on_the_others(model):
 def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     monkeypatch.setattr(text_cache, "KEPT", 2)
     model = load(mini_models)
-    encoded = []
+    encoded: list[Any] = []
     encode = model._pipe.encode_prompt
 
     def count(prompt=None, *rest, **more):
@@ -155,7 +156,12 @@ def test_t5_is_awake_only_while_it_encodes(mini_models, monkeypatch):
     plain = load(mini_models).generate(["a red cube"], [1])[0]
     model = load(mini_models, t5_rests_on="cpu")
     moves: list[str] = []
-    monkeypatch.setattr(Resting, "awake", lambda resting: moves.append("awake") or contextlib.nullcontext())
+
+    def awake(resting: Resting) -> contextlib.nullcontext[None]:
+        moves.append("awake")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Resting, "awake", awake)
     assert torch.allclose(model.generate(["a red cube"], [1])[0], plain, atol=1e-5)
     model.generate(["a red cube"], [2])  # known: it goes on resting
     assert moves == ["awake"]

@@ -334,8 +334,8 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
 
 
 def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Service) -> None:
-    fields = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
-    both = {"generate_grid_preview": True, "generate_single_preview": True}
+    fields: dict[str, Any] = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
+    both: dict[str, Any] = {"generate_grid_preview": True, "generate_single_preview": True}
     for more, shown in (
         ({}, (None, None)),
         (both, (b64(b"one"), b64(b"four"))),
@@ -347,7 +347,7 @@ def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Servic
 
 
 def test_the_other_prompt_may_be_null(service: Service) -> None:
-    fields = {"data": b64(packed()), "compression": 2}
+    fields: dict[str, Any] = {"data": b64(packed()), "compression": 2}
     assert score(service, prompt="a red cube", prompt_image=None, **fields).status_code == 200
     assert score(service, "img", prompt=None, prompt_image=b64(png(9, 7)), **fields).status_code == 200
     error(score(service, prompt=None, prompt_image=b64(png(9, 7)), **fields), 422, "prompt")

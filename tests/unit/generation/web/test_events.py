@@ -198,7 +198,7 @@ def test_an_id_is_one_request_at_a_time_and_free_afterwards() -> None:
 @pytest.mark.parametrize("request_id", ["", "a b", "x" * 65, "a/b", "<script>", "\u00e9"])
 def test_a_bad_id_is_refused(service: Service, request_id: str) -> None:
     refused = httpx.post(
-        service.url + "/generate/", data={"prompt": "a"}, headers={"X-Request-Id": request_id.encode()}
+        service.url + "/generate/", data={"prompt": "a"}, headers=[(b"X-Request-Id", request_id.encode())]
     )
     assert (refused.status_code, refused.json()["error"]["field"]) == (422, "X-Request-Id")
     assert "64" in refused.json()["error"]["limit"]

@@ -30,6 +30,7 @@ from neurons.protocol import (
 from neurons.rehearsal import __main__ as rehearsal
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.rules import Limits
+from tests.support.answers import went
 from tests.support.waiting import until
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")
@@ -84,12 +85,12 @@ def submission(result: bytes = b"spz") -> SubmitResults:
 async def test_what_is_no_answer(kind: str, status: int, answered: int | None, message: str, synapse: Any) -> None:
     async with hostile(kind) as validator:
         started = time.monotonic()
-        response = await call(validator, synapse.model_copy(), timeout=0.5 if status == 408 else 5)
+        response = await call(validator, synapse.model_copy(), seconds=0.5 if status == 408 else 5)
         assert time.monotonic() - started < 3
     assert not response.is_success
-    assert (response.dendrite.status_code, response.axon.status_code) == (status, answered)
-    assert message in response.dendrite.status_message
-    assert len(response.dendrite.status_message) <= 500
+    assert went(response)[:2] == (status, answered)
+    assert message in went(response).message
+    assert len(went(response).message) <= 500
     assert validator.pulls + len(validator.submissions) == 1  # a redirect is not followed
 
 
@@ -125,7 +126,7 @@ async def test_an_upload_that_is_not_read_is_not_waited_for() -> None:
         reading_ends.set()
         assert time.monotonic() - started < 3
     assert not response.is_success
-    assert response.axon.status_code == 403
+    assert went(response).answered == 403
 
 
 # --- answers that are taken, and what is made of them
@@ -142,7 +143,7 @@ async def submit(kind: str) -> SubmitResults:
 
 
 async def test_wrong_types_make_a_pull_fail_and_a_submission_answered() -> None:
-    assert (await pull("wrong-types")).dendrite.status_code == 422
+    assert went(await pull("wrong-types")).status == 422
     for kind in ("wrong-types", "wrong-feedback"):
         answer = await submit(kind)
         assert answer.is_success
@@ -153,7 +154,7 @@ async def test_an_unreadable_answer_to_a_submission_is_told_from_none() -> None:
     """With status 200 the validator has the result: it must not be handed in a second time."""
     answer = await submit("malformed-feedback")
     assert not answer.is_success
-    assert answer.axon.status_code == 200
+    assert went(answer).answered == 200
 
 
 async def test_fields_that_are_not_the_validator_s_stay_as_they_are() -> None:
@@ -198,11 +199,11 @@ async def test_feedback_that_is_not_a_number_counts_as_not_said() -> None:
 async def test_a_text_without_utf8_is_a_malformed_answer() -> None:
     answer = await pull("prompt-surrogate")
     assert not answer.is_success
-    assert "utf-8" in answer.dendrite.status_message
+    assert "utf-8" in went(answer).message
 
 
 async def test_a_clock_an_hour_ahead_refuses_who_does_not_know_it() -> None:
-    assert (await pull("clock-ahead")).dendrite.status_code == 401
+    assert went(await pull("clock-ahead")).status == 401
     assert (await pull("clock-behind")).task is not None
     clocks = ValidatorClocks()
     async with (

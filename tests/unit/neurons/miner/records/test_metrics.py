@@ -111,9 +111,14 @@ def test_a_port_that_is_taken_is_a_log_line(metrics: Metrics, caplog: pytest.Log
 
 
 def test_only_this_machine_is_served(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = []
+    bound: list[tuple[str, int]] = []
     bind = socket.socket.bind
-    monkeypatch.setattr(socket.socket, "bind", lambda self, address: bound.append(address) or bind(self, address))
+
+    def recorded(self: socket.socket, address: tuple[str, int]) -> None:
+        bound.append(address)
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", recorded)
     metrics.serve(0)
     assert [address[0] for address in bound] == ["127.0.0.1"]
 

@@ -86,7 +86,7 @@ class Miner:
             self.requests += 1
             return await post(*arguments)  # type: ignore[arg-type]
 
-        self.dendrite._post = count  # type: ignore[method-assign]
+        self.dendrite._post = count  # type: ignore[assignment, method-assign]
 
     async def pull(self, validator: Validator) -> int:
         """The status of the answer."""
@@ -119,7 +119,7 @@ async def test_a_clock_that_is_set_changes_nothing(
     set_clock(monkeypatch, by)
     assert await miner.pull(validator) == await miner.pull(validator) == 200
     assert miner.requests == 3
-    nonces = [pull.dendrite.nonce for pull in validator.asked]  # type: ignore[union-attr]
+    nonces = [int(pull.dendrite.nonce) for pull in validator.asked]  # type: ignore[union-attr, arg-type]
     assert nonces == sorted(set(nonces))
     assert nonces[2] - nonces[0] < 60e9
     assert len({pull.dendrite.uuid for pull in validator.asked}) == 1  # type: ignore[union-attr]
