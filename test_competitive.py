@@ -128,7 +128,9 @@ def dependencies_installed(_: Service) -> str:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     exact = {normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
     wrong = []
-    for dependency in project["dependencies"]:
+    extras = project["optional-dependencies"]
+    dependencies = [*project["dependencies"], *extras["miner"], *extras["service"]]
+    for dependency in dependencies:
         name = normal(re.split(r"[\s<>=!~;\[]", dependency)[0])
         try:
             version = importlib.metadata.version(name)
@@ -139,7 +141,7 @@ def dependencies_installed(_: Service) -> str:
         elif version == "missing":
             wrong.append(f"{name} missing")
     expect(not wrong, ", ".join(wrong))
-    return f"{len(project['dependencies'])} packages at the versions of constraints.txt"
+    return f"{len(dependencies)} packages at the versions of constraints.txt"
 
 
 def normal(name: str) -> str:

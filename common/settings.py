@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
 from common.log_lines import escape
+from common.version import VERSION
 
 #: All tables of the file. A process reads its own, and leaves the others to theirs.
 TABLES = ("network", "wallet", "score", "service", "miner")
@@ -189,6 +190,7 @@ class Setting:
 
     @property
     def variable(self) -> str:
+        """Its environment variable."""
         return f"{PREFIX}{self.table}_{self.key}".upper()
 
 
@@ -283,7 +285,13 @@ class Given:
         for each, value in self._values["flag"].items():
             if each.table not in document:
                 document[each.table] = tomlkit.table()
-            document[each.table][each.key] = _as_toml(value)  # type: ignore[index]
+            table: Any = document[each.table]
+            # Comments and empty lines at the end of a table belong to the next one.
+            body = getattr(table.value, "body", [])
+            end = max((index for index, (key, _) in enumerate(body, start=1) if key is not None), default=len(body))
+            after, body[end:] = body[end:], []
+            table[each.key] = _as_toml(value)
+            body.extend(after)
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         # An endpoint may hold a password.
         mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
@@ -328,6 +336,7 @@ class CommandLine:
         self._files_must_exist = files_must_exist
         self.parser = _Parser(prog=prog, description=description, allow_abbrev=False)
         add = self.parser.add_argument
+        add("--version", action="version", version=f"{prog} {VERSION}")
         add("--config-file", metavar="PATH", help="TOML file of settings; flags and variables override it")
         add("--save", action="store_true", help="write the flags given into that file, for the next time")
         for table in tables:
@@ -343,7 +352,10 @@ class CommandLine:
         """
         prog = self.parser.prog
         args = self.parser.parse_args(argv)
-        named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        try:
+            named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
+        except RuntimeError as error:  # a ~ of nobody
+            _refuse(prog, [f"--config-file {args.config_file}: {error}"])
         file = named or self._default_file
         if args.save and file is None:
             _refuse(prog, ["--save needs --config-file PATH"])
@@ -353,7 +365,7 @@ class CommandLine:
                 document = tomllib.loads(_read(file))
             except OSError as error:
                 _refuse(prog, [f"--config-file {file}: {error.strerror}"])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 _refuse(prog, [f"--config-file {file}: {error}"])
         problems: list[str] = []
         values: dict[Source, dict[Setting, Any]] = {
@@ -430,12 +442,13 @@ class CommandLine:
 
 
 def _add(group: argparse._ArgumentGroup, each: Setting) -> None:
-    metavar = each.metavar or "|".join(getattr(each.check, "words", ())) or each.key.upper()
+    choices = "|".join(getattr(each.check, "words", ()))
+    metavar = each.metavar or choices or each.key.upper()
     default = f" (default: {each.default_is})" if each.default_is else ""
     options: dict[str, Any] = {}
     if isinstance(each.check, Many):
         options = {"nargs": "+" if each.check.least else "*", "action": "extend"}
-    limits = "" if each.check.limits in (FilePath.limits, TEXT) or metavar != each.metavar else f"; {each.check.limits}"
+    limits = "" if choices or each.check.limits in (FilePath.limits, TEXT) else f"; {each.check.limits}"
     group.add_argument(
         *each.flags,
         dest=f"{each.table}.{each.key}",

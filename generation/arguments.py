@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from common.settings import Choice, CommandLine, FilePath, Score, Whole, Words, setting, settings_of
 from generation.schema.hosts import parse_names
@@ -18,12 +19,19 @@ from generation.schema.limits import MAX_GAUSSIANS, MIN_GAUSSIANS
 ROOT = Path(__file__).resolve().parents[1]
 
 _GPUS = "all, or numbers of GPUs as 0,1"
+_HTTP = "http, a host and a port, as http://127.0.0.1:10007"
 _HOSTS = "names or addresses, separated by commas and without ports"
 
 
 def _is_gpus(text: str) -> None:
     if not re.fullmatch(r"all|[0-9]{1,3}(,[0-9]{1,3})*", text):
         raise ValueError(f"must be {_GPUS}")
+
+
+def _is_http(text: str) -> None:
+    parts = urlsplit(text)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or not parts.port:
+        raise ValueError(f"must be {_HTTP}")
 
 
 def _is_there(text: str) -> None:
@@ -43,7 +51,14 @@ class ServiceTable:
     config: Path | None = setting(
         None,
         FilePath(exists=True),
-        "optimisation config, a YAML with DreamGaussian's keys",
+        "config of the generator for texts, a YAML",
+        default_is="the profile's",
+        metavar="PATH",
+    )
+    image_config: Path | None = setting(
+        None,
+        FilePath(exists=True),
+        "config of the generator for pictures, a YAML",
         default_is="the profile's",
         metavar="PATH",
     )
@@ -83,6 +98,16 @@ class ServiceTable:
         "log, rotated",
         default_is="logs/generation_service.log",
         metavar="PATH",
+    )
+    gallery: Path = setting(
+        ROOT / "data" / "studio",
+        FilePath(),
+        "folder where Studio keeps its last results",
+        default_is="data/studio",
+        metavar="PATH",
+    )
+    miner_url: str = setting(
+        "http://127.0.0.1:10007", Words(_is_http, _HTTP), "the miner's metrics, which Studio shows", metavar="URL"
     )
     profile_trace: Path | None = setting(
         None, FilePath(), "write a torch.profiler trace of the first request here (gzipped JSON)", metavar="PATH"

@@ -158,11 +158,16 @@ class TimeProjections(nn.Module):
 class TextProjections:
     """Keys and values that `layers` make of the text, of all layers in one product; then they are given theirs.
 
-    A hook that a UNet calls before it begins.
+    Where a picture's tokens follow the text's, their layers `to_k_ip` and `to_v_ip` are for those. A hook that a UNet
+    calls before it begins.
     """
 
     def __init__(self, layers: list[Attention]) -> None:
         self._weight = torch.cat([layer.to_kv.weight.detach() for layer in layers])
+        self._image_tokens = getattr(layers[0].processor, "image_tokens", 0)
+        if self._image_tokens:
+            of_picture = [each.weight.detach() for layer in layers for each in (layer.to_k_ip, layer.to_v_ip)]
+            self._of_picture = torch.cat(of_picture)
         self._widths = [layer.to_kv.out_features for layer in layers]
         self._given = [_Given() for _ in layers]
         for layer, given in zip(layers, self._given, strict=True):
@@ -170,7 +175,11 @@ class TextProjections:
 
     def __call__(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
         """The text is the third argument."""
-        together = F.linear(args[2], self._weight)
+        if self._image_tokens:
+            text, picture = args[2][:, : -self._image_tokens], args[2][:, -self._image_tokens :]
+            together = torch.cat([F.linear(text, self._weight), F.linear(picture, self._of_picture)], 1)
+        else:
+            together = F.linear(args[2], self._weight)
         for given, part in zip(self._given, together.split(self._widths, -1), strict=True):
             given.value = part
 

@@ -153,15 +153,17 @@ class MinerOptions(MinerTable, Score):
     netuid: int = NETUID
 
     def spool_of(self, hotkey: str) -> Path:
+        """Folder of this hotkey's results on their way."""
         return self.spool or self._home(hotkey) / SPOOL_NAME
 
     def ledger_of(self, hotkey: str) -> Path:
+        """Database of what happened to this hotkey."""
         return self.ledger or self._home(hotkey) / LEDGER_NAME
 
     def _home(self, hotkey: str) -> Path:
-        """For what is this hotkey's on this network alone: cooldowns, and results that it has to sign."""
+        """Of this hotkey on this network alone: it has its own cooldowns, and signs its own results."""
         if self.network == REHEARSAL:
-            # Its wallet is in there, too, and nothing that was practice may look like earnings.
+            # Apart from real ones: nothing that was practice may look like earnings.
             return self.rehearsal_state
         network = re.sub(r"[^A-Za-z0-9.]+", "-", shown_network(self.network))
         return DATA / f"{network}-{self.netuid}-{hotkey}"

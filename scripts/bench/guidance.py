@@ -24,8 +24,8 @@ from generation.accelerate.compiled import compile_autoencoder
 from generation.accelerate.cuda_graph import Captured
 from generation.accelerate.fused import fuse
 from generation.accelerate.unet import compile_unet
-from generation.generators.dreamgaussian import MVDream
 from generation.generators.dreamgaussian.guidance.distillation import distil
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from scripts.bench import full_size
 
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.

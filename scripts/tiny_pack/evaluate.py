@@ -23,7 +23,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from generation.pipeline.pipeline import Asset, Pipeline, Request
+from generation.pipeline import assemble
+from generation.pipeline.pipeline import Asset, Request
 from generation.settings import Settings
 from generation.splats import ply
 from generation.stages.self_check import fit_to_frame
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "config": args.config}), print)
+    pipeline = assemble.load(Settings.resolve({"profile": "tiny", "config": args.config}), print)
     threshold = 0.6
     judging = judge.load()
     rng = random.Random(args.seed)

@@ -134,25 +134,26 @@ class Maker:
     """The pack's stages on one device."""
 
     def __init__(self, device: str) -> None:
-        from generation.pipeline.pipeline import Pipeline
+        from generation.pipeline import assemble
         from generation.settings import Settings
 
         self.device = device
         settings = Settings.resolve({"profile": "tiny"})
-        self.pipeline = Pipeline.load(settings, warm=False)
+        self.pipeline = assemble.load(settings, warm=False)
         self.judge = judge.load().to(device)
         self._before: Gaussians | None = None  # the result before, whose back another one may get
 
     def make(self, batch: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
         """The batch's results and, of some, the same with flaws."""
-        from generation.generators.dreamgaussian import DreamGaussian
-        from generation.schema.options import DreamGaussianOptions
+        from generation.generators.base import Subject
+        from generation.generators.dreamgaussian.optimiser import DreamGaussian
+        from generation.generators.dreamgaussian.options import DreamGaussianOptions
         from generation.settings import CONFIGS
         from generation.stages.background import recentre
 
         pipe, way = self.pipeline, WAYS[batch["way"]]
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)
-        optimiser = DreamGaussian(pipe._dreamgaussian._guidance, options, self.device, pipe._background.remove)
+        optimiser = DreamGaussian(pipe._text._guidance, options, self.device, pipe._background.remove)
         prompts = [caption(job["spec"], rng, plain=True) for job in batch["jobs"]]
         seeds = [job["seed"] for job in batch["jobs"]]
         images = torch.stack(list(pipe._text_to_image.generate(prompts, seeds)))
@@ -162,7 +163,7 @@ class Maker:
         for job, prompt, image, alpha in zip(batch["jobs"], prompts, images, alphas, strict=True):
             try:
                 cutout = recentre(image, alpha, options.ref_size)
-                scenes.append((job, optimiser.start(cutout, prompt, job["seed"])))
+                scenes.append((job, optimiser.begin(Subject(prompt, cutout, job["seed"]))))
             except Exception as error:  # nothing in the picture
                 print(f"{prompt}: {error}", flush=True)
         made: list[dict[str, Any]] = []
@@ -182,7 +183,7 @@ class Maker:
                             made.append({**about, **record})
                         self._before = Gaussians(**{name: value.clone() for name, value in splat.tensors().items()})
             if iteration < max(way.iterations) and scenes:
-                optimiser.step([scene for _, scene in scenes])
+                optimiser.tick([scene for _, scene in scenes])
         return made
 
 

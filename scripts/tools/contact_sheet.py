@@ -6,6 +6,7 @@ python -m scripts.tools.contact_sheet OUT.png SPLAT.ply [SPLAT.ply ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -39,11 +40,15 @@ def main() -> None:
     for path in args.splats:
         try:
             data = path.read_bytes()
-            if not data:
-                raise ValueError("empty: the service held the result back (the answer's X-Rejected header says why)")
-            rows.append(all_round(ply.read(data)))
+            if data:
+                rows.append(all_round(ply.read(data)))
+            else:
+                said = "empty, left out: the service held the result back (the answer's X-Rejected header says why)"
+                print(f"{path}: {said}", file=sys.stderr)
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
+    if not rows:
+        parser.error("no splat among these files")
     save_image(make_grid(torch.cat(rows), nrow=VIEWS, pad_value=1.0), args.out)
 
 

@@ -496,6 +496,14 @@ class TestLock:
             loading.local_folder(BIREFNET)
 
 
+def test_a_hub_that_lists_other_weights_than_public_records_have(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    known = replace(BIREFNET, sha256=(("model.safetensors", digest(WEIGHTS)),))
+    assert download.plan(known).commit == BIREFNET.revision
+    with pytest.raises(WeightsError, match=r"birefnet: .* has a model\.safetensors that is not the published one"):
+        download.plan(replace(known, sha256=(("model.safetensors", digest(OTHER)),)))
+
+
 def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
     hub.repositories[MVDREAM.repo].files["unet/../../../outside.json"] = b"{}"
     assert run(hub, cache, "--only", "mvdream-sd2.1").returncode == 0

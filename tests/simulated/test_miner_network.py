@@ -294,7 +294,7 @@ def test_a_result_whose_answer_was_lost_is_no_way_around_the_cooldown(
             assert service.generated - accepted in (0, 1)
             assert len(os.listdir(tmp_path)) <= 1  # what is in hand right now
             # The pull that tells of the cooldown, and those whose answers were lost as well.
-            assert violations(network) == miner.count(Pull, "cooldown") + miner.count(Pull, "failed") <= 4
+            assert violations(network) == miner.count(Pull, "cooldown") + miner.count(Pull, "failed") <= 5
             assert miner.count(Pull, "cooldown") == 1
 
     in_virtual_time(test)

@@ -340,6 +340,7 @@ def test_the_spool_is_bounded_in_number_and_bytes(tmp_path: Path, monkeypatch: p
     spool = Spool(tmp_path)
     for number in range(5):
         put(spool, str(number))
+        assert len(list(tmp_path.glob("*.result"))) <= 3
         for path in tmp_path.glob("*.result"):  # each one a second older than the next
             os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 1))
     assert names(spool) == ["2", "3", "4"]

@@ -7,6 +7,7 @@ Nothing in here asks the rehearsal's rules. An answer to a submission is its sta
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -309,6 +310,8 @@ def test_what_comes_back_after_it_was_answered_is_made_again(tmp_path: Path) -> 
         # The repetition overlapped with the first and was scored as well.
         (SECOND_AFTER_ACCEPTED, None, ACCEPTED, ["accepted"]),
         (replace(BROKEN, count=1), None, ACCEPTED, ["accepted"]),  # the first was accepted, the second not scored
+        # Neither was counted, and the cooldown is too short for a declined one.
+        (replace(SECOND_AFTER_ACCEPTED, count=0), None, ACCEPTED, ["unknown", "broken"]),
         # Or the first never arrived: while it may be under way still, the next count has the last word.
         (replace(BROKEN, ahead=300), None, ACCEPTED, ["unknown", "broken"]),
         (replace(DECLINED, ahead=900), None, ACCEPTED, ["unknown", "declined"]),
@@ -463,6 +466,13 @@ def test_a_freshly_registered_miner_asks_every_five_minutes(tmp_path: Path) -> N
     virtual_time.run(main())
 
 
+def test_a_validator_that_refuses_without_a_reason_is_asked_less_and_less(tmp_path: Path) -> None:
+    """After half a minute, until the pause that doubles from 1 s on is longer than that."""
+    pulled_at = mine(tmp_path, [PullTask()] * 12, [ACCEPTED], 2000).validator.pulled_at
+    waits = [later - at for at, later in itertools.pairwise(pulled_at)]
+    assert waits[:10] == pytest.approx([30, 30, 30, 30, 30, 32, 64, 128, 256, 300], abs=0.5)
+
+
 def test_a_validator_that_has_handed_out_tasks_is_believed(tmp_path: Path) -> None:
     class Deregistered(Scripted):
         async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
@@ -481,8 +491,8 @@ def test_a_validator_that_has_handed_out_tasks_is_believed(tmp_path: Path) -> No
 # --- after a restart
 
 
-def spooled(folder: Path, name: str, age: float) -> Path:
-    Spool(folder).put(SpooledResult(VALIDATOR.hotkey, TextTask(id=name, prompt=f"prompt of {name}"), b"result"))
+def spooled(folder: Path, name: str, age: float, result: bytes = b"result") -> Path:
+    Spool(folder).put(SpooledResult(VALIDATOR.hotkey, TextTask(id=name, prompt=f"prompt of {name}"), result))
     (path,) = folder.glob("*.result")
     os.utime(path, (time.time() - age,) * 2)
     return path
@@ -508,6 +518,15 @@ def test_a_restart_finds_out_what_became_of_a_result_that_is_not_asked_for(
     miner = mine(tmp_path, pulls, [replace(ACCEPTED, count=1 + (known[-1] == "accepted"))], 900)
     assert [outcome for name, outcome in miner.submissions + miner.settlements if name == "task"] == known
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("pull", [150.0, 750.0, "another"])
+def test_a_restart_knows_an_empty_result_for_what_it_is(tmp_path: Path, pull: str | float) -> None:
+    """Whatever the validator made of it: it can not have been accepted or declined."""
+    spooled(tmp_path, "task", age=100, result=b"")
+    miner = mine(tmp_path, [pull], [ACCEPTED], 100)
+    assert [outcome for name, outcome in miner.submissions if name == "task"] == ["empty"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_restart_finds_is_not_rewritten_and_expires_by_its_true_age(tmp_path: Path) -> None:

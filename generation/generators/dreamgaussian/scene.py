@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.plan import Plan
 from generation.generators.dreamgaussian.schedule import position_lr
-from generation.schema.options import DreamGaussianOptions
 from generation.splats.densify import DensityControl, densify
 from generation.splats.gaussians import Gaussians
 
@@ -83,6 +83,10 @@ class Scene:
             min_opacity=MIN_OPACITY,
             max_gaussians=options.max_gaussians,
         )
+
+    @property
+    def fraction(self) -> float:
+        return self.iteration / self._options.iters
 
     @property
     def done(self) -> bool:

@@ -28,6 +28,7 @@ from generation.stages.self_check.views import (
 )
 from generation.weights import Entry
 from generation.weights.loading import only_file
+from generation.weights.registry import ClipUse
 from generation.weights.strict import naming
 
 
@@ -65,11 +66,11 @@ class SelfCheck:
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
         """From the folders of ``clip`` and of what ``models`` has for the score beside it. Raises WeightsError."""
         rests = models.self_check_rests_on == "cpu"
-        text = TextClip.load(folders["clip"], models.clip, entries["clip"].clip, device, rests)
+        text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, rests)
         image = quality = lpips = None
         if models.image_clip is not None:
             with naming(entries["image_clip"]):
-                use = entries["image_clip"].clip
+                use = entries["image_clip"].used_as(ClipUse)
                 image = ImageClip.load(folders["image_clip"], models.image_clip, use, device, rests)
         if models.quality is not None:
             with naming(entries["quality"]):

@@ -15,24 +15,24 @@ from neurons.miner.validators.clock import steady_time
 from neurons.protocol import Task
 
 HEALTH_INTERVAL_S = 5.0
-# How long a failing endpoint is left out: doubled with each failure in a row.
+# How long a failing endpoint is left out. Doubled with each failure in a row.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-# A task can be at fault too: only an endpoint that fails at more in a row is left out.
+# A failure may be the task's own. An endpoint is left out after more than this in a row.
 TOLERATED_FAILURES = 2
-# What it has in work is given to another one when it could not be reached so many times in a row.
+# An endpoint that could not be reached so many times in a row is gone: another one gets its tasks.
 GONE_AFTER = 2
-# So many health checks in a row without an answer, 30 s with their time-out: it may be frozen. What it has in work is
-# given to another one as well, and the first answer counts.
+# An endpoint that did not answer so many health checks in a row, which takes 30 s, may be frozen. Another one gets its
+# tasks as well, and the first answer counts.
 FROZEN_AFTER = 3
-# Of the newest measurement in the moving averages.
+# Weight of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
 
 log = logging.getLogger(__name__)
 
 
 class ServiceUnavailable(Exception):
-    """No endpoint could take the task for too long; the task itself is fine."""
+    """No endpoint could take the task in time. The task itself is fine."""
 
 
 class Service(Protocol):
@@ -40,17 +40,19 @@ class Service(Protocol):
 
     endpoint: str
 
-    async def health(self) -> str | None: ...
+    async def health(self) -> str | None:
+        """See GenerationService. Raises EndpointUnavailable."""
 
-    async def generate(self, task: Task, seed: int) -> Generated: ...
+    async def generate(self, task: Task, seed: int) -> Generated:
+        """See GenerationService. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
 
 
 class Pace:
     """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
 
     `cost`: time in which it had any work, per finished task, whether it works on one at a time or on many.
-    `duration`: from start to end of a task, with what it waits in the service: it follows down at once and up slowly,
-    for the least is what a task takes by itself.
+    `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
+    and a longer one slowly, because the shortest is what a task takes without a wait.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -69,6 +71,7 @@ class Pace:
         return self._changed_at
 
     def end(self, begun: float, finished: bool) -> None:
+        """`begun`: what `begin` returned. `finished`: it brought a result, which is what the averages are of."""
         self._advance(-1)
         if finished:
             self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
@@ -176,7 +179,9 @@ class GeneratorPool:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
-        """The attempts that ended. Waits for one, for an endpoint that freezes or, with all frozen, for another one."""
+        """Waits until an attempt ends or an endpoint freezes; with all frozen, until an attempt ends or there is
+        another endpoint. Returns the attempts that ended.
+        """
         working = [endpoint for endpoint in attempts.values() if not endpoint.frozen.is_set()]
         events = [endpoint.frozen for endpoint in working] or [self.ready]
         waits = [asyncio.ensure_future(event.wait()) for event in events]
@@ -202,7 +207,7 @@ class GeneratorPool:
         return generated
 
     async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
-        """Ends when its endpoint is gone, too: a machine that vanished never closes the connection."""
+        """Gives up when the endpoint is gone, too, for a machine that vanished never closes the connection."""
         asked_at = self._now()
         working = asyncio.ensure_future(endpoint.service.generate(task, seed))
         gone = asyncio.ensure_future(endpoint.gone.wait())
@@ -244,12 +249,12 @@ class GeneratorPool:
     def _failed(
         self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None, counts: bool = True
     ) -> None:
-        """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row.
+        """Leaves the endpoint out for `pause` seconds; None: for twice as long with each failure in a row.
 
-        `counts`: whether this is such a failure.
+        `counts`: whether this is a failure of that row.
         """
         if begun_at < endpoint.failed_at:
-            return  # All tasks in work fail with an endpoint that goes: that is one failure.
+            return  # With an endpoint that goes all its tasks fail, which is one failure.
         endpoint.failed_at = self._now()
         if pause is None:
             pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
@@ -272,7 +277,7 @@ class GeneratorPool:
             _set(endpoint.gone, endpoint.unreachable >= GONE_AFTER)
             _set(endpoint.frozen, endpoint.unanswered >= FROZEN_AFTER)
             if said is None:
-                # A service deep in its work answers late, and is there all the same.
+                # A busy service answers late.
                 said = "ready" if endpoint.healthy and not endpoint.frozen.is_set() else "not answering"
             if said != endpoint.said:
                 level = logging.INFO if said == "ready" else logging.WARNING

@@ -18,13 +18,13 @@ from neurons.miner.records.verdicts import WINDOW_S
 class Standing:
     """One validator over the window. Times are in seconds; a mean is None where there is nothing to average.
 
-    `submitted` counts every result that was made for the validator, whatever became of it: the tasks that it cost us.
-    What became of them: see events.SubmissionOutcome. `unknown` are those of which that is not known, or not yet.
+    `submitted` counts every result that was made for the validator. What became of them is counted by outcome, as
+    events.SubmissionOutcome explains them; `unknown` may still be settled.
     `attempted` counts the tasks that a generation service spent time on. `early` are pulls that it answered with a
-    cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included: while a service has
-    several tasks, be they worked on together or one after the other, each is charged its share.
-    `penalty_s` are the waits after results that it declined. `mean_score` is of accepted results: of others no score is
-    told. `reward` is what it last said: accepted results x rating, by its own count.
+    cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included. While a service has
+    several tasks, each is charged an equal share of the time. `penalty_s` are the waits after results that it declined.
+    `mean_score` is of accepted results, for no other score is told. `reward` is what it last said: accepted results x
+    rating, by its own count.
     """
 
     uid: int
@@ -53,19 +53,21 @@ class Standing:
 
     @property
     def acceptance_rate(self) -> float | None:
+        """Accepted results, as a share of those whose fate is known; None without any."""
         return self.accepted / self.known if self.known else None
 
     @property
     def gpu_s_per_task(self) -> float | None:
+        """Seconds of generation for each result submitted; None without any."""
         return self.gpu_s / self.submitted if self.submitted else None
 
 
-def read(path: Path, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
-    """The standings in `window` seconds up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
+def read(path: Path, until: float) -> dict[str, Standing]:
+    """The standings in the WINDOW_S up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
     with closing(connect(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             return {}  # the miner is about to begin it
-        return standings(connection, until, window)
+        return standings(connection, until, WINDOW_S)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -82,7 +84,8 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def standings(connection: sqlite3.Connection, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
+def standings(connection: sqlite3.Connection, until: float, window: float) -> dict[str, Standing]:
+    """As `read`, of an open connection and `window` seconds."""
     since = until - window
     found: dict[str, dict[str, float | str | None]] = defaultdict(dict)
     for table, counts in _COUNTS.items():

@@ -1,4 +1,4 @@
-"""How many tasks the miner holds: as many as keep the generators busy and are finished while still of use."""
+"""How many tasks the miner holds: enough to keep the generators busy, and none that would be finished too late."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-# Within which a newly pulled task should be generated; the rest is for the submission and for what was not foreseen.
+# Seconds within which a newly pulled task should be generated. What is left of 300 s is for the submission.
 PLANNED_AGE_S = 240.0
 
 
 class Forecast(Protocol):
-    def expected_seconds(self, tasks: int) -> float | None: ...
+    """Who knows how fast the generation services are."""
+
+    def expected_seconds(self, tasks: int) -> float | None:
+        """Seconds in which `tasks` tasks are finished; None while nothing is measured."""
 
 
 class Place:
@@ -63,6 +66,7 @@ class Admission:
 
     @property
     def is_full(self) -> bool:
+        """Whether the next to enter would have to wait."""
         return bool(self._waiting) or not self._has_room()
 
     def _has_room(self) -> bool:

@@ -13,11 +13,11 @@ from email.utils import parsedate_to_datetime
 
 # After an answer that says nothing usable about when to come back.
 DEFAULT_PAUSE_S = 30.0
-# A cooldown that ended this short a time before its announcement came in is simply over.
+# A cooldown that ended up to this long before it was announced is over. One that ended earlier makes no sense.
 JUST_OVER_S = 60.0
 # Between two pulls in any case.
 MIN_PAUSE_S = 1.0
-# Validators announce 300 to 3,600 s. One that says more is asked again after this all the same.
+# Validators announce 300 to 3,600 s. Whatever one says, it is asked again after this.
 MAX_COOLDOWN_S = 4 * 3600.0
 # How far a validator's clock may be behind ours when it does not tell.
 UNKNOWN_CLOCK_MARGIN_S = 5.0
@@ -29,7 +29,7 @@ MAX_HEADER_AGE_S = 3.0
 MAX_DRIFT = 1e-4
 # Of sums of unix times.
 ROUNDING_S = 0.01
-# Of fewer validators, the median may be a liar's.
+# With fewer validators the median may be a liar's.
 MIN_CLOCKS = 3
 # Beyond any date that matters, and within what a float holds exactly: validators may send any integer.
 _LAST_SECOND = 1 << 40
@@ -52,7 +52,7 @@ def steady_time() -> float:
 
 
 class ValidatorClock:
-    """How many seconds a validator's clock is ahead of ours: between `low` and `high`, by its latest answer.
+    """How many seconds a validator's clock is ahead of ours: between `low` and `high`.
 
     Pulls rely on `low` alone: at the moment of an answer the validator's clock has reached the header's date, however
     old that header is.
@@ -67,14 +67,20 @@ class ValidatorClock:
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
         low, high = date - received, date + MAX_HEADER_AGE_S - sent
-        if not self._header_is_wrong and abs(low) <= MAX_OFFSET_S:
-            self.low, self.high, self.told_at = low, high, received
+        if self._header_is_wrong or abs(low) > MAX_OFFSET_S:
+            return
+        if self.told_at is not None:
+            drift = self.drift(received)
+            # An earlier header may have been fresher. Where the two contradict each other, the clock was set.
+            if self.low - drift <= high and low <= self.high + drift:
+                low = max(low, self.low - drift)
+        self.low, self.high, self.told_at = low, high, received
 
     def refused(self, cooldown_until: float, sent: float) -> None:
         """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
         high = cooldown_until - sent
         if -MAX_OFFSET_S <= high < self.low - self.drift(sent) + ROUNDING_S:
-            # Had the header told the clock that the rules go by, this could not be.
+            # The validator's rules go by another clock than the one in its header.
             self._header_is_wrong |= self.told_at is not None
             self.low, self.high, self.told_at = high - UNKNOWN_CLOCK_MARGIN_S, high, None
 

@@ -17,8 +17,8 @@ from neurons.protocol import ANSWER_FIELDS
 # Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
 DateListener = Callable[[str, str | None, float, float], None]
 
-# An axon that knows no nonce of a sender takes one that is as old as this and the declared time-out. Requests declare
-# what they are given to be answered in; after a refusal this instead, and by how much the validator's clock is ahead.
+# An axon takes a sender's first nonce when it is no older than 4 s and the time-out that the request declares. After a
+# refusal a request declares this instead, and on top of it how far the validator's clock is ahead.
 DECLARED_AFTER_REFUSAL_S = 60.0
 UNAUTHORISED = 401
 
@@ -27,8 +27,8 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
-# Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
-# bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
+# Axons close an idle connection after 5 s, and a call on a closed one fails. The miner bounds
+# their number: it has one call at a time for each validator. A limit here would let some wait for others.
 KEEPALIVE_S = 4.0
 # The status of a call whose connection could not be made, and of one that lost it later.
 NO_CONNECTION, CONNECTION_LOST = 503, 502
@@ -37,10 +37,10 @@ SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
 
 class _Sender:
-    """Who this miner is to one validator, whose axon demands that the nonces of one `uuid` grow.
+    """This miner's identity towards one validator, whose axon demands that the nonces of one `uuid` grow.
 
-    A uuid of each validator's own: none of them can make the miner a stranger to the others. A new process has new
-    ones, so it does not matter where its clock stands. Not uuid1, which tells the network card's address.
+    Each validator gets its own uuid, so that none can spoil the others'. A new process has new ones, so that it does
+    not matter where its clock stands. uuid1 would tell the network card's address.
     """
 
     def __init__(self) -> None:
@@ -86,10 +86,11 @@ class ValidatorDendrite(bt.Dendrite):
 
     @property
     async def session(self) -> aiohttp.ClientSession:
+        """The one HTTP session, made at the first call."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-                # Neither cookies nor compression: state and work that a validator could put on this process.
+                # No cookies and no compression: a validator could make this process keep state and do work.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept-Encoding": "identity"},
@@ -191,7 +192,7 @@ class ValidatorDendrite(bt.Dendrite):
             return response.status, bytes(body)
 
     def _get_endpoint_url(self, target_axon: bt.AxonInfo, request_name: str) -> str:
-        # Dendrite calls an axon that has its own external address at 0.0.0.0: this machine, for whoever names it so.
+        # Dendrite calls an axon with the same external address at 0.0.0.0. So a validator could name this machine.
         host = f"[{target_axon.ip}]" if ":" in target_axon.ip else target_axon.ip
         return f"http://{host}:{target_axon.port}/{request_name}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_flags_give_a_value_that_looks_like_one(file: Path) -> None:
         ("[service]\nport = ", "Invalid value (at end of document)"),
         ("\udcff", "is not UTF-8"),
         ("#" * (1 << 20) + "\n", "larger than 1048576 bytes"),
+        ("a = " + "[" * 100_000, "maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(
@@ -176,6 +178,7 @@ def test_what_may_be_secret_is_not_repeated(
 def test_a_file_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"--config-file {file}: No such file" in refused(capsys, "--config-file", file)
     assert f"--config-file {file.parent}: Is a directory" in refused(capsys, "--config-file", file.parent)
+    assert "--config-file ~nobody-of-this-name/x: " in refused(capsys, "--config-file", "~nobody-of-this-name/x")
     assert parse(default_file=file)["service"] == Service()
     file.write_text("[service]\nport = 5\n[miner]\nanother = 'process reads this'\n")
     assert parse(default_file=file)["service"].port == 5
@@ -262,6 +265,30 @@ workers = 3
         assert line.parse([])["service"] == given["service"]
         assert given["service"].config == tmp_path / "deep" / "a.yaml"
 
+    def test_comments_stay_where_they_belong(self, file: Path) -> None:
+        file.write_text("[service]\nport = 5\n\n# --- of the miner\n[miner]\n# its own\nworkers = 3\n")
+        parse("--config-file", file, "--save", "--profile", "full", "--name", "n").save()
+        assert file.read_text() == (
+            '[service]\nport = 5\nprofile = "full"\nname = "n"\n\n# --- of the miner\n[miner]\n# its own\nworkers = 3\n'
+        )
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "service.port = 5\n",
+            "service = {port = 5}\n",
+            "[service]",
+            "",
+            "service.port = 5\nminer.workers = 3\nservice.uids = [3]\n",
+        ],
+    )
+    def test_however_the_table_is_written(self, file: Path, content: str) -> None:
+        file.write_text(content)
+        parse("--config-file", file, "--save", "--port", "6", "--left.out", "1", "2").save()
+        saved = tomllib.loads(file.read_text())
+        assert saved["service"] == {"port": 6, "uids": [1, 2]}
+        assert saved.get("miner", {"workers": 3}) == {"workers": 3}
+
     def test_it_goes_where_a_link_leads(self, file: Path, tmp_path: Path) -> None:
         link = tmp_path / "link.toml"
         link.symlink_to(file)
@@ -273,6 +300,28 @@ workers = 3
         file.write_text(self.WRITTEN)
         refused(capsys, "--config-file", file, "--save", "--port", "0")
         assert file.read_text() == self.WRITTEN
+
+
+@pytest.mark.parametrize("text", ["", "a\0b"])
+def test_what_can_be_no_path_is_none(file: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    file.write_text(f"[service]\nconfig = {json.dumps(text)}\n")
+    assert "must be a path" in refused(capsys, "--config-file", file)
+    assert "must be a path" in refused(capsys, "--config", text)
+
+
+def test_help_tells_limits_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--profile auto|full|tiny models (default: auto)",
+        "--port PORT port; a whole number in 1..65535 (default: 10006)",
+        "--name NAME 100 % a name",
+        "--urls URLS [URLS ...] services; addresses (default: http://a)",
+        "--left.out [UIDS ...] left out; UIDs (default: 180)",
+    ):
+        assert words in told
 
 
 def test_the_declarations_need_nothing_installed() -> None:

@@ -193,7 +193,7 @@ def refused(capsys: pytest.CaptureFixture[str], *parts: str) -> None:
 @pytest.mark.parametrize("file", build_gsplat.TOOLKIT)
 def test_a_missing_package_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
     (tmp_path / "cu13" / file).unlink()
-    refused(capsys, file, build_gsplat.TOOLKIT[file], ".[gpu]")
+    refused(capsys, file, build_gsplat.TOOLKIT[file], "scripts/install.sh gpu")
 
 
 def test_what_else_may_be_missing(
@@ -209,13 +209,13 @@ def test_what_else_may_be_missing(
         patch.setattr(build_gsplat.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**29))
         refused(capsys, "too little disk: 0.5 GB free")
         patch.setattr(build_gsplat.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
-        refused(capsys, "no ninja", "pip install")
+        refused(capsys, "no ninja", "scripts/install.sh gpu")
         patch.setenv("MAX_JOBS", "many")
         refused(capsys, "MAX_JOBS=many")
     shutil.rmtree(tmp_path / "packages/gsplat-1.5.3.dist-info")
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "gsplat").exists()])
     importlib.invalidate_caches()
-    refused(capsys, "gsplat is not installed", ".[gpu]")
+    refused(capsys, "gsplat is not installed", "scripts/install.sh gpu")
 
 
 def test_no_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,14 @@ from diffusers.models.upsampling import Upsample2D
 from hypothesis import given
 from hypothesis import strategies as st
 
+from generation.accelerate import cuda_graph
 from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, compile_autoencoder
 from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
 from generation.accelerate.group_norm import ImageNorm, group_norm
 from generation.accelerate.unet import compile_unet
-from generation.generators.dreamgaussian import MVDream, Zero123
 from generation.generators.dreamgaussian.guidance.distillation import with_gradient
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.settings import ROOT
 from generation.splats.cameras import orbit
 
@@ -149,3 +151,34 @@ def test_a_known_gradient_is_weighted_by_scene():
     assert losses.tolist() == [1.0, 2.0]
     (losses * torch.tensor([1.0, 10.0])).sum().backward()
     assert images.grad[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
+
+
+def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> None:
+    captured: list[tuple[int, ...]] = []
+
+    class Graph:
+        def __init__(self, outputs: torch.Tensor) -> None:
+            self.outputs = outputs
+
+        def replay(self) -> None:
+            self.outputs += 1
+
+    def capture(step: cuda_graph.Captured, *inputs: torch.Tensor, constants: tuple = ()) -> None:
+        captured.append(tuple(inputs[0].shape))
+        outputs = torch.zeros(1)
+        step._graphs[cuda_graph._key(inputs, constants)] = cuda_graph._Graph(Graph(outputs), inputs, (outputs,))
+
+    monkeypatch.setattr(cuda_graph.Captured, "capture", capture)
+    step = cuda_graph.Captured(lambda x: (x,))
+    step.capture(torch.zeros(2))
+    step.capture(torch.zeros(3))
+    step(torch.ones(2))
+    step.forget()
+    step.forget()
+    assert not step._graphs
+    assert step(torch.ones(2))[0].item() == 1
+    assert captured == [(2,), (3,), (2,)]
+    step(torch.ones(2))
+    assert captured == [(2,), (3,), (2,)]
+    x = torch.ones(4)
+    assert step(x)[0] is x  # never captured

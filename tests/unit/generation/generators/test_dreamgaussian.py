@@ -9,13 +9,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from generation.accelerate import text_cache
-from generation.generators.dreamgaussian import DreamGaussian, MVDream, optimiser
+from generation.generators.base import Subject
+from generation.generators.dreamgaussian import optimiser
 from generation.generators.dreamgaussian.carve import carve
-from generation.generators.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
-from generation.generators.dreamgaussian.optimiser import foreground
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
+from generation.generators.dreamgaussian.optimiser import DreamGaussian, foreground
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.scene import Views
 from generation.generators.dreamgaussian.schedule import noise_level, position_lr
-from generation.schema.options import DreamGaussianOptions
+from generation.generators.multiview.attention import MultiViewAttention, camera_embedding, join_views
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0
 
@@ -180,7 +183,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     read: list[int] = []
-    guidance._text_encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
     guidance.read([*prompts, "ugly"])
     for prompt in prompts:
@@ -286,9 +289,9 @@ def sculptor(**more) -> DreamGaussian:
 
 
 def run(dg: DreamGaussian, seeds: list[int]) -> list[torch.Tensor]:
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in seeds]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in seeds]
     while not all(scene.done for scene in scenes):
-        dg.step(scenes)
+        dg.tick(scenes)
     return [torch.cat([t.detach().flatten() for t in s.gaussians().tensors().values()]) for s in scenes]
 
 
@@ -304,9 +307,9 @@ def test_a_scene_is_the_same_alone_and_beside_another(init: str) -> None:
 @pytest.mark.parametrize("init", ["ball", "views"])
 def test_a_scene_begun_before_its_picture_is_the_same(init: str) -> None:
     dg = sculptor(init=init)
-    early = dg.start(cutout(), "a red square", 3, dg.sketch("a red square", 3))
+    early = dg.begin(Subject("a red square", cutout(), 3, dg.prefetch("a red square", 3)))
     while not early.done:
-        dg.step([early])
+        dg.tick([early])
     result = torch.cat([t.detach().flatten() for t in early.gaussians().tensors().values()])
     assert torch.equal(result, run(dg, [3])[0])
 
@@ -316,7 +319,7 @@ def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
     dg = DreamGaussian(NoGuidance(), options(init="ball"), "cuda", lambda images: images)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        dg.sketch("a red square", 0)
+        dg.prefetch("a red square", 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -324,7 +327,7 @@ def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
 @pytest.mark.parametrize("more", [{"init": "ball"}, {"init": "views"}, {"init": "ball", "render_size": 64}])
 def test_known_views_pull_as_the_loss_says(more: dict) -> None:
     dg = sculptor(lambda_reference=0.7, **more)
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in (1, 2)]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in (1, 2)]
     renders = optimiser._render(scenes)
     losses = []
     for scene, render in zip(scenes, renders, strict=True):
@@ -345,7 +348,7 @@ def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
     from generation.splats.rasterize import rasterize
 
     dg = sculptor(init="ball", iters=150, num_pts=1500, density_end_iter=0)
-    scene = dg.start(cutout(), "a red square", 0)
+    scene = dg.begin(Subject("a red square", cutout(), 0))
     camera = orbit(0.0, 0.0, RADIUS, FOVY, 32, 32)
 
     def error() -> float:
@@ -354,19 +357,19 @@ def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
 
     before = error()
     while not scene.done:
-        dg.step([scene])
+        dg.tick([scene])
     assert error() < 0.25 * before
     assert math.isfinite(error())
 
 
 def test_spherical_harmonics_of_the_asked_degree() -> None:
-    assert sculptor(init="views", sh_degree=1).start(cutout(), "", 0).gaussians().sh.shape[1] == 4
+    assert sculptor(init="views", sh_degree=1).begin(Subject("", cutout(), 0)).gaussians().sh.shape[1] == 4
 
 
 def test_harmonics_learn_at_a_twentieth_of_the_colours_rate() -> None:
     """As in 3DGS, which gives Adam feature_lr / 20 for f_rest (its scene/gaussian_model.py)."""
     dg = sculptor(init="ball", sh_degree=2, feature_lr=0.01, density_end_iter=0)
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in (0, 1)]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in (0, 1)]
     wanted = []
     for scene in scenes:
         sh = scene.gaussians().sh.detach()
@@ -384,7 +387,7 @@ def test_harmonics_learn_at_a_twentieth_of_the_colours_rate() -> None:
         patch.setattr(optimiser, "step_together", step)
         for _ in range(3):
             gradients.clear()
-            dg.step(scenes)
+            dg.tick(scenes)
             for scene, gradient, (dc, rest, adam) in zip(scenes, gradients, wanted, strict=True):
                 dc.grad, rest.grad = gradient[:, :1].clone(), gradient[:, 1:].clone()
                 adam.step()
@@ -413,12 +416,48 @@ def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
     """What it draws around a picture is drawn with the picture in sight; scores by "" are none."""
     guidance = Asked()
     dg = DreamGaussian(guidance, options(init=init, iters=2), "cpu", lambda images: sphere_views()[1])
-    picture, words = dg.start(cutout(), "", 0), dg.start(cutout(), "a red square", 0)
+    picture, words = dg.begin(Subject("", cutout(), 0)), dg.begin(Subject("a red square", cutout(), 0))
     assert [prompt for prompt, _ in guidance.prepared] == ["", "a red square, 3d asset"][init == "ball" :]
     before = picture.gaussians().means.detach().clone()
-    dg.step([picture, words])
+    dg.tick([picture, words])
     assert guidance.scored == 1
-    dg.step([picture])
+    dg.tick([picture])
     assert guidance.scored == 1
     assert picture.done
     assert not torch.equal(before, picture.gaussians().means)
+
+
+def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
+    text = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+    image = Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False)
+
+    def result(rests: bool) -> torch.Tensor:
+        given = options(iters=2, lambda_zero123=1.0, num_pts=50)
+        dg = DreamGaussian(text, given, "cpu", lambda images: images[:, :1], image)
+        scene = dg.begin(Subject("a red square", cutout(), 3))
+        while not scene.done:
+            dg.tick([scene])
+            if rests:
+                dg.rest()
+                dg.rest()
+                dg.wake()
+                dg.wake()
+        return scene.gaussians().means.detach()
+
+    assert torch.equal(result(rests=True), result(rests=False))
+
+
+def test_all_networks_of_a_guidance_rest(mini_models) -> None:
+    for guidance in (
+        MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32),
+        Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False),
+    ):
+        parts = [part for part in vars(guidance).values() if isinstance(part, torch.nn.Module)]
+        parameters = {id(p): p for part in parts for p in part.parameters()}.values()
+        guidance.rest()
+        at_rest = {id(p): p.data_ptr() for p in parameters}
+        guidance.wake()
+        guidance.rest()
+        assert all(p.data_ptr() == at_rest[id(p)] for p in parameters)
+        assert guidance._resting is not None
+        assert {id(p) for p, _ in guidance._resting._at_rest} == set(at_rest)

@@ -22,6 +22,7 @@ from generation.stages.self_check import (
 )
 from generation.stages.self_check.outliers import geometric_mean
 from generation.weights import WeightsError, local_folder, lookup
+from generation.weights.registry import ClipUse
 from tests.support.standins import ball, colour_check
 
 
@@ -226,7 +227,7 @@ class TestLoading:
     def test_open_clip_folder_without_network(self, mini_models, no_network):
         choice = Models.load(mini_models).clip
         entry = lookup(choice)
-        clip = TextClip.load(local_folder(entry), choice, entry.clip, "cpu")
+        clip = TextClip.load(local_folder(entry), choice, entry.used_as(ClipUse), "cpu")
         with torch.no_grad():
             views, (text,) = clip.embed(torch.rand(4, 3, 224, 224)), clip.read(["a red cube"])
         assert views.norm(dim=1).tolist() == pytest.approx([1.0] * 4, abs=1e-4)
@@ -243,4 +244,4 @@ class TestLoading:
         config = json.loads((local_folder(entry) / "open_clip_config.json").read_text())
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="not a usable open_clip model"):
-            TextClip.load(tmp_path, choice, entry.clip, "cpu")
+            TextClip.load(tmp_path, choice, entry.used_as(ClipUse), "cpu")

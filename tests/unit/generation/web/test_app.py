@@ -249,6 +249,10 @@ def test_health(service: Service) -> None:
     health = service.client.get("/health").json()
     assert health["status"] == "ready"
     assert (health["profile"], health["profile_reason"], health["device"]) == ("tiny", "a test", "cpu")
+    assert health["generators"] == {
+        "text": {"name": "dreamgaussian", "config": "text.yaml"},
+        "image": {"name": "lgm", "config": "image.yaml"},
+    }
     assert health["models"][0]["licence"] == "MIT"
     assert health["score"]["formula"] == "0.7692 quality + 0.2051 alignment + 0.0256 SSIM"
     assert health["score"]["shares"]["iqa"] == pytest.approx(0.75 / 0.975)

@@ -59,7 +59,7 @@ def test_a_pull_is_never_early_and_soon_after_the_cooldown(clocks: ValidatorCloc
         late.append(clocks.next_pull_at("5V", cooldown_until) + offset - cooldown_until)
         assert 0 <= late[-1] < 2.3
         now.now += 300 * random_.random()
-    assert sum(late) / len(late) < 1.3  # half a second truncated, half a second old, and the way back
+    assert sum(late[30:]) / 30 < 0.8
 
 
 def test_without_a_date_header_there_is_a_margin(clocks: ValidatorClocks, now: Time) -> None:
