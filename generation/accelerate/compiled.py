@@ -65,7 +65,7 @@ def compile_autoencoder(vae: AutoencoderKL, any_batch: bool = False) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm):
                 setattr(module, name, ChannelwiseGroupNorm(child))
-    # One head of 512 channels: the fused kernels' way back takes ten times what plain products take.
+    # One head of 512 channels: the backward pass of fused attention takes ten times what plain products take.
     vae.set_attn_processor(AttnProcessor())
     compile_parts(vae, (ResnetBlock2D, Attention), any_batch)
 

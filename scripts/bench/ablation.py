@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.accelerate import compiled, fused, group_norm, shared_start, unet
+from generation.accelerate import compiled, fused, group_norm, unet
 from generation.generators.dreamgaussian import MVDream
 from generation.generators.dreamgaussian.guidance.distillation import distil
 from scripts.bench import full_size
@@ -37,24 +37,6 @@ REPLAYS = 30
 TINY = full_size.TINY / "mvdream"
 
 # ---- the encoder: each changes an encoder that is fused already, and nothing is compiled anew ----
-
-
-class _PlainFirst(nn.Module):
-    """The first convolution as cuDNN has it, of the turned image; what follows takes its own statistics."""
-
-    def __init__(self, first: Any, channels: int) -> None:
-        super().__init__()
-        weight = first.columns[:, : 9 * channels].unflatten(1, (3, 3, channels)).permute(0, 3, 1, 2)
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, None]:
-        turned = image.flip(-2, -1).contiguous(memory_format=torch.channels_last)
-        return F.conv2d(turned, self.weight, padding=1), None
-
-
-def first_convolution(encoder: Any) -> Any:
-    encoder.first = _PlainFirst(encoder.first, 3)
-    return nullcontext()
 
 
 def small_images(encoder: Any) -> Any:
@@ -93,12 +75,10 @@ def backward_convolutions(encoder: Any) -> Any:
 ENCODER: dict[str, tuple[Callable[[Any], Any], ...]] = {
     "all": (),
     "all, once more": (),
-    "without the first convolution's kernel": (first_convolution,),
     "without one kernel for small images": (small_images,),
     "without sums while adding": (sums_while_adding,),
     "without convolutions as gradients": (backward_convolutions,),
-    "without the first, small images and sums": (first_convolution, small_images, sums_while_adding),
-    "without these four": (first_convolution, small_images, sums_while_adding, backward_convolutions),
+    "without these three": (small_images, sums_while_adding, backward_convolutions),
 }
 
 COMPILED: dict[str, tuple[Callable[[Any], Any], ...]] = {"compiled and no more": ()}
@@ -133,9 +113,6 @@ def plain_norm(plain: nn.GroupNorm, silu: bool = False) -> nn.Module:
     return nn.Sequential(plain, nn.SiLU()) if silu else plain
 
 
-NEVER = type("Never", (), {})
-SHARED_START = ((shared_start.SharedStart, "halves_are_alike", lambda self: nullcontext()),)
-JOINED_NORMS = ((unet, "UpBlock2D", NEVER), (unet, "CrossAttnUpBlock2D", NEVER))
 ONE_KERNEL = ((group_norm, "ONE_KERNEL", 0),)
 TIME = ((unet, "TimeProjections", _TimeOneByOne),)
 BIASES = ((unet, "_take_biases_of_upsampling", lambda _: None),)
@@ -143,7 +120,7 @@ TEXT = ((unet, "TextProjections", _Nothing),)
 UPSAMPLING = ((compiled, "Upsampling", lambda plain: plain),)
 PROJECTIONS = ((unet, "_join_projections", lambda _: None),)
 BLOCKS = ((unet, "_is_usual", lambda _: False), (unet, "ImageNorm", plain_norm))
-SMALL = (*SHARED_START, *JOINED_NORMS, *ONE_KERNEL, *TIME, *BIASES)
+SMALL = (*ONE_KERNEL, *TIME, *BIASES)
 
 
 def only_compiled(model: Any) -> None:
@@ -152,16 +129,14 @@ def only_compiled(model: Any) -> None:
 
 UNET: dict[str, tuple[tuple[Any, str, Any], ...]] = {
     "all": (),
-    "without the shared start": SHARED_START,
-    "without joined normalisations": JOINED_NORMS,
     "without one kernel for small images": ONE_KERNEL,
     "without the time step's joined product": TIME,
     "without biases in the next block": BIASES,
-    "without these five": SMALL,
+    "without these three": SMALL,
     "all, once more": (),
     "without upsampling as one transposed convolution": UPSAMPLING,
-    "without own residual blocks and normalisations (compiled)": (*SHARED_START, *BLOCKS),
-    "compiled and no more": ((unet, "compile_unet", only_compiled), *SHARED_START, *UPSAMPLING),
+    "without own residual blocks and normalisations (compiled)": BLOCKS,
+    "compiled and no more": ((unet, "compile_unet", only_compiled), *UPSAMPLING),
     "without the text's joined product": TEXT,
     "without joined projections": PROJECTIONS,
 }
@@ -214,7 +189,7 @@ def guidance_on(device: str) -> MVDream:
 
 
 def encoder_ms(device: str, changes: Any, counts: list[int]) -> dict[int, tuple[float, Tensor]]:
-    """By the number of scenes: one there and back, and the gradient by the images."""
+    """By the number of scenes: one forward and backward pass, and the gradient by the images."""
     guidance = guidance_on(device)
     fused.fuse(guidance._vae)
     return _encoder_ms(guidance, changes, counts)

@@ -29,7 +29,7 @@ from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from scripts.bench import full_size
 
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
-FLOORS_MS = {"UNet": 1.9, "encoder there and back": 3.0}
+FLOORS_MS = {"UNet": 1.9, "encoder, forward and backward": 3.0}
 REPLAYS = 20
 FORMS = ("plain", "compiled", "fused")
 
@@ -99,7 +99,7 @@ def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:
     steps = t.repeat_interleave(guidance.views)
     return {
         "UNet": capture(unet, noise.to(guidance._unet.dtype), steps, poses, words),
-        "encoder there and back": capture(encoder, images, noise),
+        "encoder, forward and backward": capture(encoder, images, noise),
     }
 
 

@@ -1,4 +1,4 @@
-"""Group normalisation of small channels-last images, there and back, in one Triton kernel each way.
+"""Group normalisation of small channels-last images, forward and backward, in one Triton kernel each.
 
 A program goes through some groups of one sample twice, which fit into its cache. Larger images need the kernels of
 `normalise`.
@@ -25,8 +25,8 @@ from generation.accelerate.kernels.normalise import (
 PROGRAMS = 256  # as a target: two for each processor of a large GPU
 WIDEST = 256  # channels of a program
 VECTOR = 8  # channels that are read at once, where a program's groups begin and end with them
-VALUES = 8192  # of a block; back half as many, or their registers would let one program run at a time
-STAGES = 3  # blocks that memory is asked for ahead; back, where there are two images, one less
+VALUES = 8192  # of a block; backward half as many, or their registers would let one program run at a time
+STAGES = 3  # blocks that memory is asked for ahead; backward, where there are two images, one less
 WARPS = 8
 TINY = 64  # pixels, of which half as many values and warps are enough
 SMALL = 1024  # pixels of an image, at most
@@ -41,7 +41,7 @@ def normalise_at_once(
 ) -> Tensor:
     """The normalised x (N, C, H, W), channels last, + `added` (C,) or (N, C); SiLU of it if asked.
 
-    Fills in the `statistics` (see `normalise`) that the way back needs, where there are some.
+    Fills in the `statistics` (see `normalise`) that the backward pass needs, where there are some.
     """
     result = torch.empty_like(x)
     more = norm.weight if added is None else added
@@ -55,21 +55,21 @@ def normalise_at_once(
     return result
 
 
-def there_at_once(x: Tensor, norm: Norm, added: Tensor | None) -> tuple[Tensor, Statistics]:
-    """SiLU of the normalised x + `added`, and what `back_at_once` needs."""
+def forward_at_once(x: Tensor, norm: Norm, added: Tensor | None) -> tuple[Tensor, Statistics]:
+    """SiLU of the normalised x + `added`, and what `backward_at_once` needs."""
     statistics = new_statistics(x)
     return normalise_at_once(x, norm, added, statistics=statistics), statistics
 
 
-def back_at_once(
+def backward_at_once(
     gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None
 ) -> Tensor:
-    """See `normalise_back`."""
+    """See `normalise_backward`."""
     result = torch.empty_like(x)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     other = x if around is None else around.contiguous(memory_format=torch.channels_last)
     grid, sizes = _programs(x, norm, VALUES // 2, STAGES - 1)
-    _back[grid](
+    _backward[grid](
         *(gradient, x, other, result, norm.weight, *statistics, x.shape[2] * x.shape[3], x.shape[1]),
         AROUND=around is not None, **sizes,
     )  # fmt: skip
@@ -158,7 +158,7 @@ def _normalise(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _back(  # type: ignore[no-untyped-def]
+def _backward(  # type: ignore[no-untyped-def]
     gradient, x, around, result, weight, scales, shifts, inverses, offsets, pixels, c,
     AROUND: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, GROUP_LANES: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,

@@ -1,11 +1,11 @@
-"""Group normalisation with SiLU of channels-last images, there and back, in Triton kernels that read memory in order.
+"""Group normalisation with SiLU of channels-last images, forward and backward, in Triton kernels.
 
-With channels last a group is a sliver of each pixel, and sums by group read a quarter of every memory sector. These
-kernels take means and squared deviations by channel, over chunks of the pixels, and the last program of a sample makes
-the groups' figures of them: two kernels each way, which read the image twice and write it once. Those of the sum of two
-images are taken while it is written.
+With channels last the values of a group are a few neighbours in each pixel. A sum by group would read a quarter of
+every memory sector. These kernels go by channel instead, over chunks of the pixels, and read memory in order. The last
+program of a sample makes the groups' figures of the channels'. Each pass takes two kernels, which read the image twice
+and write it once. The statistics of the sum of two images are taken while it is written.
 
-Variances are Welford's: the mean of the squares less the square of the mean, in single precision, is off by 0.04 where
+Variances are Welford's. In single precision the mean of the squares less the square of the mean is off by 0.04 where
 the mean is 300 deviations.
 """
 
@@ -48,51 +48,43 @@ class Statistics(NamedTuple):
     offset: Tensor
 
 
-def measure(x: Tensor, norm: Norm, added: Tensor | None = None, beside: Tensor | None = None) -> Statistics:
-    """The statistics of x (N, C, H, W) + `added` (C,) or (N, C), which so costs no pass of its own.
-
-    Where there is an image `beside` x, C counts its channels, too: they follow those of x, which are whole blocks.
-    """
-    _, width, pixels = _sizes(x)
-    sums, statistics = sums_over(x, norm.groups, beside), new_statistics(x, beside)
-    c = _channels(x, beside)
+def measure(x: Tensor, norm: Norm, added: Tensor | None = None) -> Statistics:
+    """The statistics of x (N, C, H, W) + `added` (C,) or (N, C), which so costs no pass of its own."""
+    _, c, pixels = _sizes(x)
+    sums, statistics = _sums_over(x, norm.groups), new_statistics(x)
     more = norm.bias if added is None else added
     _measure[sums.grid](
-        *(x, x if beside is None else beside, norm.bias, x, *sums.places, norm.weight, norm.bias, more),
-        *(*statistics, pixels, c, width, more.stride(0) if more.ndim == 2 else 0, norm.groups, norm.eps),
-        SUM=False, BESIDE=beside is not None, ADDED=added is not None, STAGES=STAGES, **sums.sizes,
+        *(x, x, norm.bias, x, *sums.places, norm.weight, norm.bias, more),
+        *(*statistics, pixels, c, more.stride(0) if more.ndim == 2 else 0, norm.groups, norm.eps),
+        SUM=False, ADDED=added is not None, STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
     return statistics
 
 
-def normalise(x: Tensor, statistics: Statistics, silu: bool = True, beside: Tensor | None = None) -> Tensor:
-    """The normalised x (N, C, H, W), and SiLU of it if asked; of x and the image `beside` it, joined."""
-    n, width, pixels = _sizes(x)
-    c = _channels(x, beside)
-    result = x.new_empty(n, *x.shape[2:], c).permute(0, 3, 1, 2)
+def normalise(x: Tensor, statistics: Statistics, silu: bool = True) -> Tensor:
+    """The normalised x (N, C, H, W), and SiLU of it if asked."""
+    n, c, pixels = _sizes(x)
+    result = torch.empty_like(x)
     grid = _grid(triton.cdiv(pixels, PIXELS), c, n)
-    _normalise[grid](
-        *(x, x if beside is None else beside, result, statistics.scale, statistics.shift, pixels, c, width),
-        BESIDE=beside is not None, SILU=silu, **_BLOCK,
-    )  # fmt: skip
+    _normalise[grid](x, result, statistics.scale, statistics.shift, pixels, c, SILU=silu, **_BLOCK)
     return result
 
 
-def normalise_back(
+def normalise_backward(
     gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None
 ) -> Tensor:
     """The gradient by x, where `gradient` is that by `normalise(x, statistics)`; plus `around`, that of another way."""
     n, c, pixels = _sizes(x)
-    sums = sums_over(x, norm.groups)
+    sums = _sums_over(x, norm.groups)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     by_x, constant = x.new_empty(2, n, c, dtype=torch.float32)
-    _measure_back[sums.grid](
+    _measure_backward[sums.grid](
         *(gradient, x, *sums.places, norm.weight, *statistics, by_x, constant),
         *(pixels, c, norm.groups), STAGES=STAGES, **sums.sizes,
     )  # fmt: skip
     result = torch.empty_like(x)
     other = x if around is None else around.contiguous(memory_format=torch.channels_last)
-    _normalise_back[_grid(triton.cdiv(pixels, PIXELS), c, n)](
+    _normalise_backward[_grid(triton.cdiv(pixels, PIXELS), c, n)](
         *(gradient, x, other, result, statistics.scale, statistics.shift, by_x, constant, pixels, c),
         AROUND=around is not None, **_BLOCK,
     )  # fmt: skip
@@ -110,16 +102,16 @@ def add(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 def add_and_measure(x: Tensor, y: Tensor, bias: Tensor, norm: Norm) -> tuple[Tensor, Statistics]:
     """x + y + bias as `add` has it, and its statistics."""
     _, c, pixels = _sizes(x)
-    result, sums, statistics = torch.empty_like(x), sums_over(x, norm.groups), new_statistics(x)
+    result, sums, statistics = torch.empty_like(x), _sums_over(x, norm.groups), new_statistics(x)
     _measure[sums.grid](
         *(x, y, bias, result, *sums.places, norm.weight, norm.bias, norm.bias),
-        *(*statistics, pixels, c, c, 0, norm.groups, norm.eps),
-        SUM=True, BESIDE=False, ADDED=False, STAGES=STAGES // 2, **sums.sizes,
+        *(*statistics, pixels, c, 0, norm.groups, norm.eps),
+        SUM=True, ADDED=False, STAGES=STAGES // 2, **sums.sizes,
     )  # fmt: skip
     return result, statistics
 
 
-class Sums(NamedTuple):
+class _Sums(NamedTuple):
     """How a kernel is launched whose programs take sums over chunks of each sample's pixels."""
 
     grid: tuple[int, int, int]  # chunks, blocks of channels, samples
@@ -127,16 +119,16 @@ class Sums(NamedTuple):
     sizes: dict[str, int]
 
 
-def sums_over(x: Tensor, groups: int, beside: Tensor | None = None) -> Sums:
-    n, _, pixels = _sizes(x)
-    c = _channels(x, beside)
+def _sums_over(x: Tensor, groups: int) -> _Sums:
+    n, c, pixels = _sizes(x)
     chunks, blocks = _chunks(n, c, pixels)
     places = x.new_empty(n, chunks, 2, c, dtype=torch.float32), _counters(x)
-    return Sums(_grid(chunks, c, n), places, {"BLOCKS": blocks, **_finishing(c, groups, chunks), **_BLOCK})
+    return _Sums(_grid(chunks, c, n), places, {"BLOCKS": blocks, **_finishing(c, groups, chunks), **_BLOCK})
 
 
-def new_statistics(x: Tensor, beside: Tensor | None = None) -> Statistics:
-    return Statistics(*x.new_empty(4, len(x), _channels(x, beside), dtype=torch.float32))
+def new_statistics(x: Tensor) -> Statistics:
+    """Room for those of x (N, C, H, W)."""
+    return Statistics(*x.new_empty(4, *x.shape[:2], dtype=torch.float32))
 
 
 _BLOCK = {"PIXELS": PIXELS, "CHANNELS": CHANNELS}
@@ -150,16 +142,6 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
     if not x.is_contiguous(memory_format=torch.channels_last) or n > _MAX_SAMPLES:
         raise ValueError(f"{tuple(x.shape)} with strides {x.stride()}: expected channels last, {_MAX_SAMPLES} samples")
     return n, c, h * w
-
-
-def _channels(x: Tensor, beside: Tensor | None) -> int:
-    """Of both. Raises ValueError when they can not be read as one image."""
-    if beside is None:
-        return x.shape[1]
-    n, c, pixels = _sizes(beside)
-    if (n, pixels) != _sizes(x)[::2] or x.shape[1] % CHANNELS or x.dtype != beside.dtype:
-        raise ValueError(f"{tuple(x.shape)} {x.dtype} beside {tuple(beside.shape)} {beside.dtype}")
-    return x.shape[1] + c
 
 
 def _grid(blocks: int, c: int, n: int) -> tuple[int, int, int]:
@@ -193,27 +175,12 @@ def _finishing(c: int, groups: int, chunks: int) -> dict[str, int]:
 
 
 @triton.jit
-def _block(pixel, pixels, row, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places of a block of pixels and channels in a sample's memory, where a pixel has `row` values, which of them
-    exist, and the channels."""
+def _block(pixel, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Places of a block of pixels and channels in a sample's memory, which of them exist, and the channels."""
     rows = pixel + tl.arange(0, PIXELS)
     channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     exist = (rows < pixels)[:, None] & (channels < c)[None, :]
-    return rows[:, None] * row + channels[None, :], exist, channels
-
-
-@triton.jit
-def _source(x, beside, n, pixels, c, width, BESIDE: tl.constexpr, CHANNELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where sample n's first channel would be among those that this program reads, and how many a pixel has there: of x
-    alone, or of x of `width` channels and of the image whose channels follow."""
-    if BESIDE:
-        of_x = tl.program_id(1) * CHANNELS < width
-        row = tl.where(of_x, width, c - width)
-        memory = tl.where(of_x, x, beside - width)
-    else:
-        row = c
-        memory = x
-    return memory + n * pixels * row, row
+    return rows[:, None] * c + channels[None, :], exist, channels
 
 
 @triton.jit
@@ -263,8 +230,10 @@ def _store_sums(partial, first, second, c, CHANNELS: tl.constexpr):  # type: ign
 
 @triton.jit
 def one_more(mean, squares, value, exist, block):  # type: ignore[no-untyped-def]
-    """Welford's step: the mean of the values at a place so far and their squared deviations from it, with one `value`
-    more. A place exists in block 0 to some last one, so all values at it are counted by the block's number."""
+    """Welford's step (1962): mean, and squared deviations from it, of the values at each place with one `value` more.
+
+    A place that exists in a block exists in all blocks before. So the block's number says how many values it had.
+    """
     share = 1.0 / (block + 1)
     away = tl.where(exist, value - mean, 0.0)
     return mean + away * share, squares + away * away * (1 - share)
@@ -272,8 +241,10 @@ def one_more(mean, squares, value, exist, block):  # type: ignore[no-untyped-def
 
 @triton.jit
 def over_places(mean, squares, counts, count):  # type: ignore[no-untyped-def]
-    """By channel, mean and squared deviations of all `count` values, of those at each place (P, C) and how many there
-    are (P,): Chan, Golub and LeVeque 1979."""
+    """By channel, the mean and the squared deviations of all `count` values (Chan, Golub and LeVeque 1979).
+
+    Given are those at each place (P, C), and how many values each place has (P,).
+    """
     total = tl.sum(mean * counts[:, None], 0) / count
     away = mean - total[None, :]
     return total, tl.sum(squares + away * away * counts[:, None], 0)
@@ -300,8 +271,10 @@ def finish_statistics(  # type: ignore[no-untyped-def]
     ADDED: tl.constexpr, BLOCKS: tl.constexpr, PIXELS: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Of this program's sample, in the last of its programs, of the moments that all have stored: first the groups'
-    means, then what all values deviate from them."""
+    """The sample's statistics, in the last of its programs, from the moments that all of them have stored.
+
+    First the groups' means, then what all values deviate from them.
+    """
     n = tl.program_id(2).to(tl.int64)
     if _is_last(counters + n, CHUNKS * tl.num_programs(1)):
         at, exist = _all_channels(c, groups, GROUPS, EACH)
@@ -340,15 +313,15 @@ def finish_statistics(  # type: ignore[no-untyped-def]
 @triton.jit
 def _measure(  # type: ignore[no-untyped-def]
     x, y, bias_of_sum, result, partial, counters, weight, bias, added, scale, shift, inverse, offset,
-    pixels, c, width, added_stride, groups, eps,
-    SUM: tl.constexpr, BESIDE: tl.constexpr, ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    pixels, c, added_stride, groups, eps,
+    SUM: tl.constexpr, ADDED: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, CHUNKS: tl.constexpr, AT_ONCE: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Of x, of x and y BESIDE it, or of x + y + `bias_of_sum`, which becomes the result."""
+    """Of x, or of x + y + `bias_of_sum`, which becomes the result."""
     n = tl.program_id(2).to(tl.int64)
     begin = tl.program_id(0) * BLOCKS * PIXELS
-    x, row = _source(x, y, n, pixels, c, width, BESIDE, CHANNELS)
+    x += n * pixels * c
     y += n * pixels * c
     result += n * pixels * c
     partial += n * CHUNKS * 2 * c
@@ -357,7 +330,7 @@ def _measure(  # type: ignore[no-untyped-def]
     mean = tl.zeros((PIXELS, CHANNELS), tl.float32)  # by place in a block: threads join theirs once, at the end
     squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        places, exist, _ = _block(begin + block * PIXELS, pixels, row, c, PIXELS, CHANNELS)
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         each = tl.load(x + places, exist, 0.0).to(tl.float32)
         if SUM:
             total = each + tl.load(y + places, exist, 0.0).to(tl.float32) + more
@@ -374,19 +347,18 @@ def _measure(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _normalise(  # type: ignore[no-untyped-def]
-    x, beside, result, scale, shift, pixels, c, width,
-    BESIDE: tl.constexpr, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, result, scale, shift, pixels, c,
+    SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    x, row = _source(x, beside, n, pixels, c, width, BESIDE, CHANNELS)
-    sources, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, row, c, PIXELS, CHANNELS)
-    places, _, _ = _block(tl.program_id(0) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
+    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
+    places += n * pixels * c
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
-    z = tl.load(x + sources, exist, 0.0).to(tl.float32) * a + b
+    z = tl.load(x + places, exist, 0.0).to(tl.float32) * a + b
     if SILU:
         z = z * tl.sigmoid(z)
-    tl.store(result + n * pixels * c + places, z.to(result.dtype.element_ty), exist)
+    tl.store(result + places, z.to(result.dtype.element_ty), exist)
 
 
 @triton.jit
@@ -398,7 +370,7 @@ def before_silu(gradient, x, scale, shift):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _measure_back(  # type: ignore[no-untyped-def]
+def _measure_backward(  # type: ignore[no-untyped-def]
     gradient, x, partial, counters, weight, scale, shift, inverse, offset, by_x, constant,
     pixels, c, groups,
     BLOCKS: tl.constexpr, STAGES: tl.constexpr,
@@ -417,7 +389,7 @@ def _measure_back(  # type: ignore[no-untyped-def]
     gradients = tl.zeros((PIXELS, CHANNELS), tl.float32)
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
-        places, exist, _ = _block(begin + block * PIXELS, pixels, c, c, PIXELS, CHANNELS)
+        places, exist, _ = _block(begin + block * PIXELS, pixels, c, PIXELS, CHANNELS)
         value = tl.load(x + places, exist, 0.0).to(tl.float32)
         inner = before_silu(tl.load(gradient + places, exist, 0.0).to(tl.float32), value, a, b)
         gradients += inner
@@ -436,12 +408,12 @@ def _measure_back(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _normalise_back(  # type: ignore[no-untyped-def]
+def _normalise_backward(  # type: ignore[no-untyped-def]
     gradient, x, around, result, scale, shift, by_x, constant, pixels, c,
     AROUND: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(2).to(tl.int64)
-    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
+    places, exist, channels = _block(tl.program_id(0) * PIXELS, pixels, c, PIXELS, CHANNELS)
     places += n * pixels * c
     a = tl.load(scale + n * c + channels, channels < c, 0.0)[None, :]
     b = tl.load(shift + n * c + channels, channels < c, 0.0)[None, :]
@@ -459,7 +431,7 @@ def _normalise_back(  # type: ignore[no-untyped-def]
 def _add(  # type: ignore[no-untyped-def]
     x, y, bias, result, pixels, c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    places, exist, channels = _block(tl.program_id(0).to(tl.int64) * PIXELS, pixels, c, c, PIXELS, CHANNELS)
+    places, exist, channels = _block(tl.program_id(0).to(tl.int64) * PIXELS, pixels, c, PIXELS, CHANNELS)
     each = tl.load(bias + channels, channels < c, 0.0).to(tl.float32)[None, :]
     total = tl.load(x + places, exist, 0.0).to(tl.float32) + tl.load(y + places, exist, 0.0).to(tl.float32) + each
     tl.store(result + places, total.to(result.dtype.element_ty), exist)
