@@ -407,6 +407,7 @@ def cost(ours: SelfCheck, weights: Path) -> None:
     picture = Image.new("RGB", (512, 512), "red")
     print(torch.cuda.get_device_name(), f"memory held by all models {torch.cuda.memory_allocated() / 1e9:.2f} GB")
     for count in (1, 4):
+        prompt: str | Image.Image
         for prompt in ("a red cube", picture):
             together: list[Any] = [(splat, prompt)] * count
             torch.cuda.reset_peak_memory_stats()

@@ -18,11 +18,12 @@ from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, com
 from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
 from generation.accelerate.group_norm import ImageNorm, group_norm
 from generation.accelerate.unet import compile_unet
-from generation.generators.dreamgaussian.guidance.distillation import with_gradient
+from generation.generators.dreamgaussian.guidance.distillation import Distillation, with_gradient
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.settings import ROOT
 from generation.splats.cameras import orbit
+from tests.support.tensors import gradient as gradient_of
 
 
 @given(st.integers(1, 40))
@@ -82,28 +83,28 @@ def test_upsampling_in_one_is_upsampling_and_then_a_convolution():
 @pytest.mark.parametrize("kind", ["mvdream", "zero123"])
 def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
     folder = mini_models.parent / kind
-    guidance = (
-        MVDream.load(folder, "cpu", torch.float32)
-        if kind == "mvdream"
-        else Zero123.load(folder, "cpu", torch.float32, stable=False)
-    )
+    guidance: Distillation
+    if kind == "mvdream":
+        guidance = text = MVDream.load(folder, "cpu", torch.float32)
+        conditions = [text.prepare(words, "") for words in ("a", "b", "c")]
+    else:
+        guidance = image = Zero123.load(folder, "cpu", torch.float32, stable=False)
+        conditions = [image.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)]
     for model in (guidance._vae, guidance._unet):
         for parameter in model.parameters():  # no bias is zero, no scale is one
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     views = 3 * guidance.views
     images = torch.rand(views, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     poses = orbit(10.0, torch.arange(views) * 90.0, 2.5, 49.1, 8, 8).camera_to_world
-    if kind == "mvdream":
-        conditions = torch.stack([guidance.prepare(text, "") for text in ("a", "b", "c")])
-    else:
-        conditions = torch.stack([guidance.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)])
 
     def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         pixels = images.clone().requires_grad_()
         generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        loss = guidance.loss(lambda: pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
+        loss = guidance.loss(
+            lambda: pixels, poses, torch.stack(conditions), torch.tensor([0.3, 0.5, 0.7]), generators, 5.0
+        )
         loss.sum().backward()
-        return loss.detach(), pixels.grad
+        return loss.detach(), gradient_of(pixels)
 
     before = loss_and_gradient()
     compile_unet(guidance._unet)
@@ -147,7 +148,7 @@ def test_a_known_gradient_is_weighted_by_scene():
     losses = with_gradient(images, torch.tensor([1.0, 2.0]), gradient)
     assert losses.tolist() == [1.0, 2.0]
     (losses * torch.tensor([1.0, 10.0])).sum().backward()
-    assert images.grad[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
+    assert gradient_of(images)[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
 
 
 def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> None:

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,6 +107,10 @@ def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
         assert service.generate().status_code == 200
 
 
+def gave_up(engine: Engine, count: int) -> bool:
+    return engine.totals["cancelled"] == count and not engine.active
+
+
 def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
     with serving(max_queue=1) as service:
         expected = round(service.engine._mean_seconds)
@@ -113,7 +118,7 @@ def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
             client = send_and_keep_open(service, "hold")
             wait_until(lambda: service.engine.active)
             client.close()
-            wait_until(lambda count=count: service.engine.totals["cancelled"] == count and not service.engine.active)
+            wait_until(partial(gave_up, service.engine, count))
         assert service.generate("crash").status_code == 500
         hold(service)
         ask(service, "a", "interactive")

@@ -192,7 +192,12 @@ class TestScore:
         checking = colour_check()
         picture = Image.new("RGB", (60, 60), "white")
         picture.paste((0, 0, 255), (15, 15, 45, 45))
-        asked = [(ball("red"), "a red ball"), (ball("blue"), picture), (ball("red"), picture), (ball("blue"), "blue")]
+        asked: list[tuple[Gaussians, str | Image.Image]] = [
+            (ball("red"), "a red ball"),
+            (ball("blue"), picture),
+            (ball("red"), picture),
+            (ball("blue"), "blue"),
+        ]
         together = checking.check_all(asked)
         assert [round(each.score, 6) for each in together] == [round(checking.check(*each).score, 6) for each in asked]
         assert [each.score > 0.9 for each in together] == [True, True, False, True]

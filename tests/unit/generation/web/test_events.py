@@ -102,11 +102,17 @@ def test_the_time_left_is_null_until_it_was_measured() -> None:
 
 
 def test_a_pause_is_told_once_and_is_no_time_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, told = [0.0], []
+    now = [0.0]
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr(events_module.time, "monotonic", lambda: now[0])
     events = Events()
     publish = events.publish
-    monkeypatch.setattr(events, "publish", lambda *event: (told.append(event[2]), publish(*event)))
+
+    def publish_and_tell(following: events_module.Following, kind: str, about: dict[str, Any]) -> None:
+        told.append(about)
+        publish(following, kind, about)
+
+    monkeypatch.setattr(events, "publish", publish_and_tell)
 
     def run(request_id: str, pause: float, background: bool) -> None:
         with events.request(request_id, background) as following:
