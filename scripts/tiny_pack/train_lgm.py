@@ -328,12 +328,14 @@ def differences(images: Tensor, by: int) -> Tensor:
 
 def begin_small(model: LGM) -> None:
     """Small, faint Gaussians near the middle of each ray."""
+    bias = model.conv.bias
+    assert bias is not None
     with torch.no_grad():
         model.conv.weight *= 0.5
-        model.conv.bias.zero_()
-        model.conv.bias[4] = -1.0
-        model.conv.bias[5:8] = -2.0
-        model.conv.bias[8] = 1.0
+        bias.zero_()
+        bias[4] = -1.0
+        bias[5:8] = -2.0
+        bias[8] = 1.0
 
 
 class Trainer:
@@ -412,7 +414,7 @@ def held_out_specs(count: int, seed: int) -> list[ObjectSpec]:
 
 
 @torch.no_grad()
-def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
+def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, object], Tensor]:
     """The judge's opinion of splats made of unseen prompts by the whole chain; rows of views and renders."""
     from scripts.tools.contact_sheet import all_round
 

@@ -73,12 +73,13 @@ class Drawer:
 def generator(**options) -> tuple[Lgm, Drawer]:
     torch.manual_seed(0)
     network, drawer = LGM(SMALL).eval().requires_grad_(False), Drawer()
-    return Lgm(network, drawer, LgmOptions(**options), "cpu", lambda images: torch.ones_like(images[:, :1])), drawer
+    matting = lambda images: torch.ones_like(images[:, :1])  # noqa: E731
+    return Lgm(network, drawer, LgmOptions(**options), "cpu", matting), drawer  # type: ignore[arg-type]
 
 
 def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
     works = [lgm.begin(subject) for subject in subjects]
-    fractions = [[] for _ in works]
+    fractions: list[list[float]] = [[] for _ in works]
     while unfinished := [work for work in works if not work.done]:
         lgm.tick(unfinished)
         for each, work in zip(fractions, works, strict=True):
@@ -145,7 +146,8 @@ def test_too_few_gaussians_become_more_that_look_the_same():
     splats[:, :3] = (splats[:, :3] - 0.5) * 0.8
     splats[:, 4:7] *= 0.1
     few, many = to_gaussians(splats), to_gaussians(splats, at_least=120)
-    assert len(few) == 60 and 120 <= len(many) < 160
+    assert len(few) == 60
+    assert 120 <= len(many) < 160
     cameras = orbit(20.0, torch.tensor([0.0, 120.0]), 1.5, 49.1, 48, 48)
     (a, _, _), (b, _, _) = (rasterize(each, cameras, 48, 48, torch.ones(3)) for each in (few, many))
     assert float((a - b).abs().mean()) < 0.005
@@ -161,7 +163,8 @@ def test_faint_gaussians_far_from_the_others_are_left_out():
     splats[1, :4] = torch.tensor([0.0, 0.0, 0.0, 0.04])
     assert len(to_gaussians(splats)) == 40
     means = to_gaussians(splats, replace(SMALL, stray_opacity=0.05)).means
-    assert len(means) == 39 and float(means.abs().max()) <= 0.4
+    assert len(means) == 39
+    assert float(means.abs().max()) <= 0.4
 
 
 def test_views_are_recentred_as_pictures_are():
