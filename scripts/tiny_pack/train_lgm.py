@@ -496,9 +496,8 @@ def main() -> None:
     del trainer, pool, pools
     test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
     draw_views(test, chain, 1)
-    quality: dict[str, object] = {
-        f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")
-    }
+    names = ("exact", "jittered", "drawn")
+    quality: dict[str, object] = {f"from_{name}_views": measure(best, test, name, args.device) for name in names}
     quality["unseen_prompts"], rows = unseen_prompts(best, chain, args.device, args.prompts, 0)
     write_card(folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality, background=BACKDROP)
     if args.sheet:
