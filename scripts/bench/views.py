@@ -124,7 +124,7 @@ def measure(drawer: Drawer, count: int, steps: int) -> tuple[dict[str, float], T
             drawer.step(drawings)
         drawer.views(drawings)
 
-    found["all"] = timed(all_of_it, repeats=2)
+    found["all"] = timed(all_of_it, repeats=1)
     return found, latents
 
 

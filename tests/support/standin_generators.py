@@ -108,6 +108,9 @@ class StandIn:
             return torch.tensor(next(rgb for name, rgb in COLOURS.items() if name in subject.words))
         assert subject.cutout.shape == (4, FRAME.size, FRAME.size)
         colour, alpha = subject.cutout[:3].cpu(), subject.cutout[3:].cpu()
+        rows, columns = torch.nonzero(alpha[0] > 0.5, as_tuple=True)
+        longer = 1 + max(int(rows.max() - rows.min()), int(columns.max() - columns.min()))
+        assert abs(longer - FRAME.size * (1 - FRAME.border)) <= 2  # pixels
         return (colour * alpha).sum((1, 2)) / alpha.sum()
 
 

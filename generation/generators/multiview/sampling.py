@@ -122,7 +122,9 @@ class Sampler:
 
     @torch.no_grad()
     def step(self, drawings: Sequence[Drawing]) -> None:
-        """One denoising step of each; all or, when it fails, none of them."""
+        """One denoising step of each; all or, when it fails, none of them. Raises ValueError for one that is done."""
+        if any(drawing.done for drawing in drawings):
+            raise ValueError("a drawing that is done has no further step")  # a GPU would not come back from it
         latents = []
         for some in pieces(len(drawings)):
             (after,) = self.captured(*self._inputs(drawings[some]))

@@ -181,6 +181,8 @@ def test_ddim_is_diffusers(steps):
         sampler.step([drawing])
     assert torch.allclose(drawing.latents, expected, atol=1e-5) and drawing.done
     assert torch.equal(torch.stack(called)[:, 0, 0], scheduler.timesteps)
+    with pytest.raises(ValueError, match="no further step"):
+        sampler.step([drawing])
 
 
 def test_a_scheduler_of_another_kind_is_refused():
