@@ -186,7 +186,7 @@ class RemoteEngine:
             number = theirs.fileno()
             command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]
             try:  # on this thread, with which the process will end: see generation.fleet.worker.die_with
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )
             except OSError as error:

@@ -332,7 +332,8 @@ class Pipeline:
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
             frame = self._generator(job).cutout
-            assert job.image is not None and frame is not None
+            assert job.image is not None
+            assert frame is not None
             try:
                 cutouts.append(recentre(job.image, alphas[job], frame.size, frame.border, given=job in given))
             except NothingInImage as nothing:
@@ -432,7 +433,8 @@ class Pipeline:
             request = job.request
             picture = request.image if request.target is None else request.target
             prompt = request.prompt if picture is None else picture
-            assert job.gaussians is not None and prompt is not None
+            assert job.gaussians is not None
+            assert prompt is not None
             splats.append((job.gaussians, prompt))
         return self._self_check.check_all(splats, fit=True)
 

@@ -258,7 +258,9 @@ def test_a_picture_is_dropped(studio: Studio) -> None:
     studio.page.click("#go")
     until(studio.results, "a result")
     (asked,) = studio.painter.asked
-    assert asked.prompt is None and asked.image is not None and asked.image.size == (40, 30)
+    assert asked.prompt is None
+    assert asked.image is not None
+    assert asked.image.size == (40, 30)
     until(lambda: studio.page.inner_text("#about b") == "a picture", "the result on the page")
 
 
@@ -277,7 +279,8 @@ def test_no_other_site_and_no_other_name_reaches_it(studio: Studio) -> None:
             answer = httpx.request(method, studio.url + path, headers=headers)
             assert answer.status_code in (403, 421)
     policy = httpx.get(f"{studio.url}/studio/").headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
 
 
 def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path) -> None:
