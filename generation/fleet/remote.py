@@ -257,7 +257,7 @@ class RemoteEngine:
                 return
             if isinstance(message, Progress):
                 if on_progress is not None:
-                    on_progress(message.stage, message.fraction)
+                    on_progress(message.stage, message.fraction, *message.preview)
             elif isinstance(message, Outcome):
                 self._answered = True
                 future.set_result(message.value)

@@ -75,6 +75,8 @@ class Deployment:
         }
         self.state = miner.rehearsal_state
         self._service = given.flags("service", "score")
+        if miner.metrics_port and not given.has("service", "miner_url"):
+            self._service += ["--miner-url", f"http://127.0.0.1:{miner.metrics_port}"]
         self._miner = given.flags("network", "wallet", "miner", "score")
         self.names = ("generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
 
@@ -261,6 +263,7 @@ def _summarise(deployment: Deployment) -> None:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
     print("Next:")
     print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
+    print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
     print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
     print("  ./test_competitive.py        check everything")
     print("  ./stop_competitive.sh        stop everything")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from generation.engine.engine import Engine
+from generation.pipeline import preview
 from generation.pipeline.job import Job
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats import ply
@@ -82,6 +83,7 @@ class Painter:
         ticks: Any = job.image
         job.image = ticks + 1
         job.progress("dreamgaussian", min(ticks / TICKS, 0.95))
+        job.preview("dreamgaussian", min(ticks / TICKS, 0.95), lambda: preview.of_gaussians(scene()))
         if job.request.prompt == "hold" and not self.go.is_set():
             return None
         if ticks < TICKS:
@@ -233,6 +235,8 @@ def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> Non
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
     studio.open()
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
+    until(lambda: studio.page.locator(".making img:not([hidden])").count() == 3, "what they look like so far")
+    assert studio.page.evaluate("document.querySelector('.making img').naturalWidth") == preview.SIDE
     studio.page.locator(".making button").first.click()
     until(lambda: studio.page.locator(".making").count() == 2, "one is cancelled")
     assert studio.painter.cancelled == 1

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ LISTED = """:env:.default-timeout='60'
 :env:.index-url='https://me:secret@index.example/simple'
 global.cert='/etc/ssl/company.pem'
 global.extra-index-url='https://one.example/simple\\nhttps://two.example/simple'
-global.find-links='/opt/wheels'
+global.find-links='/proc /no/such/folder'
 global.index-url='https://old.example/simple'
 global.proxy='http://proxy.example:3128'
 install.trusted-host='index.example'
@@ -45,7 +46,7 @@ def test_uv_is_told_pips_indexes_proxy_and_certificates() -> None:
         "UV_DEFAULT_INDEX": "https://me:secret@index.example/simple",  # the environment goes before the file
         "UV_INDEX": "https://one.example/simple https://two.example/simple",
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip has it; hashes say which file it must be
-        "UV_FIND_LINKS": "/opt/wheels",
+        "UV_FIND_LINKS": "/proc",
         "UV_INSECURE_HOST": "index.example",
         "UV_HTTP_TIMEOUT": "60",
         "UV_NO_PROGRESS": "1",
@@ -109,6 +110,24 @@ def test_progress_is_counted_in_what_uv_tells() -> None:
     share, text = progress.shown()
     assert text == "1 of 501 MB"
     assert share == pytest.approx(1 / 501)
+
+
+def test_an_install_that_is_ended_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "LOG", tmp_path / "log")
+
+    class Ended(environment._UvProgress):
+        def read(self, line: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def end(*_: object) -> None:
+        raise SystemExit(130)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            environment._run([sys.executable, "-uc", "import time; print(1); time.sleep(100)"], os.environ, Ended())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow

@@ -480,6 +480,32 @@ def test_progress(pipeline):
     assert fractions[-1] == 1.0
 
 
+class TestPreviews:
+    @pytest.fixture(autouse=True)
+    def visible(self, sculptor, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", Scene.gaussians, raising=False)
+
+    @pytest.mark.parametrize("preview", [True, False])
+    def test_they_are_told_to_who_asks(self, pipeline, preview):
+        told = []
+        job = pipeline.begin(ask("a red ball", preview=preview), lambda *said: told.append(said))
+        while job.outcome is None:
+            pipeline.tick([job])
+        pictures = [said for said in told if len(said) == 3]
+        assert [stage for stage, _, _ in pictures] == (["text_to_image"] + ["clay"] * 4 if preview else [])
+        for _, _, data in pictures:
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            assert max(picture.size) <= 128
+            red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
+            assert red > 150 > 60 > green
+
+    def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", lambda scene: 1 / 0)
+        (outcome,) = pipeline.generate([ask("a red ball", preview=True)])
+        assert isinstance(outcome, Asset)
+        assert outcome.ply
+
+
 class TestValidate:
     def test_scores_a_splat_of_any_size(self, pipeline):
         good = ply.write(ball("red", radius=7))
