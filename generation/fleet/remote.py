@@ -186,7 +186,7 @@ class RemoteEngine:
             number = theirs.fileno()
             command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]
             try:  # on this thread, with which the process will end: see generation.fleet.worker.die_with
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )
             except OSError as error:
@@ -257,7 +257,7 @@ class RemoteEngine:
                 return
             if isinstance(message, Progress):
                 if on_progress is not None:
-                    on_progress(message.stage, message.fraction)
+                    on_progress(message.stage, message.fraction, *message.preview)
             elif isinstance(message, Outcome):
                 self._answered = True
                 future.set_result(message.value)

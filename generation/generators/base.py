@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,6 +68,15 @@ class Work(Protocol):
 
         Raises NoSplat where there is none: the request is rejected then, for that reason.
         """
+        ...
+
+
+@runtime_checkable
+class Visible(Protocol):
+    """A ``Work`` that can be looked at while it is made."""
+
+    def so_far(self) -> Gaussians:
+        """As they are now, on the device; they may change with the next tick."""
         ...
 
 

@@ -254,7 +254,8 @@ def self_check(device: str, rests: bool = False) -> SelfCheck:
     """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
     text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
-    assert text is not None and image is not None
+    assert text is not None
+    assert image is not None
     model = open_clip.create_model("convnext_large_d", device=device)
     tokenizer = open_clip.get_tokenizer("convnext_large_d")
     vision = CLIPVisionConfig(

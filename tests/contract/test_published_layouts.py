@@ -106,6 +106,7 @@ def published(tmp_path_factory) -> dict[str, Repository]:
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         files.pop("card.json", None)
         commit = entry.revision if entry.pinned else f"{number}" * 40
+        assert entry.repo is not None
         repositories[entry.repo] = Repository(commit, files)
     return repositories
 

@@ -384,7 +384,8 @@ def test_only_what_splats_need_is_fetched():
     fetched = wanted([*there, "pipeline.json", "README.md", ".gitattributes"], entry.files)
     assert set(fetched) == {"pipeline.json", *(f"ckpts/{p}.{kind}" for p in parts for kind in ("json", "safetensors"))}
     assert {name for name, _ in entry.sha256} == {f"ckpts/{part}.safetensors" for part in parts}
-    assert entry.pinned and REGISTRY["dinov2-with-registers-large"].pinned
+    assert entry.pinned
+    assert REGISTRY["dinov2-with-registers-large"].pinned
 
 
 def write_pipeline(folder: Path) -> Path:
@@ -445,6 +446,8 @@ def test_one_voxel():
 
 def test_position_embedding_of_a_width_that_six_does_not_divide():
     embedded = layers.position_embedding(torch.tensor([[1, 2, 3]]), 1024)
-    assert embedded.shape == (1, 1024) and embedded[0, 1020:].tolist() == [0] * 4
-    assert float(embedded[0, 0]) == pytest.approx(math.sin(1)) and float(embedded[0, 170]) == pytest.approx(math.cos(1))
+    assert embedded.shape == (1, 1024)
+    assert embedded[0, 1020:].tolist() == [0] * 4
+    assert float(embedded[0, 0]) == pytest.approx(math.sin(1))
+    assert float(embedded[0, 170]) == pytest.approx(math.cos(1))
     assert structure_flow_module.position_embedding is layers.position_embedding

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from generation.engine.engine import Engine
+from generation.pipeline import preview
 from generation.pipeline.job import Job
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats import ply
@@ -82,6 +83,7 @@ class Painter:
         ticks: Any = job.image
         job.image = ticks + 1
         job.progress("dreamgaussian", min(ticks / TICKS, 0.95))
+        job.preview("dreamgaussian", min(ticks / TICKS, 0.95), lambda: preview.of_gaussians(scene()))
         if job.request.prompt == "hold" and not self.go.is_set():
             return None
         if ticks < TICKS:
@@ -233,6 +235,8 @@ def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> Non
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
     studio.open()
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
+    until(lambda: studio.page.locator(".making img:not([hidden])").count() == 3, "what they look like so far")
+    assert studio.page.evaluate("document.querySelector('.making img').naturalWidth") == preview.SIDE
     studio.page.locator(".making button").first.click()
     until(lambda: studio.page.locator(".making").count() == 2, "one is cancelled")
     assert studio.painter.cancelled == 1
@@ -258,7 +262,9 @@ def test_a_picture_is_dropped(studio: Studio) -> None:
     studio.page.click("#go")
     until(studio.results, "a result")
     (asked,) = studio.painter.asked
-    assert asked.prompt is None and asked.image is not None and asked.image.size == (40, 30)
+    assert asked.prompt is None
+    assert asked.image is not None
+    assert asked.image.size == (40, 30)
     until(lambda: studio.page.inner_text("#about b") == "a picture", "the result on the page")
 
 
@@ -277,7 +283,8 @@ def test_no_other_site_and_no_other_name_reaches_it(studio: Studio) -> None:
             answer = httpx.request(method, studio.url + path, headers=headers)
             assert answer.status_code in (403, 421)
     policy = httpx.get(f"{studio.url}/studio/").headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
 
 
 def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path) -> None:

@@ -93,5 +93,6 @@ def test_an_empty_structure_is_a_rejection(mini_models, tmp_path):
     mini_trellis.change(tmp_path, "ss_dec", out_layer__2__bias=torch.tensor([-100.0]))
     with service_process(tmp_path, models, config) as client:
         response = generate(client, 1)
-        assert response.content == b"" and response.headers["X-Rejected"] == "structure: it has no voxel"
+        assert response.content == b""
+        assert response.headers["X-Rejected"] == "structure: it has no voxel"
         assert client.get("/health").json()["status"] == "ready"

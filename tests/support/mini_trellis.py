@@ -88,7 +88,8 @@ def _set_share(decoder: StructureDecoder, share: float) -> None:
     with torch.no_grad():
         logits = decoder(torch.randn(4, CHANNELS, 4, 4, 4))
         last = decoder.out_layer[2]
-        assert isinstance(last, nn.Conv3d) and last.bias is not None
+        assert isinstance(last, nn.Conv3d)
+        assert last.bias is not None
         last.bias -= logits.flatten().quantile(1 - share)
 
 

@@ -123,7 +123,8 @@ def test_worked_examples_are_whole(example: str, tmp_path: Path, monkeypatch: py
     (tmp_path / "competitive.toml").write_text(example)
     monkeypatch.setattr(deploy, "ROOT", tmp_path)
     deployment = deploy.Deployment(deploy.parse([], tmp_path))
-    assert deployment.network == "finney" and deployment.profile == "full"
+    assert deployment.network == "finney"
+    assert deployment.profile == "full"
 
 
 def test_the_table_of_memory_classes() -> None:

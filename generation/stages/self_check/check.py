@@ -118,9 +118,11 @@ class SelfCheck:
         nothing = {part: 0.0 if part in self.parts else None for part in SHARES}
         checks = [Check(run_gates(gaussians), parts=nothing) for gaussians, _ in splats]
         passed = [i for i, check in enumerate(checks) if check.failed_gate is None]
-        views = []
-        for gaussians in (splats[i][0].to(self._device) for i in passed):
-            views.append(render_views(to_validators_frame(fit_to_frame(gaussians) if fit else gaussians)))
+        framed = (
+            fit_to_frame(gaussians) if fit else gaussians
+            for gaussians in (splats[i][0].to(self._device) for i in passed)
+        )
+        views = [render_views(to_validators_frame(gaussians)) for gaussians in framed]
         for i, check in zip(passed, self._measure(views, [splats[i][1] for i in passed]), strict=True):
             checks[i] = replace(check, gates=checks[i].gates)
         return checks

@@ -29,7 +29,7 @@ THUMBNAIL_SIDE = 256  # pixels
 log = logging.getLogger("generation.web.studio")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Making:
     """A request in progress."""
 
@@ -37,7 +37,9 @@ class Making:
     prompt: str | None
     seed: int
     began_at: float  # unix seconds
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
+    preview: bytes = b""  # a WEBP of it so far
+    previews: int = 0  # how many there were
 
 
 class Makers:
@@ -71,34 +73,47 @@ class Makers:
     def start(self, asked: Request) -> str:
         """Begin to make it; its id, by which its events are told."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        making = Making(request_id, asked.prompt, asked.seed, time.time())
         # All that was generated is shown, also what is not worth submitting: that is decided below.
-        work = self._make(request_id, replace(asked, threshold=0.0))
-        task = asyncio.get_running_loop().create_task(work)
-        self._in_progress[request_id] = Making(request_id, asked.prompt, asked.seed, time.time(), task)
-        task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
+        work = self._make(making, replace(asked, threshold=0.0, preview=True))
+        self._in_progress[request_id] = making
+        making.task = asyncio.get_running_loop().create_task(work)
+        making.task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
         return request_id
+
+    def preview(self, request_id: str) -> bytes:
+        """A WEBP of what it looks like so far; empty where there is none."""
+        making = self._in_progress.get(request_id)
+        return making.preview if making else b""
 
     def cancel(self, request_id: str) -> bool:
         """Whether it was in progress."""
         making = self._in_progress.get(request_id)
-        return making is not None and making.task.cancel()
+        return making is not None and making.task is not None and making.task.cancel()
 
     async def stop(self) -> None:
         """Give up all that is in progress."""
-        tasks = [making.task for making in self._in_progress.values()]
+        tasks = [making.task for making in self._in_progress.values() if making.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _make(self, request_id: str, asked: Request) -> None:
+    async def _make(self, making: Making, asked: Request) -> None:
+        request_id = making.id
         began = time.monotonic()
         kind = "text" if asked.image is None else "image"
         about: dict[str, Any] = {"id": request_id, "made_at": time.time(), "prompt": asked.prompt, "seed": asked.seed}
         files = {} if asked.image is None else {PICTURE: await asyncio.to_thread(_small, asked.image)}
         with self._events.request(request_id) as following:
             following.queued(f"generate {kind}")
+
+            def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
+                if preview:
+                    making.preview, making.previews = preview, making.previews + 1
+                following.progress(stage, fraction)
+
             try:
-                asset = await self._engine.generate(asked, following.progress)
+                asset = await self._engine.generate(asked, progress)
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise

@@ -84,8 +84,10 @@ def test_too_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_each_extra_has_a_lock_and_brings_what_the_other_process_needs_not() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {path.stem for path in (ROOT / "requirements").glob("*.txt")} == {*extras, "bootstrap"}
-    assert "bittensor" in packages("miner") and not {"torch", "diffusers", "fastapi-cli"} & packages("miner").keys()
-    assert "torch" in packages("service") and not {"bittensor", "aiohttp"} & packages("service").keys()
+    assert "bittensor" in packages("miner")
+    assert not {"torch", "diffusers", "fastapi-cli"} & packages("miner").keys()
+    assert "torch" in packages("service")
+    assert not {"bittensor", "aiohttp"} & packages("service").keys()
 
 
 def test_the_locks_agree_and_fit_pyproject() -> None:
@@ -106,7 +108,8 @@ def test_progress_is_counted_in_what_uv_tells() -> None:
     for line in ("Downloading torch (500.0MiB)", "Downloading timm (1024.0KiB)", " Downloaded timm"):
         progress.read(line)
     share, text = progress.shown()
-    assert text == "1 of 501 MB" and share == pytest.approx(1 / 501)
+    assert text == "1 of 501 MB"
+    assert share == pytest.approx(1 / 501)
 
 
 def test_an_install_that_is_ended_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +177,8 @@ def test_uv_installs_from_pips_private_index_with_hashes(tmp_path: Path, monkeyp
             return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
         other = install("0" * 64)
-        assert other.returncode != 0 and "Hash mismatch for `tinything==1.0`" in other.stderr
+        assert other.returncode != 0
+        assert "Hash mismatch for `tinything==1.0`" in other.stderr
         good = install(digest)
         assert good.returncode == 0, good.stderr
         assert (tmp_path / "site/tinything.py").exists()

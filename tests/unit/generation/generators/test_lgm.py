@@ -89,10 +89,12 @@ def test_neighbours_do_not_matter():
     subjects = [Subject("a red cube", None, seed) for seed in range(5)]
     lgm, drawer = generator(views_from="words")
     together = made(lgm, subjects)
-    assert drawer.begun == [["a red cube, 3d asset"] * 5] and drawer.together == [5, 5, 5]
+    assert drawer.begun == [["a red cube, 3d asset"] * 5]
+    assert drawer.together == [5, 5, 5]
     for subject, means in zip(subjects, together, strict=True):
         (alone,) = made(lgm, [subject])
-        assert alone.shape == means.shape and torch.allclose(alone, means, atol=1e-5)
+        assert alone.shape == means.shape
+        assert torch.allclose(alone, means, atol=1e-5)
 
 
 def test_works_join_and_leave():
@@ -102,16 +104,22 @@ def test_works_join_and_leave():
     second = lgm.begin(Subject("b", None, 2))
     for _ in range(3):
         lgm.tick([work for work in (first, second) if not work.done])
-    assert first.done and not second.done and drawer.together == [1, 2, 2, 1]
-    assert first.fraction == 1 and second.fraction == 0.95
+    assert first.done
+    assert not second.done
+    assert drawer.together == [1, 2, 2, 1]
+    assert first.fraction == 1
+    assert second.fraction == 0.95
     lgm.tick([second])
-    assert second.done and len(second.gaussians()) > 0
+    assert second.done
+    assert len(second.gaussians()) > 0
     second.gaussians().check()
 
 
 def test_where_views_come_from():
     words, _ = generator(views_from="words")
-    assert words.cutout is None and words.cut("a" * 30) == {"mvdream": (77, 90)} and words.cut("a") == {}
+    assert words.cutout is None
+    assert words.cut("a" * 30) == {"mvdream": (77, 90)}
+    assert words.cut("a") == {}
     picture, drawer = generator(views_from="picture")
     assert picture.cutout == (16, 0.2)
     picture.encode(["a red cube"])
@@ -140,7 +148,8 @@ def test_views_are_recentred_as_pictures_are():
     moved, empty = recentred(torch.stack([image, image]), torch.stack([alpha, nothing]), behind, 0.2)
     assert float((moved - wanted).abs().mean()) < 0.05
     rows, columns = torch.nonzero((moved < 0.999).any(0), as_tuple=True)
-    assert abs(int(columns.min()) - 6) <= 1 and abs(int(columns.max()) - 57) <= 1  # 0.8 of 64, in the middle
+    assert abs(int(columns.min()) - 6) <= 1
+    assert abs(int(columns.max()) - 57) <= 1
     assert abs(int(rows.min()) + int(rows.max()) - 63) <= 1
     assert torch.equal(empty, torch.ones_like(empty))
 
@@ -156,7 +165,8 @@ class TestConfigs:
     )
     def test_each_loads_and_its_checkpoints_are_known(self, name, models, needed, draws):
         options = kinds.load_options(CONFIGS / f"{name}.yaml")
-        assert isinstance(options, LgmOptions) and options.draws == draws
+        assert isinstance(options, LgmOptions)
+        assert options.draws == draws
         asked = Models.load(CONFIGS / f"{models}.yaml").needed(options).keys()
         assert asked == needed | {"background", "clip"} | ({"text_to_image"} if draws else set())
 

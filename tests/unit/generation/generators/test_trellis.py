@@ -67,7 +67,8 @@ class TestMaking:
         assert work.fraction == 1
         gaussians = work.gaussians()
         gaussians.check()
-        assert len(gaussians) >= 7000 and len(gaussians) % 32 == 0
+        assert len(gaussians) >= 7000
+        assert len(gaussians) % 32 == 0
         assert gaussians.means.abs().max() < 0.5 + 0.75 / 16
 
     def test_seed_and_picture_decide(self, folder):
@@ -114,7 +115,8 @@ class TestMaking:
         with torch.no_grad():
             logits = generator._networks.structure_decoder(work.structure)
         counts = (logits > 0).flatten(1).sum(1).tolist()
-        assert len(set(counts)) == 3 and work.voxels.fine.lengths == (min(counts),)
+        assert len(set(counts)) == 3
+        assert work.voxels.fine.lengths == (min(counts),)
         (gaussians,) = finished(generator, work)
         assert len(gaussians) == 32 * min(counts)
 
@@ -134,7 +136,8 @@ class TestMaking:
 
     def test_the_picture_is_as_large_as_dinov2s_and_the_object_1_in_1_2_of_it(self, folder):
         frame = trellis(folder).cutout
-        assert frame == (56, BORDER) and 1 / (1 - frame.border) == pytest.approx(1.2)
+        assert frame == (56, BORDER)
+        assert 1 / (1 - frame.border) == pytest.approx(1.2)
 
 
 @pytest.mark.slow
@@ -237,7 +240,8 @@ class TestSplats:
         assert at(front, 68, 50) == [0, 1, 0]  # green on the right
         assert at(right, 50, 50) == [0, 1, 0]  # from there, green is nearest
         assert at(right, 32, 50) == [0, 0, 1]  # and blue on the left
-        assert at(front, 50, 60) == [0, 0, 0] and at(front, 60, 60) == [1, 1, 1]  # the bar stands upright
+        assert at(front, 50, 60) == [0, 0, 0]
+        assert at(front, 60, 60) == [1, 1, 1]
 
     def test_what_validators_see_is_closer_to_what_the_training_saw(self, monkeypatch):
         """A known patch in a view of 518 pixels, against the training's renderer written out: 0.1 pixels^2, and
@@ -269,7 +273,8 @@ class TestSplats:
         truth = render(splat, TRAINED_WITH, compensated=True)
         plain, sharp = (render(each, SHOWN_WITH, compensated=False) for each in (splat, sharpened(splat)))
         before, after = (float((views - truth).square().mean().sqrt()) for views in (plain, sharp))
-        assert before > 0.01 and after < before / 2.5
+        assert before > 0.01
+        assert after < before / 2.5
 
     def test_those_that_show_least_are_left_out(self):
         scales = torch.tensor([[1.0, 1.0, 1e-4], [0.5, 0.5, 0.5], [1.0, 0.01, 0.01], [1.0, 1.0, 1e-4]])
@@ -298,7 +303,8 @@ class TestOptions:
     )
     def test_shipped_configs(self, name, steps, guidance):
         options = load_options(CONFIGS / f"{name}.yaml")
-        assert isinstance(options, TrellisOptions) and options.draws
+        assert isinstance(options, TrellisOptions)
+        assert options.draws
         assert (options.structure_steps, options.slat_steps) == steps
         assert (options.structure_guidance, options.slat_guidance) == guidance
         assert options.picture_prompt("a cat").startswith("a cat, ")
