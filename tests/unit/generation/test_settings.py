@@ -470,9 +470,11 @@ class TestResolve:
 
     def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
         machine(False, [])
-        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        assert Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options.max_gaussians == 9000
+        tiny = {"profile": "tiny", "config": CONFIGS / "tiny_mv_fast.yaml"}
+        resolved = Settings.resolve({**tiny, "max_gaussians": "9000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
-        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "500000"}).options
+        resolved = Settings.resolve({**tiny, "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
 
     @pytest.mark.parametrize(
