@@ -29,19 +29,18 @@ def surfaces(objects: Objects, n: int, pixels: int) -> list[tuple[Tensor, Tensor
     device = objects.scale.device
     height = torch.linspace(-0.95, 0.95, n)
     elevation, azimuth = torch.rad2deg(height.asin()), torch.arange(n) * 137.508 % 360
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(objects))]
+    found = []
     matte = replace(objects, material=torch.zeros_like(objects.material))
     for e, a in zip(elevation, azimuth, strict=True):
         c2w = orbit(e.expand(len(objects)), a.expand(len(objects))).to(device)
         rays = _rays(c2w, pixels, FOVY).contiguous()
         surface = _surface if rays.is_cuda else _traced
         points, normal, nearest, hit = surface(c2w[:, None, :3, 3].contiguous(), rays, objects)
-        colour = _shade(normal, nearest, rays, matte)
-        for i, own in enumerate(hit):
-            found[i].append((points[i][own], normal[i][own], colour[i][own]))
+        found.append((torch.cat([points, normal, _shade(normal, nearest, rays, matte)], 2), hit))
+    everything, hits = (torch.cat(each, 1) for each in zip(*found, strict=True))
     out = []
-    for parts in found:
-        points, normal, colour = (torch.cat(each) for each in zip(*parts, strict=True))
+    for each, hit in zip(everything, hits, strict=True):
+        points, normal, colour = each[hit].split(3, 1)
         _, cell = torch.unique((points / _VOXEL).floor().long(), dim=0, return_inverse=True)
         first = torch.full((int(cell.max()) + 1,), len(points), device=device)
         first = first.scatter_reduce(0, cell, torch.arange(len(points), device=device), "amin")
