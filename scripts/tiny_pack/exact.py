@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import torch
@@ -23,21 +24,37 @@ _VOXEL = 0.013  # world units between the points of an exact splat
 _AT_ONCE = 32  # objects that are rendered together
 
 
+def _looked_at(objects: Objects, c2w: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points, normals, colours (B, V * pixels^2, 3) and hits of objects from poses (B, V, 4, 4).
+
+    On a GPU all views of an object are one: a kernel's start costs more than its work.
+    """
+    rays = [_rays(pose, pixels, FOVY).contiguous() for pose in c2w.unbind(1)]
+    if c2w.is_cuda:
+        origins = torch.cat(
+            [pose[:, None, :3, 3].expand_as(ray) for pose, ray in zip(c2w.unbind(1), rays, strict=True)], 1
+        )
+        groups = [(origins, torch.cat(rays, 1))]
+    else:
+        groups = [(pose[:, None, :3, 3].contiguous(), ray) for pose, ray in zip(c2w.unbind(1), rays, strict=True)]
+    found = []
+    for origin, ray in groups:
+        points, normal, nearest, hit = (_surface if c2w.is_cuda else _traced)(origin, ray, objects)
+        found.append((points, normal, _shade(normal, nearest, ray, objects), hit))
+    points, normal, colour, hit = (torch.cat(each, 1) for each in zip(*found, strict=True))
+    return points, normal, colour, hit
+
+
 @torch.no_grad()
 def surfaces(objects: Objects, n: int, pixels: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Of each object points, unit normals and matte colours (N, 3), evenly spread over what `n` pictures see of it."""
     device = objects.scale.device
     height = torch.linspace(-0.95, 0.95, n)
     elevation, azimuth = torch.rad2deg(height.asin()), torch.arange(n) * 137.508 % 360
-    found = []
     matte = replace(objects, material=torch.zeros_like(objects.material))
-    for e, a in zip(elevation, azimuth, strict=True):
-        c2w = orbit(e.expand(len(objects)), a.expand(len(objects))).to(device)
-        rays = _rays(c2w, pixels, FOVY).contiguous()
-        surface = _surface if rays.is_cuda else _traced
-        points, normal, nearest, hit = surface(c2w[:, None, :3, 3].contiguous(), rays, objects)
-        found.append((torch.cat([points, normal, _shade(normal, nearest, rays, matte)], 2), hit))
-    everything, hits = (torch.cat(each, 1) for each in zip(*found, strict=True))
+    poses = [orbit(e.expand(len(objects)), a.expand(len(objects))) for e, a in zip(elevation, azimuth, strict=True)]
+    points, normal, colour, hits = _looked_at(matte, torch.stack(poses, 1).to(device), pixels)
+    everything = torch.cat([points, normal, colour], 2)
     out = []
     for each, hit in zip(everything, hits, strict=True):
         points, normal, colour = each[hit].split(3, 1)
@@ -98,18 +115,22 @@ def exact_views(objects: Objects, azimuth: Tensor, pixels: int = 2 * SIZE) -> tu
 
     They are rendered at `pixels`.
     """
-    renderer = Renderer(objects.scale.device)
-    rgb, alpha = [], []
-    for a in azimuth.T:
-        c2w = orbit(torch.full_like(a, ELEVATION), a, RADIUS).to(objects.scale.device)
-        rgba = renderer.render(objects, c2w, pixels, FOVY, supersample=1)
-        rgb.append(smaller(rgba[:, :3] + 1 - rgba[:, 3:]))
-        alpha.append(smaller(rgba[:, 3:]))
-    return torch.stack(rgb, 1), torch.stack(alpha, 1)
+    elevation = torch.full_like(azimuth, ELEVATION)
+    c2w = orbit(elevation, azimuth, RADIUS).to(objects.scale.device)
+    _, _, colour, hit = _looked_at(objects, c2w, pixels)
+    shape = (*azimuth.shape, pixels, pixels)
+    alpha = hit.float().view(shape)[:, :, None]
+    rgb = colour.view(*shape, 3).permute(0, 1, 4, 2, 3) * alpha + 1 - alpha
+    b, v = azimuth.shape
+    return tuple(smaller(each.flatten(0, 1)).unflatten(0, (b, v)) for each in (rgb, alpha))  # type: ignore[return-value]
 
 
-def many_exact(wanted: list[Wanted], per_object: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Exact renders, (N, V, ...) as `exact_views`; sizes and places differ a little, as the splats' do."""
+def many_exact(wanted: list[Wanted], per_object: int, device: str, seed: int, seconds: float) -> tuple[Tensor, Tensor]:
+    """Exact renders, (N, V, ...) as `exact_views`; sizes and places differ a little, as the splats' do.
+
+    As many as so many seconds allow for.
+    """
+    began = time.monotonic()
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
     parts, chunk = [], min(_AT_ONCE, len(wanted))
     for start in range(0, len(wanted) - chunk + 1, chunk):  # equal chunks: the compiled kernels keep one shape
@@ -119,5 +140,10 @@ def many_exact(wanted: list[Wanted], per_object: int, device: str, seed: int) ->
         objects.scale *= factor
         objects.offset = objects.offset * factor[:, None] + (torch.randn(n, 3, generator=g) * 0.03).to(device)
         azimuth = AZIMUTHS[torch.randint(VIEWS, (n, per_object), generator=g)]
-        parts.append(exact_views(objects, azimuth))
+        parts.append(tuple(part.cpu() for part in exact_views(objects, azimuth)))
+        spent = time.monotonic() - began
+        if start // chunk % 5 == 0:
+            print(f"exact: {start + n} of {len(wanted)} objects, {spent:.0f} s", flush=True)
+        if spent > seconds:
+            break
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

@@ -172,7 +172,8 @@ class Maker:
         from generation.pipeline.pipeline import Pipeline
 
         self.device = device
-        self.pipeline = Pipeline.load(Settings.resolve({"profile": "tiny"}), warm=False)
+        settings = Settings.resolve({"profile": "tiny"}).model_copy(update={"device": device})
+        self.pipeline = Pipeline.load(settings, warm=False)
         self.judge = judge.load().to(device)
         self._before: Gaussians | None = None  # the splat before, whose back another one may get
 
@@ -347,7 +348,7 @@ class Maker:
         """Splats of exact objects; for training worsened all over, and with flaws; for tests with flaws."""
         wanted, records = batch["wanted"], []
         objects, splats = framed(exact_objects(wanted, self.device, rng), exactly=True)
-        rgb, alpha = exact_views(objects, AZIMUTHS.expand(len(wanted), VIEWS))
+        rgb, alpha = exact_views(objects, AZIMUTHS.expand(len(wanted), VIEWS), SIZE)
         exact = [[compared(*each)] for each in zip(rgb, alpha, strict=True)]
         for i, splat in enumerate(map(fit_to_frame, splats)):
             about = self._about(batch, i, "exact", own=False)

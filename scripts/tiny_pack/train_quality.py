@@ -278,8 +278,8 @@ def exact_pool(args: Any, count: int) -> tuple[Tensor, Tensor]:
     path = args.work / "exact.pt"
     if not path.exists():
         rng = random.Random(args.seed)
-        made = many_exact([training_object(rng) for _ in range(count)], KEPT, args.device, args.seed)
-        torch.save([part.cpu() for part in made], path.with_suffix(".tmp"))
+        made = many_exact([training_object(rng) for _ in range(count)], KEPT, args.device, args.seed, 100)
+        torch.save(list(made), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
     rgb, alpha = torch.load(path, map_location=args.device)
     return rgb, alpha
@@ -300,8 +300,8 @@ def summary_of(records: Sequence[Record], of_views: Tensor) -> list[dict[str, An
 
 def main() -> None:
     args = arguments(__doc__, minutes=5)
-    device, count = args.device, args.objects or 3200
-    each = max(1, min(8, count // 400))
+    device, count = args.device, args.objects or 2400
+    each = max(1, min(8, count // 300))
     exact = exact_pool(args, count)
     if args.minutes == 0:  # the exact renders alone
         return
