@@ -82,7 +82,7 @@ _Planter = Callable[[float], Gaussians]
 
 def _centres(gaussians: Gaussians, count: int, rng: random.Random) -> Tensor:
     """Places on the object that the validators' views see, so not below it."""
-    solid = (gaussians.logit_opacities > 0).nonzero()[:, 0]
+    solid = (gaussians.logit_opacities >= gaussians.logit_opacities.median().clamp_max(0.0)).nonzero()[:, 0]
     high = solid[gaussians.means[solid, 1] > gaussians.means[solid, 1].quantile(0.15)]
     return gaussians.means[high[torch.randint(len(high), (count,), generator=_generator(rng)).to(high.device)]]
 

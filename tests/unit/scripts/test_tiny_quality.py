@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
 
 from generation.splats.gaussians import Gaussians
+from generation.stages.self_check.quality import WEIGHTS, Quality, QualityNet
 from scripts.tiny_pack import compositions, distances, flaws, measure_quality, results, train_quality
 from scripts.tiny_pack.shapes import MAX_PRIMITIVES
+from scripts.tiny_pack.training import PACK
 
 SIZE = distances.SIZE
+#: for each kind of flaw three views of a splat that training never saw, and below the same with the flaw
+CASES = Path(__file__).parents[2] / "golden" / "quality"
+NET = PACK / "quality"
 
 
 def a_ball(count: int = 4000) -> Gaussians:
@@ -126,3 +136,22 @@ def test_objective_pulls_the_better_one_up() -> None:
 
     right, wrong = (float(train_quality.objective(net(level), images, worth)) for level in (1.0, -1.0))
     assert right < wrong
+
+
+@pytest.mark.parametrize("kind", flaws.KINDS)
+def test_the_packs_net_finds_a_flaw_in_eight_hundredths_of_the_pixels(kind: str) -> None:
+    rows = torch.from_numpy(np.array(Image.open(CASES / f"{kind}.png"))).permute(2, 0, 1).float() / 255
+    clean, flawed = (torch.stack(row.chunk(3, 2)) for row in rows.chunk(2, 1))
+    quality = Quality(QualityNet.load(NET), "cpu")
+    better, worse = (float(quality.score(views).mean()) for views in (clean, flawed))
+    assert better > 0.7 and better - worse > 0.15
+
+
+def test_the_packs_net_is_small_and_named_as_published() -> None:
+    assert sum(path.stat().st_size for path in NET.iterdir()) < 4 * 2**20
+    with safe_open(NET / WEIGHTS, "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"backbone", "score_head"}  # noqa: SIM118
+    card = json.loads((NET / "card.json").read_text())
+    assert set(card["unseen_shapes"]) == set(results.UNSEEN)
+    assert set(card["calibration_shapes"]) == set(results.CALIBRATION)
+    assert all(card["quality"][f"{kind}_right"] >= 0.85 for kind in flaws.KINDS)
