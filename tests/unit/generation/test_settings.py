@@ -147,8 +147,8 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = Models.load(settings.PROFILES[profile][0])
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    others = {"zero123", "stable_zero123", "image_clip", "quality", "lpips"} if profile == "full" else set()
-    assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
+    others = {"zero123", "stable_zero123", "image_clip", "quality", "lpips"} if profile == "full" else {"quality"}
+    assert set(models.stages) - set(needed) == others
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).is_downloaded
