@@ -128,7 +128,9 @@ def dependencies_installed(_: Service) -> str:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     exact = {normal(name): version for name, _, version in (line.partition("==") for line in lines) if version}
     wrong = []
-    for dependency in project["dependencies"]:
+    extras = project["optional-dependencies"]
+    dependencies = [*project["dependencies"], *extras["miner"], *extras["service"]]
+    for dependency in dependencies:
         name = normal(re.split(r"[\s<>=!~;\[]", dependency)[0])
         try:
             version = importlib.metadata.version(name)
@@ -139,7 +141,7 @@ def dependencies_installed(_: Service) -> str:
         elif version == "missing":
             wrong.append(f"{name} missing")
     expect(not wrong, ", ".join(wrong))
-    return f"{len(project['dependencies'])} packages at the versions of constraints.txt"
+    return f"{len(dependencies)} packages at the versions of constraints.txt"
 
 
 def normal(name: str) -> str:
@@ -220,7 +222,7 @@ def task_manager_works(_: Service) -> str:
             self.on_date: Any = None
             self.seconds_ahead: Any = None
 
-        async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:
+        async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
             self.asked += 1
             if self.asked == count:
                 self.all_asked.set()
@@ -234,7 +236,10 @@ def task_manager_works(_: Service) -> str:
 
     async def pull(folder: Path) -> str:
         keypair = bt.Keypair.create_from_uri("//check")
-        options = MinerOptions("rehearsal", "", "", folder, workers=count, rehearsal_state=folder, metrics_port=0)
+        options = MinerOptions(
+            network="rehearsal", wallet_name="", wallet_hotkey="", wallet_path=folder,
+            workers=count, rehearsal_state=folder, metrics_port=0,
+        )  # fmt: skip
         miner = await assemble(
             options,
             keypair,
@@ -271,7 +276,7 @@ def uid_180_blacklisted(_: Service) -> str:
     from neurons.miner import options
     from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 
-    blacklist = options.parse([]).blacklist
+    blacklist = frozenset(options.parse([]).blacklist)
     directory = ValidatorDirectory(Eligibility("own hotkey", "rehearsal", blacklist))
     neurons = [Neuron(uid, f"hotkey {uid}", "127.0.0.1", 9000, 5000.0, True) for uid in (179, BLACKLISTED_UID)]
     directory.update(Metagraph(17, tuple(neurons)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import stat
 
 MAX_QUOTED_CHARACTERS = 120
 
@@ -46,3 +48,11 @@ def shown_network(network: str) -> str:
     if not separator:
         return network
     return f"{scheme}://{re.split('[/?#]', rest, maxsplit=1)[0].rpartition('@')[2]}"
+
+
+def is_regular_file(stream: object) -> bool:
+    """Whether what is written there ends in a file that nobody rotates; not in a terminal, a journal or a pipe."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)  # type: ignore[attr-defined]
+    except (OSError, ValueError, AttributeError):
+        return False

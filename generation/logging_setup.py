@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from common.log_lines import SingleLineFormatter
+from common.log_lines import SingleLineFormatter, is_regular_file
 
 MAX_BYTES = 10 * 1024 * 1024
 BACKUPS = 5
@@ -24,7 +22,7 @@ def setup_logging(path: Path) -> None:
     handlers: list[logging.Handler] = [
         RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
     ]
-    if not _is_regular_file(sys.stderr):  # else nobody reads it now, and nothing would ever rotate that file
+    if not is_regular_file(sys.stderr):  # else nobody reads it now, and nothing would ever rotate that file
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(SingleLineFormatter())
@@ -37,10 +35,3 @@ def install(handlers: list[logging.Handler]) -> None:
     for name in ("generation", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
-
-
-def _is_regular_file(stream: object) -> bool:
-    try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)  # type: ignore[attr-defined]
-    except (OSError, ValueError, AttributeError):
-        return False

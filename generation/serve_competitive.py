@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import socket
@@ -11,15 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import uvicorn
-from pydantic import ValidationError
 
-from common.log_lines import escape
+from generation.arguments import COMMAND_LINE, TABLES, Arguments
 from generation.engine.engine import Engine
 from generation.fleet.fleet import Fleet
 from generation.logging_setup import setup_logging
 from generation.schema.options import SettingsError
 from generation.schema.score import formula
-from generation.settings import Arguments, Settings
+from generation.settings import Settings
 from generation.web.app import create_app
 
 if TYPE_CHECKING:
@@ -29,36 +27,6 @@ if TYPE_CHECKING:
 GRACE_S = 20
 
 log = logging.getLogger("generation.serve")
-
-
-def parse(argv: Sequence[str] | None = None) -> dict[str, str | None]:
-    """The command line as text, None where nothing is given. ``Settings`` knows types, limits and defaults."""
-    default = {name: field.default for name, field in Arguments.model_fields.items()}
-    parser = argparse.ArgumentParser(prog="serve_competitive", description="The generation service.")
-    parser.add_argument("--profile", help=f"auto, full or tiny (default: {default['profile']})")
-    parser.add_argument(
-        "--config", help="optimisation config, a YAML with DreamGaussian's keys (default: the profile's)"
-    )
-    parser.add_argument("--models", help="models file in place of the profile's")
-    parser.add_argument("--host", help=f"address to listen on (default: {default['host']})")
-    parser.add_argument("--port", help=f"port to listen on (default: {default['port']})")
-    parser.add_argument(
-        "--allowed-hosts",
-        help="names or addresses, separated by commas, by which requests may call it (default: those of loopback, and "
-        "--host where that is one address)",
-    )
-    parser.add_argument("--flux-steps", help="steps of text to image (default: the profile's)")
-    parser.add_argument("--max-gaussians", help="most Gaussians of a splat (default: the config's max_gaussians)")
-    parser.add_argument(
-        "--validation-threshold",
-        help=f"lowest final score that is delivered, 0..1 (default: {default['validation_threshold']})",
-    )
-    parser.add_argument("--log-file", help="rotating log (default: logs/generation_service.log)")
-    parser.add_argument("--memory-class", help="a memory class of the models file (default: by the GPU's memory)")
-    parser.add_argument("--max-queue", help=f"requests that may wait (default: {default['max_queue']})")
-    parser.add_argument("--gpus", help=f"all, or numbers of GPUs such as 0,1 (default: {default['gpus']})")
-    parser.add_argument("--profile-trace", help="write a torch.profiler trace of the first request here (gzipped JSON)")
-    return vars(parser.parse_args(argv))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -102,15 +70,15 @@ class Server(uvicorn.Server):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    values = parse(argv)
-    given = {key: value for key, value in values.items() if value is not None}
+    given = COMMAND_LINE.parse(sys.argv[1:] if argv is None else argv)
+    values = {key: value for table in TABLES for key, value in vars(given[table]).items() if given.has(table, key)}
+    arguments = Arguments(**values)
     try:
-        arguments = Arguments.model_validate(given)
-    except ValidationError as error:
-        for each in error.errors():
-            flag = str(each["loc"][0]).replace("_", "-")
-            print(f"serve_competitive: --{flag} {escape(str(each['input']))}: {each['msg']}", file=sys.stderr)
-        return 2
+        if given.asked_to_save:
+            given.save()
+    except OSError as error:
+        print(f"serve_competitive: --config-file {given.args.config_file}: {error.strerror}", file=sys.stderr)
+        return 1
     try:
         setup_logging(arguments.log_file)
     except OSError as error:
@@ -122,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("Can not listen on %s port %d: %s", arguments.host, arguments.port, error)
         return 1
     try:
-        settings = Settings.resolve(given)
+        settings = Settings.resolve(values)
     except SettingsError as error:
         log.error("%s", error)
         return 2

@@ -8,64 +8,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
+from generation.arguments import ROOT, Arguments, checked
+from generation.generators.kinds import load_models, load_options
 from generation.schema.hosts import is_loopback, is_wildcard, parse_names
 from generation.schema.memory_class import choose
-from generation.schema.options import (
-    MAX_GAUSSIANS,
-    MIN_GAUSSIANS,
-    DreamGaussianOptions,
-    Models,
-    Schema,
-    SettingsError,
-    UnitInterval,
-    validate,
-)
+from generation.schema.options import GeneratorOptions, ModelChoice, Models, Schema, SettingsError, UnitInterval
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 
-#: profile -> (models file, default optimisation config)
+
+class Profile(NamedTuple):
+    """The files that a profile goes by where the command line names no others."""
+
+    models: Path
+    config: Path  # of the generator for texts
+    image_config: Path | None  # of the one for pictures; None: the same as for texts, whichever that is
+
+
 PROFILES = {
-    "full": (CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml"),
-    "tiny": (CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml"),
+    "full": Profile(CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml", CONFIGS / "image_fast.yaml"),
+    "tiny": Profile(CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml", None),
 }
-
-
-class Arguments(Schema):
-    """What the command line says, before it is resolved. None means: the profile's own."""
-
-    profile: Literal["auto", "full", "tiny"] = "auto"
-    config: Path | None = None  # optimisation config
-    models: Path | None = None  # a models file in place of the profile's
-    host: str = Field("127.0.0.1", min_length=1)
-    port: int = Field(10006, ge=1, le=65535)
-    allowed_hosts: str = ""  # names beside loopback's that requests may call the service by: "gpu.example,10.0.0.5"
-    flux_steps: int | None = Field(None, ge=1, le=50)
-    max_gaussians: int | None = Field(None, le=MAX_GAUSSIANS)
-    validation_threshold: UnitInterval = 0.6
-    log_file: Path = ROOT / "logs" / "generation_service.log"
-    max_queue: int = Field(16, ge=1, le=10_000)
-    gpus: str = Field("all", pattern=r"^(all|\d{1,3}(,\d{1,3})*)$")  # or their numbers: "0,1"
-    profile_trace: Path | None = None  # where to write what the first request did
-    memory_class: str | None = None  # a name in the models file; None: by the GPU's memory
-
-    @field_validator("allowed_hosts")
-    @classmethod
-    def _names(cls, text: str) -> str:
-        if text:
-            parse_names(text)
-        return text
-
-    @field_validator("max_gaussians")
-    @classmethod
-    def _enough_to_be_accepted(cls, count: int | None) -> int | None:
-        if count is not None and count < MIN_GAUSSIANS:
-            raise ValueError(f"must be at least {MIN_GAUSSIANS}: validators reject splats of fewer Gaussians")
-        return count
 
 
 class Settings(Schema):
@@ -76,8 +43,10 @@ class Settings(Schema):
     device: str
     memory_class: str | None  # None: the models file has none, or there is no GPU
     memory_reason: str
-    config: Path
-    options: DreamGaussianOptions
+    config: Path  # of the generator for texts
+    options: GeneratorOptions
+    image_config: Path  # of the one for pictures
+    image_options: GeneratorOptions
     models: Models
     host: str
     port: int
@@ -89,49 +58,63 @@ class Settings(Schema):
     allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
     #: stages that the score goes without: which weights are missing, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
+    gallery: Path = ROOT / "data" / "studio"  # what was made in Studio
+    miner_url: str = "http://127.0.0.1:10007"  # where the miner tells of itself
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
-        """Settings from command-line values (keys of ``Arguments``; None counts as not given).
+        """Settings from values of ``Arguments``, by key, as text or typed; None counts as not given.
 
         ``memory`` is what to use of the GPU's memory, in bytes; None: all that it has.
         Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
         """
-        given = {key: value for key, value in (values or {}).items() if value is not None}
-        arguments = validate(Arguments, given, "arguments")
-        options = None if arguments.config is None else DreamGaussianOptions.load(arguments.config)
+        try:
+            arguments = checked(values or {})
+        except ValueError as error:
+            raise SettingsError(f"arguments: {error}") from error
         gpus = _choose_gpus(arguments.gpus)
         memory = memory or gpu_memory(gpus)
-        profile, reason, device = _choose_profile(arguments, options, memory)
+        profile, reason, device = _choose_profile(arguments, memory)
         if device == "cpu":
             gpus, memory = (), None
-        models_file, config = PROFILES[profile]
-        models_file = arguments.models or models_file
-        models = Models.load(models_file)
+        models_file = arguments.models or PROFILES[profile].models
+        models = load_models(models_file)
         try:
             memory_class, memory_reason = choose(models.memory_classes, memory, arguments.memory_class)
         except ValueError as error:
             raise SettingsError(f"{models_file}: {error}") from error
         models, absent = _without_absent(models.fitted(memory_class))
-        options = options or DreamGaussianOptions.load(config)
-        models.needed(options)
+        generators = _Generators.load(profile, arguments)
+        generators.needed(models)
+        options, image_options = generators.text, generators.image
         if (most := arguments.max_gaussians) is not None:
-            cap = {"max_gaussians": most, "num_pts": min(options.num_pts, most)}
-            options = options.model_copy(update=cap)
+            options, image_options = options.capped(most), image_options.capped(most)
         if arguments.flux_steps is not None:
             steps = models.text_to_image.model_copy(update={"steps": arguments.flux_steps})
             models = models.model_copy(update={"text_to_image": steps})
-        shared = arguments.model_dump(
-            include={"host", "port", "validation_threshold", "log_file", "max_queue", "profile_trace"}
-        )
+        shared = {
+            key: getattr(arguments, key)
+            for key in (
+                "host",
+                "port",
+                "validation_threshold",
+                "log_file",
+                "max_queue",
+                "profile_trace",
+                "gallery",
+                "miner_url",
+            )
+        }
         return cls(
             profile=profile,
             profile_reason=reason,
             device=device,
             memory_class=memory_class.name if memory_class else None,
             memory_reason=memory_reason,
-            config=arguments.config or config,
+            config=generators.config,
             options=options,
+            image_config=generators.image_config,
+            image_options=image_options,
             models=models,
             gpus=gpus,
             missing=absent,
@@ -157,9 +140,38 @@ def gpu_memory(gpus: Sequence[int]) -> int | None:
     return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=None)
 
 
-def _choose_profile(
-    arguments: Arguments, options: DreamGaussianOptions | None, memory: int | None
-) -> tuple[Literal["full", "tiny"], str, str]:
+class _Generators(NamedTuple):
+    """The two configs, and what they say."""
+
+    config: Path
+    text: GeneratorOptions
+    image_config: Path
+    image: GeneratorOptions
+
+    @classmethod
+    def load(cls, profile: Literal["full", "tiny"], arguments: Arguments) -> _Generators:
+        """Those that the command line names, else the profile's. Raises SettingsError."""
+        config = arguments.config or PROFILES[profile].config
+        image_config = arguments.image_config or PROFILES[profile].image_config or config
+        return cls(config, load_options(config), image_config, load_options(image_config))
+
+    def needed(self, models: Models) -> dict[str, ModelChoice]:
+        """The checkpoints that both need together.
+
+        Raises SettingsError where there are none for something, or where pictures would go to what takes words alone.
+        """
+        if not self.image.draws:
+            raise SettingsError(f"image_config: {self.image_config}: makes splats from words alone, not from pictures")
+        return models.needed(self.text, self.image)
+
+
+def needed_by_profile(profile: Literal["full", "tiny"]) -> dict[str, ModelChoice]:
+    """The checkpoints of a profile's own files: what its default generators need, and what is optional."""
+    models = load_models(PROFILES[profile].models)
+    return {**_Generators.load(profile, Arguments()).needed(models), **models.optional}
+
+
+def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["full", "tiny"], str, str]:
     """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
@@ -178,9 +190,8 @@ def _choose_profile(
         return ("full", why, device) if arguments.profile == "full" else tiny(why)
     if arguments.profile == "tiny":
         return tiny("profile tiny asked for")
-    models_file, config = PROFILES["full"]
-    models = Models.load(models_file)
-    absent = missing(models.needed(options or DreamGaussianOptions.load(config)).values())
+    models = load_models(PROFILES["full"].models)
+    absent = missing(_Generators.load("full", arguments).needed(models).values())
     if arguments.profile == "full":
         if absent:
             raise SettingsError(f"profile: full needs weights that are not on this machine: {'; '.join(absent)}")

@@ -19,7 +19,7 @@ import bittensor as bt
 from common.log_lines import shown_network
 
 FETCH_TIMEOUT_S = 60.0
-# On top of it: the chain's client can swallow the cancellation that a time-out is, and then its thread never ends.
+# On top of it, for the chain's client can ignore the cancellation at its time-out, and then its thread never ends.
 GIVE_UP_S = 30.0
 MAX_NETWORK_FILE_BYTES = 1 << 20
 
@@ -40,16 +40,20 @@ class Neuron:
     serving: bool
 
     def axon_info(self) -> bt.AxonInfo:
+        """As bittensor describes an axon. Raises ValueError where `ip` is no address."""
         version = ipaddress.ip_address(self.ip).version
         return bt.AxonInfo(version=0, ip=self.ip, port=self.port, ip_type=version, hotkey=self.hotkey, coldkey="")
 
 
 @dataclass(frozen=True)
 class Metagraph:
+    """The neurons of subnet `netuid`."""
+
     netuid: int
     neurons: tuple[Neuron, ...]
 
     def find(self, hotkey: str) -> Neuron | None:
+        """The neuron with this hotkey; None when it is not registered."""
         return next((neuron for neuron in self.neurons if neuron.hotkey == hotkey), None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def do_without() -> str:
-    """Lets bittensor be imported all the same; what is wrong with the home folder, empty where nothing is.
+    """Makes bittensor's import work without one; returns what is wrong with the home folder, "" where nothing is.
 
     To be called before that import.
     """

@@ -14,6 +14,7 @@ log = logging.getLogger("neurons.serve_miner_competitive")
 
 
 def main() -> int:
+    """Runs the miner until SIGTERM or SIGINT; the process' exit status."""
     options = miner_options.parse(sys.argv[1:])
     home_problem = home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.

@@ -2,15 +2,11 @@
 # Everything that is tested, in one command: makes the environment when it is missing, checks style, imports and types,
 # runs pytest, then the ten checks against a running service (or one of its own).
 set -euo pipefail
-
+unset CDPATH PYTHONHOME PYTHONPATH # the caller's would lead elsewhere
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=scripts/lib.sh
-source scripts/lib.sh
 
-extras=$(hardware_extras)
-# shellcheck disable=SC2086  # one word for each extra
-ensure_environment dev $extras
-[[ -z $extras ]] || .venv/bin/python -m scripts.ops.build_gsplat
+scripts/install.sh --dev
+[[ $(nvidia-smi -L 2>/dev/null) != *GPU* ]] || .venv/bin/python -m scripts.ops.build_gsplat
 
 .venv/bin/ruff check .
 .venv/bin/lint-imports

@@ -40,6 +40,7 @@ class Captured:
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
+        self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs of what is captured again when called
         self._pool: Any = None  # of memory, for all graphs: they never run at the same time
 
     def capture(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> None:
@@ -56,8 +57,17 @@ class Captured:
         self._pool = self._pool or graph.pool()
         self._graphs[_key(inputs, constants)] = _Graph(graph, inputs, outputs)
 
+    def forget(self) -> None:
+        """Drop all graphs and their memory, for what they read is about to move. Each is captured again when called."""
+        self._forgotten |= {key: graph.inputs for key, graph in self._graphs.items()}
+        self._graphs.clear()
+        self._pool = None
+
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
-        captured = self._graphs.get(_key(inputs, constants))
+        key = _key(inputs, constants)
+        if (static_inputs := self._forgotten.pop(key, None)) is not None:
+            self.capture(*static_inputs, constants=constants)
+        captured = self._graphs.get(key)
         if captured is None:
             return self._function(*inputs, *constants)
         for static, value in zip(captured.inputs, inputs, strict=True):

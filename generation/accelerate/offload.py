@@ -24,18 +24,27 @@ class Resting:
         for parameter in model.parameters():
             at_rest = parameter.data.cpu()
             self._at_rest.append((parameter, at_rest.pin_memory() if pin else at_rest))
-        self._rest()
+        self._is_awake = True
+        self.rest()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """The model is on its device inside."""
         try:
-            for parameter, at_rest in self._at_rest:
-                parameter.data = at_rest.to(self._device, non_blocking=True)
+            self.wake()
             yield
         finally:
-            self._rest()
+            self.rest()
 
-    def _rest(self) -> None:
+    def wake(self) -> None:
+        """Bring it onto its device, unless it is there."""
+        if not self._is_awake:
+            for parameter, at_rest in self._at_rest:
+                parameter.data = at_rest.to(self._device, non_blocking=True)
+            self._is_awake = True
+
+    def rest(self) -> None:
+        """Have it off its device. What was captured in a CUDA graph can not be replayed any more."""
+        self._is_awake = False
         for parameter, at_rest in self._at_rest:
             parameter.data = at_rest

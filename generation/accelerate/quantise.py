@@ -19,7 +19,7 @@ def quantise_linears(model: nn.Module, device: str) -> None:
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
-        raise ImportError(f"4-bit weights: {error}: pip install -c constraints.txt -e '.[gpu]'") from error
+        raise ImportError(f"4-bit weights: {error}: scripts/install.sh gpu") from error
     linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     while linears:
         name, layer = linears.pop()  # popped: its 16-bit weights are free as soon as it is replaced

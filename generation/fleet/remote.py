@@ -1,4 +1,4 @@
-"""An engine in a process of its own, as the service sees it: spoken to, watched, and started again when it ends."""
+"""A worker process as the service sees it: its requests, its supervision, its restarts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from generation.engine.engine import LATE, DeadlineExceeded, OnProgress, StageFailed
 from generation.fleet.messages import (
@@ -51,6 +51,10 @@ class EngineLost(Exception):
     """The engine's process ended, or can not be relied on any more, before it answered."""
 
 
+class NotSent(Exception):
+    """The engine left the rotation before it was told of the request, which so can not be the cause."""
+
+
 class RemoteEngine:
     """Everything is done on the asyncio thread. ``changed`` is called when the engine joins or leaves the rotation.
 
@@ -63,7 +67,8 @@ class RemoteEngine:
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
         self.interactive = 0  # of the generations
-        self.alone = False  # whether the generation in flight is to have no others beside it
+        #: Whether an isolated request runs here, and its priority: no other one of that priority is put beside it.
+        self.isolates: Literal["interactive", "background"] | None = None
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
@@ -72,12 +77,13 @@ class RemoteEngine:
         self._changed = changed
         self._health: dict[str, Any] = {}  # as the engine's entry, but for the device
         self._set("loading", "starting")
-        self._was_ready = self._answered = False  # in this life
-        self._lost = 0  # requests, with this life
+        self._was_ready = self._answered = False  # since the worker's start
+        self._lost = 0  # requests, with this worker
         self._channel: Channel
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
         self._heard = False
+        self._ended = False  # the channel to the worker: nothing that is sent arrives any more
         self._broken = ""  # what it, or we, said was wrong
 
     @property
@@ -94,31 +100,41 @@ class RemoteEngine:
         """What is in flight, in shares of what the engine takes at once."""
         return (self.generations + self.calls) / self.capacity
 
-    def has_room(self, background: bool) -> bool:
-        """For one more generation. Those in the background make way for others, and would only wait behind them."""
-        if self.alone:
-            return False
+    @property
+    def in_rotation(self) -> bool:
+        """Whether it can be asked: it is ready, and its process is not known to have ended."""
+        return self.status == "ready" and not self._ended
+
+    def has_room(self, background: bool, isolated: bool = False) -> bool:
+        """For one more generation; ``isolated``: for one that is to have the engine for itself.
+
+        A request in the background would only wait behind an interactive one, so it is not put beside one. No request
+        joins an isolated one, but for one case: an isolated request in the background is paused while an interactive
+        one runs. So it can not take that one with it, and a person does not wait for it.
+        """
+        if isolated:
+            return not self.generations
         if background:
-            return self.generations < self.capacity and not self.interactive
-        return self.interactive < self.capacity
+            return self.generations < self.capacity and not self.interactive and self.isolates is None
+        return self.interactive < self.capacity and self.isolates != "interactive"
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
-        """As ``Engine.generate``, but raises EngineLost when the process ends first."""
+        """As ``Engine.generate``, but raises EngineLost when the process ends first, and NotSent when it had."""
         message = Generate(next(self._numbers), request, on_progress is not None)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
         return asset
 
     async def call(self, function: Callable[[Any], Any], background: bool = False) -> Any:
-        """As ``Engine.call``, for a picklable function with a picklable result. Raises EngineLost as well."""
+        """As ``Engine.call``, for a picklable function with a picklable result. Raises EngineLost and NotSent too."""
         return await self._ask(Call(next(self._numbers), function, background))
 
     async def _ask(self, message: Generate | Call, on_progress: OnProgress | None = None) -> Any:
-        if self.status != "ready":
-            raise EngineLost(self.reason)
+        if not self.in_rotation:
+            raise NotSent(self.reason)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._channel.send(message)
         self._asked[message.number] = (future, on_progress)
@@ -130,15 +146,15 @@ class RemoteEngine:
         finally:
             del self._asked[message.number]
 
-    async def keep_running(self) -> None:
-        """Starts the process, and starts it again whenever it ends. Cancelling this ends the process."""
+    async def supervise(self) -> None:
+        """Starts the worker, and starts it again whenever it ends. Cancelling this ends the worker."""
         pause = FIRST_PAUSE_S
         while True:
             self._set("loading", "starting")
             self.hopeful, self._was_ready, self._answered, self._lost = True, False, False, 0
             reason = "the service is shutting down"
             try:
-                reason = await self._live()
+                reason = await self._run_worker()
             finally:
                 self._lose(reason)
             self.hopeful = self._was_ready
@@ -155,22 +171,22 @@ class RemoteEngine:
             pause = min(2 * pause, MAX_PAUSE_S)
 
     def _lose(self, reason: str) -> None:
-        """Tell those who wait for an answer that none will come."""
+        """Fail the requests that wait for an answer with EngineLost."""
         waiting = [future for future, _ in self._asked.values() if not future.done()]
         for future in waiting:
             future.set_exception(EngineLost(reason))
         self._lost += len(waiting)
 
-    async def _live(self) -> str:
-        """From the start of a process to its end; the cause of that in words."""
+    async def _run_worker(self) -> str:
+        """From a worker's start to its end. Returns the cause of the end in words."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        self._broken = ""
+        self._broken, self._ended = "", False
         ours, theirs = socket.socketpair()
         with theirs:
             number = theirs.fileno()
             command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]
             try:  # on this thread, with which the process will end: see generation.fleet.worker.die_with
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )
             except OSError as error:
@@ -179,7 +195,7 @@ class RemoteEngine:
         self._channel = Channel(ours)
         self._channel.start(
             lambda message: loop.call_soon_threadsafe(self._take, message),
-            lambda: loop.call_soon_threadsafe(ended.set),
+            lambda: loop.call_soon_threadsafe(self._end_of_channel, ended),
         )
         self._channel.send(self._start)
         try:
@@ -192,13 +208,17 @@ class RemoteEngine:
             return f"its process was killed by {signal.Signals(-process.returncode).name}"
         return f"its process ended with exit status {process.returncode}"
 
+    def _end_of_channel(self, ended: asyncio.Event) -> None:
+        self._ended = True
+        ended.set()
+
     async def _end(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
         self._channel.close()
         await ended.wait()
         await _finish(process)
 
     async def _watch(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
-        """Until it ends, or hangs."""
+        """Returns when the worker ends, says nothing for too long, or does not get ready."""
         silent, started = 0, time.monotonic()
         while not ended.is_set() and process.poll() is None and silent < SILENT_CHECKS:
             self._heard = False
@@ -237,7 +257,7 @@ class RemoteEngine:
                 return
             if isinstance(message, Progress):
                 if on_progress is not None:
-                    on_progress(message.stage, message.fraction)
+                    on_progress(message.stage, message.fraction, *message.preview)
             elif isinstance(message, Outcome):
                 self._answered = True
                 future.set_result(message.value)
@@ -245,7 +265,7 @@ class RemoteEngine:
                 future.set_exception(_failure(message))
 
     def _break(self, reason: str) -> None:
-        """Out of rotation at once, for a process may take long to end; whoever watches it ends it."""
+        """Leave the rotation at once: a process may take long to end, which is up to its supervisor."""
         self._broken = reason
         self._set("failed", reason)
         self._lose(reason)

@@ -1,1 +1,1 @@
-"""Methods that make Gaussians from words and a picture: a folder each."""
+"""The 3D methods. Each is a folder here and an entry in ``kinds``; what all of them are, says ``base``."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from generation.generators.base import Work
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats.gaussians import Gaussians
 
-#: stage, and the share of it that is done
-Progress = Callable[[str, float], None]
+#: stage, and the share of it that is done; where the request asks for previews, a WEBP as well
+Progress = Callable[..., None]
 
 
 @dataclass(eq=False)
@@ -24,15 +26,17 @@ class Job:
     progress: Progress
     cancelled: Callable[[], bool]
     report: Report
-    #: Whether something goes before it: then it is left alone between two stages or iterations, and keeps what it has.
+    #: Whether something goes before it: then it is left alone between two stages or ticks, and keeps what it has.
     paused: Callable[[], bool] = lambda: False
     paused_at: float | None = None  # on time.perf_counter(), while it is
     image: Tensor | None = None  # (3, H, W) in 0..1
-    cutout: Tensor | None = None  # (4, ref_size, ref_size) in 0..1
-    sketch: Any = None  # of the scene, until it starts
-    scene: Any = None
-    scene_began: float = 0.0  # on time.perf_counter()
-    alone: bool = False  # a step together with others failed: whose fault it was is unknown
+    cutout: Tensor | None = None  # (4, S, S) in 0..1, in its generator's frame
+    prefetched: Any = None  # by its generator, until the work begins
+    work: Work | None = None
+    work_began: float = 0.0  # on time.perf_counter()
+    ticks: int = 0  # of its work
+    shown: int = -1  # the latest preview of its work
+    alone: bool = False  # a tick together with others failed: whose fault it was is unknown
     gaussians: Gaussians | None = None
     behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
     put_back: bool = False  # it has had that chance
@@ -46,9 +50,15 @@ class Job:
             raise TimeoutError(f"the deadline passed in stage {stage}")
         self.progress(stage, fraction)
 
+    def preview(self, stage: str, fraction: float, make: Callable[[], bytes]) -> None:
+        """Tell what it looks like, where that is asked for. A picture that can not be made is left out."""
+        if self.request.preview and self.outcome is None:
+            with suppress(Exception):
+                self.progress(stage, fraction, make())
+
     @property
     def waits(self) -> bool:
-        # Those that are done are let go, or their scenes would stay in memory that this one needs.
+        # Those that are done are let go, or their works would stay in memory that this one needs.
         self.behind = [other for other in self.behind if other.outcome is None]
         return bool(self.behind)
 
@@ -60,8 +70,15 @@ class Job:
 
     def resume(self) -> None:
         if self.paused_at is not None:
-            self.scene_began += time.perf_counter() - self.paused_at
+            self.work_began += time.perf_counter() - self.paused_at
             self.paused_at = None
+
+    def begin(self, work: Work) -> None:
+        self.work, self.ticks = work, 0
+
+    def give_up_work(self) -> None:
+        """It begins again later, with nothing of it in memory until then."""
+        self.work, self.gaussians = None, None
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason

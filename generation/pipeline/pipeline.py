@@ -1,4 +1,4 @@
-"""From a prompt to a checked splat: the four stages in order, for many requests at once. No HTTP, no threads."""
+"""From a prompt to a checked splat: draw, cut out, generate, check, for many requests at once. No HTTP, no threads."""
 
 from __future__ import annotations
 
@@ -6,32 +6,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import record_function
 
+from generation.generators.base import Generator, NoSplat, Subject, Visible, Work
+from generation.pipeline import preview
 from generation.pipeline.batch_limit import BatchLimit, in_batches, is_out_of_memory, release_cache
 from generation.pipeline.job import Job, Progress
-from generation.schema.options import DreamGaussianOptions
 from generation.schema.results import Asset, Cancelled, GateResult, Report, Request, Scores
 from generation.schema.score import in_words
-from generation.settings import Settings
 from generation.splats import ply
-from generation.splats.rasterize import warm_up
 from generation.stages.background import BackgroundRemover, NothingInImage, recentre
-from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, preview, to_tensor
+from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, to_tensor
+from generation.stages.self_check import preview as single_preview
 from generation.stages.text_to_image import TextToImage
-from generation.weights import local_folder, lookup
-from generation.weights.strict import naming
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
 
@@ -41,93 +36,38 @@ T = TypeVar("T")
 
 
 class Pipeline:
-    """All models of a profile, loaded, and the way through them."""
+    """All models of a profile, loaded, and the way through them. ``generation.pipeline.assemble`` loads them."""
 
     def __init__(
         self,
-        text_to_image: TextToImage,
+        text_to_image: TextToImage | None,
         background: BackgroundRemover,
-        dreamgaussian: Any,
+        text: Generator,
+        image: Generator,
         self_check: SelfCheck,
-        options: DreamGaussianOptions,
         device: str,
         models: list[dict[str, Any]],
         max_batch: int,
+        take_turns: bool = False,
     ) -> None:
+        """``text`` makes splats of texts, ``image`` of pictures; they may be the same.
+
+        Without ``text_to_image``, ``text`` must be one that needs no picture; ``image`` may not be. When they
+        ``take_turns``, both rest at first, and one of them at a time is on the device.
+        """
         #: how many requests may run together: fewer for a while when the GPU's memory was full
         self.limit = BatchLimit(max_batch)
-        # A picture needs more memory in one stage than in another, and scenes are what fills it.
+        # A picture needs more memory in one stage than in another, and works are what fills it.
         self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
         self._text_to_image = text_to_image
         self._background = background
-        self._dreamgaussian = dreamgaussian
+        self._text, self._image = text, image
+        self._take_turns = take_turns
+        self._awake: Generator | None = None  # which of them, where they take turns
         self._self_check = self_check
-        self._options = options
         self._device = device
         #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
         self.models = models
-
-    @classmethod
-    def load(
-        cls, settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True
-    ) -> Pipeline:
-        """Load every model of ``settings.models`` onto ``settings.device``; ``progress`` is told each step in words.
-
-        ``warm`` it up, too. Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
-        """
-        from generation.generators.dreamgaussian import DreamGaussian, MVDream, Zero123
-
-        _quiet_libraries()
-        models, device = settings.models, settings.device
-        choices = {**models.needed(settings.options), **models.optional}
-        entries = {stage: lookup(choice) for stage, choice in choices.items()}
-        folders = {stage: local_folder(entry) for stage, entry in entries.items()}
-
-        @contextmanager
-        def loading(stage: str) -> Iterator[Path]:
-            progress(f"loading {entries[stage].name} for {stage} onto {device}")
-            with naming(entries[stage]):
-                yield folders[stage]
-
-        with loading("text_to_image") as folder:
-            text_to_image = TextToImage.load(folder, models.text_to_image, device)
-        with loading("background") as folder:
-            background = BackgroundRemover.load(folder, models.background, device)
-        guidance = image_guidance = None
-        if "mvdream" in entries:
-            with loading("mvdream") as folder:
-                dtype, front = getattr(torch, models.mvdream.dtype), entries["mvdream"].front_azimuth
-                guidance = MVDream.load(folder, device, dtype, front)
-        for stage, choice in (("zero123", models.zero123), ("stable_zero123", models.stable_zero123)):
-            if stage in entries and choice is not None:
-                with loading(stage) as folder:
-                    stable = stage == "stable_zero123"
-                    image_guidance = Zero123.load(folder, device, getattr(torch, choice.dtype), stable)
-        with loading("clip"):
-            for stage in models.optional:
-                progress(f"loading {entries[stage].name} for {stage} onto {device}")
-            self_check = SelfCheck.load(folders, entries, models, device)
-        about = [
-            {
-                "stage": stage,
-                "name": entry.name,
-                "revision": entry.revision,
-                "pinned": entry.pinned,
-                "licence": entry.licence,
-                "precision": choices[stage].precision,
-                "device": device,
-            }
-            for stage, entry in entries.items()
-        ]
-        progress("compiling the rasteriser, or loading it from its cache")
-        warm_up(device)
-        dreamgaussian = DreamGaussian(guidance, settings.options, device, background.remove, image_guidance)
-        pipeline = cls(
-            text_to_image, background, dreamgaussian, self_check, settings.options, device, about, models.max_batch
-        )
-        if warm:
-            pipeline.warm_up(progress)
-        return pipeline
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """On a GPU, compile what is compiled and make a first splat, so that no later one pays for what comes first.
@@ -137,18 +77,21 @@ class Pipeline:
         if not self._device.startswith("cuda"):
             return
         torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
-        self._dreamgaussian.warm_up(self.limit.most, progress)
-        progress("compiling text to image, or loading it from its cache")
-        self._text_to_image.warm_up(self.limit.most)
+        for generator in self._generators():
+            self._give_turn(generator)
+            generator.warm_up(self.limit.most, progress)
+        if self._text_to_image is not None:
+            progress("compiling text to image, or loading it from its cache")
+            self._text_to_image.warm_up(self.limit.most)
         progress("looking for the fastest kernels of background removal and self-check")
         self._warm_up_batches()
-        progress("making a first splat, to warm up")
-        requests = [Request(prompt="a red cube", seed=0, threshold=0.0)]
-        if self._options.init == "views":  # where a picture is encoded, and views are drawn around it
-            disc = Image.new("RGB", (256, 256), "white")
-            ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
-            requests.append(Request(image=disc, seed=0, threshold=0.0))
-        for request in requests:
+        progress("making a first splat of a text and of a picture, to warm up")
+        disc = Image.new("RGB", (256, 256), "white")
+        ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
+        for request in (
+            Request(prompt="a red cube", seed=0, threshold=0.0),
+            Request(image=disc, seed=0, threshold=0.0),
+        ):
             (outcome,) = self.generate([request])
             if isinstance(outcome, Exception):
                 raise outcome
@@ -163,10 +106,11 @@ class Pipeline:
 
             for count in range(self.limit.most, 0, -1):
                 in_batches(self._stage_limits[stage], list(range(count)), each)
+        self._give_turn(self._text)
         for count in range(1, self.limit.most + 1):
             texts = [f"{number} of {count}" for number in range(count)]
-            self._dreamgaussian.read(texts)
-            self._self_check.read(texts)
+            self._text.encode(texts)
+            self._self_check.encode(texts)
 
     def begin(
         self,
@@ -179,13 +123,14 @@ class Pipeline:
         return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
-        """Bring each job closer to its outcome: to a scene at first, then by one iteration, at last through the check.
+        """Bring each job closer to its outcome: to a work at first, then by one of its ticks, then through the check.
 
-        All scenes share the iteration's one step. Jobs may join and leave between ticks; a job's failure is its own,
-        and its outcome does not depend on the others. Those that are paused meanwhile are left alone, from the next
-        stage on: they go on in a later tick, where they are.
+        All works of a generator share its tick. Jobs may join and leave between ticks; a job's failure is its own, and
+        its outcome does not depend on the others. Those that are paused meanwhile are left alone, from the next stage
+        on: they go on in a later tick, where they are.
         """
         paused = [job for job in jobs if job.paused()]
+        paused += self._without_turn([job for job in jobs if job not in paused and not job.waits])
         running = [job for job in jobs if job not in paused and not job.waits]
         for job in jobs:
             if job in paused:
@@ -194,35 +139,71 @@ class Pipeline:
                 job.wanted("queued")
             else:
                 job.resume()
-        for stages in (self._to_scenes, self._through_scenes, self._to_results):
+        for stages in (self._to_works, self._through_works, self._to_results):
             stages([job for job in running if not job.paused()])
         self._put_back(running, paused)
         self._count_good(running)
 
-    def _to_scenes(self, running: list[Job]) -> None:
-        fresh = [job for job in running if job.scene is None]
+    def _generator(self, job: Job) -> Generator:
+        return self._text if job.request.image is None else self._image
+
+    def _generators(self) -> list[Generator]:
+        return [self._text] if self._text is self._image else [self._text, self._image]
+
+    def _by_generator(self, jobs: list[Job]) -> list[tuple[Generator, list[Job]]]:
+        """Each generator that has any of these, with them."""
+        groups = [(each, [job for job in jobs if self._generator(job) is each]) for each in self._generators()]
+        return [(generator, own) for generator, own in groups if own]
+
+    def _give_turn(self, generator: Generator) -> None:
+        """Have it on the device, where generators take turns there."""
+        if self._take_turns and self._awake is not generator:
+            self._awake = None
+            for other in self._generators():  # also one that was left half awake when memory was full
+                if other is not generator:
+                    other.rest()
+            release_cache()
+            generator.wake()
+            self._awake = generator
+
+    def _without_turn(self, jobs: list[Job]) -> list[Job]:
+        """Those that must leave the device to another generator: that of the first job, which joined before them.
+
+        So one goes on until those that joined before the other's first are done, and none waits for ever.
+        """
+        if not self._take_turns or not jobs:
+            return []
+        turn = self._generator(jobs[0])
+        self._give_turn(turn)
+        return [job for job in jobs if self._generator(job) is not turn]
+
+    def _to_works(self, running: list[Job]) -> None:
+        fresh = [job for job in running if job.work is None]
+        shown = [job for job in fresh if self._generator(job).cutout is not None]  # the others need no picture
         self._note_cuts(fresh)
-        for job, image in self._run("text_to_image", [job for job in fresh if job.image is None], self._draw):
+        for job, image in self._run("text_to_image", [job for job in shown if job.image is None], self._draw):
             job.image = image
+            if job.request.image is None:
+                job.preview("text_to_image", 1.0, partial(preview.of_image, image))
         if any(job.paused() for job in fresh):
             return
-        # Where the CPU would only wait, while the GPU draws and while it works on the first iteration, it does what it
-        # can for later: texts are read, and scenes begun as far as they do not depend on the picture.
-        self._read(self._dreamgaussian.read, fresh)
-        self._sketch(fresh)
-        for job, cutout in self._run("background", [job for job in fresh if job.cutout is None], self._cut_out):
+        # Where the CPU would only wait, while the GPU draws and while it works on the first tick, it does what it can
+        # for later: texts are encoded, and what does not depend on the picture is prefetched.
+        for generator, jobs in self._by_generator(fresh):
+            self._encode(generator.encode, jobs)
+            self._prefetch(generator, jobs)
+        for job, cutout in self._run("background", [job for job in shown if job.cutout is None], self._cut_out):
             if isinstance(cutout, Tensor):
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
         for job in fresh:
             if not job.paused():
-                self._begin_scenes([job])
+                self._begin([job])
 
-    def _through_scenes(self, running: list[Job]) -> None:
-        self._step([job for job in running if job.outcome is None and job.scene is not None])
-        begun = [job for job in running if job.scene is not None and job.scene.iteration == 1]
-        self._read(self._self_check.read, begun)
+    def _through_works(self, running: list[Job]) -> None:
+        self._tick([job for job in running if job.outcome is None and job.work is not None])
+        self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
     def _to_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
@@ -238,7 +219,7 @@ class Pipeline:
     def _put_back(self, running: list[Job], paused: list[Job]) -> None:
         """Let those for which memory was full beside others try once more when the others are done.
 
-        Not behind those that are paused for them: these give up their scenes, and begin them again.
+        Not behind those that are paused for them: these give up their works, and begin them again.
         """
         full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
         going_on = [job for job in running if job.outcome is None]
@@ -246,11 +227,11 @@ class Pipeline:
             if job.put_back or (len(running) == 1 and not paused):
                 continue
             for other in paused:
-                other.scene, other.gaussians = None, None
+                other.give_up_work()
             if paused:
                 release_cache()
-            job.outcome, job.scene, job.gaussians = None, None, None
-            job.put_back, job.behind = True, list(going_on)
+            job.give_up_work()
+            job.outcome, job.put_back, job.behind = None, True, list(going_on)
             going_on.append(job)  # of several, one after the other
             if len(running) > 1:
                 self.limit.out_of_memory(len(running))
@@ -317,7 +298,7 @@ class Pipeline:
             alignment_score=check.parts["alignment"] or 0.0,
             ssim=check.parts["ssim"] or 0.0,
             lpips=check.parts["lpips"],
-            preview=preview(views) if single and views is not None and score > above else None,
+            preview=single_preview(views) if single and views is not None and score > above else None,
             grid_preview=grid_preview(views) if grid and views is not None and score > above else None,
             gates=check.gates,
         )
@@ -325,9 +306,11 @@ class Pipeline:
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
         """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
         requests = [job.request for job in jobs]
-        ask = self._options.text_to_image_prompt
-        written = [(ask(r.prompt), r.seed) for r in requests if r.prompt is not None]
-        drawn = iter(self._text_to_image.generate([w[0] for w in written], [w[1] for w in written]) if written else [])
+        written = [(self._text.picture_prompt(r.prompt), r.seed) for r in requests if r.prompt is not None]
+        drawn: Iterator[Tensor] = iter(())
+        if written:
+            assert self._text_to_image is not None
+            drawn = iter(self._text_to_image.generate([text for text, _ in written], [seed for _, seed in written]))
         images = []
         for request in requests:
             if request.image is not None:
@@ -337,7 +320,7 @@ class Pipeline:
         return images
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
-        """The cut-outs (4, ref_size, ref_size) in 0..1 of images, those of one size together.
+        """The cut-outs (4, S, S) in 0..1 of images, each in its generator's frame; those of one size together.
 
         The alpha of a picture that was sent with one is its mask, as in DreamGaussian.
         """
@@ -352,19 +335,21 @@ class Pipeline:
             alphas |= dict(zip([job for job, _ in same], removed, strict=True))
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
+            frame = self._generator(job).cutout
             assert job.image is not None
+            assert frame is not None
             try:
-                cutouts.append(recentre(job.image, alphas[job], self._options.ref_size, given=job in given))
+                cutouts.append(recentre(job.image, alphas[job], frame.size, frame.border, given=job in given))
             except NothingInImage as nothing:
                 cutouts.append(nothing)
         return cutouts
 
-    def _read(self, read: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
+    def _encode(self, encode: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
         """Encode the prompts of jobs before they are needed: together, in the time of one."""
         prompts = [job.request.prompt for job in jobs if job.outcome is None]
         if texts := [prompt for prompt in prompts if prompt]:
-            with suppress(Exception):  # whose fault it was is unknown: each reads its own when it is needed
-                read(texts)
+            with suppress(Exception):  # whose fault it was is unknown: each encodes its own when it is needed
+                encode(texts)
 
     def _note_cuts(self, jobs: list[Job]) -> None:
         """Tell which models will read only the beginning of a prompt."""
@@ -372,63 +357,74 @@ class Pipeline:
             if (prompt := job.request.prompt) is None or job.report.text_cut:
                 continue
             with suppress(Exception):  # what can not be read fails in its stage, and is told then
-                drawn = self._text_to_image.cut(self._options.text_to_image_prompt(prompt))
-                job.report.text_cut = drawn | self._dreamgaussian.cut(prompt) | self._self_check.cut(prompt)
+                drawn = {}
+                if self._text.cutout is not None and self._text_to_image is not None:
+                    drawn = self._text_to_image.cut(self._text.picture_prompt(prompt))
+                job.report.text_cut = drawn | self._text.cut(prompt) | self._self_check.cut(prompt)
             if job.report.text_cut:
                 tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
                 log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
 
-    def _sketch(self, jobs: list[Job]) -> None:
+    def _prefetch(self, generator: Generator, jobs: list[Job]) -> None:
         for job in jobs:
-            if job.outcome is None and job.sketch is None:
-                with suppress(Exception):  # it fails again when the scene starts, and is told then
-                    job.sketch = self._dreamgaussian.sketch(_words(job), job.request.seed)
+            if job.outcome is None and job.prefetched is None:
+                with suppress(Exception):  # it fails again when the work begins, and is told then
+                    job.prefetched = generator.prefetch(job.request.prompt or "", job.request.seed)
 
-    def _begin_scenes(self, jobs: list[Job]) -> None:
-        def begin(batch: list[Job]) -> list[Any]:
-            scenes = []
-            for job in batch:
-                sketch, job.sketch = job.sketch, None  # it can be used once
-                scenes.append(self._dreamgaussian.start(job.cutout, _words(job), job.request.seed, sketch))
-            return scenes
+    def _begin(self, jobs: list[Job]) -> None:
+        """Begin each one's work, by itself."""
+
+        def begin(batch: list[Job]) -> list[Work]:
+            return [self._generator(job).begin(_subject(job)) for job in batch]
 
         for job in jobs:
-            job.scene_began = time.perf_counter()
-            for _, scene in self._run("dreamgaussian", [job], begin):
-                job.scene = scene
+            job.work_began = time.perf_counter()
+            for _, work in self._run(self._generator(job).name, [job], begin):
+                job.begin(work)
 
-    def _step(self, jobs: list[Job]) -> None:
-        """One iteration of every scene that is not done, in one call; Gaussians for those that are."""
+    def _tick(self, jobs: list[Job]) -> None:
+        """One tick of every work that is not done, in one call for each generator; Gaussians of those that are."""
         unfinished = []
         for job in jobs:
+            assert job.work is not None
             try:
-                job.advance("dreamgaussian", job.scene.iteration / self._options.iters)
-                if job.scene.done:
-                    job.gaussians = job.scene.gaussians().detach()
+                job.advance(self._generator(job).name, job.work.fraction)
+                self._preview(job, job.work)
+                if job.work.done:
+                    job.gaussians = job.work.gaussians().detach()
                 else:
                     unfinished.append(job)
+            except NoSplat as reason:
+                job.reject(str(reason))
             except Exception as error:
                 job.outcome = error
-        together = [job for job in unfinished if not job.alone]
-        room = self.limit.now
-        groups = [together[start : start + room] for start in range(0, len(together), room)]
-        groups += [[job] for job in unfinished if job.alone]
-        for group in groups:
-            if not self._step_group(group):
-                release_cache()  # here the exception is gone, and with it what its frames held
-                self._begin_scenes(group)
+        for generator, own in self._by_generator(unfinished):
+            together = [job for job in own if not job.alone]
+            room = self.limit.now
+            groups = [together[start : start + room] for start in range(0, len(together), room)]
+            groups += [[job] for job in own if job.alone]
+            for group in groups:
+                if not self._tick_group(generator, group):
+                    release_cache()  # here the exception is gone, and with it what its frames held
+                    self._begin(group)
         for job in jobs:
-            job.report.seconds["dreamgaussian"] = time.perf_counter() - job.scene_began
+            job.report.seconds[self._generator(job).name] = time.perf_counter() - job.work_began
 
-    def _step_group(self, group: list[Job]) -> bool:
-        """One iteration of these scenes. False when it failed for several, so that they must begin again.
+    def _preview(self, job: Job, work: Work) -> None:
+        """What a work looks like so far, some times on its way."""
+        step = int(work.fraction * preview.STEPS)
+        if isinstance(work, Visible) and not work.done and step > max(job.shown, 0):
+            job.shown = step
+            job.preview(self._generator(job).name, work.fraction, lambda: preview.of_gaussians(work.so_far()))
 
-        The step may be half done then. When memory was full, fewer are stepped together from now on; for any other
-        reason whose fault it was is unknown, and each goes on by itself.
+    def _tick_group(self, generator: Generator, group: list[Job]) -> bool:
+        """One tick of these works. False when it failed for several, so that they must begin again.
+
+        They may be half changed then. When memory was full, fewer share a tick from now on; for any other reason whose
+        fault it was is unknown, and each goes on by itself.
         """
         try:
-            self._dreamgaussian.step([job.scene for job in group])
-            return True
+            generator.tick([job.work for job in group if job.work is not None])
         except Exception as error:
             if len(group) == 1:
                 group[0].outcome = error
@@ -439,6 +435,9 @@ class Pipeline:
                 for job in group:
                     job.alone = True
             return False
+        for job in group:
+            job.ticks += 1
+        return True
 
     def _judge(self, jobs: list[Job]) -> list[Check]:
         splats = []
@@ -446,7 +445,8 @@ class Pipeline:
             request = job.request
             picture = request.image if request.target is None else request.target
             prompt = request.prompt if picture is None else picture
-            assert job.gaussians is not None and prompt is not None
+            assert job.gaussians is not None
+            assert prompt is not None
             splats.append((job.gaussians, prompt))
         return self._self_check.check_all(splats, fit=True)
 
@@ -475,13 +475,7 @@ def _mask(image: Image.Image | None) -> Tensor | None:
     return torch.from_numpy(alpha)[None].float() / 255 if alpha.min() < 255 else None
 
 
-def _words(job: Job) -> str:
-    """An image prompt has none: the reference view leads it, with Zero123 where the config has it."""
-    return job.request.prompt or ""
-
-
-def _quiet_libraries() -> None:
-    """No progress bars in the log, nor warnings that quote prompts."""
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+def _subject(job: Job) -> Subject:
+    """What its work is made of. What was prefetched goes with it: it can be used once."""
+    prefetched, job.prefetched = job.prefetched, None
+    return Subject(job.request.prompt or "", job.cutout, job.request.seed, prefetched)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
+from generation.pipeline import assemble
 from generation.pipeline.job import Job
-from generation.pipeline.pipeline import Pipeline
 from generation.settings import Settings
 
-#: The first holds all stages before the optimisation, the others one iteration each, and the next are like them: left
-#: out until the last, with the self-check, they keep the file within some ten megabytes.
+#: The first holds all stages before the work, the others one tick of it each, and the next are like them: left out
+#: until the last, with the self-check, they keep the file within some ten megabytes.
 FIRST_TICKS = 10
 
 log = logging.getLogger("generation.pipeline.trace")
@@ -29,9 +29,9 @@ def load(settings: Settings, progress: Callable[[str], None]) -> Any:
     Raises OSError when there can be no folder for the trace.
     """
     if settings.profile_trace is None:
-        return Pipeline.load(settings, progress)
+        return assemble.load(settings, progress)
     settings.profile_trace.parent.mkdir(parents=True, exist_ok=True)
-    return Traced(Pipeline.load(settings, progress), settings.profile_trace)
+    return Traced(assemble.load(settings, progress), settings.profile_trace)
 
 
 class Traced:
@@ -56,8 +56,8 @@ class Traced:
         if self._profile is None or self._first is None:
             self._pipeline.tick(jobs)
             return
-        scene = self._first.scene
-        wanted = self._ticks < FIRST_TICKS or scene is None or scene.done
+        work = self._first.work
+        wanted = self._ticks < FIRST_TICKS or work is None or work.done
         self._collect(self._profile, wanted and not self._first.paused())
         self._ticks += 1
         over = True  # a tick that raises ends all its requests
@@ -68,7 +68,7 @@ class Traced:
         finally:
             if over:
                 self._write(self._profile)
-                self._profile = self._first = None  # with its scene, it would stay in memory
+                self._profile = self._first = None  # with its work, it would stay in memory
 
     def _collect(self, running: profile, collecting: bool) -> None:
         if collecting != self._collecting:

@@ -23,6 +23,8 @@ class MemoryClass(BaseModel):
     quantization: Quantization = "none"  # of FLUX's transformer and T5
     t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
     self_check_rests_on: RestingPlace = "gpu"  # where the self-check's CLIPs are while they look at nothing
+    # where the generator of texts, or of pictures, is while the other one works; with "cpu" they take turns
+    generators_rest_on: RestingPlace = "gpu"
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 

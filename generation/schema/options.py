@@ -1,7 +1,7 @@
 """The typed schema of ``configs/*.yaml``.
 
-``DreamGaussianOptions`` is an optimisation config with DreamGaussian's own flat keys; ``Models`` says which checkpoint
-each stage loads and how.
+``GeneratorOptions`` is what the configs of all generators have in common; ``Models`` says which checkpoint each stage
+and each generator loads, and how.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from generation.schema.memory_class import MemoryClass, Quantization, RestingPlace
@@ -23,27 +23,9 @@ log = logging.getLogger("generation.schema.options")
 #: What memory classes say in place of the text_to_image stage.
 CLASS_KEYS = {"quantization", "t5_rests_on"}
 
-#: A validator rejects splats of fewer.
-MIN_GAUSSIANS = 7000
-MAX_GAUSSIANS = 2_000_000
-#: Degrees above and below the horizon that training cameras stay within.
-HIGHEST = 80.0
-#: What {view} stands for in a template, by the least elevation (degrees up) of its camera.
-VIEWS = (
-    (45, "front view from high above"),
-    (5, "front view from slightly above"),
-    (-5, "front view at eye level"),
-    (-45, "front view from slightly below"),
-    (-90, "front view from far below"),
-)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
-Colour = tuple[UnitInterval, UnitInterval, UnitInterval]
-Weight = Annotated[float, Field(ge=0, le=1e6)]
-LearningRate = Annotated[float, Field(ge=0, le=1)]
-Iteration = Annotated[int, Field(ge=0, le=1_000_000)]
-Interval = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class SettingsError(ValueError):
@@ -57,123 +39,59 @@ class Schema(BaseModel):
 S = TypeVar("S", bound=Schema)
 
 
-class DreamGaussianOptions(Schema):
-    """Options of one optimisation (Tang et al., 2023, arXiv:2309.16653), under the names that upstream's YAMLs use.
+def _has_prompt(template: str) -> str:
+    if template.count("{prompt}") != 1:
+        raise ValueError("must contain {prompt} exactly once")
+    return template
 
-    The defaults are those of upstream's ``text_mv.yaml``.
+
+#: What a model is told about a prompt, which stands where {prompt} does.
+Template = Annotated[str, Field(max_length=1024), AfterValidator(_has_prompt)]
+
+
+class GeneratorOptions(Schema):
+    """A generator's config: what all kinds have in common. Each kind adds its own keys and defaults.
+
+    Kinds are told apart by ``generator``, which each narrows to its own name, as ``Literal["lgm"] = "lgm"``.
     """
 
-    # Reference view. Elevation in degrees with upstream's sign: negative looks down on the object.
-    elevation: float = Field(0, ge=-90, le=90)
-    ref_size: int = Field(256, ge=16, le=2048)  # pixels
-    # Loop and losses.
-    iters: int = Field(500, ge=1, le=10_000)
-    batch_size: int = Field(1, ge=1, le=16)  # camera draws an iteration; MVDream renders 4 views for each
-    lambda_sd: Weight = 1.0  # of MVDream, which reads the prompt
-    lambda_zero123: Weight = 0.0  # of Zero123, which sees the reference view
-    stable_zero123: bool = False  # Stable Zero123 in place of Zero123-XL
-    lambda_reference: Weight = 1.0  # colour and mask loss against the reference view
-    lambda_views: Weight = 0.0  # colour and mask loss against the views that the guidance sampled
-    mvdream: bool = True
-    guidance_scale: float = Field(50.0, ge=0, le=1000)
-    negative_prompt: str = Field("", max_length=1024)
-    anneal_timestep: bool = True
-    warmup_rgb_loss: bool = True
-    # Training cameras and background.
-    radius: float = Field(2.5, ge=0.1, le=100)  # world units
-    fovy: float = Field(49.1, ge=1, le=170)  # degrees
-    min_ver: float = Field(-30, ge=-90, le=90)  # degrees of elevation around the reference's, with its sign
-    max_ver: float = Field(30, ge=-90, le=90)
-    render_size: int | None = Field(None, ge=16, le=2048)  # pixels; None: upstream's 128, 256, 512 as training goes on
-    invert_bg_prob: UnitInterval = 0.5  # share of iterations on white, the others on black
-    background: Literal["random"] | Colour = "random"  # or one RGB for every iteration, which sampled views have too
-    # Gaussians and their start.
-    num_pts: int = Field(5000, ge=1, le=MAX_GAUSSIANS)
-    max_gaussians: int = Field(500_000, ge=1, le=MAX_GAUSSIANS)
-    sh_degree: int = Field(0, ge=0, le=3)
-    init: Literal["ball", "views"] = "ball"  # random points, or carved from views that the guidance samples
-    init_views_steps: int = Field(30, ge=1, le=1000)  # denoising steps for those views
-    # What models are told. {view} is where the elevation has the reference view's camera; MVDream's is its authors'
-    # (github.com/bytedance/MVDream, the suffix of scripts/t2i.py), the tag of all objects that it was trained on.
-    prompt_template: str = Field(
-        "{prompt}, a single object, whole, centered, {view}, plain white background", max_length=1024
-    )  # of text to image
-    mvdream_template: str = Field("{prompt}, 3d asset", max_length=1024)
-    # Learning rates.
-    position_lr_init: LearningRate = 0.001
-    position_lr_final: LearningRate = 0.00002
-    position_lr_delay_mult: LearningRate = 0.02
-    position_lr_max_steps: Interval = 300
-    feature_lr: LearningRate = 0.01
-    opacity_lr: LearningRate = 0.05
-    scaling_lr: LearningRate = 0.005
-    rotation_lr: LearningRate = 0.005
-    # Adaptive density control.
-    percent_dense: UnitInterval = 0.01
-    density_start_iter: Iteration = 0
-    density_end_iter: Iteration = 3000
-    densification_interval: Interval = 50
-    opacity_reset_interval: Interval = 700
-    densify_grad_threshold: float = Field(0.01, ge=0, le=1000)
+    #: all that this kind may ever need of a models file beside the shared stages
+    CHECKPOINTS: ClassVar[tuple[str, ...]] = ()
 
-    @field_validator("prompt_template", "mvdream_template")
-    @classmethod
-    def _has_prompt(cls, template: str) -> str:
-        if template.count("{prompt}") != 1:
-            raise ValueError("must contain {prompt} exactly once")
-        return template
+    generator: str
 
-    @model_validator(mode="after")
-    def _agrees(self) -> DreamGaussianOptions:
-        """Refuse what contradicts something else. Upstream's configs must load: some of their keys have no effect."""
-        o = self
-        above = -o.elevation
-        contradictions = {
-            f"min_ver {o.min_ver:g} is over max_ver {o.max_ver:g}": o.min_ver > o.max_ver,
-            f"elevation {o.elevation:g} with min_ver {o.min_ver:g} and max_ver {o.max_ver:g} leaves no camera within "
-            f"{HIGHEST:g} degrees of the horizon": above - o.max_ver > HIGHEST or above - o.min_ver < -HIGHEST,
-            f"density_start_iter {o.density_start_iter} is after density_end_iter {o.density_end_iter}":
-                o.density_start_iter > o.density_end_iter,
-            f"num_pts {o.num_pts} is over max_gaussians {o.max_gaussians}": o.num_pts > o.max_gaussians,
-            f"position_lr_final {o.position_lr_final:g} is over position_lr_init {o.position_lr_init:g}":
-                0 < o.position_lr_init < o.position_lr_final,
-            "init views asks for views of MVDream, which mvdream false turns off": o.init == "views" and not o.mvdream,
-            f"lambda_views {o.lambda_views:g} weighs views that init {o.init} does not sample":
-                o.lambda_views > 0 and o.init != "views",
-            "stable_zero123 true is of no use with lambda_zero123 0": o.stable_zero123 and o.lambda_zero123 == 0,
-            "lambda_sd, lambda_zero123, lambda_reference and lambda_views are all 0: there is nothing to follow":
-                o.lambda_sd == o.lambda_zero123 == o.lambda_reference == o.lambda_views == 0,
-        }  # fmt: skip
-        if found := [words for words, contradicts in contradictions.items() if contradicts]:
-            raise ValueError("; ".join(found))
-        return self
+    @property
+    def checkpoints(self) -> Mapping[str, str]:
+        """Of ``CHECKPOINTS``, those that these options need, each with the words of what asks for it."""
+        raise NotImplementedError
 
-    def text_to_image_prompt(self, prompt: str) -> str:
-        """What text to image is asked for: a picture as the reference view's camera sees the object."""
-        view = next(words for least, words in VIEWS if -self.elevation >= least)
-        return self.prompt_template.replace("{view}", view).replace("{prompt}", prompt)
+    @property
+    def draws(self) -> bool:
+        """Whether words become a picture first. If not, no text to image is loaded for them."""
+        return True
 
-    def mvdream_prompt(self, prompt: str) -> str:
-        """What MVDream is asked for; nothing where there are no words."""
-        return self.mvdream_template.replace("{prompt}", prompt) if prompt else ""
+    def picture_prompt(self, words: str) -> str:
+        """What text to image is asked for."""
+        raise NotImplementedError
+
+    def capped(self, most: int) -> Self:
+        """The same, with at most so many Gaussians. Raises SettingsError where the kind has no such limit."""
+        if "max_gaussians" not in type(self).model_fields:
+            raise SettingsError(f"max_gaussians: {most}: the generator {self.generator} has no such limit")
+        return self.model_copy(update={"max_gaussians": most})
 
     @classmethod
-    def load(cls, path: Path) -> DreamGaussianOptions:
-        """Read a YAML of flat keys. Keys without a meaning here (upstream has several) are named in one warning.
-
-        A key without a value counts as left out, as upstream has it.
+    def load(cls, path: Path) -> Self:
+        """Read a YAML of flat keys; one without a value counts as left out.
 
         Raises SettingsError naming the file, the key, the value and the limit.
         """
-        values = read_yaml(path)
-        ignored = [key for key in values if key not in cls.model_fields]
-        known = {key: value for key, value in values.items() if key not in ignored and value is not None}
-        if ignored:
-            log.warning("%s: keys without effect here: %s", path, ", ".join(map(str, ignored)))
-        options = validate(cls, known, str(path))
-        if options.lambda_sd > 0 and not options.mvdream:
-            log.warning("%s: mvdream is off, but no other guidance here reads prompts; it will be used", path)
-        return options
+        return cls.of({key: value for key, value in read_yaml(path).items() if value is not None}, path)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], path: Path) -> Self:
+        """The options of a file's ``values``. Raises SettingsError, as ``load`` does."""
+        return validate(cls, values, str(path))
 
 
 class ModelChoice(Schema):
@@ -210,24 +128,28 @@ _OPTIONAL = {"image_clip": "", "quality": "iqa", "lpips": "lpips"}
 
 
 class Models(Schema):
-    """The checkpoints of a profile, one for each stage, and how many requests are worth running together.
+    """The checkpoints of a profile, and how many requests are worth running together.
+
+    The fields are the stages that all generators share. What generators have for themselves stands beside them, under
+    the names of their options' ``CHECKPOINTS``.
 
     Of the validators' score ``clip`` is the part that must be there; what ``image_clip`` (alignment of pictures),
     ``quality`` and ``lpips`` have no weights for is left out.
     """
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, ModelChoice]
+
     max_batch: int = Field(1, ge=1, le=64)
     memory_classes: tuple[MemoryClass, ...] = ()
     text_to_image: TextToImageModel
     background: BackgroundModel
-    mvdream: ModelChoice
-    zero123: ModelChoice | None = None
-    stable_zero123: ModelChoice | None = None
     clip: ModelChoice
     image_clip: ModelChoice | None = None
     quality: ModelChoice | None = None
     lpips: ModelChoice | None = None
     self_check_rests_on: RestingPlace = "gpu"  # where the two CLIPs are while they look at nothing
+    generators_rest_on: RestingPlace = "gpu"  # where one generator is while the other has work; "cpu": they take turns
 
     @classmethod
     def load(cls, path: Path) -> Models:
@@ -235,7 +157,7 @@ class Models(Schema):
         values = read_yaml(path)
         if isinstance(stage := values.get("text_to_image"), dict) and stage.pop("prompt_template", None) is not None:
             log.warning(
-                "%s: text_to_image.prompt_template has no effect here any more: it belongs into the optimisation "
+                "%s: text_to_image.prompt_template has no effect here any more: it belongs into the generator's "
                 "config (prompt_template), where the elevation is that it must agree with", path,
             )  # fmt: skip
         models = validate(cls, values, str(path))
@@ -267,6 +189,7 @@ class Models(Schema):
                 "max_batch": memory_class.max_batch,
                 "text_to_image": text_to_image,
                 "self_check_rests_on": memory_class.self_check_rests_on,
+                "generators_rest_on": memory_class.generators_rest_on,
             }
         )
 
@@ -280,20 +203,23 @@ class Models(Schema):
         """The parts of the validators' score that these checkpoints measure; SSIM needs none."""
         return (*(part for stage, part in _OPTIONAL.items() if part and stage in self.stages), "alignment", "ssim")
 
-    def needed(self, options: DreamGaussianOptions) -> dict[str, ModelChoice]:
-        """The stages that requests can not do without under these options.
+    @property
+    def of_generators(self) -> dict[str, ModelChoice]:
+        """The chosen checkpoints that are generators' own."""
+        return dict(self.__pydantic_extra__)
 
-        Raises SettingsError when one has no checkpoint.
+    def needed(self, text: GeneratorOptions, image: GeneratorOptions | None = None) -> dict[str, ModelChoice]:
+        """What requests can not do without: texts under the options ``text``, pictures under ``image`` (or the same).
+
+        Raises SettingsError when there is no checkpoint for something.
         """
-        zero123 = "stable_zero123" if options.stable_zero123 else "zero123"
-        unused = {"zero123", "stable_zero123", *_OPTIONAL}
-        if options.lambda_zero123 > 0:
-            unused.remove(zero123)
-            if getattr(self, zero123) is None:
-                raise SettingsError(f"lambda_zero123 is {options.lambda_zero123}, but the models file has no {zero123}")
-        if options.lambda_sd == 0 and options.init != "views":
-            unused.add("mvdream")
-        return {stage: choice for stage, choice in self.stages.items() if stage not in unused}
+        asked = {**text.checkpoints, **(image.checkpoints if image else {})}
+        for name, why in asked.items():
+            if name not in self.of_generators:
+                raise SettingsError(f"{why}, but the models file has no {name}")
+        drawing = {"text_to_image": self.text_to_image} if text.draws else {}
+        own = {name: choice for name, choice in self.of_generators.items() if name in asked}
+        return {**drawing, "background": self.background, **own, "clip": self.clip}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Request:
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
+    preview: bool = False  # whether small pictures of it are told while it is made
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.metadata
 import json
 import math
 import time
@@ -15,12 +14,13 @@ from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Path, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from common.log_lines import escape
+from common.version import VERSION
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.fleet.fleet import Fleet
 from generation.schema.score import formula, shares
@@ -30,6 +30,9 @@ from generation.web.events import Events, EventStream, Following
 from generation.web.hosts import SameSite
 from generation.web.intake import ApiError, BodyLimit
 from generation.web.metrics import Metrics
+from generation.web.studio import routes as studio
+from generation.web.studio.gallery import Gallery
+from generation.web.studio.makers import Makers
 
 MAX_REASON_CHARACTERS = 500
 ENGINE_STOP_S = 5.0
@@ -40,20 +43,23 @@ T = TypeVar("T")
 def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     """The service around an engine that is not started yet; the app starts and stops it."""
     started = time.monotonic()
-    version = _version()
-    events = Events({"dreamgaussian": settings.options.iters})
+    events = Events()
     metrics = Metrics(engine)
+    makers = Makers(
+        engine, Gallery(settings.gallery), events, settings.device, settings.validation_threshold, metrics.record
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        await makers.stop()
         await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
 
     app = FastAPI(
         title="Competitive miner: generation",
         description=openapi.ABOUT,
-        version=version,
+        version=VERSION,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -154,6 +160,16 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         }
         return {**_jsonable(asdict(scores)), **encoded}
 
+    async def film_kept(data: bytes) -> bytes:
+        frames = await engine.call(partial(_film, data=data, device=settings.device), False)
+        return await asyncio.to_thread(_encode, frames)
+
+    app.include_router(studio.router(makers, settings.validation_threshold, film_kept, settings.miner_url))
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("studio/")
+
     @app.get("/health", responses=openapi.COMMON)
     async def health() -> dict[str, Any]:
         """What the service is, what it is doing, and how it went so far."""
@@ -165,6 +181,10 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "device": settings.device,
             "memory_class": settings.memory_class,
             "memory_reason": settings.memory_reason,
+            "generators": {
+                "text": {"name": settings.options.generator, "config": settings.config.name},
+                "image": {"name": settings.image_options.generator, "config": settings.image_config.name},
+            },
             "models": engine.models,
             "score": {
                 "formula": formula(settings.models.score_parts),
@@ -177,7 +197,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "engines": engine.health(),
             "totals": engine.totals,
             "uptime_seconds": round(time.monotonic() - started, 1),
-            "version": version,
+            "version": VERSION,
         }
 
     @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
@@ -202,7 +222,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     @app.get("/version/", responses=openapi.COMMON)
     async def get_version() -> str:
         """Of this software."""
-        return version
+        return VERSION
 
     return app
 
@@ -336,10 +356,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, 500, "internal error")
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("competitive-miner")
-    except importlib.metadata.PackageNotFoundError:  # run from a bare source tree
-        return "0+source"

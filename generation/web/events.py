@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -63,8 +63,6 @@ class Following:
     def show(self, stage: str, fraction: float, seconds: float | None) -> None:
         self.stage = stage
         about: dict[str, Any] = {"request_id": self.request_id, "priority": priority(self.background), "stage": stage}
-        if (iterations := self._events.iterations.get(stage)) is not None:
-            about |= {"iteration": round(fraction * iterations), "iterations": iterations}
         about |= {"fraction": round(fraction, 4), "eta_seconds": None if seconds is None else round(seconds, 1)}
         self._events.publish(self, "progress", about)
 
@@ -77,10 +75,9 @@ class Following:
 
 
 class Events:
-    """All requests in progress and all listeners. ``iterations``: how many a stage has, of those that have any."""
+    """All requests in progress and all listeners."""
 
-    def __init__(self, iterations: Mapping[str, int]) -> None:
-        self.iterations = iterations
+    def __init__(self) -> None:
         self.time_left = TimeLeft()
         self._lock = threading.Lock()
         self._in_progress: dict[str, Following] = {}
@@ -173,7 +170,7 @@ class Listener:
         with suppress(RuntimeError):  # patience has just run out
             self.patience.reschedule(self._loop.time() + seconds)
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """Events, and comments between them, until the one request has ended or the service does."""
         yield b": listening\n\n"
         give_up = None if self._request_id is None else self._loop.time() + MAX_WAIT_S

@@ -58,9 +58,9 @@ _READING: dict[int | str, dict[str, Any]] = {
 ERRORS: dict[int | str, dict[str, Any]] = {**COMMON, **_READING}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds, in dreamgaussian also "
-        "iteration and iterations; the stage is `paused` while others go before it) and `end` (request_id, outcome, "
-        "score, reason). Times are null until they were measured",
+        "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds; the generator's stage "
+        "has its name, such as `dreamgaussian`; the stage is `paused` while others go before it) and `end` "
+        "(request_id, outcome, score, reason). Times are null until they were measured",
         "content": {"text/event-stream": {"schema": _EVENT}},
     },
     422: _error("Can not be a request's id"),

@@ -15,7 +15,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from generation.schema.score import MIN_ALIGNMENT
 
@@ -31,8 +31,22 @@ class MissingWeights(WeightsError):
     """Weights of which a file is not on this machine."""
 
 
+class Use:
+    """What must be known of a kind of checkpoint beside its files. Each kind has a class of its own."""
+
+
+U = TypeVar("U", bound=Use)
+
+
 @dataclass(frozen=True)
-class ClipUse:
+class MultiViewUse(Use):
+    """How a multi-view model is told of cameras."""
+
+    front_azimuth: float = 0.0  # degrees: from where it saw its objects' fronts in training
+
+
+@dataclass(frozen=True)
+class ClipUse(Use):
     """How a CLIP model's cosines become a score of 0 to 1, and how pixels are prepared for that."""
 
     cosine_scale: float  # the text-image cosine that counts as 1
@@ -58,10 +72,14 @@ class Entry:
     size: int = 0  # bytes of that file; its revision is its SHA-256
     folder: Path | None = None
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
+    sha256: tuple[tuple[str, str], ...] = ()  # of some of them at this revision, where public records have it
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
-    clip: ClipUse | None = None
-    front_azimuth: float = 0.0  # degrees: from where a multi-view model saw its objects' fronts in training
+    use: Use | None = None  # of the checkpoint's kind, where that has one
+
+    def used_as(self, kind: type[U]) -> U | None:
+        """Its ``use`` where that is of this kind."""
+        return self.use if isinstance(self.use, kind) else None
 
     @property
     def pinned(self) -> bool:
@@ -86,6 +104,13 @@ _ZERO123_FILES = (
     "feature_extractor/*",
     "scheduler/*",
 )
+# The networks that make splats, with the SHA-256 of their weights.
+_TRELLIS = {
+    "ss_flow_img_dit_L_16l8_fp16": "96dc6bfd4136fd950af564dd16b4ae533c9ba6af8f26c670646b2a9f2789b1db",
+    "ss_dec_conv3d_16l8_fp16": "1c76d4a40519aa2d711cc263a8404105231ac26db31d946bed48b84fee79009a",
+    "slat_flow_img_dit_L_64l8p2_fp16": "693fb2a58ad497bd222007301eeec49d14d60f8c12d2f2f00c221fa747b4c66c",
+    "slat_dec_gs_swin8_B_64l8gs32_fp16": "38c84bcef5ce0af1f48b1b5558dabc7575a13346043c41a7e0610f1fa619a161",
+}
 
 REGISTRY = {
     entry.name: entry
@@ -132,7 +157,32 @@ REGISTRY = {
             licence="OpenRAIL",
             size_gb=2.6,
             files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
-            front_azimuth=90.0,  # DreamGaussian has its known view there under MVDream
+            use=MultiViewUse(front_azimuth=90.0),  # DreamGaussian has its known view there under MVDream
+        ),
+        Entry(
+            name="lgm-big",
+            repo="ashawkey/LGM",
+            revision="main",
+            licence="MIT",
+            size_gb=0.83,
+            files=("model_fp16_fixrot.safetensors",),
+        ),
+        Entry(
+            name="imagedream",
+            repo="ashawkey/imagedream-ipmv-diffusers",
+            revision="main",
+            licence="OpenRAIL",
+            size_gb=4.0,
+            files=(
+                "unet/*",
+                "vae/*",
+                "text_encoder/*",
+                "tokenizer/*",
+                "image_encoder/*",
+                "feature_extractor/*",
+                "scheduler/*",
+            ),
+            use=MultiViewUse(front_azimuth=90.0),  # LGM has its front view there under ImageDream
         ),
         Entry(
             name="zero123-xl",
@@ -149,6 +199,24 @@ REGISTRY = {
             files=_ZERO123_FILES,
         ),
         Entry(
+            name="trellis-image-large",
+            repo="microsoft/TRELLIS-image-large",
+            revision="25e0d31ffbebe4b5a97464dd851910efc3002d96",
+            licence="MIT",
+            size_gb=2.65,
+            # without the decoders of meshes and radiance fields, and without encoders
+            files=("pipeline.json", *(f"ckpts/{name}.{kind}" for name in _TRELLIS for kind in ("json", "safetensors"))),
+            sha256=tuple((f"ckpts/{name}.safetensors", digest) for name, digest in _TRELLIS.items()),
+        ),
+        Entry(
+            name="dinov2-with-registers-large",
+            repo="facebook/dinov2-with-registers-large",
+            revision="e4c89a4e05589de9b3e188688a303d0f3c04d0f3",
+            licence="Apache-2.0",
+            size_gb=1.2,
+            files=("config.json", "model.safetensors"),
+        ),
+        Entry(
             name="clip-convnext-large-d",
             repo="laion/CLIP-convnext_large_d.laion2B-s26B-b102K-augreg",
             revision="main",
@@ -156,7 +224,7 @@ REGISTRY = {
             size_gb=1.4,
             files=("open_clip_config.json", "open_clip_*model.*"),
             # The constant 0.35 belongs to the validators' way: 224 pixels where the model was made for 256.
-            clip=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            use=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="llm2clip-l-14-336",
@@ -165,7 +233,7 @@ REGISTRY = {
             licence="Apache-2.0",
             size_gb=2.3,  # of which the vision tower is 1.2
             files=("config.json", "*.safetensors*"),
-            clip=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            use=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="404-gen-quality",
@@ -216,7 +284,7 @@ def lookup(choice: ModelChoice) -> Entry:
         raise WeightsError(f"model {choice.model!r} is unknown; known: {known}; a folder starts with ./ or /") from None
     if choice.revision is None:
         return entry
-    return replace(entry, revision=choice.revision)
+    return replace(entry, revision=choice.revision, sha256=())
 
 
 def _from_card(folder: Path) -> Entry:
@@ -239,12 +307,12 @@ def _from_card(folder: Path) -> Entry:
     for key, value in floors.items():
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
-    clip = None
+    use = None
     if "cosine_scale" in scales:
-        clip = ClipUse(
+        use = ClipUse(
             scales["cosine_scale"],
             scales.get("image_cosine_scale", 1.0),
             min_alignment=floors.get("min_alignment", MIN_ALIGNMENT),
             min_image_alignment=floors.get("min_image_alignment", MIN_ALIGNMENT),
         )
-    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)
+    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, use=use)

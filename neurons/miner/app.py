@@ -40,6 +40,7 @@ class CompetitiveMiner:
         self._status = StatusFile(options.status_file, shown_network(options.network))
 
     def stop(self) -> None:
+        """Ends `run`, within stopping.TOTAL_S seconds. May be called more than once."""
         if not self._stopping.is_set():
             log.info("Stopping")
         self._stopping.set()
@@ -85,7 +86,7 @@ class CompetitiveMiner:
             await self.mine(miner, books)
 
     async def mine(self, miner: Miner, books: Bookkeeping) -> None:
-        """Runs the parts until `stop`. Then what is in hand is handed in, as far as there is time."""
+        """Runs the parts until `stop`, then hands in what there is time for."""
         books.start()
         try:
             workers = [_start(f"Worker {number}", worker.run) for number, worker in enumerate(miner.workers, start=1)]
@@ -116,7 +117,7 @@ class CompetitiveMiner:
             await books.close()
 
     async def _network_is_there(self) -> bool:
-        """A rehearsal makes the wallet and the network's file first, so that is waited for. False when stopped."""
+        """Waits for the rehearsal to write the network's file, its last step. False when stopped meanwhile."""
         file = _network_file(self._options)
         if self._options.network != REHEARSAL or file.exists():
             return True
@@ -157,7 +158,7 @@ class CompetitiveMiner:
                 totals=dict(books.totals),
             )
             idle_log.update(manager, len(eligible))
-            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog)
+            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog, status)
             clock_log.update(moment.clock_behind)
             books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)

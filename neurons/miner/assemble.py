@@ -13,6 +13,7 @@ from neurons.chain import Metagraph
 from neurons.defaults import REHEARSAL
 from neurons.miner.generation.pool import GeneratorPool, Service
 from neurons.miner.options import MinerOptions
+from neurons.miner.records.activity import Identity
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event
 from neurons.miner.records.verdicts import PastSubmission
@@ -40,13 +41,17 @@ class Dendrite(ValidatorCaller, Protocol):
 class Books(Protocol):
     """What the parts need of Bookkeeping."""
 
-    def record(self, event: Event) -> None: ...
+    def record(self, event: Event) -> None:
+        """Takes an event; returns at once and never raises."""
 
-    def worth_asking_at(self, hotkey: str) -> float: ...
+    def worth_asking_at(self, hotkey: str) -> float:
+        """The unix time from which the validator is worth a pull; 0 for right away."""
 
-    async def cooldowns(self) -> Mapping[str, float]: ...
+    async def cooldowns(self) -> Mapping[str, float]:
+        """Hotkey -> unix time until which the validator may not be asked."""
 
-    async def submissions(self) -> Sequence[PastSubmission]: ...
+    async def submissions(self) -> Sequence[PastSubmission]:
+        """Those of an earlier run that validators may still count, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class Miner:
 
 def open_books(options: MinerOptions, hotkey: str, now: Callable[[], float] = steady_time) -> Bookkeeping:
     """The books of the miner with this hotkey."""
-    return Bookkeeping(options.ledger_of(hotkey), options.metrics_port, options.min_reward, now)
+    ledger, spool = options.ledger_of(hotkey), options.spool_of(hotkey)
+    identity = Identity(hotkey, shown_network(options.network), options.netuid)
+    return Bookkeeping(ledger, options.metrics_port, options.min_reward, now, spool, identity)
 
 
 async def assemble(
@@ -79,7 +86,7 @@ async def assemble(
     books: Books,
     now: Callable[[], float] = steady_time,
 ) -> Miner:
-    """A miner that goes on where `books` and its spool say that it was.
+    """A miner that goes on where the last run ended, by `books` and the spool.
 
     `now`: unix seconds of a clock that never steps.
     """

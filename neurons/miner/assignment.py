@@ -14,7 +14,7 @@ USEFUL_AGE_S = 300.0
 
 
 def usable_threshold(announced: float, own: float) -> float:
-    """The score to reach: the higher one, as long as the validator's can be reached at all."""
+    """The score to reach: the higher of the two, or our `own` where no result could reach the `announced` one."""
     return max(announced, own) if math.isfinite(announced) and announced <= 1 else own
 
 
@@ -32,6 +32,7 @@ class Assignment:
     settled: asyncio.Future[float] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def settle(self, ask_again_at: float) -> None:
+        """`ask_again_at`: unix seconds of the steady clock. Later calls change nothing."""
         # Nobody waits any more when the miner is stopping.
         if not self.settled.done():
             self.settled.set_result(ask_again_at)

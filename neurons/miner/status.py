@@ -29,6 +29,7 @@ def snapshot(
     pool: GeneratorPool,
     clocks: ValidatorClocks,
     ledger_backlog: int,
+    status: str,
 ) -> Snapshot:
     """The miner at this moment, for the metrics."""
     now = clocks.now()
@@ -40,6 +41,8 @@ def snapshot(
         endpoints=pool.usable,
         ledger_backlog=ledger_backlog,
         clock_behind=clocks.machine_is_behind(),
+        status=status,
+        held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
     )
 
 
@@ -51,6 +54,7 @@ class StatusFile:
         self._network = network
 
     def write(self, **fields: Any) -> None:
+        """Replaces the file. What stands in the way is a log line."""
         if self._path is None:
             return
         content = {**fields, "network": self._network, "pid": os.getpid()}
@@ -63,6 +67,7 @@ class StatusFile:
             log.error("Status file %s: %s", self._path, error)
 
     def remove(self) -> None:
+        """Says that the miner has ended. Raises OSError when the file can not be deleted."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
@@ -75,6 +80,7 @@ class IdleLog:
         self._logged_at = 0.0
 
     def update(self, manager: AsyncTaskManager, eligible: int) -> None:
+        """To be called every second or so. `eligible`: how many validators there are."""
         now = self._now()
         cooldowns, silent = manager.cooldowns, manager.silent
         if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:

@@ -1,6 +1,6 @@
 """How long each step of a stop may take, in seconds from SIGTERM on: together less than stop_competitive.sh waits."""
 
-# For what the workers have in hand, which is worth handing in.
+# For the workers to finish what they have.
 WORKERS_S = 15.0
 # For submissions under way. What is not answered then stays in the spool.
 SUBMISSIONS_S = 8.0

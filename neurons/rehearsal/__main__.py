@@ -18,6 +18,7 @@ log = logging.getLogger("neurons.rehearsal")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Exits with status 2 when it makes no sense."""
     parser = argparse.ArgumentParser(
         prog="python -m neurons.rehearsal",
         description="Validators on loopback that keep subnet 17's rules. Nothing reaches the Bittensor network.",
@@ -51,6 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> int:
+    """Serves until a signal; the process' exit status."""
     args = parse(sys.argv[1:])
     home.do_without()
     # Only now: these bring bittensor, which takes seconds to import.

@@ -77,10 +77,12 @@ class HostileValidator:
             self._loop.call_soon_threadsafe(self._stopping.set)
 
     def new_task(self, **fields: Any) -> Fields:
+        """The fields of a task, with these in place of the usual ones."""
         self.tasks += 1
         return {"type": "text", "id": str(uuid.uuid4()), "prompt": "a chair that nobody pays for", **fields}
 
     def cooldown_until(self) -> int:
+        """Unix seconds by which a miner may pull again, as the rules have it."""
         return int(time.time() + self.limits.task_cooldown) + 1
 
     async def _pull_task(self, request: web.Request) -> web.StreamResponse:
@@ -99,6 +101,8 @@ Handler = Callable[[HostileValidator, web.Request], Awaitable[web.StreamResponse
 
 
 class Habit(NamedTuple):
+    """What one kind of validator answers to pulls and to submissions."""
+
     pull: Handler
     submit: Handler
 

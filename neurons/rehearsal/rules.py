@@ -120,6 +120,7 @@ class Rules:
         self._known_from = known_from
 
     def pull(self, hotkey: str) -> PullAnswer:
+        """What a pull of this miner is answered: a task, or the cooldown that it has to wait for."""
         now = self.clock()
         limits = self.limits
         miner = self._find(hotkey)

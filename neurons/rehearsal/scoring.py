@@ -15,7 +15,7 @@ from neurons.rehearsal.checks import Unacceptable, check_results
 
 # aiohttp's default, which the public validator keeps.
 SCORING_LIMIT_S = 300.0
-# A validator's service is there for scoring alone; this one makes the miner's results, too.
+# This service is busy with the miner's tasks as well, which a real validator's is not.
 BUSY = (429, 503)
 RETRY_S = 3.0
 PRIORITY = {"X-Priority": "background"}  # as the tasks that are scored: who asks in person goes first
@@ -24,17 +24,21 @@ log = logging.getLogger(__name__)
 
 
 class Scoring(Protocol):
+    """Who scores results: a service, or a fixed answer."""
+
     async def score(self, task: Task, results: str) -> float | None:
         """Final score of `results` (base64 of `.spz`); None when there is no answer."""
 
 
 class ScoringService:
+    """The scoring service over HTTP, as the public validator calls it."""
+
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint.rstrip("/")
 
     async def score(self, task: Task, results: str) -> float | None:
-        """What can not be read, and what the hard rejections are about, has score 0: an exception inside the subnet's
-        scoring service gives that, while no answer, be it for a connection, time or a status, gives None.
+        """0 for what can not be read or is rejected outright: an exception inside the subnet's service gives that, too.
+        None for no answer: no connection, a time-out, or another status than 200.
         """
         try:
             await asyncio.to_thread(check_results, results)
@@ -68,6 +72,7 @@ class FixedScores:
         self._score = score
 
     async def score(self, task: Task, results: str) -> float | None:
+        """Always the same."""
         return self._score
 
 

@@ -22,7 +22,9 @@ class TruthFile:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def note(self, **fields: object) -> None:
+        """Appends one event, as a line of JSON. Raises OSError."""
         self._file.write(json.dumps(fields) + "\n")
 
     def close(self) -> None:
+        """No more events."""
         self._file.close()

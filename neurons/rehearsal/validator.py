@@ -75,6 +75,7 @@ class RehearsalValidator:
 
     @property
     def started(self) -> bool:
+        """Whether its axon is there to be called."""
         return self._axon.fast_server.started
 
     async def serve(self) -> None:
@@ -89,9 +90,11 @@ class RehearsalValidator:
             self.save()
 
     def stop(self) -> None:
+        """Ends its axon."""
         self._axon.fast_server.should_exit = True
 
     def save(self) -> None:
+        """Writes its state to its file, where it has one. Raises OSError."""
         self._saved = self.rules.saved()
         if self._state is not None:
             temporary = self._state.with_suffix(".tmp")

@@ -1,5 +1,5 @@
 """The full profile's models at their true size, with random weights: for measuring speed and memory, which do not
-depend on what the weights say. ``load`` stands in for ``Pipeline.load``.
+depend on what the weights say. ``load`` stands in for ``generation.pipeline.assemble.load``.
 
 The matting net's code comes with its weights: the environment variable MATTING_CODE names a folder with RMBG-2.0's or
 BiRefNet's ``config.json`` and modelling file.
@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import open_clip
 import torch
@@ -27,10 +28,12 @@ from diffusers import (
 from torch import nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
+    CLIPVisionModel,
     CLIPVisionModelWithProjection,
     Dinov2Config,
     T5Config,
@@ -40,17 +43,27 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from generation.accelerate.quantise import quantise_linears
-from generation.generators.dreamgaussian import DreamGaussian, MVDream
+from generation.generators.base import Checkpoint, Parts, RemoveBackground
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import CAMERA_NUMBERS, Zero123
+from generation.generators.kinds import load_models, load_options
+from generation.generators.lgm.network import BIG, LGM
+from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
+from generation.generators.multiview.words import Words
+from generation.generators.trellis.condition import Condition
+from generation.generators.trellis.weights import Networks
+from generation.pipeline.assemble import load_generators
 from generation.pipeline.pipeline import Pipeline
 from generation.schema.memory_class import Quantization, choose
-from generation.schema.options import DreamGaussianOptions, Models
+from generation.schema.options import Models
 from generation.settings import PROFILES, ROOT, Settings, gpu_memory
 from generation.stages.background import BackgroundRemover
 from generation.stages.self_check import ImageClip, Lpips, Quality, QualityNet, SelfCheck, TextClip
 from generation.stages.self_check.quality import DINOV2_SMALL
 from generation.stages.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
-from generation.weights.registry import REGISTRY
+from generation.weights.registry import REGISTRY, ClipUse, lookup
+from scripts.bench import trellis_sizes
 
 TINY = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
@@ -131,11 +144,97 @@ def mvdream(device: str, dtype: torch.dtype = torch.float16) -> MVDream:
     with on(device, dtype):
         unet = UNet2DConditionModel(**unet_config(MVDREAM_UNET))
         vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
-    )
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "mvdream/tokenizer", model_max_length=77)
-    return MVDream(unet, vae, text, tokenizer, scheduler, front_azimuth=90.0)
+    return MVDream(unet, vae, text, _clip_tokenizer(), _scheduler(), front_azimuth=90.0)
+
+
+def zero123(device: str, dtype: torch.dtype = torch.float16) -> Zero123:
+    """Zero123-XL: Stable Diffusion 1's UNet with 8 input channels, its autoencoder, CLIP ViT-L/14's vision tower."""
+    with on(device, dtype):
+        unet = UNet2DConditionModel(
+            sample_size=32, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
+            attention_head_dim=8, cross_attention_dim=768,
+        )  # fmt: skip
+        vae, projection = _vae(4, scaling_factor=0.18215), nn.Linear(768 + CAMERA_NUMBERS, 768)
+        vision = CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+            patch_size=14, projection_dim=768,
+        )  # fmt: skip
+        tower = CLIPVisionModelWithProjection(vision)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return Zero123(unet, vae, tower, projection, CLIPImageProcessor(), scheduler, stable=False)
+
+
+def mvdream_views(device: str, dtype: torch.dtype = torch.float16, **options: Any) -> MVDreamViews:
+    """MVDream, drawing views. `options`: its constructor's."""
+    options = {"front_azimuth": 90.0, **options}
+    with on(device, dtype):
+        unet = UNet2DConditionModel(**unet_config(MVDREAM_UNET))
+        vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
+    return MVDreamViews(unet, vae, Words(text, _clip_tokenizer()), _scheduler(), **options)
+
+
+def imagedream(device: str, dtype: torch.dtype = torch.float16, **options: Any) -> ImageDream:
+    """ImageDream: MVDream with 0.08 billion parameters more for the picture, and CLIP ViT-H/14's vision tower, 0.63."""
+    options = {"front_azimuth": 90.0, **options}
+    with on(device, dtype):
+        unet, resampler = image_prompt.build(MVDREAM_UNET | {"ip_dim": 16})
+        vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
+        vision = CLIPVisionConfig(
+            hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, image_size=224,
+            patch_size=14, hidden_act="gelu",
+        )  # fmt: skip
+        tower = CLIPVisionModel(vision)
+    words = Words(text, _clip_tokenizer())
+    return ImageDream(unet, resampler, vae, words, tower, CLIPImageProcessor(), _scheduler(), **options)
+
+
+def lgm(device: str, dtype: torch.dtype = torch.float16) -> LGM:
+    """LGM big: 0.42 billion parameters."""
+    with on(device, dtype):
+        return LGM(BIG).eval().requires_grad_(False)
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(TINY / "mvdream/tokenizer", model_max_length=77)
+    return tokenizer
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+
+
+#: what stands in for a class's ``load(folder, device, dtype, **options)``
+STAND_INS: dict[type[Any], Callable[..., Any]] = {
+    MVDream: lambda folder, device, dtype, front_azimuth: mvdream(device, dtype),
+    Zero123: lambda folder, device, dtype, stable: zero123(device, dtype),
+    ImageDream: lambda folder, device, dtype, **options: imagedream(device, dtype, **options),
+    LGM: lambda folder, device, dtype: lgm(device, dtype),
+    MVDreamViews: lambda folder, device, dtype, **options: mvdream_views(device, dtype, **options),
+    Networks: lambda folder, device, dtype: trellis_sizes.networks(device, dtype),
+    Condition: lambda folder, device, dtype: trellis_sizes.condition(device, dtype),
+}
+
+
+class RandomParts(Parts):
+    """Parts of random weights: generators load as ever, but what reads a folder does not."""
+
+    def __init__(
+        self, models: Models, remove_background: RemoveBackground, device: str, progress: Callable[[str], None]
+    ) -> None:
+        checkpoints = {
+            name: Checkpoint(Path("random weights"), lookup(choice), choice, device)
+            for name, choice in models.stages.items()
+        }
+        super().__init__(checkpoints, remove_background, device, progress)
+
+    def load(self, name: str, build: Callable[[Checkpoint], Any]) -> Any:
+        with ExitStack() as stack:
+            for kind, random in STAND_INS.items():
+                stack.enter_context(patch.object(kind, "load", random))
+            return super().load(name, build)
 
 
 def matting(device: str, image_size: int, dtype: torch.dtype = torch.float16) -> BackgroundRemover:
@@ -154,8 +253,9 @@ def matting(device: str, image_size: int, dtype: torch.dtype = torch.float16) ->
 def self_check(device: str, rests: bool = False) -> SelfCheck:
     """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
-    text, image = (REGISTRY[name].clip for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
-    assert text is not None and image is not None
+    text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
+    assert text is not None
+    assert image is not None
     model = open_clip.create_model("convnext_large_d", device=device)
     tokenizer = open_clip.get_tokenizer("convnext_large_d")
     vision = CLIPVisionConfig(
@@ -175,14 +275,22 @@ def self_check(device: str, rests: bool = False) -> SelfCheck:
     )
 
 
-def settings(device: str = "cuda", memory: int | None = None) -> Settings:
-    """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own)."""
-    models_file, config = PROFILES["full"]
-    models = Models.load(models_file)
+def settings(device: str = "cuda", memory: int | None = None, config: Path | None = None) -> Settings:
+    """Those of the full profile, whether or not its weights are here, for a GPU of ``memory`` bytes (None: its own).
+
+    A ``config`` that draws pictures serves them, too.
+    """
+    models_file, text_config, image_config = PROFILES["full"]
+    assert image_config is not None
+    if config is not None and load_options(config).draws:
+        image_config = config
+    config = config or text_config
+    models = load_models(models_file)
     memory_class, memory_reason = choose(models.memory_classes, memory or gpu_memory((0,)), None)
     return Settings(
-        profile="full", profile_reason="random weights", device=device, config=config,
-        options=DreamGaussianOptions.load(config), models=models.fitted(memory_class), host="127.0.0.1", port=10006,
+        profile="full", profile_reason="random weights", device=device, config=config, options=load_options(config),
+        image_config=image_config, image_options=load_options(image_config), models=models.fitted(memory_class),
+        host="127.0.0.1", port=10006,
         memory_class=memory_class.name if memory_class else None, memory_reason=memory_reason,
         validation_threshold=0.0, log_file=ROOT / "logs" / "full_size.log", max_queue=16, gpus=(0,), profile_trace=None,
     )  # fmt: skip
@@ -195,11 +303,10 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     text_to_image = TextToImage(flux(device, models.text_to_image.quantization), models.text_to_image, device)
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
-    dreamgaussian = DreamGaussian(mvdream(device), settings.options, device, background.remove)
+    text, image = load_generators(settings, RandomParts(models, background.remove, device, progress))
     checking = self_check(device, models.self_check_rests_on == "cpu")
-    pipeline = Pipeline(
-        text_to_image, background, dreamgaussian, checking, settings.options, device, [], models.max_batch
-    )
+    turns = models.generators_rest_on == "cpu"
+    pipeline = Pipeline(text_to_image, background, text, image, checking, device, [], models.max_batch, turns)
     if warm:
         pipeline.warm_up(progress)
     return pipeline

@@ -114,7 +114,7 @@ class SimulatedNetwork:
     async def fetch(self) -> Metagraph:
         return self.metagraph()
 
-    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
+    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
         validator = self.validators[target_axon.port - FIRST_PORT]
         sent, status = now(), None
         try:
@@ -165,7 +165,14 @@ class MemoryBooks:
 
 def options_in(folder: Path) -> MinerOptions:
     """The miner's defaults, in a rehearsal that keeps its files in `folder`."""
-    return MinerOptions(REHEARSAL, "rehearsal", "miner", folder, rehearsal_state=folder, metrics_port=0)
+    return MinerOptions(
+        network=REHEARSAL,
+        wallet_name="rehearsal",
+        wallet_hotkey="miner",
+        wallet_path=folder,
+        rehearsal_state=folder,
+        metrics_port=0,
+    )
 
 
 class StandInService:

@@ -38,7 +38,7 @@ TOOLKIT = {
     "include/cccl": "nvidia-cuda-cccl",
     "lib/libcudart.so.13": "nvidia-cuda-runtime",
 }
-INSTALL = ".venv/bin/python -m pip install -c constraints.txt -e '.[gpu]'"
+INSTALL = "scripts/install.sh gpu"
 
 
 class BuildError(Exception):
@@ -188,7 +188,7 @@ def build(architectures: list[str]) -> Path:
         (work / "lock").unlink(missing_ok=True)  # torch waits for ever for a lock that a killed build has left
         variables = environment(home, architectures, work / "links")
         if shutil.which("ninja", path=variables["PATH"]) is None:
-            raise BuildError("no ninja; run: .venv/bin/python -m pip install -c constraints.txt ninja")
+            raise BuildError("no ninja; run: scripts/install.sh gpu")
         print(
             f"Compiling gsplat's CUDA code for compute capability {', '.join(architectures)}, "
             f"{variables['MAX_JOBS']} files at once ({folder / 'build.log'}) ...",

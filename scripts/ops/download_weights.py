@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from generation.schema.options import DreamGaussianOptions, Models
-from generation.settings import PROFILES
+from generation.settings import needed_by_profile
 from generation.weights import Entry, WeightsError, lookup
 from generation.weights.download import check_disk, fetch, plan
 from generation.weights.registry import REGISTRY
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--revision: {arguments.only[0]} is one file, which has none")
     entries = [REGISTRY[name] for name in arguments.only] if arguments.only else profile_entries()
     if arguments.revision:
-        entries = [replace(entries[0], revision=arguments.revision)]
+        entries = [replace(entries[0], revision=arguments.revision, sha256=())]
 
     plans, problems = [], []
     for entry in entries:
@@ -70,11 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def profile_entries() -> list[Entry]:
-    """What the full profile loads under its default config, and what the validators' whole score needs."""
-    models_file, config = PROFILES["full"]
-    models = Models.load(models_file)
-    choices = {**models.needed(DreamGaussianOptions.load(config)), **models.optional}
-    return [entry for entry in map(lookup, choices.values()) if entry.is_downloaded]
+    """What the full profile loads under its default configs, and what the validators' whole score needs."""
+    return [entry for entry in map(lookup, needed_by_profile("full").values()) if entry.is_downloaded]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from typing import Any
 FIRST_PAUSE_S = 2.0
 MAX_PAUSE_S = 60.0
 LASTING_S = 60.0  # a life that lasted so long was no failed start
-MAX_OUTPUT_BYTES = 1 << 20  # of what the command prints beside its log, over all lives
+MAX_OUTPUT_BYTES = 1 << 20  # of what the command prints beside its log, over all lives; looked at every OUTPUT_CHECK_S
+OUTPUT_CHECK_S = 10.0
 
 _PR_SET_PDEATHSIG = 1
 
@@ -58,7 +60,6 @@ class Keeper:
             if self._stopping.wait(pause):
                 return 0
             pause = min(2 * pause, MAX_PAUSE_S)
-            _empty_when_large(sys.stdout.fileno())
 
     def _say(self, text: str) -> None:
         now = time.time()
@@ -74,8 +75,11 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _empty_when_large(descriptor: int) -> None:
-    if os.fstat(descriptor).st_size > MAX_OUTPUT_BYTES:
+def _empty_when_large(*_: Any) -> None:
+    """The file that command and keeper print to; they share their place in it. A signal handler."""
+    descriptor = sys.stdout.fileno()
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size > MAX_OUTPUT_BYTES:
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
 
@@ -84,7 +88,12 @@ def main(up: str, log: str, *command: str) -> int:
     keeper = Keeper(Path(up), Path(log), list(command))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, keeper.stop)
-    return keeper.run()
+    signal.signal(signal.SIGALRM, _empty_when_large)
+    signal.setitimer(signal.ITIMER_REAL, OUTPUT_CHECK_S, OUTPUT_CHECK_S)
+    try:
+        return keeper.run()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it would kill an interpreter that is ending, without its handlers
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid, save_image
 
-from generation.pipeline.pipeline import Asset, Pipeline, Request, Scores
+from generation.pipeline import assemble
+from generation.pipeline.pipeline import Asset, Request, Scores
 from generation.settings import Settings
 from generation.splats import ply
 from generation.stages.self_check import fit_to_frame
@@ -78,7 +79,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings.resolve({"profile": "tiny", "config": args.config})
     models = settings.models.model_copy(update={"max_batch": args.together})
-    pipeline = Pipeline.load(settings.model_copy(update={"models": models}), print, warm=args.together == 1)
+    pipeline = assemble.load(settings.model_copy(update={"models": models}), print, warm=args.together == 1)
     judging = judge.load()
     rng = random.Random(args.seed)
     specs = evaluation_specs(args.prompts)

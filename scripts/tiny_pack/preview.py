@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FluxPipeline, UNet2DConditio
 from torchvision.utils import make_grid, save_image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
+from generation.generators.multiview.attention import camera_embedding, join_views
 
 from .captions import caption, evaluation_specs
 from .models import FLUX_SIZE

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.generators.dreamgaussian import DreamGaussian
-from generation.generators.dreamgaussian.optimiser import GREY, RINGS, SAMPLE_GUIDANCE, foreground
-from generation.schema.options import DreamGaussianOptions
+from generation.generators.base import Subject
+from generation.generators.dreamgaussian.optimiser import GREY, RINGS, SAMPLE_GUIDANCE, DreamGaussian, foreground
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.settings import CONFIGS, Settings
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import Gaussians
@@ -169,13 +169,16 @@ class Maker:
     """The pack's stages on one device."""
 
     def __init__(self, device: str) -> None:
-        from generation.pipeline.pipeline import Pipeline
+        from generation.pipeline import assemble
 
         self.device = device
         settings = Settings.resolve({"profile": "tiny"}).model_copy(update={"device": device})
-        self.pipeline = Pipeline.load(settings, warm=False)
+        self.pipeline = assemble.load(settings, warm=False)
         self.judge = judge.load().to(device)
         self._before: Gaussians | None = None  # the splat before, whose back another one may get
+
+    def _guidance(self) -> Any:
+        return self.pipeline._text._guidance  # type: ignore[attr-defined]
 
     def make(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Records of a batch's results, and of some the same with flaws."""
@@ -218,7 +221,7 @@ class Maker:
         """For each iteration asked for, splats in the validators' frame by the number of what was wanted."""
         pipe = self.pipeline
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)
-        guidance = pipe._dreamgaussian._guidance
+        guidance = self._guidance()
         optimiser = Drawn(guidance, options, self.device, pipe._background.remove)
         prompts = [caption(w, rng, plain=True) if isinstance(w, ObjectSpec) else "" for w in wanted]
         seeds = [rng.randrange(2**31) for _ in wanted]
@@ -237,7 +240,7 @@ class Maker:
         else:
             cutouts = self._cutouts(prompts, seeds, options.ref_size)
         there = list(cutouts)
-        sketches = {i: optimiser.sketch(prompts[i], seeds[i]) for i in there}
+        sketches = {i: optimiser.prefetch(prompts[i], seeds[i]) for i in there}
         channels, side = guidance._unet.config.in_channels, guidance._unet.config.sample_size
         shape = (len(cameras), channels, side, side)
         latents = torch.cat([torch.randn(shape, generator=sketches[i].generator) for i in there]).to(self.device)
@@ -250,12 +253,12 @@ class Maker:
         v = len(cameras)
         optimiser.drawn = iter([(shown[k : k + v], alphas[k : k + v], cameras) for k in range(0, len(shown), v)])
         # Without words a scene is begun as if it had some: its picture is not what the views were drawn from.
-        scenes = {i: optimiser.start(cutouts[i], prompts[i] or "thing", seeds[i], sketches[i]) for i in there}
+        scenes = {i: optimiser.begin(Subject(prompts[i] or "thing", cutouts[i], seeds[i], sketches[i])) for i in there}
         for iteration in range(max(way.iterations) + 1):
             if iteration in way.iterations:
                 yield iteration, {i: fit_to_frame(scene.gaussians().detach()) for i, scene in scenes.items()}
             if iteration < max(way.iterations):
-                optimiser.step(list(scenes.values()))
+                optimiser.tick(list(scenes.values()))
 
     def _cutouts(self, prompts: list[str], seeds: list[int], size: int) -> dict[int, Tensor]:
         images = torch.stack(list(self.pipeline._text_to_image.generate(prompts, seeds)))
@@ -277,7 +280,7 @@ class Maker:
         front = exact_orbit(torch.full((n,), FRONT_ELEVATION), torch.zeros(n)).to(self.device)
         rgba = renderer.render(objects, front, size)
         cutouts = torch.cat([rgba[:, :3] / rgba[:, 3:].clamp_min(1e-3), rgba[:, 3:]], 1).clamp(0, 1)
-        pixels = self.pipeline._dreamgaussian._guidance.image_size
+        pixels = self._guidance().image_size
         exact = [
             composite(renderer.render(objects, c2w.expand(n, 4, 4), pixels), behind) for c2w in cameras.camera_to_world
         ]

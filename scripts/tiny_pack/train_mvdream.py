@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
 
-from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
+from generation.generators.multiview.attention import camera_embedding, join_views
 
 from . import models
 from .data import BACKDROP, over_backdrop, render_pool, two_rings

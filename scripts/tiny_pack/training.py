@@ -9,16 +9,21 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 LICENCE = "MIT"
 # Of a run that another one started from.
 KEPT = ("script", "seed", "device", "objects", "batch", "steps", "minutes", "final_loss")
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+P = ParamSpec("P")
+T = TypeVar("T")
 PACK = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
 
-def arguments(description: str, minutes: float) -> argparse.Namespace:
+def arguments(description: str, minutes: float, more: dict[str, dict] | None = None) -> argparse.Namespace:
+    """The trainers' arguments; `more` are one's own, as `add_argument` takes them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=minutes, help="training time after the data is rendered")
     parser.add_argument("--pack", type=Path, default=PACK, help="where the pack's folders are")
@@ -28,6 +33,8 @@ def arguments(description: str, minutes: float) -> argparse.Namespace:
     parser.add_argument("--objects", type=int, help="objects to render (default: the trainer's own)")
     parser.add_argument("--batch", type=int, help="batch size (default: the trainer's own)")
     parser.add_argument("--tune", action="store_true", help="start from the pack's weights instead of from nothing")
+    for name, about in (more or {}).items():
+        parser.add_argument(name, **about)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     if args.device == "cuda":
@@ -55,16 +62,18 @@ class Average:
 
 def fit(
     name: str,
-    module: torch.nn.Module,
+    module: ModuleT,
     loss: Callable[[], torch.Tensor],
     args: argparse.Namespace,
     lr: float,
     weight_decay: float = 0.01,
     decay: float = 0.999,
-) -> tuple[torch.nn.Module, dict]:
+    until: float | None = None,
+) -> tuple[ModuleT, dict[str, Any]]:
     """Minimise `loss()` (which draws its own batch) for `args.minutes`; the learning rate follows the clock.
 
     A checkpoint is kept every minute in `args.work`; a run that finds one goes on from it, with the time it had left.
+    A run that is not done when the time is `until` (of `time.monotonic`) keeps one, and returns what it has.
     Returns the averaged module and {"steps", "minutes", "final_loss"} for the card.
     """
     optimiser = torch.optim.AdamW(
@@ -86,6 +95,7 @@ def fit(
     while True:
         elapsed = spent + time.monotonic() - began
         done = elapsed / budget
+        ends = done >= 1 or (until is not None and time.monotonic() >= until)
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         value = loss()
@@ -99,13 +109,13 @@ def fit(
             if not math.isfinite(value.item()):
                 raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}")
             running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
-        if time.monotonic() - shown > 20 or done >= 1:
+        if time.monotonic() - shown > 20 or ends:
             print(
                 f"{name}: step {step}, {elapsed / 60:.1f}/{args.minutes} min, loss {running or value.item():.5f}",
                 flush=True,
             )
             shown = time.monotonic()
-        if time.monotonic() - saved > 60 or done >= 1:
+        if time.monotonic() - saved > 60 or ends:
             state = {
                 "module": module.state_dict(),
                 "average": average.module.state_dict(),
@@ -114,16 +124,17 @@ def fit(
             torch.save(state | {"step": step, "spent": elapsed}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             saved = time.monotonic()
-        if done >= 1:
+        if ends:
             final = running or value.item()
-            return average.module, {"steps": step, "minutes": round(elapsed / 60, 2), "final_loss": round(final, 5)}
+            averaged: ModuleT = average.module  # type: ignore[assignment]  # it is a copy of the module
+            return averaged, {"steps": step, "minutes": round(elapsed / 60, 2), "final_loss": round(final, 5)}
 
 
 def autocast(args: argparse.Namespace):
     return torch.autocast(args.device, torch.bfloat16)
 
 
-def compiled(function, args: argparse.Namespace):
+def compiled(function: Callable[P, T], args: argparse.Namespace) -> Callable[P, T]:
     return torch.compile(function, dynamic=False) if args.device == "cuda" else function
 
 

@@ -6,11 +6,13 @@ python -m scripts.tools.contact_sheet OUT.png SPLAT.ply [SPLAT.ply ...]
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from generation.splats import ply
 from generation.splats.cameras import orbit
@@ -39,12 +41,17 @@ def main() -> None:
     for path in args.splats:
         try:
             data = path.read_bytes()
-            if not data:
-                raise ValueError("empty: the service held the result back (the answer's X-Rejected header says why)")
-            rows.append(all_round(ply.read(data)))
+            if data:
+                rows.append(all_round(ply.read(data)))
+            else:
+                said = "empty, left out: the service held the result back (the answer's X-Rejected header says why)"
+                print(f"{path}: {said}", file=sys.stderr)
         except (OSError, ValueError) as error:
             parser.error(f"{path}: {error}")
-    save_image(make_grid(torch.cat(rows), nrow=VIEWS, pad_value=1.0), args.out)
+    if not rows:
+        parser.error("no splat among these files")
+    sheet = torch.cat([torch.cat([*row.permute(0, 2, 3, 1)], dim=1) for row in rows])
+    Image.fromarray(np.asarray((sheet * 255).round().to(torch.uint8))).save(args.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ from pathlib import Path
 
 import torch
 
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.dreamgaussian.scene import Scene
+from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Pipeline, Request
 from generation.settings import CONFIGS, Settings
 from generation.splats import ply
@@ -70,8 +73,8 @@ def run(pipeline: Pipeline, prompt: str) -> tuple[Asset, list[int]]:
     job, counts = pipeline.begin(Request(prompt=prompt, seed=0, threshold=0.0)), {}
     while job.outcome is None:
         pipeline.tick([job])
-        if job.scene and job.scene.iteration % EVERY == 0:
-            counts[job.scene.iteration] = len(job.scene.gaussians())
+        if isinstance(job.work, Scene) and job.work.iteration % EVERY == 0:
+            counts[job.work.iteration] = len(job.work.gaussians())
     if isinstance(job.outcome, Exception):
         raise job.outcome
     return job.outcome, list(counts.values())
@@ -87,9 +90,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for config in args.configs:
         settings = Settings.resolve({"profile": "tiny", "config": CONFIGS / f"{config}.yaml"})
-        threshold = settings.options.densify_grad_threshold * args.threshold_times
-        options = settings.options.model_copy(update=TINY | {"densify_grad_threshold": threshold})
-        pipeline = Pipeline.load(settings.model_copy(update={"options": options}))
+        options = settings.options
+        assert isinstance(options, DreamGaussianOptions)
+        threshold = options.densify_grad_threshold * args.threshold_times
+        options = options.model_copy(update=TINY | {"densify_grad_threshold": threshold})
+        pipeline = assemble.load(settings.model_copy(update={"options": options, "image_options": options}))
         print(f"{config}: {options.iters} iterations from {options.num_pts:,} Gaussians, threshold {threshold:g}")
         for prompt in args.prompts:
             began = time.perf_counter()

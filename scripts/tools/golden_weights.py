@@ -34,6 +34,18 @@ def weights(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, Tensor]:
     return filled
 
 
+def lgm_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """As `weights`; opacities spread so far that some Gaussians are dropped."""
+    state = weights(shapes, seed=9)
+    state["conv.weight"][3] *= 8
+    return state
+
+
+def lgm_views() -> Tensor:
+    """Two objects' four views (2, 4, 3, 40, 40), in 0..1."""
+    return weights({"views": [2, 4, 3, 40, 40]}, seed=8)["views"].mul(100).sigmoid()
+
+
 def pack(value: object) -> str:
     """As text for a golden file's metadata: a UNet's names are long and much alike."""
     return b64encode(zlib.compress(json.dumps(value, separators=(",", ":")).encode(), 9)).decode()

@@ -22,7 +22,7 @@ from transformers import Dinov2Config
 
 from generation.stages.self_check import ImageClip, Lpips, Quality, QualityNet, SelfCheck, TextClip
 from generation.stages.self_check.quality import WEIGHTS
-from generation.weights.registry import REGISTRY
+from generation.weights.registry import REGISTRY, ClipUse
 from scripts.tools.golden_weights import GOLDEN as FOLDER
 from scripts.tools.golden_weights import weights
 
@@ -75,8 +75,10 @@ class Clip(nn.Module):
         super().__init__()
         self.visual = SimpleNamespace(preprocess_cfg={"size": 224, "mean": (0.0,) * 3, "std": (1.0,) * 3})
         self.layer = _random(3 * 14 * 14, 32, seed=1)
-        use = REGISTRY["clip-convnext-large-d"].clip
-        assert use is not None and use.mean is not None and use.std is not None
+        use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
+        assert use is not None
+        assert use.mean is not None
+        assert use.std is not None
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (use.mean, use.std))
         words = []
         for number, views in enumerate(scenes().values()):
@@ -189,8 +191,9 @@ class Models:
 @cache
 def ours() -> SelfCheck:
     """Our self-check with the same models."""
-    text, image = (REGISTRY[name].clip for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
-    assert text is not None and image is not None
+    text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
+    assert text is not None
+    assert image is not None
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save(alexnet_file(), file.name)
         lpips = Lpips.load(Path(file.name), "cpu")

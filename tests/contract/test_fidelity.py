@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from generation.generators.dreamgaussian.guidance.multiview import join_views
 from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
+from generation.generators.lgm import unet
+from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays
+from generation.generators.multiview.attention import join_views
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet, rename_unet, unet_config
 from generation.weights.registry import REGISTRY
 from generation.weights.strict import load_model, naming
-from scripts.tools.golden_weights import golden, weights
+from scripts.tools.golden_weights import golden, lgm_views, lgm_weights, weights
 
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
 
 
 def unet_folder(folder: Path, about: dict) -> Path:
@@ -75,6 +78,97 @@ def test_learning_rate():
     tensors, _ = golden("learning_rate")
     rates = torch.tensor([position_lr(step, 0.001, 0.00002, 300) for step in range(1, 501, 20)])
     assert torch.allclose(rates, tensors["rates"], atol=0, rtol=1e-4)
+
+
+class TestLGM:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        """A checkpoint as the public one, but with a config, for it is smaller."""
+        about = golden("lgm")[1]
+        save_file(lgm_weights(about["shapes"]), tmp_path / "model_fp16_fixrot.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(about["config"]))
+        return tmp_path
+
+    @torch.no_grad()
+    def test_gaussians_of_two_objects(self, folder):
+        model = LGM.load(folder, "cpu", torch.float32)
+        assert torch.allclose(model(lgm_views(), model.rays())[:, ::8], golden("lgm")[0]["splats"], **CLOSE)
+
+    def test_half_precision_is_near(self, folder):
+        model = LGM.load(folder, "cpu", torch.float16)
+        splats = model(lgm_views(), model.rays())
+        assert splats.dtype == torch.float32
+        assert float((splats[:, ::8] - golden("lgm")[0]["splats"]).abs().mean()) < 3e-3
+
+    def test_rays(self):
+        tensors, about = golden("lgm")
+        config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["config"].items()})
+        for name, elevation in (("rays", 0.0), ("raised", 20.0)):
+            poses = orbit(elevation, torch.arange(4) * 90.0, config.radius, config.fovy, 32, 32).camera_to_world
+            assert torch.allclose(plucker_rays(poses, 32, config.fovy)[:, :, ::8, ::8], tensors[name], **CLOSE)
+
+    @pytest.mark.parametrize(
+        "mistake",
+        ["skips not scaled", "views apart", "azimuth the other way", "rows upside down", "moments reversed",
+         "directions first", "corners of pixels", "not normalised", "another field of view"],
+    )  # fmt: skip
+    @torch.no_grad()
+    def test_each_convention_counts(self, folder, mistake, monkeypatch):
+        model, views = LGM.load(folder, "cpu", torch.float32), lgm_views()
+        rays = model.rays()
+        moments, directions = rays.split(3, 1)
+        if mistake == "skips not scaled":
+            monkeypatch.setattr(unet, "SKIP", 1.0)
+        elif mistake == "views apart":
+            attend = unet.MultiViewAttention.forward
+            monkeypatch.setattr(unet.MultiViewAttention, "forward", lambda self, x, views: attend(self, x, 1))
+        elif mistake == "azimuth the other way":
+            rays = rays[[0, 3, 2, 1]]
+        elif mistake == "rows upside down":
+            rays = rays.flip(2)
+        elif mistake == "moments reversed":
+            rays = torch.cat([-moments, directions], 1)
+        elif mistake == "directions first":
+            rays = torch.cat([directions, moments], 1)
+        elif mistake == "corners of pixels":
+            poses = model.config.cameras().camera_to_world
+            rays = plucker_rays(poses, 64, model.config.fovy)[:, :, ::2, ::2]
+        elif mistake == "not normalised":
+            views = views * 0.226 + 0.449
+        else:
+            rays = plucker_rays(model.config.cameras().camera_to_world, 32, 45.0)
+        wanted = golden("lgm")[0]["splats"]
+        assert float((model(views, rays)[:, ::8] - wanted).abs().max()) > 10 * CLOSE["atol"]
+
+    @pytest.mark.parametrize("name", ["conv.bias", "unet.mid_block.attns.0.attn.qkv.weight"])
+    def test_a_missing_tensor(self, folder, name):
+        state = lgm_weights(golden("lgm")[1]["shapes"])
+        del state[name]
+        save_file(state, folder / "model_fp16_fixrot.safetensors")
+        with pytest.raises(WeightsError, match=f"model_fp16_fixrot.safetensors: not the weights of LGM.*{name}"):
+            LGM.load(folder, "cpu", torch.float32)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [({"width": 3}, "unknown: width"), ({"position": "near"}, "expected 'absolute' or 'ray'"),
+         ({"down_channels": [32, 32, 64]}, "as many levels"), ({"norm_groups": 24}, "multiples of norm_groups"),
+         ({"up_channels": [64, 32, 32]}, "backwards"), ({"input_size": 20}, "halved 3 times"),
+         ({"attention_heads": 48}, "48 heads"), ({"views": []}, "views is empty")],
+    )  # fmt: skip
+    def test_a_wrong_config(self, folder, change, words):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(WeightsError, match=words):
+            LGM.load(folder, "cpu", torch.float32)
+
+    def test_without_a_config_it_is_the_published_size(self, folder):
+        (folder / "config.json").unlink()
+        with pytest.raises(WeightsError, match="size mismatch"):
+            LGM.load(folder, "cpu", torch.float32)
+        with torch.device("meta"):
+            big = LGM(BIG)
+        assert sum(tensor.numel() for tensor in big.state_dict().values()) == 415_042_848
+        assert BIG.gaussians == 65_536
 
 
 class TestWrongWeights:
@@ -187,7 +281,8 @@ def test_a_devices_fault_within_a_loader_is_not_the_files_either(fault, tmp_path
     words = "can not be loaded, for the device failed"
     with pytest.raises(RuntimeError, match=words) as raised, naming(REGISTRY["mvdream-sd2.1"]):
         load_model(Model, tmp_path, torch.float32)
-    assert str(fault) in str(raised.value) and "--only" not in str(raised.value)
+    assert str(fault) in str(raised.value)
+    assert "--only" not in str(raised.value)
 
 
 def test_projection_that_does_not_fit(tmp_path):

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from generation.pipeline.pipeline import Pipeline, Request
-from generation.schema.options import DreamGaussianOptions, Models
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.pipeline import assemble
+from generation.pipeline.pipeline import Request
+from generation.schema.options import Models
 from generation.settings import ROOT, Settings
 from generation.weights import missing
 from generation.weights.registry import REGISTRY
@@ -104,6 +106,7 @@ def published(tmp_path_factory) -> dict[str, Repository]:
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         files.pop("card.json", None)
         commit = entry.revision if entry.pinned else f"{number}" * 40
+        assert entry.repo is not None
         repositories[entry.repo] = Repository(commit, files)
     return repositories
 
@@ -134,7 +137,7 @@ def test_downloaded_by_name_and_loaded_offline(published, tmp_path, monkeypatch,
     for name, keys in guided.items():
         config = tmp_path / f"{name}.yaml"
         config.write_text(CONFIG + keys)
-        pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "models": models, "config": config}))
+        pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": models, "config": config}))
         stages = {model["stage"] for model in pipeline.models} - {"text_to_image", "background", "clip"}
         assert stages == ({"mvdream", "zero123"} if name == "both" else {name})
         text = Request(prompt="a red cube", seed=1, threshold=0.0)
@@ -159,11 +162,13 @@ def test_weights_of_another_model_are_named(published, tmp_path, mini_models):
     models = tmp_path / "models.yaml"
     models.write_text(mini_models.read_text().replace("./mvdream", str(folder)).replace("./", f"{mini_models.parent}/"))
     with pytest.raises(ValueError, match=r"mvdream-sd2\.1 can not be loaded: .*vae.*encoder\.conv_in\.bias; copy its"):
-        Pipeline.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
 
 
 def test_the_full_profiles_models_are_those_that_were_served():
     full = Models.load(ROOT / "configs" / "models_full.yaml")
     # The score's further parts are in test_score, and alexnet's address is in test_download.
-    assert {choice.model for stage, choice in full.stages.items() if stage not in full.optional} == set(NAMES)
+    assert {choice.model for stage, choice in full.stages.items() if stage not in full.optional} == {
+        *NAMES, "lgm-big", "imagedream"
+    }  # fmt: skip
     assert full.needed(DreamGaussianOptions.load(ROOT / "configs" / "image_fast.yaml")).keys() >= {"zero123"}

@@ -14,16 +14,27 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tomlkit
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [
+# What runs before anything is installed, and what it reads.
+FILES = [
     "deploy_competitive.sh",
     "stop_competitive.sh",
+    "scripts/__init__.py",
+    "scripts/install.sh",
     "scripts/lib.sh",
-    "scripts/ops/probe.py",
-    "scripts/ops/keep_running.py",
+    "scripts/ops",
+    "common",
+    "generation/arguments.py",
+    "generation/schema",
+    "neurons/defaults.py",
+    "neurons/miner/options.py",
+    "neurons/miner/validators/blacklist.py",
+    "pyproject.toml",
+    "constraints.txt",
+    "requirements",
 ]
-FILES = ["pyproject.toml", "constraints.txt"]
 
 PIP = """
 import sys
@@ -48,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 open("logs/generation_service.log", "w").write("a line of the log\\n")
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-HTTPServer((arguments["--host"], int(arguments["--port"])), Handler).serve_forever()
+HTTPServer((arguments.get("--host", "127.0.0.1"), int(arguments["--port"])), Handler).serve_forever()
 """
 REHEARSAL = """
 import os, signal, sys, time
@@ -105,6 +116,10 @@ class Clone:
         (self.path / name).write_text(content)
 
 
+def arguments(clone: Clone, process: str) -> list[str]:
+    return (clone.path / f"{process}-arguments").read_text().split("\n")
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -115,10 +130,13 @@ def alive(pid: int) -> bool:
 def make_clone(path: Path) -> Clone:
     """A clone with an environment that counts as installed; its pip only notes how it was called."""
     clone = Clone(path)
-    for name in (*SCRIPTS, *FILES):
+    for name in FILES:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, path / name)
-    for package in ("generation", "neurons"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, path / name)
+    for package in ("generation", "neurons", "neurons/miner", "neurons/miner/validators"):
         clone.write(f"{package}/__init__.py")
     clone.write("generation/serve_competitive.py", SERVICE)
     clone.write("neurons/rehearsal.py", REHEARSAL)
@@ -133,8 +151,8 @@ def make_clone(path: Path) -> Clone:
 
 
 def install(path: Path, *extras: str) -> subprocess.CompletedProcess[str]:
-    command = ["bash", "-c", 'source scripts/lib.sh && ensure_environment "$@"', "test", *extras]
-    return subprocess.run(command, cwd=path, capture_output=True, text=True, timeout=120)
+    command = [path / "scripts/install.sh", *(extras or ("miner", "service"))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -160,7 +178,7 @@ def test_deploy_twice_then_stop(clone: Clone) -> None:
     assert "weights of clip" in first.stdout  # the progress of loading
     assert "asking validators" in first.stdout  # and of the miner
     assert "nothing is submitted to the Bittensor network" in first.stdout
-    assert f"http://127.0.0.1:{clone.port}" in first.stdout
+    assert f"http://127.0.0.1:{clone.port}/studio/" in first.stdout
     pids = {name: clone.pid(name) for name in ("generation_service", "rehearsal", "miner")}
     assert all(map(alive, pids.values()))
 
@@ -193,15 +211,16 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     assert not (clone.path / "run/rehearsal.pid").exists()
     service = (clone.path / "service-arguments").read_text().split("\n")
     assert service == [
-        "--profile", "tiny", "--host", "127.0.0.1", "--port", str(clone.port), "--validation-threshold", "0.7",
-        "--config", str(config), "--flux-steps", "2",
+        "--profile", "tiny", "--config", str(config), "--port", str(clone.port), "--flux-steps", "2",
+        "--validation-threshold", "0.7", "--miner-url", "http://127.0.0.1:10007", "--profile", "tiny",
     ]  # fmt: skip
     miner = (clone.path / "miner-arguments").read_text().split("\n")
     assert miner == [
-        "--network", "test", "--netuid", "18", "--workers", "3",
-        "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "--validation-threshold", "0.7",
-        "--status-file", "run/miner.status", "--blacklist", "180", HOTKEY,
-        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", str(config),
+        "--generation.endpoint", f"http://127.0.0.1:{clone.port}",
+        "--validation-threshold", "0.7",
+        "--network", "test", "--netuid", "18", "--wallet.name", "cold", "--wallet.hotkey", "hot",
+        "--workers", "3", "--blacklist", "180", HOTKEY, "--blacklist-file", str(config),
+        "--network", "test", "--workers", "3", "--status-file", "run/miner.status",
     ]  # fmt: skip
 
 
@@ -216,15 +235,19 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
         "--generation.endpoint=http://10.0.0.3:1", "--workers", "8",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    service = (clone.path / "service-arguments").read_text().split("\n")
-    assert service[-10:-4] == ["--models", str(models), "--max-gaussians", "60000", "--memory-class", "24gb"]
-    assert service[-4:] == ["--gpus", "0,1", "--allowed-hosts", "gpu.example,[::1]"]
-    miner = (clone.path / "miner-arguments").read_text().split("\n")
-    assert miner[miner.index("--generation.endpoint") :][:5] == [
-        "--generation.endpoint", f"http://127.0.0.1:{clone.port}", "http://10.0.0.2:10006", "https://far/a",
-        "http://10.0.0.3:1",
-    ]  # fmt: skip
-    assert miner[-6:] == ["--retries", "0", "--min-reward", ".5", "--metrics-port", "0"]
+    service = arguments(clone, "service")
+    for flag, value in (
+        ("--models", str(models)), ("--max-gaussians", "60000"), ("--memory-class", "24gb"), ("--gpus", "0,1"),
+        ("--allowed-hosts", "gpu.example,[::1]"),
+    ):  # fmt: skip
+        assert service[service.index(flag) + 1] == value
+    miner = arguments(clone, "miner")
+    assert miner[:2] == ["--generation.endpoint", f"http://127.0.0.1:{clone.port}"]
+    others = miner.index("--generation.endpoint", 1)
+    assert miner[others + 1 : others + 4] == ["http://10.0.0.2:10006", "https://far/a", "http://10.0.0.3:1"]
+    assert "--miner-url" not in service  # --metrics-port 0: nothing to show
+    for flag, value in (("--retries", "0"), ("--min-reward", "0.5"), ("--metrics-port", "0")):
+        assert miner[miner.index(flag) + 1] == value
     refused(clone.deploy("--generation.endpoint", "http://10.0.0.2:10006"), "other flags")
 
 
@@ -252,10 +275,9 @@ def test_another_machine_that_does_not_answer_counts_as_one_service(clone: Clone
         assert " 9 workers " in clone.deploy("--generation.endpoint", other).stdout
 
 
-@pytest.mark.parametrize("endpoint", ["http://10.0.0.2:1000g", "https://miner:secret@nowhere.invalid/"])
 @pytest.mark.slow
-def test_an_endpoint_that_is_none_does_not_end_the_deployment(clone: Clone, endpoint: str) -> None:
-    result = clone.deploy("--generation.endpoint", endpoint)
+def test_an_endpoint_that_is_nowhere_does_not_end_the_deployment(clone: Clone) -> None:
+    result = clone.deploy("--generation.endpoint", "https://miner:secret@nowhere.invalid/")
     assert result.returncode == 0, result.stderr
     assert " 8 workers " in result.stdout
 
@@ -265,7 +287,7 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
     assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
     # What the toy models make would earn penalties there.
-    assert (clone.path / "service-arguments").read_text().startswith("--profile\nfull\n")
+    assert arguments(clone, "service")[-2:] == ["--profile", "full"]
 
 
 @pytest.mark.parametrize(
@@ -276,23 +298,22 @@ def test_a_wallet_means_finney(clone: Clone) -> None:
         (["--workers", "1;ls"], ["--workers 1;ls"]),
         (["--profile", "huge"], ["--profile huge", "auto, full or tiny"]),
         (["--validation-threshold", "1.5"], ["--validation-threshold 1.5", "0..1"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
-        (["--network", "mainnet"], ["--network mainnet", "finney"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--network", "mainnet"], ["--network", "mainnet", "finney"]),
         (["--network", "finney"], ["needs --wallet.name"]),
-        (["--blacklist"], ["--blacklist", "at least one"]),
         (["--blacklist", "x"], ["--blacklist x"]),
-        (["--blacklist-file=~/nobody"], ["--blacklist-file", "~/nobody: no such file"]),
-        (["--flux-steps"], ["--flux-steps", "needs a value"]),
-        (["--turbo"], ["unknown flag --turbo"]),
+        (["--blacklist-file=~/nobody"], ["--blacklist-file", "~/nobody: No such file"]),
+        (["--flux-steps"], ["--flux-steps", "expected one argument"]),
+        (["--turbo"], ["unrecognized arguments: --turbo"]),
         (["--retries", "11"], ["--retries 11", "0..10"]),
         (["--min-reward", "2"], ["--min-reward 2", "0..1"]),
         (["--metrics-port", "65536"], ["--metrics-port 65536", "0..65535"]),
         (["--generation.endpoint", "--workers", "2"], ["--generation.endpoint", "at least one"]),
-        (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint b:1", "http://"]),
+        (["--generation.endpoint", "http://a", "b:1"], ["--generation.endpoint", "http://"]),
         (["--gpus", "0,"], ["--gpus 0,", "all"]),
         (["--allowed-hosts", "http://a"], ["--allowed-hosts http://a", "separated by commas"]),
         (["--max-gaussians", "100"], ["--max-gaussians 100", "7000..2000000"]),
-        (["--models", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+        (["--models", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
 )
 def test_wrong_flags_are_one_line(clone: Clone, arguments: list[str], parts: list[str]) -> None:
@@ -449,21 +470,13 @@ def stub(clone: Clone, name: str, script: str) -> str:
     return f"{clone.path / 'stubs'}:{os.environ['PATH']}"
 
 
-def test_too_little_disk(clone: Clone) -> None:
-    shutil.rmtree(clone.path / ".venv")
-    path = stub(clone, "df", "echo header; echo fs 1 1 3145728 1% /")
-    refused(clone.deploy(PATH=path), "too little disk", "3 GB free", "10 GB")
-    assert not (clone.path / ".venv").exists()
-
-
 @pytest.mark.slow
 def test_an_environment_whose_python_is_gone_is_made_anew(clone: Clone) -> None:
     python = clone.path / ".venv/bin/python3"
     for link in (python, python.with_name("python")):
         link.unlink(missing_ok=True)
         link.symlink_to("/usr/bin/python-of-an-older-release")
-    path = stub(clone, "df", "echo header; echo fs 1 1 99999999 1% /")
-    result = clone.deploy(PATH=path)
+    result = clone.deploy()
     assert "Making the environment" in result.stdout
     assert "could not make the environment" not in result.stderr
     assert python.exists()
@@ -490,7 +503,10 @@ def test_a_missing_compiler_matters_with_a_gpu_only(clone: Clone) -> None:
     refused(clone.deploy(PATH=f"{clone.path / 'stubs'}:{tools}"), "no C++ compiler", "gsplat")
     stub(clone, "g++", "exit 0")
     assert clone.deploy(PATH=f"{clone.path / 'stubs'}:{tools}").returncode == 0
-    assert (clone.path / "pip-calls").read_text().splitlines()[-1].endswith("-c constraints.txt -e .[gpu]")
+    *_, packages, project = (clone.path / "pip-calls").read_text().splitlines()
+    locks = "-r requirements/miner.txt -r requirements/service.txt -r requirements/gpu.txt"
+    assert packages.endswith(f"--require-hashes --no-deps {locks}")
+    assert project.endswith("--no-deps --no-build-isolation -e .")
     assert (clone.path / "builds").read_text().splitlines() == ["build_gsplat"]  # with the GPU only
 
 
@@ -505,7 +521,8 @@ def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> N
     clone.write("break-build")
     result = clone.deploy(PATH=with_gpu(clone))
     assert result.returncode != 0
-    assert "the compiler failed" in result.stderr and "gsplat, which a GPU needs, is not built" in result.stderr
+    assert "the compiler failed" in result.stderr
+    assert "gsplat, which a GPU needs, is not built" in result.stderr
     assert not list((clone.path / "run").glob("*.pid"))
     (clone.path / "builds").unlink()
     assert clone.deploy("--profile", "tiny", PATH=with_gpu(clone)).returncode == 0
@@ -526,14 +543,20 @@ def test_a_gpu_needs_python_h(clone: Clone) -> None:
 
 
 def test_the_environment_is_installed_once_for_each_need_and_change(clone: Clone) -> None:
-    assert "install" not in install(clone.path).stdout.lower()
-    assert "pip install" in install(clone.path, "dev").stdout
-    assert "install" not in install(clone.path, "dev").stdout.lower()
-    clone.write("constraints.txt", "numpy==1\n")
-    assert "pip install" in install(clone.path).stdout
-    assert [line.rpartition("-e ")[2] for line in (clone.path / "pip-calls").read_text().splitlines()] == [
-        ".[dev]",
-        ".",
+    assert "nstall" not in install(clone.path).stdout
+    assert "Installing" in install(clone.path, "dev").stdout
+    assert "nstall" not in install(clone.path, "dev").stdout
+    clone.write("requirements/miner.txt", "numpy==1\n")
+    assert "Installing 1 packages" in install(clone.path, "miner").stdout
+    calls = [line for line in (clone.path / "pip-calls").read_text().splitlines() if "install" in line]
+    assert [line.removeprefix("--disable-pip-version-check --no-input install ") for line in calls] == [
+        step
+        for lock in ("dev", "miner")
+        for step in (
+            "--require-hashes -r requirements/bootstrap.txt",  # brings uv; this one does not
+            f"--progress-bar off --require-hashes --no-deps -r requirements/{lock}.txt",
+            "--progress-bar off --no-deps --no-build-isolation -e .",
+        )
     ]
 
 
@@ -542,5 +565,77 @@ def test_a_failing_install_says_so(clone: Clone) -> None:
     clone.write("constraints.txt", "numpy==1\n")
     result = clone.deploy()
     assert result.returncode != 0
+    assert "no route to the index" in result.stderr
     assert "pip could not install" in result.stderr
     assert not list((clone.path / "run").glob("*.pid"))
+
+
+def test_a_registry_that_packs_files_anew_is_named_with_the_way_out(clone: Clone) -> None:
+    clone.write("pip.py", "if __name__ == '__main__':\n    raise SystemExit('Hash mismatch for `numpy==1`')\n")
+    clone.write("constraints.txt", "numpy==1\n")
+    refused(clone.deploy(), "numpy==1 is not the file that the lock names", "scripts/install.sh --no-hashes")
+    clone.write("pip.py", PIP)
+    unchecked = clone.run("scripts/install.sh", "--no-hashes")
+    assert unchecked.returncode == 0
+    assert (clone.path / "pip-calls").read_text().endswith("-c constraints.txt -e .[miner,service]\n")
+    assert clone.deploy().returncode == 0  # installs nothing again
+
+
+@pytest.mark.slow
+def test_after_a_reboot_deploy_starts(clone: Clone) -> None:
+    # What a machine that lost its power leaves: PID files, and the mark of the boot before.
+    with subprocess.Popen(["sleep", "100"]) as stranger:
+        try:
+            for name in ("generation_service", "rehearsal", "miner"):
+                clone.write(f"run/{name}.pid", f"{stranger.pid}\n")
+            clone.write("run/flags", "those of before")
+            clone.write("run/boot", "another boot 4711")
+            result = clone.deploy()
+            assert result.returncode == 0, result.stderr
+            assert "ended with the machine's restart" in result.stdout
+            assert alive(clone.pid("miner"))
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+@pytest.mark.slow
+def test_the_callers_search_paths_change_nothing(clone: Clone, tmp_path: Path) -> None:
+    decoy = tmp_path / "decoy"
+    make_clone(decoy / clone.path.name)
+    (decoy / "json.py").write_text("raise SystemExit('the wrong json')\n")
+    variables = {"CDPATH": str(decoy), "PYTHONPATH": str(decoy), "PYTHONHOME": str(decoy)}
+    command = ["bash", f"{clone.path.name}/deploy_competitive.sh", "--port", str(clone.port)]
+    result = subprocess.run(
+        command, cwd=clone.path.parent, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert alive(clone.pid("miner"))
+    assert not (decoy / clone.path.name / "run").exists()
+    assert clone.run("stop_competitive.sh", **variables).returncode == 0
+    assert not list((clone.path / "run").glob("*.pid"))
+
+
+@pytest.mark.slow
+def test_only_bash_and_a_python_are_needed(clone: Clone) -> None:
+    """No sha256sum, nohup, setsid, flock, df, tail, awk."""
+    for name in ("bash", "env", "dirname"):
+        clone.write(f"tools/{name}")
+        (clone.path / "tools" / name).unlink()
+        (clone.path / "tools" / name).symlink_to(str(shutil.which(name)))
+    result = clone.deploy(PATH=str(clone.path / "tools"))
+    assert result.returncode == 0, result.stderr
+    assert alive(clone.pid("miner"))
+
+
+@pytest.mark.slow
+def test_what_is_saved_needs_no_flag_the_next_time(clone: Clone) -> None:
+    (clone.path / "tomlkit").symlink_to(Path(tomlkit.__file__).parent)  # of an environment that is not installed here
+    saved = clone.deploy("--workers", "3", "--save")
+    assert saved.returncode == 0, saved.stderr
+    assert "workers = 3" in (clone.path / "competitive.toml").read_text()
+    assert " 3 workers " in saved.stdout
+    assert "Already running" in clone.run("deploy_competitive.sh").stdout
+    clone.stop()
+    assert " 3 workers " in clone.run("deploy_competitive.sh").stdout
+    refused(clone.run("deploy_competitive.sh", "--workers", "2"), "other flags")

@@ -18,6 +18,7 @@ KEEPER = """
 import sys
 from scripts.ops import keep_running
 keep_running.FIRST_PAUSE_S, keep_running.MAX_OUTPUT_BYTES = float(sys.argv[1]), 1000
+keep_running.OUTPUT_CHECK_S = 0.02
 sys.exit(keep_running.main(*sys.argv[2:]))
 """
 # Notes each life with its PID, then does what the file `way` says; SIGTERM ends it with status 7.
@@ -28,6 +29,7 @@ with open("lives", "a") as lives: lives.write(f"{os.getpid()}\\n")
 way = pathlib.Path("way").read_text()
 print("life" * 100, flush=True)
 if way == "wait": time.sleep(1000)
+while way == "talk": print("life" * 10, flush=True); time.sleep(0.001)
 sys.exit(int(way))
 """
 
@@ -77,13 +79,15 @@ def until(condition: Callable[[], object]) -> None:
 def test_what_never_started_is_not_run_again(kept: Kept) -> None:
     kept.start("3", up=False)
     assert kept.ended() == 3
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_its_own_success_ends_it(kept: Kept) -> None:
     kept.start("0")
     assert kept.ended() == 0
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_a_crash_is_followed_by_another_life_and_a_line(kept: Kept) -> None:
@@ -106,12 +110,28 @@ def test_later_and_later_and_with_bounded_output(kept: Kept) -> None:
     assert (kept.folder / "out").stat().st_size < 3000
 
 
+def test_one_long_life_that_talks_has_bounded_output_too(kept: Kept) -> None:
+    kept.start("talk")
+    out, largest, emptied = kept.folder / "out", 0, 0
+    before = 0
+    end = time.monotonic() + PATIENCE_S
+    while emptied < 3:
+        assert time.monotonic() < end
+        size = out.stat().st_size
+        emptied += size < before
+        before, largest = size, max(largest, size)
+        time.sleep(0.002)
+    assert largest < 20_000
+    assert len(kept.lives) == 1
+
+
 def test_a_signal_is_passed_on_and_nothing_is_run_again(kept: Kept) -> None:
     kept.start("wait")
     until(lambda: len(kept.lives) == 1)
     kept.process.send_signal(signal.SIGTERM)
     assert kept.ended() in (7, 128 + signal.SIGTERM)  # the second before the command had its handler
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_a_signal_in_the_pause_ends_it_at_once(kept: Kept) -> None:

@@ -30,7 +30,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_wrong_arguments_are_named_with_their_limit(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--port", "99999", "--validation-threshold", "x\ny"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main(["--port", "99999", "--validation-threshold", "x\ny"])
+    assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("serve_competitive: --port 99999: ")
     assert "65535" in lines[0]
@@ -156,3 +158,21 @@ def health(url: str) -> dict[str, Any]:
         return dict(httpx.get(url, timeout=PATIENCE_S).json())
     except httpx.TransportError:
         return {}
+
+
+def test_the_file_s_own_table_is_checked_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "competitive.toml"
+    file.write_text('[service]\nport = 0\nlog_file = "log"\n[miner]\nworkers = "the miner\'s business"\n')
+    with pytest.raises(SystemExit) as stop:
+        main(["--config-file", str(file)])
+    assert stop.value.code == 2
+    assert f"{file}: [service] port = 0: must be a whole number in 1..65535" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_settings_that_can_not_be_saved_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config-file", "/proc/nowhere/competitive.toml", "--save", "--port", "1"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "serve_competitive: --config-file /proc/nowhere/competitive.toml: No such file or directory"

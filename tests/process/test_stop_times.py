@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import sqlite3
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,11 @@ from neurons.miner.app import CompetitiveMiner
 from neurons.miner.options import MinerOptions
 from neurons.miner.validators.dendrite import ValidatorDendrite
 from neurons.protocol import PullTask, TextTask
+from scripts.ops.processes import STOP_S
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
-MINER = bt.Keypair.create_from_seed("0x" + "5a" * 32)
+MINER = bt.Keypair.create_from_seed(bytes.fromhex("5a" * 32))
 VALIDATORS = [
     Neuron(uid, bt.Keypair.create_from_uri(f"//validator{uid}").ss58_address, "8.8.8.8", 9000 + uid, 1e4, True)
     for uid in (1, 2)
@@ -35,24 +36,15 @@ VALIDATORS = [
 PLY = ply.write(ply.Vertices(ply.columns(0), np.ones((3, 17), dtype=np.float32)))
 
 
-@pytest.fixture(scope="module")
-def waits() -> dict[str, int]:
-    """Seconds that stop_competitive.sh waits for each process."""
-    names = "STOP_MINER_S", "STOP_REHEARSAL_S", "STOP_SERVICE_S"
-    script = "source scripts/lib.sh; echo " + " ".join(f"${name}" for name in names)
-    printed = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return dict(zip(names, map(int, printed.split()), strict=True))
-
-
-def test_the_shell_waits_for_longer_than_a_stop_takes(waits: dict[str, int]) -> None:
-    tick = 1  # the shell counts whole seconds
+def test_the_script_waits_for_longer_than_a_stop_takes() -> None:
     assert stopping.WORKERS_S < stopping.TASKS_S <= stopping.WORKERS_S + stopping.SUBMISSIONS_S
-    assert stopping.TOTAL_S + tick < waits["STOP_MINER_S"]
+    assert STOP_S["miner"] > stopping.TOTAL_S
     service = serve_competitive.GRACE_S + api.ENGINE_STOP_S + stopping.END_S
-    assert service + tick < waits["STOP_SERVICE_S"]
+    assert service < STOP_S["generation_service"]
     text = (ROOT / "neurons/rehearsal/network.py").read_text()
-    assert "self._thread.join(timeout=10)" in text and waits["STOP_REHEARSAL_S"] > 10 + tick
-    assert f"({sum(waits.values())} at most)" in (ROOT / "README.md").read_text()
+    assert "self._thread.join(timeout=10)" in text
+    assert STOP_S["rehearsal"] > 10
+    assert f"({sum(STOP_S.values()):.0f} at most)" in (ROOT / "README.md").read_text()
 
 
 class Network:
@@ -61,7 +53,7 @@ class Network:
     def __init__(self) -> None:
         self.submissions = self.generations = 0
 
-    async def call(self, _: Any, synapse: Any, timeout: float, deserialize: bool = False) -> Any:
+    async def call(self, _: Any, synapse: Any, timeout: float, deserialize: bool = False) -> Any:  # noqa: ASYNC109
         if isinstance(synapse, PullTask):
             synapse.task = TextTask(id=str(time.monotonic_ns()), prompt="p")
             synapse.axon = synapse.dendrite = bt.TerminalInfo(status_code=200)
@@ -103,14 +95,12 @@ async def test_a_stop_in_which_everything_hangs_ends_in_time(tmp_path: Path, mon
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     options = MinerOptions(
-        "finney", "cold", "hot", tmp_path, ledger=ledger, metrics_port=port,
-        endpoints=(f"http://127.0.0.1:{runner.addresses[0][1]}",),
+        network="finney", wallet_name="cold", wallet_hotkey="hot", wallet_path=tmp_path,
+        ledger=ledger, metrics_port=port, endpoints=(f"http://127.0.0.1:{runner.addresses[0][1]}",),
     )  # fmt: skip
     miner = CompetitiveMiner(options)
     running = asyncio.create_task(miner.run())
-    async with asyncio.timeout(20):
-        while network.submissions < 1 or network.generations < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: network.submissions >= 1 and network.generations >= 2, 20)
     lock = sqlite3.connect(ledger)
     lock.execute("BEGIN EXCLUSIVE")
     stopped_at = time.monotonic()

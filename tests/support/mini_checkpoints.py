@@ -34,6 +34,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from scripts.tools import small_imagedream
+from scripts.tools.golden_weights import golden
 from tests.support import mini_matting
 
 MAX_TOKENS = 16
@@ -114,6 +116,17 @@ def mvdream(folder: Path) -> None:
     DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
     ).save_pretrained(folder / "scheduler")
+    card(folder)
+
+
+def imagedream(folder: Path) -> None:
+    """With its authors' names in the UNet, as it is published."""
+    about = golden("imagedream_views")[1]
+    small_imagedream.write(folder, about["config"]["context_dim"])
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "MultiViewUNetModel", **about["config"]}))
+    state = small_imagedream.unet_weights(about["shapes"])
+    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors")
     card(folder)
 
 

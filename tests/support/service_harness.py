@@ -20,7 +20,6 @@ from generation.pipeline.pipeline import Asset, Cancelled, GateResult, Job, Repo
 from generation.serve_competitive import Server
 from generation.web.app import create_app
 
-ITERATIONS = 40
 PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
 
 
@@ -108,22 +107,27 @@ def settings(**changes: Any) -> Any:
     values = {"profile": "tiny", "profile_reason": "a test", "device": "cpu", "max_queue": 3, "log_file": Path("x")}
     values["allowed_hosts"] = ("gpu.example", "10.0.0.5")
     values |= {"memory_class": "24gb", "memory_reason": "a test", "validation_threshold": 0.6}
-    values["options"] = SimpleNamespace(iters=ITERATIONS)
+    values |= {"config": Path("text.yaml"), "options": SimpleNamespace(generator="dreamgaussian")}
+    values |= {"image_config": Path("image.yaml"), "image_options": SimpleNamespace(generator="lgm")}
     values["models"] = SimpleNamespace(score_parts=("iqa", "alignment", "ssim"))
+    values |= {"gallery": Path("/nonexistent/gallery"), "miner_url": "http://127.0.0.1:9"}
     values["missing"] = {"lpips": "alexnet is not on this machine"}
     return SimpleNamespace(**{**values, **changes})
 
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[StandInPipeline, Callable[[str], None]], Any] | None = None, max_queue: int = 3, max_batch: int = 1
+    load: Callable[[StandInPipeline, Callable[[str], None]], Any] | None = None,
+    max_queue: int = 3,
+    max_batch: int = 1,
+    its_settings: Any = None,
 ) -> Iterator[Service]:
     """A service on a free port. ``load`` replaces the loading of the models."""
     pipeline = StandInPipeline()
     engine = Engine(
         (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch
     )
-    with serving_engine(engine, max_queue) as (url, server):
+    with serving_engine(engine, max_queue, its_settings) as (url, server):
         service = Service(engine, pipeline, server, url)
         try:
             if load is None:
@@ -135,9 +139,11 @@ def serving(
 
 
 @contextlib.contextmanager
-def serving_engine(engine: Engine | Fleet, max_queue: int) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving_engine(
+    engine: Engine | Fleet, max_queue: int, its_settings: Any = None
+) -> Iterator[tuple[str, uvicorn.Server]]:
     """The URL of a service around ``engine``, and its server."""
-    app = create_app(engine, settings(max_queue=max_queue))
+    app = create_app(engine, its_settings or settings(max_queue=max_queue))
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

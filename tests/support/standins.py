@@ -59,11 +59,40 @@ def colour_check(
     return SelfCheck(TextClip(ColourClip(), tokenizer, use, "cpu"), image, quality, lpips)
 
 
+class Painter:
+    """Text to image: a square of the colour that the prompt names, on white; nothing for a prompt without one."""
+
+    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+        return [self.paint(prompt) for prompt in prompts]
+
+    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+        self.asked = prompt
+        return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
+
+    def paint(self, prompt: str) -> torch.Tensor:
+        if "explode" in prompt:
+            raise RuntimeError("out of paint")
+        image = torch.ones(3, 64, 64)
+        for name, colour in COLOURS.items():
+            if name in prompt:
+                image[:, 16:48, 16:48] = torch.tensor(colour)[:, None, None]
+        return image
+
+
+class WhiteIsBackground:
+    def remove(self, images: torch.Tensor) -> torch.Tensor:
+        return (images.amin(dim=1, keepdim=True) < 0.5).float()
+
+
 def ball(colour: str = "red", count: int = 8000, seed: int = 0, radius: float = 0.5) -> Gaussians:
     """An opaque ball of one colour."""
-    generator = torch.Generator().manual_seed(seed)
+    return ball_of(torch.tensor(COLOURS[colour]), count, torch.Generator().manual_seed(seed), radius)
+
+
+def ball_of(rgb: Tensor, count: int, generator: torch.Generator, radius: float = 0.5) -> Gaussians:
+    """The same of any colour (3,), 0..1."""
     means = torch.nn.functional.normalize(torch.randn(count, 3, generator=generator), dim=1) * radius
-    sh = ((torch.tensor(COLOURS[colour]) - 0.5) / SH_C0).expand(count, 1, 3).clone()
+    sh = ((rgb.cpu() - 0.5) / SH_C0).expand(count, 1, 3).clone()
     return Gaussians(
         means=means,
         quats=torch.randn(count, 4, generator=generator),

@@ -35,9 +35,11 @@ def _absent(line: str) -> set[str]:
 
 
 def _defined(path: Path) -> set[str]:
-    """Functions and classes as ``name`` and ``Class.name``."""
+    """Functions, classes and constants as ``name`` and ``Class.name``."""
     names = set()
     for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         if isinstance(node, ast.ClassDef):
@@ -74,7 +76,7 @@ def test_named_definitions_exist(document: Path) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("document", [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *DECISIONS], ids=_name)
+@pytest.mark.parametrize("document", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *DECISIONS], ids=_name)
 def test_links_lead_somewhere(document: Path) -> None:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):

@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generation.accelerate.pinned import send
+from generation.generators.base import CutoutFrame, Parts, RemoveBackground, Subject
 from generation.generators.dreamgaussian.adam import step_together
 from generation.generators.dreamgaussian.carve import carve
 from generation.generators.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.plan import Plan, draw_plan
 from generation.generators.dreamgaussian.scene import Scene, Views, advance
-from generation.schema.options import DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize_scenes
@@ -32,19 +35,34 @@ RINGS = ((5.0, 0.0), (20.0, 45.0))
 SAMPLE_GUIDANCE = 3.0
 ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream's guidance alone
 
-RemoveBackground = Callable[[Tensor], Tensor]
+BORDER = 0.2  # of the known view, which upstream's rasteriser and configs are made for
 
 
 class Sketch(NamedTuple):
-    """What a scene begins with, whatever its picture shows."""
+    """What a scene begins with, whatever its picture shows. For one scene: its generator goes on."""
 
     generator: torch.Generator
     condition: Tensor | None  # of the guidance that knows words
     ball: tuple[Gaussians, Plan] | None = None  # where the start does not depend on the picture
 
 
+def load(options: DreamGaussianOptions, parts: Parts) -> DreamGaussian:
+    """With the guidances that the options ask for. Raises WeightsError."""
+    text: TextGuidance | None = None
+    image: ImageGuidance | None = None
+    if "mvdream" in options.checkpoints:
+        text = parts.load("mvdream", MVDream.from_checkpoint)
+    if "zero123" in options.checkpoints:
+        image = parts.load("zero123", Zero123.from_checkpoint)
+    if "stable_zero123" in options.checkpoints:
+        image = parts.load("stable_zero123", Zero123.from_stable_checkpoint)
+    return DreamGaussian(text, options, parts.device, parts.remove_background, image)
+
+
 class DreamGaussian:
-    """Starts scenes and steps them together."""
+    """Begins scenes and steps them together. A ``generation.generators.base.Generator``, whose works are scenes."""
+
+    name = "dreamgaussian"
 
     def __init__(
         self,
@@ -60,47 +78,54 @@ class DreamGaussian:
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
+        self.cutout = CutoutFrame(options.ref_size, BORDER)
 
-    def warm_up(self, scenes: int, progress: Callable[[str], None]) -> None:
-        """Compile what can be compiled, for up to so many scenes at once."""
+    def picture_prompt(self, words: str) -> str:
+        return self._options.picture_prompt(words)
+
+    def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
         o = self._options
         if self._guidance and o.lambda_sd > 0:
-            self._guidance.warm_up(scenes * o.batch_size, o.guidance_scale, progress)
+            self._guidance.warm_up(most * o.batch_size, o.guidance_scale, progress)
         if self._image_guidance:
-            self._image_guidance.warm_up(scenes * o.batch_size * self._views, ZERO123_GUIDANCE, progress)
+            self._image_guidance.warm_up(most * o.batch_size * self._views, ZERO123_GUIDANCE, progress)
 
-    def read(self, prompts: Sequence[str]) -> None:
-        """Prompts whose scenes will start: together they are encoded in the time of one."""
+    def rest(self) -> None:
+        for guidance in (self._guidance, self._image_guidance):
+            if guidance is not None:
+                guidance.rest()
+
+    def wake(self) -> None:
+        for guidance in (self._guidance, self._image_guidance):
+            if guidance is not None:
+                guidance.wake()
+
+    def encode(self, texts: Sequence[str]) -> None:
         if self._guidance:
             o = self._options
-            self._guidance.read([*map(o.mvdream_prompt, prompts), o.negative_prompt])
+            self._guidance.encode([*map(o.mvdream_prompt, texts), o.negative_prompt])
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
-        """Of a guidance that reads only the beginning of it: tokens that it reads, and of how many."""
-        tokens = self._guidance.cut(self._options.mvdream_prompt(prompt)) if self._guidance else None
+    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+        tokens = self._guidance.cut(self._options.mvdream_prompt(words)) if self._guidance else None
         return {"mvdream": tokens} if tokens else {}
 
-    def sketch(self, prompt: str, seed: int) -> Sketch:
-        """For `start`, what can be done before there is a picture: while a GPU draws it, say. It is for one scene."""
+    def prefetch(self, words: str, seed: int) -> Sketch:
         o = self._options
         generator = torch.Generator().manual_seed(seed)
         condition = None
         # A picture has no words. Its views may be drawn to go with it all the same.
-        if self._guidance and (prompt or (o.init == "views" and not self._image_guidance)):
-            condition = self._guidance.prepare(o.mvdream_prompt(prompt), o.negative_prompt)
+        if self._guidance and (words or (o.init == "views" and not self._image_guidance)):
+            condition = self._guidance.prepare(o.mvdream_prompt(words), o.negative_prompt)
         if o.init == "views" and condition is not None:
             return Sketch(generator, condition)
         ball = self._ball(generator)
         return Sketch(generator, condition, (ball, self._plan(self._reference().viewmats, generator)))
 
-    def start(self, cutout: Tensor, prompt: str, seed: int, sketch: Sketch | None = None) -> Scene:
-        """A scene for `cutout` (4, S, S), RGBA in 0..1 at the options' ref_size; the same for the same seed.
-
-        `sketch`: of the same prompt and seed, where it was made before.
-        """
+    def begin(self, subject: Subject) -> Scene:
         o = self._options
-        generator, condition, ball = sketch or self.sketch(prompt, seed)
-        cutout = cutout.to(self._device)
+        generator, condition, ball = subject.prefetched or self.prefetch(subject.words, subject.seed)
+        assert subject.cutout is not None
+        cutout = subject.cutout.to(self._device)
         colour, alpha = cutout[None, :3], cutout[None, 3:]
         known = Views(colour * alpha, alpha)
         image_condition = None
@@ -111,7 +136,7 @@ class DreamGaussian:
         else:
             assert condition is not None
             # Without words the picture alone says what to draw.
-            images, alphas, around = self._sample(condition, generator, reference=None if prompt else cutout)
+            images, alphas, around = self._sample(condition, generator, reference=None if subject.words else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
             carved = carve(images, alphas, around, extent, o.num_pts, generator)
             gaussians = self._ball(generator) if carved is None else self._with_harmonics(carved)
@@ -121,7 +146,7 @@ class DreamGaussian:
             )
             plan = self._plan(torch.cat([self._reference().viewmats, around.viewmats.cpu()]), generator)
         # What has no words is not scored by them: at the scale of prompts MVDream's idea of "" would win.
-        return Scene(gaussians, known, plan, condition if prompt else None, image_condition, o, generator)
+        return Scene(gaussians, known, plan, condition if subject.words else None, image_condition, o, generator)
 
     def _reference(self) -> Cameras:
         o = self._options
@@ -137,8 +162,9 @@ class DreamGaussian:
             gaussians.sh = torch.cat([gaussians.sh, rest], 1)
         return gaussians
 
-    def step(self, scenes: list[Scene]) -> None:
-        """Advance every scene by one iteration, with one call of the guidance for all of them."""
+    def tick(self, works: Sequence[Scene]) -> None:
+        """One iteration of every scene, with one call of the guidance for all of them."""
+        scenes = list(works)
         render = cache(lambda: _render(scenes))
         losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
         shown, gradients = _known_views_gradients(scenes, render())

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from generation.accelerate.pinned import send
+from generation.generators.dreamgaussian.options import HIGHEST, DreamGaussianOptions
 from generation.generators.dreamgaussian.schedule import noise_level, render_size
-from generation.schema.options import HIGHEST, DreamGaussianOptions
 from generation.splats.cameras import Cameras, orbit
 
 SAMPLED_AT_ONCE = 3  # of the sampled views, in each iteration

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.plan import Plan
 from generation.generators.dreamgaussian.schedule import position_lr
-from generation.schema.options import DreamGaussianOptions
 from generation.splats.densify import DensityControl, densify
 from generation.splats.gaussians import Gaussians
 
@@ -85,6 +85,10 @@ class Scene:
         )
 
     @property
+    def fraction(self) -> float:
+        return self.iteration / self._options.iters
+
+    @property
     def done(self) -> bool:
         return self.iteration >= self._options.iters
 
@@ -96,6 +100,10 @@ class Scene:
 
     def gaussians(self) -> Gaussians:
         """The Gaussians as they are now; the tensors are the optimised ones, not copies."""
+        return self._gaussians
+
+    def so_far(self) -> Gaussians:
+        """As ``gaussians``."""
         return self._gaussians
 
     def harmonics(self) -> Tensor:

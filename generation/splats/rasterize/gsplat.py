@@ -67,7 +67,7 @@ def _rasterize(
         from gsplat import rasterization
     except ImportError as error:
         raise ImportError(
-            "rasterising on a GPU needs gsplat, which is not installed: pip install -c constraints.txt -e '.[gpu]'"
+            "rasterising on a GPU needs gsplat, which is not installed: scripts/install.sh gpu"
         ) from error
     kernels.load()
     sh = fields["sh"]

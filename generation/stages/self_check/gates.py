@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from generation.schema.options import MIN_GAUSSIANS
+from generation.schema.limits import MIN_GAUSSIANS
 from generation.schema.results import GateResult
 from generation.splats.gaussians import Gaussians
 

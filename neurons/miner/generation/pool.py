@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from common.log_lines import quoted
@@ -14,21 +15,24 @@ from neurons.miner.validators.clock import steady_time
 from neurons.protocol import Task
 
 HEALTH_INTERVAL_S = 5.0
-# How long a failing endpoint is left out: doubled with each failure in a row.
+# How long a failing endpoint is left out. Doubled with each failure in a row.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-# A task can be at fault too: only an endpoint that fails at more in a row is left out.
+# A failure may be the task's own. An endpoint is left out after more than this in a row.
 TOLERATED_FAILURES = 2
-# What it has in work is given to another one when it could not be reached so many times in a row.
+# An endpoint that could not be reached so many times in a row is gone: another one gets its tasks.
 GONE_AFTER = 2
-# Of the newest measurement in the moving averages.
+# An endpoint that did not answer so many health checks in a row, which takes 30 s, may be frozen. Another one gets its
+# tasks as well, and the first answer counts.
+FROZEN_AFTER = 3
+# Weight of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
 
 log = logging.getLogger(__name__)
 
 
 class ServiceUnavailable(Exception):
-    """No endpoint could take the task for too long; the task itself is fine."""
+    """No endpoint could take the task in time. The task itself is fine."""
 
 
 class Service(Protocol):
@@ -36,17 +40,19 @@ class Service(Protocol):
 
     endpoint: str
 
-    async def health(self) -> str | None: ...
+    async def health(self) -> str | None:
+        """See GenerationService. Raises EndpointUnavailable."""
 
-    async def generate(self, task: Task, seed: int) -> Generated: ...
+    async def generate(self, task: Task, seed: int) -> Generated:
+        """See GenerationService. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
 
 
 class Pace:
     """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
 
     `cost`: time in which it had any work, per finished task, whether it works on one at a time or on many.
-    `duration`: from start to end of a task, with what it waits in the service: it follows down at once and up slowly,
-    for the least is what a task takes by itself.
+    `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
+    and a longer one slowly, because the shortest is what a task takes without a wait.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -65,6 +71,7 @@ class Pace:
         return self._changed_at
 
     def end(self, begun: float, finished: bool) -> None:
+        """`begun`: what `begin` returned. `finished`: it brought a result, which is what the averages are of."""
         self._advance(-1)
         if finished:
             self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
@@ -90,8 +97,10 @@ class _Endpoint:
         self.healthy = False
         self.said = ""
         self.failures = 0  # in a row
-        self.unreachable = 0  # in a row, when asked for its health
+        self.unreachable = 0  # health checks in a row that found no connection
+        self.unanswered = 0  # health checks in a row without an answer, for whatever reason
         self.gone = asyncio.Event()
+        self.frozen = asyncio.Event()
         self.failed_at = 0.0
         self.left_out_until = 0.0
 
@@ -133,37 +142,72 @@ class GeneratorPool:
     async def generate(self, task: Task, seed: int, patience: float = USEFUL_AGE_S) -> Generated:
         """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds.
 
-        Raises GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
+        A frozen endpoint keeps the task while another one is asked for it too: the first answer counts. Raises
+        GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
         """
         give_up_at = self._now() + patience
+        attempts: dict[asyncio.Task[Generated], _Endpoint] = {}
         failed: list[_Endpoint] = []
         failure: AttemptFailed | None = None
-        while True:
-            endpoint = self._least_busy(failed) if self._now() < give_up_at else None
-            if endpoint is None:
-                if failure is not None:
-                    raise failure
-                await self._until_ready(give_up_at)
-                continue
-            begun, finished = endpoint.pace.begin(), False
-            try:
-                generated = await self._generate(endpoint, task, seed, give_up_at)
-                finished = True
-            except EndpointUnavailable as error:
-                # A service that says for how long it is busy has not failed.
-                self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
-            except AttemptFailed as error:
-                self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
-                failed.append(endpoint)
-                failure = error
-            else:
-                endpoint.failures = 0
-                return generated
-            finally:
-                endpoint.pace.end(begun, finished)
+        try:
+            while True:
+                if all(endpoint.frozen.is_set() for endpoint in attempts.values()):
+                    asked = [*failed, *attempts.values()]
+                    endpoint = self._least_busy(asked) if self._now() < give_up_at else None
+                    if endpoint is not None:
+                        begun = endpoint.pace.begin()
+                        attempt = asyncio.create_task(self._attempt(endpoint, task, seed, begun, give_up_at))
+                        attempt.add_done_callback(partial(_end, endpoint.pace, begun))
+                        attempts[attempt] = endpoint
+                    elif failure is not None:
+                        raise failure
+                    elif not attempts:
+                        await self._until_ready(give_up_at)
+                        continue
+                for attempt in await self._any_news(attempts):
+                    endpoint = attempts.pop(attempt)
+                    try:
+                        return attempt.result()
+                    except EndpointUnavailable:
+                        pass
+                    except AttemptFailed as error:
+                        failed.append(endpoint)
+                        failure = error
+        finally:
+            for attempt in attempts:
+                attempt.cancel()
+            await asyncio.gather(*attempts, return_exceptions=True)
+
+    async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
+        """Waits until an attempt ends or an endpoint freezes; with all frozen, until an attempt ends or there is
+        another endpoint. Returns the attempts that ended.
+        """
+        working = [endpoint for endpoint in attempts.values() if not endpoint.frozen.is_set()]
+        events = [endpoint.frozen for endpoint in working] or [self.ready]
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        try:
+            await asyncio.wait((*attempts, *waits), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return [attempt for attempt in attempts if attempt.done()]
+
+    async def _attempt(self, endpoint: _Endpoint, task: Task, seed: int, begun: float, give_up_at: float) -> Generated:
+        """One endpoint's answer; its failures are counted."""
+        try:
+            generated = await self._generate(endpoint, task, seed, give_up_at)
+        except EndpointUnavailable as error:
+            # A service that says for how long it is busy has not failed.
+            self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
+            raise
+        except AttemptFailed as error:
+            self._failed(endpoint, begun, error, 0.0 if endpoint.failures < TOLERATED_FAILURES else None)
+            raise
+        endpoint.failures = 0
+        return generated
 
     async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
-        """Ends when its endpoint is gone, too: a machine that vanished never closes the connection."""
+        """Gives up when the endpoint is gone, too, for a machine that vanished never closes the connection."""
         asked_at = self._now()
         working = asyncio.ensure_future(endpoint.service.generate(task, seed))
         gone = asyncio.ensure_future(endpoint.gone.wait())
@@ -205,12 +249,12 @@ class GeneratorPool:
     def _failed(
         self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None, counts: bool = True
     ) -> None:
-        """Leaves the endpoint out for `pause` seconds; None: the longer, the more often it failed in a row.
+        """Leaves the endpoint out for `pause` seconds; None: for twice as long with each failure in a row.
 
-        `counts`: whether this is such a failure.
+        `counts`: whether this is a failure of that row.
         """
         if begun_at < endpoint.failed_at:
-            return  # All tasks in work fail with an endpoint that goes: that is one failure.
+            return  # With an endpoint that goes all its tasks fail, which is one failure.
         endpoint.failed_at = self._now()
         if pause is None:
             pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
@@ -225,16 +269,16 @@ class GeneratorPool:
             try:
                 said = await endpoint.service.health()
                 endpoint.unreachable = 0
+                endpoint.unanswered = endpoint.unanswered + 1 if said is None else 0
             except EndpointUnavailable as error:
                 said = str(error)
                 endpoint.unreachable += 1
-            if endpoint.unreachable < GONE_AFTER:
-                endpoint.gone.clear()
-            else:
-                endpoint.gone.set()
+                endpoint.unanswered += 1
+            _set(endpoint.gone, endpoint.unreachable >= GONE_AFTER)
+            _set(endpoint.frozen, endpoint.unanswered >= FROZEN_AFTER)
             if said is None:
-                # A service deep in its work answers late, and is there all the same.
-                said = "ready" if endpoint.healthy else "not answering"
+                # A busy service answers late.
+                said = "ready" if endpoint.healthy and not endpoint.frozen.is_set() else "not answering"
             if said != endpoint.said:
                 level = logging.INFO if said == "ready" else logging.WARNING
                 log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
@@ -248,3 +292,14 @@ class GeneratorPool:
             self.ready.set()
         else:
             self.ready.clear()
+
+
+def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:
+    pace.end(begun, finished=not attempt.cancelled() and attempt.exception() is None)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()

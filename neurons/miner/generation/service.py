@@ -22,19 +22,19 @@ from neurons.protocol import ImageTask, Task
 MAX_PROMPT_CHARACTERS = 1024
 MAX_PLY_BYTES = 512 << 20
 MAX_HEALTH_BYTES = 1 << 20
-# The pool gives up earlier where the task was pulled some time before.
+# The pool gives up earlier on a task that was pulled some time ago.
 REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
 # Who asks the service in person goes first: what is made for validators is paused meanwhile.
 PRIORITY = {"X-Priority": "background"}
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
-# Under the 5 s after which the service closes idle connections: a POST on one that is just closing would be lost.
+# The service closes idle connections after 5 s. A POST on one that is just closing would be lost.
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
 PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
-# Answers that are about the task, and would be the same again; all others below 500 are of a proxy or a gateway.
+# Statuses that are about the task: another attempt would get the same. Others below 500 come from a proxy or a gateway.
 OF_THE_TASK = (400, 413, 415, 422)
 BUSY = (429, 503)
 NO_CONNECTION = "not reachable (no connection in time)"
@@ -57,7 +57,7 @@ class AttemptFailed(Exception):
 
 
 class EndpointUnavailable(Exception):
-    """The service is not there, or (with `seconds`) asks to be left alone that long. The task itself is fine."""
+    """The service is not there, or asks to be left alone for `seconds`. The task itself is fine."""
 
     def __init__(self, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)

@@ -1,6 +1,4 @@
-"""Everyone who is told what happens in the miner: ledger, metrics, the status file's totals, and by way of the ledger
-the policy.
-"""
+"""Passes each event on to the ledger, the metrics and the status file's totals. The policy follows the ledger."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from pathlib import Path
 
 from neurons.miner import stopping
 from neurons.miner.records import standings
+from neurons.miner.records.activity import Activity, Identity
 from neurons.miner.records.events import Event, Settlement
 from neurons.miner.records.ledger import Ledger
 from neurons.miner.records.metrics import Metrics, Snapshot
@@ -27,28 +26,40 @@ log = logging.getLogger(__name__)
 
 
 class Bookkeeping:
-    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served."""
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served; there, `identity` is
+    who Studio is told that the miner is.
+    """
 
     def __init__(
-        self, ledger: Path, metrics_port: int, least_reward: float, now: Callable[[], float] = steady_time
+        self,
+        ledger: Path,
+        metrics_port: int,
+        least_reward: float,
+        now: Callable[[], float] = steady_time,
+        spool: Path | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self.totals: Counter[str] = Counter()
         self.policy = Policy(least_reward)
         self._ledger = Ledger(ledger, now)
-        self._metrics = Metrics()
+        self._metrics = Metrics(spool)
         self._metrics_port = metrics_port
+        self._activity = None if identity is None else Activity(identity, ledger, now).as_json
         self._now = now
 
     def start(self) -> None:
+        """Begins to write and to serve. A port that is taken is a log line."""
         self._ledger.start()
         if self._metrics_port:
-            self._metrics.serve(self._metrics_port)
+            self._metrics.serve(self._metrics_port, self._activity)
 
     async def close(self) -> None:
+        """Writes what is left, within stopping.METRICS_S and LEDGER_S seconds."""
         await asyncio.to_thread(self._metrics.close)
         await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
+        """Tells everyone. Returns at once and never raises."""
         if isinstance(event, Settlement):
             if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
                 self.totals["submission unknown"] -= 1
@@ -59,6 +70,7 @@ class Bookkeeping:
         self._ledger.record(event)
 
     def show(self, snapshot: Snapshot) -> None:
+        """What the gauges say from now on."""
         self._metrics.show(snapshot)
 
     def worth_asking_at(self, hotkey: str) -> float:
@@ -67,6 +79,7 @@ class Bookkeeping:
 
     @property
     def backlog(self) -> int:
+        """Ledger rows not written yet."""
         return self._ledger.backlog
 
     async def follow_standings(self) -> None:
@@ -103,8 +116,8 @@ def _submissions(path: Path, now: float) -> list[PastSubmission]:
 
 
 def _cooldowns(path: Path, now: float) -> dict[str, float]:
-    # The column beside max() is that of the newest row. One from the future is from before the clock was set back: when
-    # its wait began is unknown, so it begins now.
+    # SQLite takes the columns beside max() from the newest row. A row from the future was written before the clock was
+    # set back. When its wait began is not known, so it begins now.
     query = """SELECT hotkey, min(at, :now) + wait, max(at) FROM
         (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions)
         WHERE at >= :now - :longest GROUP BY hotkey"""

@@ -42,7 +42,7 @@ class Pull:
 
 @dataclass(frozen=True)
 class Generation:
-    """One attempt at one task, when it is over: a task that is tried with three seeds makes three of these.
+    """One attempt at one task, when it is over. A task that is tried with three seeds makes three events.
 
     `seconds`: for how long the endpoint had the task, 0 where none had it. `score`: by the self-check, as the
     validators score. `size`: bytes of the packed result. `endpoint`: address of the service.
@@ -77,7 +77,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What became of a result that was recorded as unknown, as far as can be told: it may stay that."""
+    """What became of a result that was recorded as unknown. It may stay unknown."""
 
     validator: Neuron
     task_id: str

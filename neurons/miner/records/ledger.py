@@ -1,7 +1,7 @@
 """The miner's memory: every pull, generation and submission, in SQLite.
 
-`record` puts a row into memory and returns; one thread writes. A slow disk makes the backlog grow, a full one makes it
-wait, and only a backlog of MAX_BACKLOG rows loses any: with a log line that says how many.
+`record` puts a row into memory and returns; one thread writes. A slow or full disk makes the backlog grow. Rows are
+lost only beyond MAX_BACKLOG of them, and a log line says how many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from neurons.miner.records.events import Event, Generation, Pull, Settlement
 from neurons.miner.validators.clock import steady_time
 
 MAX_AGE_S = 7 * 86_400.0
-# Of each table: what a network that floods the miner with events can make of the file is some 100 MB.
+# Of each table. A network that floods the miner with events can make the file some 100 MB large.
 MAX_ROWS = 200_000
 PRUNE_INTERVAL_S = 3600.0
 MAX_BACKLOG = 20_000
@@ -27,7 +27,7 @@ BATCH_ROWS = 500
 # After a failed write.
 RETRY_S = 5.0
 MAX_TEXT_CHARACTERS = 120
-# Beyond what the protocol's numbers mean. A number outside of its range is stored as NULL.
+# No number of the protocol is larger and means anything. A number outside of its range is stored as NULL.
 MAX_NUMBER = 1e9
 MAX_SCORE = 3.0  # a cosine of 1, divided by 0.35
 
@@ -48,8 +48,8 @@ CREATE INDEX submissions_at ON submissions (at);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
 TABLES = ("pulls", "generations", "submissions")
-# Version 1 took every answer for accepted that did not say `validation_failed`, and that for declined. A repetition's
-# wait was 30 s; only rehearsals of its time told a score with `validation_failed`, and meant a declined result.
+# Version 1 recorded `validation_failed` as declined, and every other answer as accepted. It waited 30 s after a
+# repetition. A score together with `validation_failed` came from rehearsals alone, and meant declined.
 OUTCOME_OF_VERSION_1 = """CASE
     WHEN outcome = 'accepted' AND score = 0 THEN CASE WHEN wait <= 31 THEN 'unknown' ELSE 'declined' END
     WHEN outcome = 'failed' THEN CASE WHEN score > 0 THEN 'declined' ELSE 'broken' END
@@ -84,8 +84,8 @@ class Ledger:
         ledger.record(Submission(validator, task.id, "accepted", seconds=2.1, size=len(result), feedback=feedback))
         await asyncio.to_thread(ledger.close)   # writes what is left, or says what is lost
 
-    A file that is damaged, or of a later version, is set aside and a new one begun. `standings` reads it, from this
-    process or another.
+    A file that is damaged, or of a later version, is set aside, and a new one is begun. `standings` reads the file,
+    from this process or another.
     """
 
     def __init__(self, path: Path, now: Callable[[], float] = steady_time) -> None:
@@ -101,6 +101,7 @@ class Ledger:
         self._thread = threading.Thread(target=self._write_rows, name="ledger", daemon=True)
 
     def start(self) -> None:
+        """Begins to write. To be called once."""
         self._thread.start()
 
     def record(self, event: Event) -> None:
@@ -196,7 +197,7 @@ class Ledger:
         raise sqlite3.OperationalError("a new database can not be begun")
 
     def _set_aside(self, reason: str) -> None:
-        """The one kept from an earlier time makes room: a file that is damaged again and again fills no disk."""
+        """Replaces the one set aside before, so that repeated damage can not fill the disk."""
         aside = self.path.with_name(self.path.name + ".damaged")
         log.error("Ledger %s can not be used (%s): set aside as %s, a new one is begun", self.path, reason, aside)
         self.path.replace(aside)
@@ -264,7 +265,7 @@ def _row(event: Event, now: float) -> Row:
     told: tuple[Value, ...] = (None,) * 5
     if feedback is not None:
         told = (
-            # 0 is what a validator says that tells no score.
+            # A validator that tells no score says 0.
             _within(-MAX_SCORE, feedback.task_fidelity_score or None, MAX_SCORE),
             _within(-MAX_SCORE, feedback.average_fidelity_score, MAX_SCORE),
             _within(0, feedback.generations_within_the_window, MAX_NUMBER),

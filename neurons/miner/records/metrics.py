@@ -7,8 +7,10 @@ by the event loop, and read by the server's thread.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
@@ -19,6 +21,7 @@ from neurons.miner.records.events import Event, Generation, Pull, Settlement
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
+ACTIVITY = "/activity"
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
@@ -39,10 +42,12 @@ class Snapshot:
     endpoints: Mapping[str, bool] = field(default_factory=dict)
     ledger_backlog: int = 0
     clock_behind: float | None = None
+    status: str = ""  # in words
+    held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
 
 
 class _Moment(Collector):
-    """The gauges. They are made anew from the latest snapshot, so a validator that has left leaves nothing behind."""
+    """The gauges, made anew from the latest snapshot, so that no validator stays in them after it has left."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
@@ -75,10 +80,27 @@ class _Moment(Collector):
         yield endpoints
 
 
+class _Disk(Collector):
+    """What the spool's folder holds, looked at when somebody asks."""
+
+    def __init__(self, spool: Path) -> None:
+        self._spool = spool
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            sizes = [path.stat().st_size for path in self._spool.glob("*.result")]
+            free = shutil.disk_usage(self._spool).free
+        except OSError:  # gone this very moment, or not there yet: the next scrape tells
+            return
+        yield GaugeMetricFamily("miner_spool_results", "Results on disk that wait for their validator", len(sizes))
+        yield GaugeMetricFamily("miner_spool_bytes", "What they take", sum(sizes))
+        yield GaugeMetricFamily("miner_disk_free_bytes", "Free space of the disk with spool and ledger", free)
+
+
 class Metrics:
     """All metrics of one miner, in a registry of its own.
 
-        metrics = Metrics()
+        metrics = Metrics(spool)
         metrics.serve(10007)       # a thread of its own; a port that is taken is a log line
         metrics.record(event)      # the same events that the ledger gets
         metrics.show(Snapshot(queued=2, ages=[3.1, 40.0], cooldowns={17: 120.5}, endpoints={"http://...": True}))
@@ -87,10 +109,13 @@ class Metrics:
     Labels are bounded: outcomes and kinds are the miner's own words, UIDs those of the metagraph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spool: Path | None = None) -> None:
+        """`spool`: its folder; None: nothing is told of it, nor of the disk."""
         self.registry = CollectorRegistry()
         self._moment = _Moment()
         self.registry.register(self._moment)
+        if spool is not None:
+            self.registry.register(_Disk(spool))
         self._pulls = Counter("miner_pulls", "Pulls by outcome", ["uid", "outcome"], registry=self.registry)
         self._generations = Counter(
             "miner_generations", "Attempts at a task by outcome", ["kind", "outcome"], registry=self.registry
@@ -123,6 +148,7 @@ class Metrics:
         self._stop_serving = lambda: None
 
     def record(self, event: Event) -> None:
+        """Counts an event."""
         uid = str(event.validator.uid)
         if isinstance(event, Pull):
             self._pulls.labels(uid, event.outcome).inc()
@@ -136,7 +162,7 @@ class Metrics:
         else:
             self._submission_s.observe(event.seconds)
             if event.outcome == "unknown":
-                # Counted when the validator's next answer has told what it was.
+                # Counted once the validator's next answer settles it.
                 self._unsettled.add((event.validator.hotkey, event.task_id))
             else:
                 self._submissions.labels(uid, event.outcome).inc()
@@ -145,14 +171,26 @@ class Metrics:
         """What the gauges say from now on."""
         self._moment.snapshot = snapshot
 
-    def serve(self, port: int) -> int | None:
-        """Answers on 127.0.0.1:`port`/metrics, with 0 on any free one; the port, or None when that can not be."""
+    def serve(self, port: int, activity: Callable[[Snapshot], bytes] | None = None) -> int | None:
+        """Answers on 127.0.0.1:`port`, with 0 on any free one; the port, or None when that can not be.
+
+        /activity is what `activity` makes of the latest snapshot, as JSON; all else are the metrics.
+        """
         try:
             server, thread = start_http_server(port, HOST, self.registry)
         except OSError as error:
             log.error("Metrics: can not listen on %s:%d: %s; the miner goes on without", HOST, port, error.strerror)
             return None
-        server.set_app(_by_name(make_wsgi_app(self.registry)))
+        metrics = make_wsgi_app(self.registry)
+
+        def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if activity is None or environ.get("PATH_INFO") != ACTIVITY:
+                return metrics(environ, start_response)
+            content = activity(self._moment.snapshot)
+            start_response("200 OK", [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
+            return [content]
+
+        server.set_app(_by_name(app))
 
         def stop() -> None:
             server.shutdown()
@@ -169,7 +207,7 @@ class Metrics:
 
 
 def _by_name(app: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-    """Refuses what calls this machine by another name: a website can have one that stands for it (DNS rebinding)."""
+    """Refuses requests for other host names: a website can make its name resolve to this machine (DNS rebinding)."""
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("HTTP_HOST", "").partition(":")[0].lower() in NAMES:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 from neurons.miner.records.standings import Standing
 
-# A validator that nothing is known of counts as if it had accepted 3 of 4 tasks: it takes more than bad luck to be
-# skipped, and two bad results leave it at one half.
+# Each validator starts as if it had accepted 3 of 4 tasks, so that bad luck alone gets none skipped. Two bad results
+# leave it at one half.
 PRIOR_ACCEPTED = 3.0
 PRIOR_TASKS = 4.0
-# A validator that is skipped gets to show itself this long after its last task.
+# A validator that is skipped is tried again this long after its last task.
 EXPLORATION_INTERVAL_S = 3600.0
 
 
@@ -51,7 +51,7 @@ class Policy:
         if standing is None:
             return PRIOR_ACCEPTED / PRIOR_TASKS / self._typical_s
         probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.submitted)
-        # By tasks worked on: the newest is not submitted yet, and would make all that came before it look dear.
+        # By tasks worked on, not by those submitted: the newest has cost its time already and is not submitted yet.
         seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + _tasks(standing))
         return probability / seconds
 
@@ -63,5 +63,5 @@ def _gpu_s_per_task(standings: Collection[Standing]) -> float | None:
 
 
 def _tasks(standing: Standing) -> int:
-    """Those that cost GPU time. By their ids there may be fewer than were submitted: the ids are a stranger's words."""
+    """Tasks that cost GPU time. Their ids come from the validator, and may repeat: hence the larger of the two."""
     return max(standing.attempted, standing.submitted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +16,22 @@ from neurons.miner.records.verdicts import WINDOW_S
 
 @dataclass(frozen=True)
 class Standing:
-    """One validator over the window. Times are in seconds; means are None where there is nothing to average.
+    """One validator over the window. Times are in seconds; a mean is None where there is nothing to average.
 
-    `submitted` counts every result that was made for the validator, whatever became of it: the tasks that it cost us.
-    What became of them: see events.SubmissionOutcome. `unknown` are those of which that is not known, or not yet.
-    `attempted` counts the tasks that a generation service spent time on, `generated` and `rejected` the attempts.
-    `early` are pulls that it answered with a cooldown; `violations` is its own latest count of those. `gpu_s` is the
-    generation services' time, rejected and failed attempts included: while a service has several tasks, be they worked
-    on together or one after the other, each is charged its share.
-    `cooling_share` is the part of the window in which it might not be asked, `penalty_s` the waits after results that
-    it declined. `mean_score` is of accepted results: of others no score is told. `reward` is what it last said:
-    accepted results x rating, by its own count.
+    `submitted` counts every result that was made for the validator. What became of them is counted by outcome, as
+    events.SubmissionOutcome explains them; `unknown` may still be settled.
+    `attempted` counts the tasks that a generation service spent time on. `early` are pulls that it answered with a
+    cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included. While a service has
+    several tasks, each is charged an equal share of the time. `penalty_s` are the waits after results that it declined.
+    `mean_score` is of accepted results, for no other score is told. `reward` is what it last said: accepted results x
+    rating, by its own count.
     """
 
     uid: int
     hotkey: str
-    pulls: int = 0
     tasks: int = 0
     early: int = 0
-    failures: int = 0
-    violations: int = 0
     attempted: int = 0
-    generated: int = 0
-    rejected: int = 0
     gpu_s: float = 0.0
     submitted: int = 0
     accepted: int = 0
@@ -52,7 +44,6 @@ class Standing:
     mean_score: float | None = None
     reward: float | None = None
     penalty_s: float = 0.0
-    cooling_share: float = 0.0
     last_task_at: float | None = None
 
     @property
@@ -62,24 +53,21 @@ class Standing:
 
     @property
     def acceptance_rate(self) -> float | None:
+        """Accepted results, as a share of those whose fate is known; None without any."""
         return self.accepted / self.known if self.known else None
 
     @property
     def gpu_s_per_task(self) -> float | None:
+        """Seconds of generation for each result submitted; None without any."""
         return self.gpu_s / self.submitted if self.submitted else None
 
-    @property
-    def accepted_per_gpu_s(self) -> float | None:
-        """The reward per GPU second, in accepted results: the rating that multiplies them is the miner's own."""
-        return self.accepted / self.gpu_s if self.gpu_s else None
 
-
-def read(path: Path, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
-    """The standings in `window` seconds up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
+def read(path: Path, until: float) -> dict[str, Standing]:
+    """The standings in the WINDOW_S up to `until` (unix seconds), by hotkey. Raises sqlite3.Error."""
     with closing(connect(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             return {}  # the miner is about to begin it
-        return standings(connection, until, window)
+        return standings(connection, until, WINDOW_S)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -96,7 +84,8 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def standings(connection: sqlite3.Connection, until: float, window: float = WINDOW_S) -> dict[str, Standing]:
+def standings(connection: sqlite3.Connection, until: float, window: float) -> dict[str, Standing]:
+    """As `read`, of an open connection and `window` seconds."""
     since = until - window
     found: dict[str, dict[str, float | str | None]] = defaultdict(dict)
     for table, counts in _COUNTS.items():
@@ -113,29 +102,25 @@ def standings(connection: sqlite3.Connection, until: float, window: float = WIND
                 (since, until),
             ):
                 found[row["hotkey"]][column] = row[column]
-    waits = _waits(connection, since, until)
     gpu_s = _gpu_seconds(connection, since, until)
     result = {}
     for hotkey, values in found.items():
         values["gpu_s"] = gpu_s[hotkey]
-        values["cooling_share"] = _covered(waits[hotkey], since, until) / window
         result[hotkey] = Standing(**values)  # type: ignore[arg-type]
     return result
 
 
 _SPENT = "outcome IN ('generated', 'rejected', 'failed') AND seconds > 0"
 _COUNTS = {
-    "pulls": "count(*) AS pulls, count(DISTINCT CASE outcome WHEN 'task' THEN task_id END) AS tasks, "
-    "sum(outcome = 'cooldown') AS early, sum(outcome = 'failed') AS failures, "
-    "max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
-    "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted, "
-    "sum(outcome = 'generated') AS generated, sum(outcome = 'rejected') AS rejected",
+    "pulls": "count(DISTINCT CASE outcome WHEN 'task' THEN task_id END) AS tasks, "
+    "sum(outcome = 'cooldown') AS early, max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
+    "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted",
     "submissions": "count(*) AS submitted, "
     + ", ".join(f"sum(outcome = '{outcome}') AS {outcome}" for outcome in get_args(SubmissionOutcome))
     + ", avg(CASE outcome WHEN 'accepted' THEN score END) AS mean_score, "
     "total(CASE outcome WHEN 'declined' THEN wait END) AS penalty_s",
 }
-_LATEST = {"pulls": ("uid", "violations"), "generations": ("uid",), "submissions": ("uid", "reward")}
+_LATEST = {"pulls": ("uid",), "generations": ("uid",), "submissions": ("uid", "reward")}
 
 
 def _gpu_seconds(connection: sqlite3.Connection, since: float, until: float) -> dict[str, float]:
@@ -159,27 +144,3 @@ def _gpu_seconds(connection: sqlite3.Connection, since: float, until: float) -> 
             if in_work.pop(attempt, None) is None:
                 in_work[attempt] = hotkey
     return spent
-
-
-def _waits(connection: sqlite3.Connection, since: float, until: float) -> dict[str, list[tuple[float, float]]]:
-    """The times (start, end) within which each validator was not to be asked, from whatever began them."""
-    waits: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in connection.execute(
-        "SELECT hotkey, at, at + wait AS until "
-        "FROM (SELECT hotkey, at, wait FROM pulls UNION ALL SELECT hotkey, at, wait FROM submissions) "
-        "WHERE at <= :until AND at + wait > :since ORDER BY at",
-        {"since": since, "until": until},
-    ):
-        waits[row["hotkey"]].append((row["at"], row["until"]))
-    return waits
-
-
-def _covered(intervals: Iterable[tuple[float, float]], since: float, until: float) -> float:
-    """Seconds between `since` and `until` that lie in any of the intervals, which come in the order of their starts."""
-    covered, reached = 0.0, since
-    for start, end in intervals:
-        start, end = max(start, reached), min(end, until)
-        if end > start:
-            covered += end - start
-            reached = end
-    return covered

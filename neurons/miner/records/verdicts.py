@@ -1,9 +1,9 @@
-"""What a validator's answers say of a result, also when the one that told was lost.
+"""What a validator's answers say of a result, also when the answer to the submission was lost.
 
-Names mislead: a declined result comes back with `validation_failed` False and a score of 0, and what does say
-`validation_failed` is a validator whose scoring service gave no answer, which costs the miner nothing. An answer whose
-`cooldown_until` is not in the future repeats what was said before: the validator is at work on the result (for up to
-LOCK_S it looks at no other), or has another task for this miner.
+Names mislead. A declined result comes back with `validation_failed` False and a score of 0. `validation_failed` True
+means that the validator's scoring service gave no answer, which costs the miner nothing. An answer whose
+`cooldown_until` is not in the future is a repetition: the validator is at work on the result, and looks at no other for
+up to LOCK_S; or it has another task for this miner.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from neurons.protocol import Feedback
 
 # From the start of a validation.
 LOCK_S = 30.0
-# The validators' default, of one that has not yet told of a cooldown.
+# The validators' default, until one has told its own.
 TASK_COOLDOWN_S = 300.0
 # `generations_within_the_window` counts the results of this time.
 WINDOW_S = 4 * 3600.0
@@ -41,9 +41,10 @@ def judge(size: int, feedback: Feedback, ends_task: bool) -> SubmissionOutcome |
 
 
 def is_penalty(cooldown: float, elapsed: float, usual: float) -> bool | None:
-    """Whether a cooldown that has so many seconds left is a declined result's; None where that can not be told.
+    """Whether a cooldown is the one of a declined result; None where that can not be told. All in seconds.
 
-    That of a declined one is three times the `usual` one from when it was judged, `elapsed` seconds ago at most.
+    `cooldown` is what is left of it. The whole of it is three times the `usual` one for a declined result, and began
+    when the result was judged, at most `elapsed` seconds ago.
     """
     if cooldown > 1.5 * usual:
         return True
@@ -61,10 +62,10 @@ class Span:
 class Window:
     """The accepted results that one validator counts, followed from answer to answer.
 
-    Its count grows by what it accepted and shrinks by what is older than WINDOW_S. When each counted result was
-    accepted is known to within some seconds; of those from before we first heard of the validator, that it was in the
-    window. So from one answer to the next the count has a lowest and a highest value, and what it is beyond the highest
-    are results that were accepted without our hearing of it.
+    Its count grows by what it accepts, and shrinks by what gets older than WINDOW_S. We know to within some seconds
+    when each counted result was accepted. Of results from before the first answer we know only that they were in the
+    window. So the count of the next answer has a lowest and a highest value. What it is beyond that are results that
+    were accepted although their answers were lost.
     """
 
     def __init__(self) -> None:
@@ -107,17 +108,17 @@ class Window:
             # As many as may have been accepted may have taken the places of the oldest ones.
             self._latest = self._latest[most - more :] + [at] * min(most - more, len(self))
         self._agree_with(count, begin, at, may_be_gone)
-        # A count that fell by more than its oldest results is that of a validator which forgot some.
+        # A count that fell by more than the oldest results: the validator forgot some.
         others = False if 0 <= most <= more else None
         return [True] * more + [others] * (len(unsettled) - more)
 
     def _agree_with(self, count: int, begin: float, at: float, may_be_gone: int) -> None:
-        """The validator's own words are what counts."""
-        # A stranger's number: more than one a second is none.
+        """Makes this window as long as the validator's `count`, which came in at `at`."""
+        # A stranger's number. Nobody has more than one result a second accepted.
         count = min(max(count, 0), int(WINDOW_S))
         gone = min(max(len(self) - count, 0), may_be_gone)
         del self._earliest[:gone], self._latest[:gone]
-        # One that crashed forgot the newest.
+        # A validator that crashed forgot the newest ones.
         del self._earliest[count:], self._latest[count:]
         missing = count - len(self)
         self._earliest = sorted([begin] * missing + self._earliest)

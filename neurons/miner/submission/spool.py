@@ -1,4 +1,4 @@
-"""Results on disk from the moment that they are made until it is known what their validator made of them."""
+"""Keeps results on disk until it is known what became of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from neurons.protocol import Task
 
 # Tasks are long gone after that: validators close them within minutes.
 MAX_AGE_S = 3600.0
-# Many times what can be on its way: one result per validator, 256 neurons on the subnet.
+# Twice what can be on its way: one result for each of at most 256 neurons.
 MAX_ENTRIES = 512
 MAX_BYTES = 4 << 30
 LOCK_NAME = "lock"
+# Files of the first version do not say theirs. One of a later version is dropped, as if it were damaged.
+FORMAT_VERSION = 1
 
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 
@@ -60,8 +62,8 @@ class SpooledResult:
 class Spool:
     """One file per validator and task: a line of JSON, then the result's bytes.
 
-    File names are hashes: task ids come from strangers. A file's removal is one step that a crash can not halve, and so
-    the mark that its validator has answered.
+    File names are hashes, for task ids come from strangers. A removed file is the mark that its validator has answered:
+    no crash can leave half of that.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,7 +75,11 @@ class Spool:
     def put(self, entry: SpooledResult) -> None:
         """Writes the entry, whole or not at all; the oldest ones make room. Raises OSError (disk full)."""
         path = self._path(entry.validator_hotkey, entry.task.id)
-        head = {"validator_hotkey": entry.validator_hotkey, "task": entry.task.model_dump()}
+        head = {
+            "version": FORMAT_VERSION,
+            "validator_hotkey": entry.validator_hotkey,
+            "task": entry.task.model_dump(),
+        }
         content = json.dumps(head).encode() + b"\n" + entry.result
         self._make_room(1, len(content))
         temporary = path.with_suffix(".tmp")
@@ -176,6 +182,8 @@ class Spool:
         try:
             head, _, result = path.read_bytes().partition(b"\n")
             fields = json.loads(head)
+            if fields.get("version", 1) > FORMAT_VERSION:
+                return None
             return SpooledResult(str(fields["validator_hotkey"]), _TASK.validate_python(fields["task"]), result)
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError):
             return None

@@ -1,9 +1,9 @@
 """Hands results to validators without making anyone wait, and keeps them until it is known what became of them.
 
-A result is sent again while its validator can not be reached, and for as long after an answer that was lost as the
-validator's lock keeps a second one from being scored beside the first. Then its next pull decides: one that names the
-task gets the result again, one that does not has no use for it. A result that can not be delivered all the same is
-given up, and its task ended with an empty one: a validator hands out no other while it waits for this.
+A result is sent again while its validator can not be reached. After a lost answer it is sent again only as long as the
+validator's lock keeps it from being scored twice. Then the next pull decides: if it names the task, the result is sent
+again; if not, nobody wants it any more. A result that can not be delivered is given up, and its task is ended with an
+empty one, because a validator hands out no other task before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import bittensor as bt
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
 
 from common.log_lines import quoted
 from neurons.chain import Neuron
@@ -38,20 +39,20 @@ from neurons.miner.validators.dendrite import NO_CONNECTION
 from neurons.miner.validators.directory import ValidatorDirectory
 from neurons.protocol import SUBMIT_TIMEOUT_S, Feedback, PullTask, SubmitResults, Task, make_submission
 
-# After a submission that did not get through: doubled with each one in a row.
+# After a submission that did not get through. Doubled with each one in a row.
 FIRST_RETRY_S = 2.0
 MAX_RETRY_S = 60.0
-# For so long it is sent again, without a pull that says that it is still wanted.
+# A result is sent again for so long before a pull has to confirm that it is still wanted.
 RETRY_FOR_S = 300.0
-# So long after one that may have arrived, another one meets its lock, the time for the upload taken off.
+# A repetition within this time meets the validator's lock. 5 s of that are for the upload.
 UNDER_LOCK_S = LOCK_S - 5.0
-# So often a pull may ask for a result that is then not taken.
+# How many pulls may ask for a result that the validator then does not take.
 MAX_ROUNDS = 12
-# Before the pull that says what has become of a task. This and LOCK_S are doubled for one result after another of which
+# Before the pull that tells what became of a task. This and LOCK_S are doubled with each result in a row of which
 # a validator tells nothing: each costs a generation.
 SOON_S = 2.0
 MAX_PAUSE_S = 300.0
-# Those that may be another answer the next time: not authorised (a nonce), too slow, too early, too many.
+# The next attempt may be answered differently: not authorised (a nonce), too slow, too early, too many.
 PASSING_STATUSES = (401, 408, 425, 429)
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
@@ -63,13 +64,18 @@ class ValidatorCaller(Protocol):
     """The one method of bittensor's Dendrite that the miner uses. Errors come back as the synapse's status."""
 
     async def call(
-        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float, deserialize: bool
-    ) -> SynapseT: ...
+        self,
+        target_axon: bt.AxonInfo,
+        synapse: SynapseT,
+        timeout: float,  # noqa: ASYNC109 - bittensor's name
+        deserialize: bool,
+    ) -> SynapseT:
+        """`synapse`, with the answer in it. `timeout` in seconds. Never raises for what a validator does."""
 
 
 @dataclass
 class _Kept:
-    """A result of which it is not known yet what its validator made of it."""
+    """A result whose fate is not known yet."""
 
     size: int | None  # None: not looked at yet, in the spool since an earlier run
     first_sent: float
@@ -87,7 +93,7 @@ class _Kept:
 
 @dataclass
 class _Unsettled:
-    """A result of which only the validator's next count can tell. `otherwise`: what it was if that has not grown."""
+    """A result whose fate only the validator's next count can tell. `otherwise`: the outcome if that has not grown."""
 
     task_id: str
     span: Span
@@ -164,7 +170,7 @@ class Submitter:
         return entry.result
 
     def pulled(self, validator: Neuron, answer: PullTask) -> None:
-        """To be called with what a pull was answered. What it does not ask for any more is kept no longer."""
+        """To be called with the answer to each pull. A result that it does not ask for is dropped."""
         hotkey = validator.hotkey
         if answer.cooldown_until > 0:
             self._memories[hotkey].last_told = answer.cooldown_until
@@ -174,10 +180,10 @@ class Submitter:
             if kept_for == hotkey and (answer.task is None or answer.task.id != task_id):
                 self._let_go(validator, task_id, answer)
 
-    async def drain(self, timeout: float) -> None:
-        """Waits for the submissions under way; after `timeout` seconds leaves them to the spool."""
+    async def drain(self, seconds: float) -> None:
+        """Waits for the submissions under way; after so many seconds leaves them to the spool."""
         if self._under_way:
-            _, late = await asyncio.wait(self._under_way, timeout=timeout)
+            _, late = await asyncio.wait(self._under_way, timeout=seconds)
             for delivery in late:
                 delivery.cancel()
             if late:
@@ -190,7 +196,7 @@ class Submitter:
             log.error("Submission failed", exc_info=error)
 
     async def _deliver(self, assignment: Assignment, result: bytes, again: bool) -> None:
-        """Spool, send, find out what became of it, forget. Whatever ends this before leaves the result spooled."""
+        """Spool, send, find out what became of it, forget. If this ends early, the result stays in the spool."""
         hotkey, task = assignment.validator.hotkey, assignment.task
         kept = self._kept.get((hotkey, task.id)) if again else None
         is_new = kept is None
@@ -225,7 +231,7 @@ class Submitter:
     async def _hand_in(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
         """The time from which the validator may be asked again; None when the task is to be ended with an empty result.
 
-        Where it is not known what became of the result, that time is soon: the pull tells.
+        Where the result's fate is not known, that time is soon, because the next pull tells.
         """
         validator, shown = assignment.validator, quoted(assignment.task.id)
         kept.rounds += 1
@@ -266,13 +272,13 @@ class Submitter:
     def _told(
         self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
     ) -> float | None:
-        """Takes an answer with feedback for what it says; returns what `_hand_in` does."""
+        """Acts on an answer with feedback; returns what `_hand_in` does."""
         validator, task, now = assignment.validator, assignment.task, self._now()
         hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
         ahead = self._clocks.ahead(hotkey, until)
         outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
         memory.last_told = until or memory.last_told
-        # Then an earlier one may have been accepted, or be under way still.
+        # Then an earlier copy of it may have been accepted, or be under way still.
         repeated = kept.may_have_arrived and outcome in ("declined", "broken")
         span = Span(kept.first_sent - ANSWER_S, now)
         found = memory.window.answered(
@@ -318,7 +324,7 @@ class Submitter:
         return ask_again_at
 
     def _give_up(self, assignment: Assignment, kept: _Kept, result: bytes, outcome: SubmissionOutcome) -> float | None:
-        """A validator hands out no other task while it waits for this one: so that is ended, with an empty result."""
+        """Ends the task with an empty result: its validator hands out no other one before."""
         validator, task = assignment.validator, assignment.task
         kept.given_up = kept.given_up or outcome
         if result:
@@ -327,15 +333,17 @@ class Submitter:
                 *(validator.uid, quoted(task.id), kept.reason),
             )
             return None
-        # Not even that: it is kept, for as long as the validator asks for it.
+        # The empty one was not taken either. It is kept as long as the validator asks for it.
         self._conclude(validator, task.id, kept, kept.given_up)
         return self._now() + MAX_PAUSE_S
 
     async def _send(self, assignment: Assignment, result: bytes, kept: _Kept) -> SubmitResults | None:
         """The validator's answer, be it a refusal; None when there was none, and none is to be expected for a while."""
-        delay, started = FIRST_RETRY_S, self._now()
+        started = self._now()
         first_lost: float | None = None
-        while True:
+
+        async def attempt() -> SubmitResults:
+            nonlocal first_lost
             # Where it is now: it may have moved since the pull.
             validator = self._directory.eligible.get(assignment.validator.hotkey, assignment.validator)
             submission = make_submission(assignment.task, result, validator.hotkey, self._keypair)
@@ -343,24 +351,34 @@ class Submitter:
             answer = await self._dendrite.call(
                 validator.axon_info(), submission, timeout=SUBMIT_TIMEOUT_S, deserialize=False
             )
-            if _is_final(answer):
-                return answer
-            if _may_have_arrived(answer):
+            if not _is_final(answer) and _may_have_arrived(answer):
                 kept.may_have_arrived = True
                 first_lost = sent if first_lost is None else first_lost
-            pause, now = delay * random.uniform(0.5, 1.5), self._now()
-            if now + pause > (started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S):
-                kept.seconds_tried += now - started
-                kept.reason = status_of(answer)
-                return None
+            return answer
+
+        def is_too_late(state: RetryCallState) -> bool:
+            until = started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S
+            return self._now() + state.upcoming_sleep > until
+
+        def say(state: RetryCallState) -> None:
             log.warning(
                 "Submission to validator [%d] failed: %s; next attempt in %.1f s",
-                validator.uid,
-                status_of(answer),
-                pause,
+                *(assignment.validator.uid, _reason(state), state.upcoming_sleep),
             )
-            await asyncio.sleep(pause)
-            delay = min(2 * delay, MAX_RETRY_S)
+
+        def leave_off(state: RetryCallState) -> None:
+            kept.seconds_tried += self._now() - started
+            kept.reason = _reason(state)
+
+        pause = wait_exponential(FIRST_RETRY_S, max=MAX_RETRY_S)
+        retrying = AsyncRetrying(
+            retry=retry_if_result(lambda answer: not _is_final(answer)),
+            wait=lambda state: pause(state) * random.uniform(0.5, 1.5),
+            stop=is_too_late,
+            before_sleep=say,
+            retry_error_callback=leave_off,
+        )
+        return await retrying(attempt)
 
     # What became of results
 
@@ -406,7 +424,7 @@ class Submitter:
         self._record(Submission(validator, task_id, outcome, seconds, kept.size or 0, feedback, ask_again_at, reason))
 
     def _settle(self, validator: Neuron, memory: _Memory, accepted: list[bool | None]) -> None:
-        """Takes what an answer's count tells of earlier results, and no later one will tell more."""
+        """Concludes the unsettled results by what this answer's count tells. No later answer can tell more."""
         for each, is_accepted in zip(memory.unsettled, accepted, strict=True):
             outcome = each.otherwise
             if is_accepted:
@@ -453,7 +471,7 @@ def _say(validator: Neuron, task_id: str, outcome: SubmissionOutcome, reason: st
 
 
 def _is_final(answer: bt.Synapse) -> bool:
-    """Whether the validator has the result (200, readable or not), or its axon said a no that it would say again."""
+    """Whether the validator has the result (status 200, readable or not), or refused it for good."""
     status = _status_code(answer)
     return status is not None and (status == 200 or 400 <= status < 500) and status not in PASSING_STATUSES
 
@@ -466,10 +484,16 @@ def _may_have_arrived(answer: bt.Synapse) -> bool:
     return answer.dendrite is None or answer.dendrite.status_code != NO_CONNECTION
 
 
+def _reason(state: RetryCallState) -> str:
+    assert state.outcome is not None
+    return status_of(state.outcome.result())
+
+
 def _status_code(answer: bt.Synapse) -> int | None:
     return None if answer.axon is None else answer.axon.status_code
 
 
 def status_of(answer: bt.Synapse) -> str:
+    """The status of a call and its message, fit for a log line."""
     terminal = answer.dendrite
     return "no answer" if terminal is None else f"{terminal.status_code} {quoted(terminal.status_message)}"

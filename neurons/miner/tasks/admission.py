@@ -1,4 +1,4 @@
-"""How many tasks the miner holds: as many as keep the generators busy and are finished while still of use."""
+"""How many tasks the miner holds: enough to keep the generators busy, and none that would be finished too late."""
 
 from __future__ import annotations
 
@@ -6,42 +6,33 @@ import asyncio
 from collections import deque
 from typing import Protocol
 
-# Within which a newly pulled task should be generated; the rest is for the submission and for what was not foreseen.
+# Seconds within which a newly pulled task should be generated. What is left of 300 s is for the submission.
 PLANNED_AGE_S = 240.0
-# A validator that takes longer to answer a pull does not keep others from pulling meanwhile.
-SLOW_PULL_S = 2.0
 
 
 class Forecast(Protocol):
-    def expected_seconds(self, tasks: int) -> float | None: ...
+    """Who knows how fast the generation services are."""
+
+    def expected_seconds(self, tasks: int) -> float | None:
+        """Seconds in which `tasks` tasks are finished; None while nothing is measured."""
 
 
 class Place:
     """Room for one task, from before its pull until it is generated."""
 
     def __init__(self, admission: Admission) -> None:
-        self._admission = admission
-        self._counted = True
-        self._lapse = asyncio.get_running_loop().call_later(SLOW_PULL_S, self.leave)
-
-    def fill(self) -> None:
-        """The pull brought a task. It counts, even where the room has been given to somebody else meanwhile."""
-        self._lapse.cancel()
-        if not self._counted:
-            self._counted = True
-            self._admission.held += 1
+        self._admission: Admission | None = admission
 
     def leave(self) -> None:
         """Nothing was pulled, or the task is done. Harmless when it was called before."""
-        self._lapse.cancel()
-        if self._counted:
-            self._counted = False
-            self._admission.held -= 1
-            self._admission.admit()
+        admission, self._admission = self._admission, None
+        if admission is not None:
+            admission.held -= 1
+            admission.let_in()
 
 
 class Admission:
-    """Lets pulls through, in the order in which they came. `held` counts tasks pulled and not generated yet."""
+    """Lets pulls through, in the order in which they came. `held` counts them, and tasks not generated yet."""
 
     def __init__(self, forecast: Forecast, workers: int) -> None:
         self._forecast = forecast
@@ -53,7 +44,7 @@ class Admission:
         """Waits for room."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
-        self.admit()
+        self.let_in()
         try:
             return await waiting
         except asyncio.CancelledError:
@@ -66,16 +57,16 @@ class Admission:
         self.held += 1
         return Place(self)
 
-    def admit(self) -> None:
-        """To be called when there may be more room than before."""
+    def let_in(self) -> None:
+        """Gives the room that there is to those who wait."""
         while self._waiting and (self._waiting[0].done() or self._has_room()):
             waiting = self._waiting.popleft()
             if not waiting.done():
-                self.held += 1
-                waiting.set_result(Place(self))
+                waiting.set_result(self.enter_at_once())
 
     @property
     def is_full(self) -> bool:
+        """Whether the next to enter would have to wait."""
         return bool(self._waiting) or not self._has_room()
 
     def _has_room(self) -> bool:

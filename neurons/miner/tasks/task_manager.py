@@ -25,18 +25,20 @@ from neurons.protocol import PULL_TIMEOUT_S, PullTask
 FIRST_RETRY_S = 5.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
-# What a miner is told that is not registered, as far as the validator has heard: to stay away for an hour. One that has
-# just registered is told so until the validator reads the chain again, minutes later. So while it has not handed out a
-# task yet it is asked more often; it counts no violations meanwhile.
+# A validator tells a miner that it does not know as registered to stay away for an hour. It says so to one that has
+# just registered, too, until it reads the chain again, minutes later. So a validator that has not handed out a task yet
+# is asked more often. It counts no violations meanwhile.
 UNREGISTERED_S = (3500.0, 3700.0)
 UNREGISTERED_RETRY_S = 300.0
-# How often it is asked whether a validator that is left alone is worth a pull.
+# How often the policy is asked again about a validator that is not worth a pull.
 RECONSIDER_S = 60.0
 
 log = logging.getLogger(__name__)
 
 
 class Generators(Forecast, Protocol):
+    """What the task manager needs of a GeneratorPool. `ready` is set while a service can take a task."""
+
     ready: asyncio.Event
 
 
@@ -91,7 +93,7 @@ class AsyncTaskManager:
         """Polls every eligible validator, and no other. To be called when the directory changed."""
         eligible = self._directory.eligible
         for hotkey in self._pollers.keys() - eligible.keys():
-            # One that holds a task first sees it through.
+            # A poller that holds a task finishes it first.
             if hotkey in self.cooldowns or hotkey in self._backing_off:
                 self._pollers[hotkey].cancel()
         for hotkey, validator in eligible.items():
@@ -99,7 +101,7 @@ class AsyncTaskManager:
             if self._addresses.get(hotkey, address) != address and hotkey in self._backing_off:
                 self._backing_off[hotkey].set()
             poller = self._pollers.get(hotkey)
-            # One that was told to end, or has ended this very moment, is as good as none.
+            # A poller that was cancelled, or has just ended, counts as none.
             if poller is None or poller.done() or poller.cancelling():
                 name = f"Polling of validator [{validator.uid}]"
                 poller = asyncio.create_task(keep_running(name, functools.partial(self._poll, hotkey)))
@@ -150,6 +152,7 @@ class AsyncTaskManager:
 
     @property
     def queued(self) -> int:
+        """Tasks that wait for a worker."""
         return self._queue.qsize()
 
     def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:
@@ -161,7 +164,7 @@ class AsyncTaskManager:
         ask_again_at = self._known_cooldowns.get(hotkey, 0.0)
         failures = refusals = 0
         while True:
-            # For a poller that starts anew: after a fault, or when the validator has been away for a while.
+            # For the next poller of this validator, after a fault or an absence.
             self._known_cooldowns[hotkey] = ask_again_at
             await self._sleep_until(hotkey, ask_again_at)
             place = await self._admitted(hotkey)
@@ -186,7 +189,6 @@ class AsyncTaskManager:
                     ask_again_at = self._refused(validator, response, sent, pause)
                 else:
                     failures = refusals = 0
-                    place.fill()
                     seconds = self._now() - sent
                     self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
                     ask_again_at = await self._work_off(validator, response, place)
@@ -234,7 +236,7 @@ class AsyncTaskManager:
         return ask_again_at
 
     def _is_stranger_to(self, hotkey: str, cooldown_until: int) -> bool:
-        """Whether the answer is what a miner is told that is not registered."""
+        """Whether the validator does not know this miner as registered."""
         least, most = UNREGISTERED_S
         return hotkey not in self._gave_tasks and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
@@ -261,7 +263,7 @@ class AsyncTaskManager:
             del self._places[assignment]
 
     async def _sleep_until(self, hotkey: str, ask_again_at: float) -> None:
-        """Until it may be asked, and is worth it: of which more is known from one look to the next."""
+        """Until the validator may be asked and is worth it, which is looked up again every RECONSIDER_S."""
         skipped = False
         try:
             while True:

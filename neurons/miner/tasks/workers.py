@@ -26,11 +26,14 @@ log = logging.getLogger(__name__)
 
 
 class TaskLeft(Exception):
-    """Nothing is submitted: the task stays open, and its validator gives it out again."""
+    """Nothing is submitted. The task stays open, and its validator hands it out again."""
 
 
 class Generator(Protocol):
-    async def generate(self, task: Task, seed: int, patience: float) -> Generated: ...
+    """What a worker needs of a GeneratorPool."""
+
+    async def generate(self, task: Task, seed: int, patience: float) -> Generated:
+        """A splat within `patience` seconds. Raises GenerationFailed, AttemptFailed or ServiceUnavailable."""
 
 
 class Worker:
@@ -54,6 +57,7 @@ class Worker:
         self._now = now
 
     async def run(self) -> None:
+        """Works until the manager is closed."""
         while (assignment := await self._manager.next_assignment()) is not None:
             result = None
             try:
@@ -69,9 +73,9 @@ class Worker:
                 self._submitter.submit(assignment, result)
 
     async def _produce(self, assignment: Assignment) -> bytes:
-        """The compressed splat, or b"" where submitting one would be in vain. Raises TaskLeft.
+        """The compressed splat, or b"" where none would be accepted. Raises TaskLeft.
 
-        An unacceptable result costs ten minutes of cooldown, an empty one costs none.
+        A declined result costs ten minutes of cooldown, an empty one none.
         """
         for attempt in range(self._retries + 1):
             started = self._now()
@@ -98,7 +102,7 @@ class Worker:
         return b""
 
     async def _attempt(self, assignment: Assignment) -> tuple[bytes, Generation]:
-        """One generation, and what became of it: given_up when another attempt would end the same way."""
+        """One generation, and what became of it: "given_up" when another attempt would end the same way."""
         validator, task = assignment.validator, assignment.task
 
         def over(outcome: GenerationOutcome, reason: str = "", size: int = 0) -> Generation:

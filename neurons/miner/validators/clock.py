@@ -13,11 +13,11 @@ from email.utils import parsedate_to_datetime
 
 # After an answer that says nothing usable about when to come back.
 DEFAULT_PAUSE_S = 30.0
-# A cooldown that ended this short a time before its announcement came in is simply over.
+# A cooldown that ended up to this long before it was announced is over. One that ended earlier makes no sense.
 JUST_OVER_S = 60.0
 # Between two pulls in any case.
 MIN_PAUSE_S = 1.0
-# Validators announce 300 to 3,600 s. One that says more is asked again after this all the same.
+# Validators announce 300 to 3,600 s. Whatever one says, it is asked again after this.
 MAX_COOLDOWN_S = 4 * 3600.0
 # How far a validator's clock may be behind ours when it does not tell.
 UNKNOWN_CLOCK_MARGIN_S = 5.0
@@ -29,7 +29,7 @@ MAX_HEADER_AGE_S = 3.0
 MAX_DRIFT = 1e-4
 # Of sums of unix times.
 ROUNDING_S = 0.01
-# Of fewer validators, the median may be a liar's.
+# With fewer validators the median may be a liar's.
 MIN_CLOCKS = 3
 # Beyond any date that matters, and within what a float holds exactly: validators may send any integer.
 _LAST_SECOND = 1 << 40
@@ -52,56 +52,41 @@ def steady_time() -> float:
 
 
 class ValidatorClock:
-    """How many seconds a validator's clock is ahead of ours, as an interval that narrows with every answer.
+    """How many seconds a validator's clock is ahead of ours: between `low` and `high`.
 
-    Its lower end is what pulls rely on: at the moment of an answer the validator's clock has reached the header's date,
-    however old that header is. The upper end only tells when the clock was set anew.
+    Pulls rely on `low` alone: at the moment of an answer the validator's clock has reached the header's date, however
+    old that header is.
     """
 
     def __init__(self) -> None:
-        self._low = -UNKNOWN_CLOCK_MARGIN_S
-        self._high = UNKNOWN_CLOCK_MARGIN_S
-        self._measured_at: float | None = None
+        self.low = -UNKNOWN_CLOCK_MARGIN_S
+        self.high = UNKNOWN_CLOCK_MARGIN_S
+        self.told_at: float | None = None
         self._header_is_wrong = False
-
-    def lowest_offset(self, now: float) -> float:
-        """The offset is at least this, unless the clock was set back since the last answer."""
-        return self._low - self._drift(now)
-
-    def middle_offset(self) -> float:
-        return (self._low + self._high) / 2
 
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
         low, high = date - received, date + MAX_HEADER_AGE_S - sent
         if self._header_is_wrong or abs(low) > MAX_OFFSET_S:
             return
-        if self._measured_at is not None:
-            drift = self._drift(received)
-            if low <= self._high + drift and high >= self._low - drift:
-                low, high = max(low, self._low - drift), min(high, self._high + drift)
-            # Otherwise the clock was set, and what was known before is void.
-        self._low, self._high, self._measured_at = low, high, received
+        if self.told_at is not None:
+            drift = self.drift(received)
+            # An earlier header may have been fresher. Where the two contradict each other, the clock was set.
+            if self.low - drift <= high and low <= self.high + drift:
+                low = max(low, self.low - drift)
+        self.low, self.high, self.told_at = low, high, received
 
     def refused(self, cooldown_until: float, sent: float) -> None:
         """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
-        highest = cooldown_until - sent
-        if -MAX_OFFSET_S <= highest < self.lowest_offset(sent) + ROUNDING_S:
-            # Had the header told the clock that the rules go by, this could not be.
-            self._header_is_wrong |= self._measured_at is not None
-            self._measured_at = None
-            self._low, self._high = highest - UNKNOWN_CLOCK_MARGIN_S, highest
+        high = cooldown_until - sent
+        if -MAX_OFFSET_S <= high < self.low - self.drift(sent) + ROUNDING_S:
+            # The validator's rules go by another clock than the one in its header.
+            self._header_is_wrong |= self.told_at is not None
+            self.low, self.high, self.told_at = high - UNKNOWN_CLOCK_MARGIN_S, high, None
 
-    def highest_offset(self, now: float) -> float:
-        """The offset is at most this, unless the clock was set forward since the last answer."""
-        return self._high + self._drift(now)
-
-    def measured_offset(self) -> float | None:
-        """The likeliest offset; None where no answer has told."""
-        return None if self._measured_at is None else (self._low + self._high) / 2
-
-    def _drift(self, now: float) -> float:
-        return 0.0 if self._measured_at is None else MAX_DRIFT * (now - self._measured_at)
+    def drift(self, now: float) -> float:
+        """By how many seconds the clocks may have drifted apart since the latest answer."""
+        return 0.0 if self.told_at is None else MAX_DRIFT * (now - self.told_at)
 
 
 class ValidatorClocks:
@@ -125,8 +110,8 @@ class ValidatorClocks:
 
     def next_pull_at(self, hotkey: str, cooldown_until: int) -> float:
         """Our time from which the validator may be asked again: at its `cooldown_until` or right after it."""
-        now = self.now()
-        at = _within_reason(cooldown_until) - self._clock(hotkey).lowest_offset(now)
+        now, clock = self.now(), self._clock(hotkey)
+        at = _within_reason(cooldown_until) - (clock.low - clock.drift(now))
         if at < now - JUST_OVER_S:
             return now + DEFAULT_PAUSE_S
         # The clocks may drift apart on the way there.
@@ -135,7 +120,8 @@ class ValidatorClocks:
 
     def ahead(self, hotkey: str, moment: int) -> float:
         """In how many seconds it is `moment`, in unix seconds, by the validator's clock; negative: it was."""
-        return _within_reason(moment) - self.now() - self._clock(hotkey).middle_offset()
+        clock = self._clock(hotkey)
+        return _within_reason(moment) - self.now() - (clock.low + clock.high) / 2
 
     def keep(self, hotkeys: Collection[str]) -> None:
         """Forgets the clocks of all others."""
@@ -143,14 +129,15 @@ class ValidatorClocks:
 
     def highest_offset(self, hotkey: str) -> float:
         """How many seconds the validator's clock is ahead of our steady one, at most."""
-        return self._clock(hotkey).highest_offset(self.now())
+        clock = self._clock(hotkey)
+        return clock.high + clock.drift(self.now())
 
     def machine_is_behind(self) -> float | None:
         """How many seconds this machine's clock is behind the validators', negative when it is ahead.
 
         The median of their clocks; None while fewer than MIN_CLOCKS have told.
         """
-        offsets = [offset for clock in self._clocks.values() if (offset := clock.measured_offset()) is not None]
+        offsets = [(clock.low + clock.high) / 2 for clock in self._clocks.values() if clock.told_at is not None]
         if len(offsets) < MIN_CLOCKS:
             return None
         return statistics.median(offsets) + self.now() - self._wall()

@@ -17,8 +17,8 @@ from neurons.protocol import ANSWER_FIELDS
 # Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
 DateListener = Callable[[str, str | None, float, float], None]
 
-# An axon that knows no nonce of a sender takes one that is as old as this and the declared time-out. Requests declare
-# what they are given to be answered in; after a refusal this instead, and by how much the validator's clock is ahead.
+# An axon takes a sender's first nonce when it is no older than 4 s and the time-out that the request declares. After a
+# refusal a request declares this instead, and on top of it how far the validator's clock is ahead.
 DECLARED_AFTER_REFUSAL_S = 60.0
 UNAUTHORISED = 401
 
@@ -27,8 +27,8 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
-# Axons close an idle connection after 5 s: one that is kept for longer fails the next call. How many there are is
-# bounded by the miner, which has one call at a time for each validator; a limit here would let some wait for others.
+# Axons close an idle connection after 5 s, and a call on a closed one fails. The miner bounds
+# their number: it has one call at a time for each validator. A limit here would let some wait for others.
 KEEPALIVE_S = 4.0
 # The status of a call whose connection could not be made, and of one that lost it later.
 NO_CONNECTION, CONNECTION_LOST = 503, 502
@@ -37,10 +37,10 @@ SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
 
 
 class _Sender:
-    """Who this miner is to one validator, whose axon demands that the nonces of one `uuid` grow.
+    """This miner's identity towards one validator, whose axon demands that the nonces of one `uuid` grow.
 
-    A uuid of each validator's own: none of them can make the miner a stranger to the others. A new process has new
-    ones, so it does not matter where its clock stands. Not uuid1, which tells the network card's address.
+    Each validator gets its own uuid, so that none can spoil the others'. A new process has new ones, so that it does
+    not matter where its clock stands. uuid1 would tell the network card's address.
     """
 
     def __init__(self) -> None:
@@ -86,10 +86,11 @@ class ValidatorDendrite(bt.Dendrite):
 
     @property
     async def session(self) -> aiohttp.ClientSession:
+        """The one HTTP session, made at the first call."""
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-                # Neither cookies nor compression: state and work that a validator could put on this process.
+                # No cookies and no compression: a validator could make this process keep state and do work.
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 headers={"Accept-Encoding": "identity"},
@@ -97,7 +98,11 @@ class ValidatorDendrite(bt.Dendrite):
         return self._session
 
     async def call(  # type: ignore[override]
-        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float = 12.0, deserialize: bool = False
+        self,
+        target_axon: bt.AxonInfo,
+        synapse: SynapseT,
+        timeout: float = 12.0,  # noqa: ASYNC109 - bittensor's name
+        deserialize: bool = False,
     ) -> SynapseT:
         """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
 
@@ -115,14 +120,15 @@ class ValidatorDendrite(bt.Dendrite):
         return synapse
 
     async def _attempt(
-        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender
+        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, seconds: float, sender: _Sender
     ) -> int | None:
         """One request and its answer; the status of the axon."""
-        self._sign(target_axon, synapse, timeout, sender)
-        assert synapse.axon is not None and synapse.dendrite is not None
+        self._sign(target_axon, synapse, seconds, sender)
+        assert synapse.axon is not None
+        assert synapse.dendrite is not None
         code, message = 0, "Success"
         try:
-            status, body = await self._post(target_axon, synapse, timeout)
+            status, body = await self._post(target_axon, synapse, seconds)
             synapse.axon.status_code = code = status
             answer = parse(body)
             if status == 200:
@@ -132,7 +138,7 @@ class ValidatorDendrite(bt.Dendrite):
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             code, message = NO_CONNECTION, f"{type(error).__name__}: {error}"
         except TimeoutError:
-            code, message = 408, f"no answer within {timeout:.0f} s"
+            code, message = 408, f"no answer within {seconds:.0f} s"
         except (aiohttp.ClientError, OSError) as error:
             code, message = CONNECTION_LOST, f"{type(error).__name__}: {error}"
         except (ValueError, RecursionError) as error:
@@ -166,14 +172,14 @@ class ValidatorDendrite(bt.Dendrite):
         )
         synapse.axon = bt.TerminalInfo(ip=target_axon.ip, port=target_axon.port, hotkey=target_axon.hotkey)
 
-    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float) -> tuple[int, bytes]:
+    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, seconds: float) -> tuple[int, bytes]:
         """Status and body of the answer."""
         sent = steady_time()
         async with (await self.session).post(
             self._get_endpoint_url(target_axon, type(synapse).__name__),
             headers=synapse.to_headers(),
             json=synapse.model_dump(),
-            timeout=aiohttp.ClientTimeout(total=timeout),
+            timeout=aiohttp.ClientTimeout(total=seconds),
             allow_redirects=False,
         ) as response:
             self.on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())
@@ -186,7 +192,7 @@ class ValidatorDendrite(bt.Dendrite):
             return response.status, bytes(body)
 
     def _get_endpoint_url(self, target_axon: bt.AxonInfo, request_name: str) -> str:
-        # Dendrite calls an axon that has its own external address at 0.0.0.0: this machine, for whoever names it so.
+        # Dendrite calls an axon with the same external address at 0.0.0.0. So a validator could name this machine.
         host = f"[{target_axon.ip}]" if ":" in target_axon.ip else target_axon.ip
         return f"http://{host}:{target_axon.port}/{request_name}"
 

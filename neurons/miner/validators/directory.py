@@ -46,8 +46,8 @@ class Eligibility:
             return "axon address is no IP address"
         if not 0 < neuron.port < 65536:
             return f"axon port {neuron.port} out of range"
-        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network; that the chain's node is
-        # on this machine does not make it a private chain.
+        # On a chain anyone can announce 127.0.0.1 or an address of the miner's own network. A node on this machine does
+        # not make the chain a private one.
         if self.network != REHEARSAL and not _is_public(address):
             return f"axon address {address} is not public"
         return None
@@ -75,6 +75,7 @@ class ValidatorDirectory:
         self.update(self._metagraph)
 
     def update(self, metagraph: Metagraph) -> None:
+        """Takes a new metagraph."""
         self._metagraph = metagraph
         eligible = {}
         reasons = {}
@@ -83,7 +84,7 @@ class ValidatorDirectory:
             reason = self._eligibility.reason_to_skip(neuron)
             if reason is None:
                 eligible[neuron.hotkey] = neuron
-            # The hundreds of neurons that are miners like this one are no news.
+            # Hundreds of neurons are miners like this one: they are not worth a line.
             elif neuron.stake >= MIN_STAKE or reason.startswith("blacklisted") or neuron.hotkey in known:
                 reasons[neuron.hotkey] = reason
                 if self._logged.get(neuron.hotkey) != reason:

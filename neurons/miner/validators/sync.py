@@ -7,6 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
+
 from neurons.chain import Metagraph, MetagraphUnavailable
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.miner.validators.directory import ValidatorDirectory
@@ -49,16 +51,17 @@ class Synchroniser:
     async def follow_chain(self) -> None:
         """Reads the metagraph every `interval` seconds, sooner and then less and less often while there is none."""
         log.info("Reading the metagraph on %s", self._network)
-        retry = FIRST_RETRY_S
         while True:
-            self.problem = await self._sync()
-            if not self.problem:
-                retry = FIRST_RETRY_S
-                await asyncio.sleep(self._interval)
-            else:
-                log.error("%s; next attempt in %.0f s", self.problem, retry)
-                await asyncio.sleep(retry)
-                retry = min(2 * retry, self._interval)
+            retrying = AsyncRetrying(
+                retry=retry_if_result(bool),
+                wait=wait_exponential(FIRST_RETRY_S, max=self._interval),
+                before_sleep=self._say,
+            )
+            await retrying(self._sync)
+            await asyncio.sleep(self._interval)
+
+    def _say(self, state: RetryCallState) -> None:
+        log.error("%s; next attempt in %.0f s", self.problem, state.upcoming_sleep)
 
     async def follow_blacklist(self) -> None:
         """Applies changes of the blacklist's file."""
@@ -69,6 +72,10 @@ class Synchroniser:
             await asyncio.sleep(BLACKLIST_INTERVAL_S)
 
     async def _sync(self) -> str:
+        self.problem = await self._problem()
+        return self.problem
+
+    async def _problem(self) -> str:
         """What stands in the way, if anything does. While the chain is out of reach, what was known stays in force."""
         try:
             metagraph = await self._fetch()

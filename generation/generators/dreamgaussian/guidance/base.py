@@ -39,13 +39,21 @@ class Guidance(Protocol):
         """On a GPU, compile and capture `loss` for up to so many scenes at once, at this scale; else nothing."""
         ...
 
+    def rest(self) -> None:
+        """See `generation.generators.base.Generator.rest`."""
+        ...
+
+    def wake(self) -> None:
+        """See `generation.generators.base.Generator.wake`."""
+        ...
+
 
 class TextGuidance(Guidance, Protocol):
     """One that reads the prompt, and that can draw views of its own."""
 
     image_size: int  # pixels, of what `sample` draws
 
-    def read(self, texts: Sequence[str]) -> None:
+    def encode(self, texts: Sequence[str]) -> None:
         """Encode those that are not known yet together, so that `prepare` finds them."""
         ...
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from generation.accelerate.compiled import compile_autoencoder
 from generation.accelerate.cuda_graph import Captured, pieces
+from generation.accelerate.offload import Resting
 from generation.accelerate.unet import compile_unet
 
 # Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
@@ -37,6 +38,9 @@ class Distillation:
         side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self._latent_shape = (vae.config.latent_channels, side, side)
         self._step = Captured(self._distil)
+        self._networks = nn.ModuleList([self._unet, self._vae])  # what rests; a subclass adds its own
+        self._resting: Resting | None = None
+        self._is_compiled = False
 
     def _guided_noise(
         self, noisy: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float
@@ -77,9 +81,11 @@ class Distillation:
             return
         from generation.accelerate.fused import fuse  # needs Triton, which comes with torch for GPUs
 
-        compile_unet(self._unet)
-        fuse(self._vae)
-        compile_autoencoder(self._vae)
+        if not self._is_compiled:  # another generator may share it
+            compile_unet(self._unet)
+            fuse(self._vae)
+            compile_autoencoder(self._vae)
+            self._is_compiled, self._resting = True, None  # it has other parameters now
         condition = self._any_condition()
         for count in range(1, scenes + 1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
@@ -92,6 +98,18 @@ class Distillation:
                 torch.randn(images, *self._latent_shape, device=device),
                 constants=(guidance_scale,),
             )
+
+    def rest(self) -> None:
+        """See `Guidance.rest`."""
+        self._step.forget()
+        if self._resting is None:
+            self._resting = Resting(self._networks, self._unet.device)
+        self._resting.rest()
+
+    def wake(self) -> None:
+        """See `Guidance.wake`."""
+        if self._resting is not None:
+            self._resting.wake()
 
     def _distil(
         self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.accelerate.pinned import send
-from generation.accelerate.shared_start import SharedStart
-from generation.accelerate.text_cache import TextCache, cut
+from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
-from generation.generators.dreamgaussian.guidance.multiview import camera_embedding, join_views
+from generation.generators.multiview.attention import camera_embedding, join_views
+from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, guided, known_frame, nothing_known
+from generation.generators.multiview.words import Words
 from generation.weights.latent_diffusion import load_unet
+from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
 
 
@@ -35,13 +37,11 @@ class MVDream(Distillation):
     ) -> None:
         """`front_azimuth`: see `camera_embedding`."""
         super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
-        self._text_encoder = text_encoder.eval().requires_grad_(False)
-        self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
-        self._texts = TextCache(self._encode_texts)
+        self._texts = Words(text_encoder, tokenizer)
+        self._networks.append(self._texts.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
-        self._start = SharedStart(unet)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
@@ -57,30 +57,25 @@ class MVDream(Distillation):
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
         return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
 
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
+        """See `load`."""
+        use = checkpoint.entry.used_as(MultiViewUse) or MultiViewUse()
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
+
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.read`."""
-        self._texts.read(texts)
+    def encode(self, texts: Sequence[str]) -> None:
+        """See `TextGuidance.encode`."""
+        self._texts.encode(texts)
 
     def cut(self, text: str) -> tuple[int, int] | None:
         """See `TextGuidance.cut`."""
-        return cut(self._tokenizer, text)
+        return self._texts.cut(text)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        return torch.stack(self._texts.read([negative_prompt, prompt]))
-
-    def _encode_texts(self, texts: list[str]) -> list[Tensor]:
-        ids = self._tokenizer(
-            texts,
-            padding="max_length",
-            max_length=self._tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        states = self._text_encoder(send(ids, self._unet.device)).last_hidden_state
-        return [each.clone() for each in states]
+        return self._texts.pair(prompt, negative_prompt)
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")
@@ -98,22 +93,26 @@ class MVDream(Distillation):
         """See `TextGuidance.sample`. All V views attend to each other."""
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
-        latents = latents.to(self._unet.device, self._unet.dtype)
-        self._scheduler.set_timesteps(steps)
-        known = latents[:0] if first is None else self._latents(self._resize(first[None].to(latents)))
-        count, noise_of_known = len(known), latents[: len(known)].clone()
+        latents = send(latents, self._unet.device)
+        known: tuple[Tensor, ...] = ()
+        if first is not None:
+            known = self._latents(self._resize(first[None].to(latents)))[0].to(latents), latents[0]
+
+        def noise(both: Tensor, t: Tensor, words: Tensor) -> Tensor:
+            return self._guided(both, t, camera_to_world, words, guidance_scale)
+
+        schedule = Schedule.of(self._scheduler, steps, self._unet.device)
+        sampler = Sampler(schedule, noise, known_frame(0) if known else nothing_known)
+        drawing = Drawing(latents, condition, known, steps)
         try:
             self._joint.views = views
-            for t in self._scheduler.timesteps:
-                at = t.to(latents.device).repeat(2, views)
-                latents[:count] = self._scheduler.add_noise(known, noise_of_known, t[None])
-                both = latents.repeat(2, 1, 1, 1, 1)
-                both[1, :count], at[1, :count] = known, 0
-                noise = self._guided(both, at, camera_to_world, condition[None], guidance_scale)
-                latents = self._scheduler.step(noise, t, latents).prev_sample
-            latents[:count] = known
+            while not drawing.done:
+                sampler.step([drawing])
         finally:
             self._joint.views = self.views
+        latents = drawing.latents.to(self._unet.dtype)
+        if known:
+            latents[0] = known[0]
         images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -126,19 +125,9 @@ class MVDream(Distillation):
         scale: float,
     ) -> Tensor:
         """See `Distillation`: the condition is the text."""
-        with self._start.halves_are_alike():
-            return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
+        return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
 
     def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
         """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the conditions (S, 2, L, C), and with."""
-        words = conditions.to(both)
-        cameras = camera_embedding(camera_to_world, self._front_azimuth).to(both)
-        (noise,) = self._unet(
-            both.flatten(0, 1),
-            t.flatten(),
-            torch.cat([words[:, 0], words[:, 1]]),
-            class_labels=cameras.repeat(2, 1),
-            return_dict=False,
-        )
-        without, given = noise.chunk(2)
-        return without + scale * (given - without)
+        cameras = camera_embedding(camera_to_world, self._front_azimuth)
+        return guided(self._unet, both, t, cameras, conditions, scale)

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.weights import WeightsError
 from generation.weights.latent_diffusion import load_unet
@@ -42,6 +43,7 @@ class Zero123(Distillation):
         super().__init__(unet, vae, scheduler, IMAGE_SIZE)
         self._image_encoder = image_encoder.eval().requires_grad_(False)
         self._projection = projection.requires_grad_(False)
+        self._networks.extend([self._image_encoder, self._projection])
         self._processor = processor
         self._stable = stable
 
@@ -55,6 +57,16 @@ class Zero123(Distillation):
         processor = CLIPImageProcessor.from_pretrained(folder / "feature_extractor", local_files_only=True)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         return cls(unet, vae, encoder, projection, processor, scheduler, stable)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Zero123:
+        """See `load`."""
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, stable=False)
+
+    @classmethod
+    def from_stable_checkpoint(cls, checkpoint: Checkpoint) -> Zero123:
+        """See `load`: of Stable Zero123."""
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, stable=True)
 
     @torch.no_grad()
     def prepare(self, cutout: Tensor, elevation: float) -> Tensor:

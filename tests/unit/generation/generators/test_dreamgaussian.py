@@ -9,15 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from generation.accelerate import text_cache
-from generation.generators.dreamgaussian import DreamGaussian, MVDream, optimiser
+from generation.generators.base import Subject
+from generation.generators.dreamgaussian import optimiser
 from generation.generators.dreamgaussian.carve import carve
-from generation.generators.dreamgaussian.guidance.multiview import MultiViewAttention, camera_embedding, join_views
-from generation.generators.dreamgaussian.optimiser import foreground
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
+from generation.generators.dreamgaussian.guidance.zero123 import Zero123
+from generation.generators.dreamgaussian.optimiser import DreamGaussian, foreground
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.dreamgaussian.scene import Views
 from generation.generators.dreamgaussian.schedule import noise_level, position_lr
-from generation.schema.options import DreamGaussianOptions
+from generation.generators.multiview.attention import MultiViewAttention, camera_embedding, join_views
 from generation.splats.cameras import orbit
 from generation.splats.gaussians import SH_C0
+from tests.support.tensors import gradient as gradient_of
 
 RADIUS, FOVY = 2.5, 49.1
 
@@ -85,26 +89,6 @@ def test_text_may_come_once_for_each_scene() -> None:
     assert torch.allclose(once, each, atol=1e-5)
 
 
-def test_halves_that_are_alike_are_computed_once(mini_models) -> None:
-    guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
-    sizes: list[tuple[int, int]] = []
-    first, second = guidance._unet.down_blocks  # attention begins in the second
-    queries = second.attentions[0].transformer_blocks[0].attn1.to_q
-    for module in (first.resnets[0].block, second.resnets[0].block, queries):
-        module.register_forward_hook(lambda module, args, out: sizes.append((len(args[0]), len(out))))
-    g = torch.Generator().manual_seed(0)
-    noisy = torch.randn(8, *guidance._latent_shape, generator=g)
-    conditions = torch.stack([guidance.prepare("a red cube", "ugly"), guidance.prepare("a blue ball", "ugly")])
-    asked = noisy.repeat(2, 1, 1, 1, 1), torch.full((2, 8), 300), poses(2), conditions, 5.0
-    whole = guidance._guided(*asked)
-    assert sizes == [(16, 16), (16, 16), (4, 4)]  # samples; in attention scenes, whose views are joined there
-    once = guidance._guided_noise(noisy, torch.full((8,), 300), poses(2), conditions, 5.0)
-    assert sizes[3:] == [(8, 8), (8, 8), (2, 2)]
-    assert torch.allclose(once, whole, atol=1e-5)
-    guidance._guided(*asked)
-    assert sizes[6:] == sizes[:3]
-
-
 def sphere_views(radius: float = 0.6, size: int = 64):
     """Exact silhouettes of a ball that is red in its upper half and blue in its lower."""
     elevation, azimuth = torch.tensor([10.0] * 4 + [40.0] * 4), torch.arange(8) * 45.0
@@ -127,10 +111,13 @@ def sphere_views(radius: float = 0.6, size: int = 64):
 def test_carve_finds_shape_and_colours() -> None:
     images, alphas, cameras = sphere_views()
     g = carve(images, alphas, cameras, 1.14, 4000, torch.Generator().manual_seed(0))
-    assert g is not None and len(g) == 4000
+    assert g is not None
+    assert len(g) == 4000
     distance = g.means.norm(dim=1)
     # eight outlines leave a hull around the ball; its outermost voxels, of 0.036, lie inside it
-    assert distance.min() > 0.5 and distance.max() < 0.75 and 0.55 < distance.median() < 0.65
+    assert distance.min() > 0.5
+    assert distance.max() < 0.75
+    assert 0.55 < distance.median() < 0.65
     colours = 0.5 + SH_C0 * g.sh[:, 0]
     upper, lower = g.means[:, 1] > 0.15, (g.means[:, 1] < -0.15) & (g.means[:, 1] > -0.5)
     assert (colours[upper, 0] > colours[upper, 2]).float().mean() > 0.97
@@ -165,18 +152,21 @@ def test_guidance_loss_of_a_scene_does_not_depend_on_its_neighbour(guidance: MVD
 
     both = loss(slice(0, 2), [1, 2])
     alone = torch.cat([loss(slice(0, 1), [1]), loss(slice(1, 2), [2])])
-    assert both.shape == (2,) and torch.allclose(both, alone, rtol=1e-4)
+    assert both.shape == (2,)
+    assert torch.allclose(both, alone, rtol=1e-4)
     both.sum().backward()
-    assert images.grad is not None and torch.isfinite(images.grad).all() and images.grad.abs().sum() > 0
+    assert images.grad is not None
+    assert torch.isfinite(images.grad).all()
+    assert images.grad.abs().sum() > 0
 
 
 def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     read: list[int] = []
-    guidance._text_encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
-    guidance.read([*prompts, "ugly"])
+    guidance.encode([*prompts, "ugly"])
     for prompt in prompts:
         expected = torch.stack([alone.prepare("ugly", "")[1], alone.prepare(prompt, "")[1]])
         assert torch.allclose(guidance.prepare(prompt, "ugly"), expected, atol=1e-5)
@@ -194,7 +184,8 @@ def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) ->
 
     first = draw(1)
     assert first.shape == (8, 3, guidance.image_size, guidance.image_size)
-    assert torch.equal(first, draw(1)) and not torch.equal(first, draw(2))
+    assert torch.equal(first, draw(1))
+    assert not torch.equal(first, draw(2))
 
 
 def test_guidance_keeps_a_known_first_view(guidance: MVDream) -> None:
@@ -279,9 +270,9 @@ def sculptor(**more) -> DreamGaussian:
 
 
 def run(dg: DreamGaussian, seeds: list[int]) -> list[torch.Tensor]:
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in seeds]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in seeds]
     while not all(scene.done for scene in scenes):
-        dg.step(scenes)
+        dg.tick(scenes)
     return [torch.cat([t.detach().flatten() for t in s.gaussians().tensors().values()]) for s in scenes]
 
 
@@ -297,9 +288,9 @@ def test_a_scene_is_the_same_alone_and_beside_another(init: str) -> None:
 @pytest.mark.parametrize("init", ["ball", "views"])
 def test_a_scene_begun_before_its_picture_is_the_same(init: str) -> None:
     dg = sculptor(init=init)
-    early = dg.start(cutout(), "a red square", 3, dg.sketch("a red square", 3))
+    early = dg.begin(Subject("a red square", cutout(), 3, dg.prefetch("a red square", 3)))
     while not early.done:
-        dg.step([early])
+        dg.tick([early])
     result = torch.cat([t.detach().flatten() for t in early.gaussians().tensors().values()])
     assert torch.equal(result, run(dg, [3])[0])
 
@@ -309,7 +300,7 @@ def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
     dg = DreamGaussian(NoGuidance(), options(init="ball"), "cuda", lambda images: images)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        dg.sketch("a red square", 0)
+        dg.prefetch("a red square", 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -317,7 +308,7 @@ def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
 @pytest.mark.parametrize("more", [{"init": "ball"}, {"init": "views"}, {"init": "ball", "render_size": 64}])
 def test_known_views_pull_as_the_loss_says(more: dict) -> None:
     dg = sculptor(lambda_reference=0.7, **more)
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in (1, 2)]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in (1, 2)]
     renders = optimiser._render(scenes)
     losses = []
     for scene, render in zip(scenes, renders, strict=True):
@@ -327,18 +318,18 @@ def test_known_views_pull_as_the_loss_says(more: dict) -> None:
         errors = 10_000 * (shown.premultiplied - colour).square().mean((1, 2, 3))
         losses.append((weights * (errors + 1_000 * (shown.alpha - wanted.alpha).square().mean((1, 2, 3)))).sum())
     leaves = [tensor for scene in scenes for tensor in scene.gaussians().tensors().values()]
-    expected = torch.autograd.grad(sum(losses), leaves, retain_graph=True)
+    expected = torch.autograd.grad(torch.stack(losses).sum(), leaves, retain_graph=True)
     torch.autograd.backward(*optimiser._known_views_gradients(scenes, renders))
     assert expected[0].abs().max() > 0
     for leaf, gradient in zip(leaves, expected, strict=True):
-        assert torch.allclose(leaf.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        assert torch.allclose(gradient_of(leaf), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
     from generation.splats.rasterize import rasterize
 
     dg = sculptor(init="ball", iters=150, num_pts=1500, density_end_iter=0)
-    scene = dg.start(cutout(), "a red square", 0)
+    scene = dg.begin(Subject("a red square", cutout(), 0))
     camera = orbit(0.0, 0.0, RADIUS, FOVY, 32, 32)
 
     def error() -> float:
@@ -347,37 +338,37 @@ def test_a_ball_takes_the_shape_and_colour_of_the_reference() -> None:
 
     before = error()
     while not scene.done:
-        dg.step([scene])
+        dg.tick([scene])
     assert error() < 0.25 * before
     assert math.isfinite(error())
 
 
 def test_spherical_harmonics_of_the_asked_degree() -> None:
-    assert sculptor(init="views", sh_degree=1).start(cutout(), "", 0).gaussians().sh.shape[1] == 4
+    assert sculptor(init="views", sh_degree=1).begin(Subject("", cutout(), 0)).gaussians().sh.shape[1] == 4
 
 
 def test_harmonics_learn_at_a_twentieth_of_the_colours_rate() -> None:
     """As in 3DGS, which gives Adam feature_lr / 20 for f_rest (its scene/gaussian_model.py)."""
     dg = sculptor(init="ball", sh_degree=2, feature_lr=0.01, density_end_iter=0)
-    scenes = [dg.start(cutout(), "a red square", seed) for seed in (0, 1)]
+    scenes = [dg.begin(Subject("a red square", cutout(), seed)) for seed in (0, 1)]
     wanted = []
     for scene in scenes:
         sh = scene.gaussians().sh.detach()
         dc, rest = sh[:, :1].clone().requires_grad_(), sh[:, 1:].clone().requires_grad_()
         groups = [{"params": [dc], "lr": 0.01}, {"params": [rest], "lr": 0.01 / 20}]
         wanted.append((dc, rest, torch.optim.Adam(groups, eps=1e-15)))
-    gradients = []
+    gradients: list[torch.Tensor] = []
     step_together = optimiser.step_together
 
     def step(optimisers: list[torch.optim.Adam]) -> None:
-        gradients.extend(scene.gaussians().sh.grad.clone() for scene in scenes)
+        gradients.extend(gradient_of(scene.gaussians().sh).clone() for scene in scenes)
         step_together(optimisers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimiser, "step_together", step)
         for _ in range(3):
             gradients.clear()
-            dg.step(scenes)
+            dg.tick(scenes)
             for scene, gradient, (dc, rest, adam) in zip(scenes, gradients, wanted, strict=True):
                 dc.grad, rest.grad = gradient[:, :1].clone(), gradient[:, 1:].clone()
                 adam.step()
@@ -406,11 +397,48 @@ def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
     """What it draws around a picture is drawn with the picture in sight; scores by "" are none."""
     guidance = Asked()
     dg = DreamGaussian(guidance, options(init=init, iters=2), "cpu", lambda images: sphere_views()[1])
-    picture, words = dg.start(cutout(), "", 0), dg.start(cutout(), "a red square", 0)
+    picture, words = dg.begin(Subject("", cutout(), 0)), dg.begin(Subject("a red square", cutout(), 0))
     assert [prompt for prompt, _ in guidance.prepared] == ["", "a red square, 3d asset"][init == "ball" :]
     before = picture.gaussians().means.detach().clone()
-    dg.step([picture, words])
+    dg.tick([picture, words])
     assert guidance.scored == 1
-    dg.step([picture])
+    dg.tick([picture])
     assert guidance.scored == 1
-    assert picture.done and not torch.equal(before, picture.gaussians().means)
+    assert picture.done
+    assert not torch.equal(before, picture.gaussians().means)
+
+
+def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
+    text = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
+    image = Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False)
+
+    def result(rests: bool) -> torch.Tensor:
+        given = options(iters=2, lambda_zero123=1.0, num_pts=50)
+        dg = DreamGaussian(text, given, "cpu", lambda images: images[:, :1], image)
+        scene = dg.begin(Subject("a red square", cutout(), 3))
+        while not scene.done:
+            dg.tick([scene])
+            if rests:
+                dg.rest()
+                dg.rest()
+                dg.wake()
+                dg.wake()
+        return scene.gaussians().means.detach()
+
+    assert torch.equal(result(rests=True), result(rests=False))
+
+
+def test_all_networks_of_a_guidance_rest(mini_models) -> None:
+    for guidance in (
+        MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32),
+        Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False),
+    ):
+        parts = [part for part in vars(guidance).values() if isinstance(part, torch.nn.Module)]
+        parameters = {id(p): p for part in parts for p in part.parameters()}.values()
+        guidance.rest()
+        at_rest = {id(p): p.data_ptr() for p in parameters}
+        guidance.wake()
+        guidance.rest()
+        assert all(p.data_ptr() == at_rest[id(p)] for p in parameters)
+        assert guidance._resting is not None
+        assert {id(p) for p, _ in guidance._resting._at_rest} == set(at_rest)

@@ -1,49 +1,25 @@
 import io
 import logging
-import sys
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from generation.generators.base import CutoutFrame, NoSplat, Subject
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.kinds import KINDS, Kind
+from generation.pipeline import assemble
 from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
-from generation.schema.options import DreamGaussianOptions
 from generation.settings import Settings
 from generation.splats import ply
 from generation.stages.self_check import views
 from generation.weights import WeightsError
-from tests.support.standins import COLOURS, ball, colour_check
+from tests.support.standins import COLOURS, Painter, WhiteIsBackground, ball, colour_check
 
-STAGES = ["text_to_image", "background", "dreamgaussian", "self_check"]
-
-
-class Painter:
-    """Text to image: a square of the colour that the prompt names, on white; nothing for a prompt without one."""
-
-    def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
-        return [self.paint(prompt) for prompt in prompts]
-
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
-        self.asked = prompt
-        return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
-
-    def paint(self, prompt: str) -> torch.Tensor:
-        if "explode" in prompt:
-            raise RuntimeError("out of paint")
-        image = torch.ones(3, 64, 64)
-        for name, colour in COLOURS.items():
-            if name in prompt:
-                image[:, 16:48, 16:48] = torch.tensor(colour)[:, None, None]
-        return image
-
-
-class WhiteIsBackground:
-    def remove(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.amin(dim=1, keepdim=True) < 0.5).float()
+STAGES = ["text_to_image", "background", "clay", "self_check"]
 
 
 class Scene:
@@ -54,17 +30,26 @@ class Scene:
         self.iteration = 0
 
     @property
+    def fraction(self) -> float:
+        return self.iteration / self.iters
+
+    @property
     def done(self) -> bool:
         return self.iteration >= self.iters
 
     def gaussians(self):
+        if "shapeless" in self.prompt:
+            raise NoSplat("clay: it has no shape")
         middle = self.cutout[:3, 32, 32]
         colour = next(name for name, value in COLOURS.items() if torch.allclose(torch.tensor(value), middle, atol=0.1))
         return ball(colour, count=100 if "sparse" in self.prompt else 8000, seed=self.seed)
 
 
 class Sculptor:
-    """DreamGaussian's interface. Some prompts make it fail, alone or with all that are stepped together."""
+    """A generator. Some prompts make it fail, alone or with all that share a tick."""
+
+    name = "clay"
+    cutout = CutoutFrame(64, 0.2)
 
     def __init__(self, iters: int) -> None:
         self.iters = iters
@@ -72,29 +57,33 @@ class Sculptor:
         self.read_together: list[list[str]] = []
         self.begun_before: list[bool] = []
 
-    def read(self, prompts: list[str]) -> None:
-        self.read_together.append(prompts)
-        if any("unreadable" in prompt for prompt in prompts):
+    def picture_prompt(self, words: str) -> str:
+        return words
+
+    def encode(self, texts: list[str]) -> None:
+        self.read_together.append(texts)
+        if any("unreadable" in text for text in texts):
             raise ValueError("not words")
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
-        return {"mvdream": (2, 4)} if "epic" in prompt else {}
+    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+        return {"mvdream": (2, 4)} if "epic" in words else {}
 
-    def sketch(self, prompt: str, seed: int) -> list[tuple[str, int]]:
-        return [(prompt, seed)]
+    def prefetch(self, words: str, seed: int) -> list[tuple[str, int]]:
+        return [(words, seed)]
 
-    def start(self, cutout: torch.Tensor, prompt: str, seed: int, sketch: list[tuple[str, int]] | None) -> Scene:
-        assert cutout.shape == (4, 64, 64)
-        self.begun_before.append(sketch is not None)
-        if sketch is not None:
-            assert sketch.pop() == (prompt, seed)  # can be used once
-        if "unstartable" in prompt:
+    def begin(self, subject: Subject) -> Scene:
+        assert subject.cutout is not None
+        assert subject.cutout.shape == (4, 64, 64)
+        self.begun_before.append(subject.prefetched is not None)
+        if subject.prefetched is not None:
+            assert subject.prefetched.pop() == (subject.words, subject.seed)  # can be used once
+        if "unstartable" in subject.words:
             raise RuntimeError("no clay")
-        if "unreadable" in prompt:
+        if "unreadable" in subject.words:
             raise ValueError("not words")
-        return Scene(cutout, prompt, seed, self.iters)
+        return Scene(subject.cutout, subject.words, subject.seed, self.iters)
 
-    def step(self, scenes: list[Scene]) -> None:
+    def tick(self, scenes: list[Scene]) -> None:
         self.batches.append(len(scenes))
         for scene in scenes:
             scene.iteration += 1
@@ -115,8 +104,7 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    options = DreamGaussianOptions(iters=sculptor.iters, ref_size=64, prompt_template="{prompt}")
-    return Pipeline(Painter(), WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 4)
+    return Pipeline(Painter(), WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 4)
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
@@ -128,7 +116,8 @@ def test_a_prompt_becomes_a_checked_splat(pipeline):
     report = asset.report
     assert (report.seed, report.rejected, report.num_gaussians) == (7, None, 8000)
     assert report.score > 0.9
-    assert list(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
+    assert list(report.seconds) == STAGES
+    assert all(seconds >= 0 for seconds in report.seconds.values())
     assert all(gate.passed for gate in report.gates.values())
     delivered = ply.read(asset.ply)
     assert torch.equal(delivered.means, asset.gaussians.means)
@@ -144,7 +133,7 @@ def test_same_prompt_and_seed_same_splat(pipeline):
     assert pipeline.generate([ask("a red ball", seed=4)])[0].ply != alone
 
 
-def test_scenes_are_stepped_together(pipeline, sculptor):
+def test_works_share_their_ticks(pipeline, sculptor):
     pipeline.generate([ask("red"), ask("green"), ask("blue")])
     assert sculptor.batches == [3] * 5
     assert sculptor.read_together[0] == ["red", "green", "blue"]
@@ -154,7 +143,8 @@ def test_scenes_are_stepped_together(pipeline, sculptor):
 def test_a_prompt_that_can_not_be_read_fails_alone(pipeline):
     red, unreadable, blue = pipeline.generate([ask("red"), ask("unreadable green"), ask("blue")])
     assert isinstance(unreadable, ValueError)
-    assert red.ply and blue.ply
+    assert red.ply
+    assert blue.ply
 
 
 def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
@@ -167,16 +157,17 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     while second.outcome is None:
         pipeline.tick([job for job in (first, second) if job.outcome is None])
     assert sculptor.batches == [1, 1, 2, 2, 2, 1, 1]
-    assert first.outcome.report.rejected is None and second.outcome.ply == alone
+    assert first.outcome.report.rejected is None
+    assert second.outcome.ply == alone
 
 
 class TestPausing:
     def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
         alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
-        paint, start, painted, paused = Painter.paint, sculptor.start, [], []
+        paint, begin, painted, paused = Painter.paint, sculptor.begin, [], []
         monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
-        # Somebody else comes while the first of two scenes is begun.
-        monkeypatch.setattr(sculptor, "start", lambda *arguments: paused.append(1) or start(*arguments))
+        # Somebody else comes while the first of two works is begun.
+        monkeypatch.setattr(sculptor, "begin", lambda subject: paused.append(1) or begin(subject))
         sculptor.batches.clear()
         seen: list[str] = []
         jobs = [
@@ -185,12 +176,14 @@ class TestPausing:
         ]
         for _ in range(3):
             pipeline.tick(jobs)
-        assert [job.scene is None for job in jobs] == [False, True] and not sculptor.batches
+        assert [job.work is None for job in jobs] == [False, True]
+        assert not sculptor.batches
         assert seen[-1] == "paused"
         paused.append(1)
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
-        assert [job.outcome.ply for job in jobs] == alone and painted == ["red", "blue"]
+        assert [job.outcome.ply for job in jobs] == alone
+        assert painted == ["red", "blue"]
 
     def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
         now = SimpleNamespace(seconds=0.0)
@@ -210,22 +203,23 @@ class TestPausing:
         assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
 
     def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
-        start, paused = sculptor.start, []
+        begin, paused = sculptor.begin, []
         resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
         alone = pipeline.generate([ask("blue", seed=4)])[0].ply
         pipeline.tick([resting])
         paused.append(1)
         first = pipeline.begin(ask("red"))
 
-        def full(*arguments: Any) -> Scene:
-            if resting.scene is not None:
+        def full(subject: Subject) -> Scene:
+            if resting.work is not None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return start(*arguments)
+            return begin(subject)
 
-        monkeypatch.setattr(sculptor, "start", full)
+        monkeypatch.setattr(sculptor, "begin", full)
         while first.outcome is None:
             pipeline.tick([resting, first])
-        assert first.outcome.ply and resting.outcome is None
+        assert first.outcome.ply
+        assert resting.outcome is None
         paused.clear()
         while resting.outcome is None:
             pipeline.tick([resting])
@@ -240,7 +234,8 @@ def test_a_failure_is_its_requests_own(pipeline):
         "Asset", "RuntimeError", "RuntimeError", "RuntimeError", "Asset",
     ]  # fmt: skip
     assert [str(outcome) for outcome in outcomes[1:4]] == ["out of paint", "no clay", "it fell over"]
-    assert outcomes[0].report.rejected is None and outcomes[4].report.rejected is None
+    assert outcomes[0].report.rejected is None
+    assert outcomes[4].report.rejected is None
 
 
 def test_a_neighbours_failure_leaves_no_trace(pipeline):
@@ -251,38 +246,42 @@ def test_a_neighbours_failure_leaves_no_trace(pipeline):
 class TestFullMemory:
     """A GPU's memory is played by an error above a number of requests at once."""
 
-    def test_scenes_begin_again_fewer_at_once(self, pipeline, sculptor, monkeypatch):
-        step = sculptor.step
+    def test_works_begin_again_fewer_at_once(self, pipeline, sculptor, monkeypatch):
+        tick = sculptor.tick
 
         def full(scenes: list[Scene]) -> None:
             if len(scenes) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            step(scenes)
+            tick(scenes)
 
-        monkeypatch.setattr(sculptor, "step", full)
+        monkeypatch.setattr(sculptor, "tick", full)
         alone = pipeline.generate([ask("red", seed=1)])[0].ply
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
-        assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
-        assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+        assert all(outcome.ply for outcome in outcomes)
+        assert outcomes[0].ply == alone
+        assert pipeline.limit.now == 2
+        assert max(sculptor.batches) == 2
 
     def test_one_that_waits_lets_go_of_those_that_are_done(self, pipeline):
         first, second, waiting = (pipeline.begin(ask("red", seed=seed)) for seed in (1, 2, 3))
         waiting.behind = [first, second]
         first.outcome = Asset(b"ply", first.report)
-        assert waiting.waits and waiting.behind == [second]
+        assert waiting.waits
+        assert waiting.behind == [second]
         second.outcome = RuntimeError("it fell over")
-        assert not waiting.waits and not waiting.behind
+        assert not waiting.waits
+        assert not waiting.behind
 
     def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
         pipeline.limit.out_of_memory(4)
         for _ in range(GOOD_BEFORE_MORE):
-            pipeline.generate([ask("red collapse")])  # each has begun a scene
+            pipeline.generate([ask("red collapse")])  # each has begun a work
         pipeline.generate([ask("red", seed=seed) for seed in range(GOOD_BEFORE_MORE - 1)])
         assert pipeline.limit.now == 2
         pipeline.generate([ask("red")])
         assert pipeline.limit.now == 3
 
-    def test_pictures_are_made_fewer_at_once_and_scenes_are_not(self, pipeline, sculptor, monkeypatch):
+    def test_pictures_are_made_fewer_at_once_and_works_are_not(self, pipeline, sculptor, monkeypatch):
         remove, sizes = pipeline._background.remove, []
 
         def full(images: torch.Tensor) -> torch.Tensor:
@@ -294,35 +293,38 @@ class TestFullMemory:
         monkeypatch.setattr(pipeline._background, "remove", full)
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
         assert all(outcome.ply for outcome in outcomes)
-        assert sizes == [1, 1, 1] and pipeline.limit.now == 4 and max(sculptor.batches) == 3
+        assert sizes == [1, 1, 1]
+        assert pipeline.limit.now == 4
+        assert max(sculptor.batches) == 3
 
     def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
-        start, tries, others = sculptor.start, [], [ask("red", seed=seed) for seed in (1, 2)]
+        begin, tries, others = sculptor.begin, [], [ask("red", seed=seed) for seed in (1, 2)]
         finished = []
 
-        def full(cutout: torch.Tensor, prompt: str, *more: Any) -> Scene:
-            if prompt == "red large":
+        def full(subject: Subject) -> Scene:
+            if subject.words == "red large":
                 tries.append(len(finished))
                 if len(finished) < len(others):
                     raise torch.OutOfMemoryError("CUDA out of memory")
-            return start(cutout, prompt, *more)
+            return begin(subject)
 
-        monkeypatch.setattr(sculptor, "start", full)
+        monkeypatch.setattr(sculptor, "begin", full)
         jobs = [pipeline.begin(request) for request in (others[0], ask("red large", seed=3), others[1])]
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
             finished = [job for job in jobs if job.outcome is not None]
-        assert all(job.outcome.ply for job in jobs) and tries == [0, 2]
+        assert all(job.outcome.ply for job in jobs)
+        assert tries == [0, 2]
 
     def test_several_that_do_not_fit_are_made_one_after_the_other(self, pipeline, sculptor, monkeypatch):
-        step = sculptor.step
+        tick = sculptor.tick
 
         def full(scenes: list[Scene]) -> None:
-            if len([job for job in jobs if job.scene is not None and job.outcome is None]) > 1:
+            if len([job for job in jobs if job.work is not None and job.outcome is None]) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            step(scenes)
+            tick(scenes)
 
-        monkeypatch.setattr(sculptor, "step", full)
+        monkeypatch.setattr(sculptor, "tick", full)
         pipeline.limit.now = 1  # each is stepped by itself, with the other's scene in memory
         jobs = [pipeline.begin(ask("red", seed=seed)) for seed in (1, 2)]
         for _ in range(100):
@@ -331,16 +333,17 @@ class TestFullMemory:
         assert all(job.outcome.ply for job in jobs)
 
     def test_one_that_does_not_fit_by_itself_fails_alone(self, pipeline, sculptor, monkeypatch):
-        start = sculptor.start
+        begin = sculptor.begin
 
-        def full(cutout: torch.Tensor, prompt: str, *more: Any) -> Scene:
-            if "huge" in prompt:
+        def full(subject: Subject) -> Scene:
+            if "huge" in subject.words:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return start(cutout, prompt, *more)
+            return begin(subject)
 
-        monkeypatch.setattr(sculptor, "start", full)
+        monkeypatch.setattr(sculptor, "begin", full)
         huge, small = pipeline.generate([ask("red huge"), ask("red")])
-        assert isinstance(huge, torch.OutOfMemoryError) and small.ply
+        assert isinstance(huge, torch.OutOfMemoryError)
+        assert small.ply
         assert pipeline.generate([ask("red")])[0].ply
 
 
@@ -361,10 +364,17 @@ class TestRejections:
         assert report.score is None
         assert list(report.seconds) == ["text_to_image", "background"]
 
+    def test_what_no_splat_can_be_made_of(self, pipeline):
+        report = self.reject(pipeline, "red and shapeless")
+        assert report.rejected == "clay: it has no shape"
+        assert report.score is None
+        assert list(report.seconds) == STAGES[:3]
+
     def test_a_gate(self, pipeline):
         report = self.reject(pipeline, "red sparse")
         assert report.rejected == "min_gaussians: 100 Gaussians are under the limit of 7000"
-        assert report.score is None and report.num_gaussians == 100
+        assert report.score is None
+        assert report.num_gaussians == 100
         assert not report.gates["min_gaussians"].passed
 
     def test_a_low_score(self, pipeline, monkeypatch):
@@ -376,16 +386,15 @@ class TestRejections:
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
         align(pipeline, monkeypatch, 0.6)
         (asset,) = pipeline.generate([ask("red")])
-        assert asset.ply and asset.report.rejected is None
+        assert asset.ply
+        assert asset.report.rejected is None
 
 
 class TestImagePrompts:
     def test_skip_text_to_image_and_guide_without_words(self, pipeline, sculptor, monkeypatch):
         prompts = []
-        start = sculptor.start
-        monkeypatch.setattr(
-            sculptor, "start", lambda c, prompt, *more: prompts.append(prompt) or start(c, prompt, *more)
-        )
+        begin = sculptor.begin
+        monkeypatch.setattr(sculptor, "begin", lambda subject: prompts.append(subject.words) or begin(subject))
         picture = Image.new("RGB", (90, 60), "white")
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture)])
@@ -398,15 +407,16 @@ class TestImagePrompts:
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         target.paste((255, 0, 0), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture, target=target)])
-        assert asset.report.score < 0.6 and asset.ply == b""
+        assert asset.report.score < 0.6
+        assert asset.ply == b""
         (asset,) = pipeline.generate([ask(None, image=target, target=target)])
         assert asset.report.score > 0.9
 
     def test_what_the_sender_cut_out_is_not_matted(self, pipeline, sculptor, monkeypatch):
         """White on white, and half as transparent as glass: the alpha says where it is."""
         cutouts = []
-        start = sculptor.start
-        monkeypatch.setattr(sculptor, "start", lambda c, *more: cutouts.append(c) or start(c, *more))
+        begin = sculptor.begin
+        monkeypatch.setattr(sculptor, "begin", lambda subject: cutouts.append(subject.cutout) or begin(subject))
         monkeypatch.setattr(pipeline._background, "remove", None)
         monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
         for alpha in (255, 60):
@@ -427,17 +437,20 @@ class TestImagePrompts:
         cut_out = Image.new("RGBA", (90, 60))
         cut_out.paste((255, 0, 0), (20, 10, 70, 50))
         first, second, third = pipeline.generate([ask(None, image=opaque), ask(None, image=cut_out), ask("green")])
-        assert first.report.score > 0.9 and second.ply and third.ply
+        assert first.report.score > 0.9
+        assert second.ply
+        assert third.ply
 
     def test_nothing_in_it_is_told_before_anything_is_optimised(self, pipeline, sculptor):
         for picture in (Image.new("RGBA", (40, 40)), Image.new("RGB", (40, 40), "white")):
             (asset,) = pipeline.generate([ask(None, image=picture)])
-            assert asset.ply == b"" and asset.report.num_gaussians == 0
+            assert asset.ply == b""
+            assert asset.report.num_gaussians == 0
         assert sculptor.batches == []
 
 
 class TestStopping:
-    def test_cancelled_between_iterations(self, pipeline, sculptor):
+    def test_cancelled_between_ticks(self, pipeline, sculptor):
         cancelled = lambda index: index == 1 and len(sculptor.batches) >= 2  # noqa: E731
         kept, dropped = pipeline.generate([ask("red"), ask("blue")], cancelled=cancelled)
         assert isinstance(dropped, Cancelled)
@@ -461,9 +474,36 @@ class TestStopping:
 def test_progress(pipeline):
     seen = []
     pipeline.generate([ask("red")], lambda *event: seen.append(event))
-    assert [stage for _, stage, _ in seen if stage != "dreamgaussian"] == ["text_to_image", "background", "self_check"]
-    fractions = [fraction for _, stage, fraction in seen if stage == "dreamgaussian"]
-    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert [stage for _, stage, _ in seen if stage != "clay"] == ["text_to_image", "background", "self_check"]
+    fractions = [fraction for _, stage, fraction in seen if stage == "clay"]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+class TestPreviews:
+    @pytest.fixture(autouse=True)
+    def visible(self, sculptor, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", Scene.gaussians, raising=False)
+
+    @pytest.mark.parametrize("preview", [True, False])
+    def test_they_are_told_to_who_asks(self, pipeline, preview):
+        told = []
+        job = pipeline.begin(ask("a red ball", preview=preview), lambda *said: told.append(said))
+        while job.outcome is None:
+            pipeline.tick([job])
+        pictures = [said for said in told if len(said) == 3]
+        assert [stage for stage, _, _ in pictures] == (["text_to_image"] + ["clay"] * 4 if preview else [])
+        for _, _, data in pictures:
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            assert max(picture.size) <= 128
+            red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
+            assert red > 150 > 60 > green
+
+    def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", lambda scene: 1 / 0)
+        (outcome,) = pipeline.generate([ask("a red ball", preview=True)])
+        assert isinstance(outcome, Asset)
+        assert outcome.ply
 
 
 class TestValidate:
@@ -471,8 +511,10 @@ class TestValidate:
         good = ply.write(ball("red", radius=7))
         scores = pipeline.validate(good, "a red ball")
         assert scores.score == scores.alignment_score > 0.9
-        assert scores.ssim is not None and scores.ssim > 0.9
-        assert scores.iqa is None and scores.lpips is None
+        assert scores.ssim is not None
+        assert scores.ssim > 0.9
+        assert scores.iqa is None
+        assert scores.lpips is None
         assert pipeline.validate(good, "a blue ball").score == 0
 
     def test_low_alignment_counts_as_nothing(self, pipeline, monkeypatch):
@@ -500,7 +542,7 @@ class TestValidate:
 
     @pytest.mark.parametrize("data", [b"", b"ply\nnonsense"])
     def test_not_a_ply(self, pipeline, data):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="PLY"):
             pipeline.validate(data, "red")
 
     def test_image_prompt(self, pipeline):
@@ -512,26 +554,21 @@ class TestValidate:
 def test_load_announces_and_names_every_model(mini_models, no_network, monkeypatch, sculptor):
     made = []
 
-    class MVDream:
-        @staticmethod
-        def load(folder, device, dtype, front_azimuth):
-            assert (folder / "unet" / "config.json").is_file()
-            assert (device, dtype, front_azimuth) == ("cpu", torch.float32, 0.0)
-            return "guidance"
-
-    def dreamgaussian(guidance, options, device, remove_background, image_guidance):
-        assert guidance == "guidance" and image_guidance is None
-        assert remove_background(torch.rand(4, 3, 32, 32)).shape == (4, 1, 32, 32)
+    def load(options, parts):
+        guidance = parts.load("mvdream", lambda checkpoint: checkpoint)
+        assert (guidance.folder / "unet" / "config.json").is_file()
+        assert (guidance.device, guidance.dtype, guidance.entry.use) == ("cpu", torch.float32, None)
+        assert parts.remove_background(torch.rand(4, 3, 32, 32)).shape == (4, 1, 32, 32)
         made.append(options)
         return sculptor
 
-    stand_in = SimpleNamespace(DreamGaussian=dreamgaussian, MVDream=MVDream, Zero123=None)
-    monkeypatch.setitem(sys.modules, "generation.generators.dreamgaussian", stand_in)
+    monkeypatch.setitem(KINDS, "dreamgaussian", Kind(DreamGaussianOptions, "tests:load"))
+    monkeypatch.setattr("tests.load", load, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = Settings.resolve({"profile": "tiny", "models": mini_models})
     told: list[str] = []
-    pipeline = Pipeline.load(settings, told.append)
-    assert made == [settings.options]
+    pipeline = assemble.load(settings, told.append)
+    assert made == [settings.options]  # one for texts and pictures, whose options are the same
     assert sum(line.startswith("loading") for line in told) == 4
     assert "rasteriser" in told[-1]
     keys = ("stage", "name", "licence", "precision", "device")
@@ -541,47 +578,40 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
             ["text_to_image", "background", "mvdream", "clip"], ["flux", "background", "mvdream", "clip"], strict=True
         )
     ]
-    monkeypatch.setattr(
-        sculptor, "start", lambda cutout, prompt, seed, _: Scene(torch.ones(4, 64, 64), prompt, seed, 5)
-    )
+    monkeypatch.setattr(sculptor, "begin", lambda subject: Scene(torch.ones(4, 64, 64), subject.words, subject.seed, 5))
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
     monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
-    assert asset.ply and list(asset.report.seconds) == STAGES
+    assert asset.ply
+    assert list(asset.report.seconds) == STAGES
 
 
-def test_load_without_weights_says_which(tmp_path, mini_models, sculptor, monkeypatch):
-    monkeypatch.setitem(
-        sys.modules,
-        "generation.generators.dreamgaussian",
-        SimpleNamespace(DreamGaussian=None, MVDream=None, Zero123=None),
-    )
+def test_load_without_weights_says_which(tmp_path, mini_models, monkeypatch):
     models = tmp_path / "models.yaml"
     text = mini_models.read_text().replace("./mvdream", "mvdream-sd2.1")
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
-        Pipeline.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
 
 
 @pytest.mark.slow
 def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     """Every stage's real class with random weights: the way is right, whatever the outcome says."""
-    if not hasattr(pytest.importorskip("generation.generators.dreamgaussian"), "DreamGaussian"):
-        pytest.skip("no optimiser yet")
     config = tmp_path / "config.yaml"
     config.write_text(
         "iters: 3\nref_size: 64\nrender_size: 64\nnum_pts: 7500\ninit: ball\ndensity_start_iter: 100\n"
         "densification_interval: 100"
     )
-    pipeline = Pipeline.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
+    pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
     pipeline._warm_up_batches()  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
     pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
     with caplog.at_level(logging.INFO):
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
     assert not isinstance(first, Exception), first
-    assert first.report.num_gaussians > 0 and list(first.report.seconds) == STAGES
+    assert first.report.num_gaussians > 0
+    assert list(first.report.seconds) == [*STAGES[:2], "dreamgaussian", STAGES[3]]
     assert first.ply == second.ply
     assert "red cube" not in caplog.text
 
@@ -591,8 +621,9 @@ class TestWords:
         painter = Painter()
         asked = []
         monkeypatch.setattr(painter, "generate", lambda prompts, seeds: asked.extend(prompts) or [painter.paint("red")])
-        options = DreamGaussianOptions(ref_size=64, iters=1, elevation=-20, prompt_template="a {prompt}, {view}")
-        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, colour_check(), options, "cpu", [], 1)
+        options = DreamGaussianOptions(elevation=-20, prompt_template="a {prompt}, {view}")
+        monkeypatch.setattr(sculptor, "picture_prompt", options.picture_prompt)
+        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 1)
         pipeline.generate([ask("red {view} ball")])
         assert asked == ["a red {view} ball, front view from slightly above"]
         assert painter.asked == asked[0]

@@ -27,14 +27,14 @@ class Multiplying:
 
     def tick(self, jobs: list[Job]) -> None:
         for job in jobs:
-            job.scene = job.scene or SimpleNamespace(iteration=0, done=False)
-            job.scene.iteration += 1
-            side = job.scene.iteration
+            job.work = job.work or SimpleNamespace(iteration=0, done=False)
+            job.work.iteration += 1
+            side = job.work.iteration
             torch.full((side, side), 1.0).mm(torch.full((side, side), 2.0))
-            job.scene.done = job.scene.iteration == TICKS - 1
+            job.work.done = job.work.iteration == TICKS - 1
             if job.cancelled():
                 job.outcome = Cancelled("given up")
-            elif job.scene.iteration == TICKS:
+            elif job.work.iteration == TICKS:
                 job.outcome = Asset(b"ply", job.report)
 
 
@@ -100,26 +100,27 @@ def test_the_first_request_is_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lasted", [3, FIRST_TICKS + 2])
 def test_a_first_request_that_is_given_up_is_traced_so_far(tmp_path: Path, lasted: int) -> None:
     path = tmp_path / "trace"  # compressed whatever its name
-    job = new_job(lambda: job.scene.iteration == lasted)
+    job = new_job(lambda: job.work.iteration == lasted)
     run(Traced(Multiplying(), path), job, lasted)
     assert ticks_in(path) == list(range(1, min(lasted, FIRST_TICKS) + 1))
 
 
 def test_a_first_request_that_is_put_back_is_traced_on(tmp_path: Path) -> None:
-    """For which memory was full beside others: it has lost its scene when its turn comes again."""
+    """For which memory was full beside others: it has lost its work when its turn comes again."""
     job, pipeline = new_job(), Traced(Multiplying(), tmp_path / "trace.gz")
     for _ in range(FIRST_TICKS + 2):
         pipeline.tick([job])
-    job.scene = None
+    job.work = None
     run(pipeline, job)
     assert FIRST_TICKS + 3 in ticks_in(tmp_path / "trace.gz")  # its first one anew
 
 
 def test_a_tick_that_breaks_ends_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Traced(Multiplying(), tmp_path / "trace")
-    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as broken:
         broken.setattr(Multiplying, "tick", lambda self, jobs: 1 // 0)
-        pipeline.tick([new_job()])
+        with pytest.raises(ZeroDivisionError):
+            pipeline.tick([new_job()])
     assert "tick 1 of 1 requests" in names(tmp_path / "trace")
     run(pipeline, new_job())  # as ever, untraced
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-from pydantic import ValidationError
 
+from generation.arguments import checked
 from generation.schema.hosts import parse_names
-from generation.settings import Arguments, Settings
+from generation.settings import Settings
 from tests.support.service_harness import Service, serving
 
 
@@ -60,7 +60,8 @@ def test_foreign_names_are_refused(service: Service, host: str, method: str, pat
     before = service.engine.totals["requests"]
     status, answer = send(service, method, path, {"Host": host, **FORM}, "prompt=a")
     assert (status, answer["error"]["field"]) == (421, "Host")
-    assert "--allowed-hosts" in answer["error"]["message"] and host in answer["error"]["message"]
+    assert "--allowed-hosts" in answer["error"]["message"]
+    assert host in answer["error"]["message"]
     assert {"localhost", "127.0.0.1", "[::1]", "gpu.example"} <= set(answer["error"]["limit"])
     assert service.engine.totals["requests"] == before
 
@@ -84,7 +85,8 @@ CROSS_SITE = [
 def test_requests_of_other_sites_are_refused(service: Service, headers: dict[str, str], method: str, path: str) -> None:
     before = service.engine.totals["requests"]
     status, answer = send(service, method, path, {"Host": "127.0.0.1:10006", **FORM, **headers}, "prompt=a")
-    assert status == 403 and answer["error"]["field"] in ("Origin", "Sec-Fetch-Site")
+    assert status == 403
+    assert answer["error"]["field"] in ("Origin", "Sec-Fetch-Site")
     assert "another site" in answer["error"]["message"]
     assert service.engine.totals["requests"] == before
 
@@ -120,5 +122,5 @@ def test_loopback_alone_unless_it_is_told(values: dict[str, str], allowed: tuple
 def test_what_is_no_name_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="separated by commas and without ports"):
         parse_names(text)
-    with pytest.raises(ValidationError, match="separated by commas and without ports"):
-        Arguments(allowed_hosts=text)
+    with pytest.raises(ValueError, match="separated by commas and without ports"):
+        checked({"allowed_hosts": text})

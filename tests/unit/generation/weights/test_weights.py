@@ -10,7 +10,7 @@ from safetensors.numpy import save
 from generation.schema.options import ModelChoice
 from generation.weights import WeightsError, local_folder, lookup
 from generation.weights.loading import download_command
-from generation.weights.registry import REGISTRY
+from generation.weights.registry import REGISTRY, ClipUse
 
 WEIGHTS = save({"w": np.zeros(3, dtype="float32")})
 
@@ -38,10 +38,11 @@ def hub(tmp_path, monkeypatch):
 def test_every_entry_is_complete():
     for name, entry in REGISTRY.items():
         assert entry.name == name
-        assert entry.licence and (entry.size_gb is None or entry.size_gb > 0)
+        assert entry.licence
+        assert entry.size_gb is None or entry.size_gb > 0
         assert entry.repo and entry.files if entry.url is None else entry.url.startswith("https://") and entry.size
         assert entry.pinned or entry.revision == "main"
-    assert REGISTRY["clip-convnext-large-d"].clip.cosine_scale == 0.35
+    assert REGISTRY["clip-convnext-large-d"].used_as(ClipUse).cosine_scale == 0.35
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -168,7 +169,7 @@ class TestCard:
         def use(**more: float):
             card = {"name": "mine", "licence": "MIT", "cosine_scale": 0.5, **more}
             (tmp_path / "card.json").write_text(json.dumps(card))
-            return lookup(ModelChoice(model=str(tmp_path))).clip
+            return lookup(ModelChoice(model=str(tmp_path))).used_as(ClipUse)
 
         assert (use().min_alignment, use().min_image_alignment) == (0.3, 0.3)
         assert use(min_alignment=0.6, min_image_alignment=0.0).min_alignment == 0.6
@@ -181,18 +182,19 @@ class TestCard:
 
     def test_is_read(self, tmp_path):
         entry = lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT", "cosine_scale": 0.7, "seed": 1}))
-        assert (entry.name, entry.licence, entry.clip.cosine_scale) == ("small", "MIT", 0.7)
+        assert (entry.name, entry.licence, entry.used_as(ClipUse).cosine_scale) == ("small", "MIT", 0.7)
         assert local_folder(entry) == tmp_path
         assert not entry.pinned
 
     def test_without_cosine_scale_is_no_clip(self, tmp_path):
-        assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).clip is None
+        assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).use is None
 
     def test_can_stand_for_a_registry_entry(self, tmp_path):
         """A copy of the published files, on a disk of one's own: licence and use are the registry's."""
         choice = self.choice(tmp_path, {"of": "clip-convnext-large-d"})
         entry = lookup(choice)
-        assert entry.clip == REGISTRY["clip-convnext-large-d"].clip and entry.licence == "MIT"
+        assert entry.use == REGISTRY["clip-convnext-large-d"].use
+        assert entry.licence == "MIT"
         with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy its folder again"):
             local_folder(entry)
         (tmp_path / "open_clip_config.json").write_text("{}")

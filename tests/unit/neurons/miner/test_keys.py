@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import bittensor as bt
 import pytest
@@ -78,13 +80,19 @@ def test_a_password_in_bittensor_s_variable_is_tried(
         keys.load("cold", "hot", tmp_path)
 
 
+def options(network: str, wallets: Path, **others: Any) -> MinerOptions:
+    return MinerOptions(
+        network=network, wallet_name="cold", wallet_hotkey="hot", wallet_path=wallets, metrics_port=0, **others
+    )
+
+
 @pytest.mark.parametrize("content", [json.dumps(PUBLIC_HALF), ENCRYPTED])
 async def test_the_miner_says_so_and_does_not_begin(
     file: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    file.write_text(content)
-    miner = CompetitiveMiner(MinerOptions("finney", "cold", "hot", tmp_path, metrics_port=0))
+    await asyncio.to_thread(file.write_text, content)
+    miner = CompetitiveMiner(options("finney", tmp_path))
     assert await miner.run() == 1
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"Wallet 'cold', hotkey 'hot': {file} ")
@@ -95,6 +103,6 @@ async def test_a_blacklist_that_is_not_there_is_said_before_anything_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     missing = tmp_path / "blacklist"
-    miner = CompetitiveMiner(MinerOptions("rehearsal", "w", "h", tmp_path, blacklist_file=missing, metrics_port=0))
+    miner = CompetitiveMiner(options("rehearsal", tmp_path, blacklist_file=missing))
     assert await miner.run() == 1
     assert [record.getMessage() for record in caplog.records] == [f"Blacklist {missing}: No such file or directory"]

@@ -76,6 +76,13 @@ def test_keeps_every_field(path: Path, started: Ledger) -> None:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+@pytest.mark.parametrize(("wait", "kept"), [(0.5, 0.5), (0.0, 0.0), (-1.0, None), (2e9, None)])
+def test_a_wait_is_one_that_is_still_to_come(path: Path, started: Ledger, wait: float, kept: float | None) -> None:
+    started.record(Pull(validator(1), "cooldown", 0.1, ask_again_at=NOW + wait))
+    started.close()
+    assert rows(path, "pulls", "wait") == [(kept,)]
+
+
 def test_goes_on_in_the_same_file(path: Path) -> None:
     for _ in range(2):
         write(path, one_task(1, NOW))
@@ -258,7 +265,8 @@ def test_an_impossible_folder_is_a_log_line(tmp_path: Path, caplog: pytest.LogCa
 
 @pytest.mark.parametrize("outcome", ["accepted", "broken", "unknown"])
 def test_a_settlement_changes_the_one_unknown_row(path: Path, started: Ledger, outcome: SubmissionOutcome) -> None:
-    for task_id, first in (("a", "unknown"), ("b", "unknown"), ("c", "declined")):
+    known: list[tuple[str, SubmissionOutcome]] = [("a", "unknown"), ("b", "unknown"), ("c", "declined")]
+    for task_id, first in known:
         started.record(Submission(validator(1), task_id, first, 2.0, 1000))
     started.record(Submission(validator(2), "a", "unknown", 2.0, 1000))
     started.record(Settlement(validator(1), "a", outcome))
@@ -321,21 +329,18 @@ def test_standings(path: Path) -> None:
             (NOW - 1000, early),
             (NOW - 999, failed),
             *one_task(1, NOW - 900, wait=878, accepted=False, seconds=30, reward=2.0),
-            *one_task(1, NOW - 5 * 3600, wait=3600 + 100),  # before the window; its cooldown reaches 78 s into it
+            *one_task(1, NOW - 5 * 3600, wait=3600 + 100),  # before the window
             *one_task(2, NOW - 100),
         ],
     )
     found = standings.read(path, NOW)
     assert set(found) == {"hotkey1", "hotkey2"}
     one = found["hotkey1"]
-    assert (one.uid, one.pulls, one.tasks, one.early, one.failures, one.violations) == (1, 4, 2, 1, 1, 0)
-    assert (one.generated, one.submitted, one.accepted, one.declined, one.gpu_s) == (2, 2, 1, 1, 50.0)
+    assert (one.uid, one.tasks, one.early) == (1, 2, 1)
+    assert (one.attempted, one.submitted, one.accepted, one.declined, one.gpu_s) == (2, 2, 1, 1, 50.0)
     assert one.acceptance_rate == 0.5
-    assert one.accepted_per_gpu_s == pytest.approx(0.02)
     assert one.mean_score == pytest.approx(0.8)
     assert (one.reward, one.penalty_s, one.last_task_at) == (2.0, 878.0, NOW - 900)
-    # 122 s left of the old one, 300 s, 60 s, and 868 of 878 s up to now.
-    assert one.cooling_share == pytest.approx((122 + 300 + 60 + 868) / standings.WINDOW_S)
 
 
 def test_tasks_that_are_generated_together_share_the_time(path: Path) -> None:
@@ -357,7 +362,7 @@ def test_services_work_side_by_side(path: Path) -> None:
     task = TextTask(id="t", prompt="p")
     attempts = [(f"http://{i}", Generation(validator(i), task, "failed", 30.0, endpoint=f"http://{i}")) for i in (1, 2)]
     write(path, [(NOW - 10, attempt) for _, attempt in attempts])
-    assert [each.gpu_s for each in standings.read(path, NOW, 60).values()] == [30.0, 30.0]
+    assert [each.gpu_s for each in standings.read(path, NOW).values()] == [30.0, 30.0]
 
 
 def test_a_task_that_is_given_out_again_is_one_task(path: Path) -> None:
@@ -381,8 +386,8 @@ def test_each_outcome_is_counted_as_what_it_is(path: Path, outcome: SubmissionOu
 
 def test_only_a_generation_in_the_window(path: Path) -> None:
     write(path, one_task(1, NOW - 10, seconds=20))
-    found = standings.read(path, NOW + 10, window=5)
-    assert (found["hotkey1"].uid, found["hotkey1"].pulls, found["hotkey1"].generated) == (1, 0, 1)
+    found = standings.read(path, NOW - 5 + standings.WINDOW_S)
+    assert (found["hotkey1"].uid, found["hotkey1"].tasks, found["hotkey1"].attempted) == (1, 0, 1)
 
 
 def test_reading_while_it_is_written(path: Path, started: Ledger) -> None:
@@ -407,7 +412,7 @@ def test_what_is_written_between_two_queries_is_not_half_read(path: Path, starte
     with closing(standings.connect(path)) as connection:
         connection.execute("SELECT * FROM pulls").fetchone()
         connection.set_trace_callback(write_another)  # before each query
-        assert set(standings.standings(connection, NOW)) == {"hotkey1"}
+        assert set(standings.standings(connection, NOW, 3600.0)) == {"hotkey1"}
     assert len(standings.read(path, NOW)) == written > 3
 
 

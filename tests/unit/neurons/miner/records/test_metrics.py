@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -111,9 +112,14 @@ def test_a_port_that_is_taken_is_a_log_line(metrics: Metrics, caplog: pytest.Log
 
 
 def test_only_this_machine_is_served(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = []
+    bound: list[tuple[str, int]] = []
     bind = socket.socket.bind
-    monkeypatch.setattr(socket.socket, "bind", lambda self, address: bound.append(address) or bind(self, address))
+
+    def recorded(self: socket.socket, address: tuple[str, int]) -> None:
+        bound.append(address)
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", recorded)
     metrics.serve(0)
     assert [address[0] for address in bound] == ["127.0.0.1"]
 
@@ -136,5 +142,23 @@ def test_the_port_is_free_again_afterwards(metrics: Metrics) -> None:
     port = metrics.serve(0)
     assert port is not None
     metrics.close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="refused"):
         scrape(port)
+
+
+def test_spool_and_disk_are_looked_at_when_asked(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "spool")
+    port = metrics.serve(0)
+    assert port is not None
+    try:
+        assert not any(name.startswith(("miner_spool", "miner_disk")) for name, _ in scrape(port))  # no folder yet
+        (tmp_path / "spool").mkdir()
+        (tmp_path / "spool/a.result").write_bytes(b"x" * 70)
+        (tmp_path / "spool/b.result").write_bytes(b"x" * 30)
+        (tmp_path / "spool/lock").write_bytes(b"")
+        found = {name: value for (name, _), value in scrape(port).items()}
+        assert found["miner_spool_results"] == 2
+        assert found["miner_spool_bytes"] == 100
+        assert found["miner_disk_free_bytes"] > 0
+    finally:
+        metrics.close()

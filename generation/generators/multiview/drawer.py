@@ -1,0 +1,151 @@
+"""What models that draw views share: from words, pictures and seeds to views that agree, a denoising step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from generation.accelerate.cuda_graph import Captured, pieces
+from generation.accelerate.offload import Resting
+from generation.accelerate.pinned import send
+from generation.accelerate.unet import compile_unet
+from generation.generators.multiview.attention import camera_embedding
+from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, compiled_sizes
+from generation.generators.multiview.words import Words
+from generation.splats.cameras import orbit
+
+#: degrees of elevation (up) and of azimuth, each
+Places = Sequence[tuple[float, float]]
+AROUND: Places = ((0.0, 0.0), (0.0, 90.0), (0.0, 180.0), (0.0, 270.0))
+
+
+class Drawer:
+    """Draws views of each of several objects. An object's views depend on its words, picture and seed alone, up to
+    rounding."""
+
+    #: set by those that inherit, and all networks in `_networks`
+    _sampler: Sampler
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        words: Words,
+        scheduler: DDIMScheduler,
+        front_azimuth: float,
+        views: Places,
+        steps: int,
+        negative_prompt: str,
+        backdrop: Sequence[float],
+    ) -> None:
+        """`views`: from where. `front_azimuth`: see `camera_embedding`. `backdrop`: what is behind an object (RGB)."""
+        self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        self._unet = unet.eval().requires_grad_(False)
+        self._vae = vae.eval().requires_grad_(False)
+        self._words = words
+        self._negative_prompt = negative_prompt
+        self._backdrop = torch.tensor(backdrop).view(3, 1, 1)
+        elevations, azimuths = (torch.tensor(each) for each in zip(*views, strict=True))
+        poses = orbit(elevations, azimuths, 1.0, 45.0, 8, 8).camera_to_world
+        self._cameras = camera_embedding(poses, front_azimuth).to(unet.device, unet.dtype)
+        self._schedule = Schedule.of(scheduler, steps, unet.device)
+        size = unet.config.sample_size
+        self._latent_shape = (len(views), unet.config.out_channels, size, size)
+        self._decode = Captured(self._images)
+        self._networks = nn.ModuleList([unet, vae, words.encoder])
+        self._resting: Resting | None = None
+        self._is_compiled = False
+
+    def _begin(
+        self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
+    ) -> list[Drawing]:
+        raise NotImplementedError
+
+    def _finished(self, drawing: Drawing) -> Tensor:
+        """Latents (V, C, h, w) that are to be shown."""
+        return drawing.latents
+
+    def _capture_pictures(self, size: int) -> None:
+        """Capture what is done with so many pictures."""
+
+    def _captured(self) -> list[Captured]:
+        return [self._decode, self._sampler.captured]
+
+    @torch.no_grad()
+    def begin(self, words: Sequence[str], cutouts: Sequence[Tensor | None], seeds: Sequence[int]) -> list[Drawing]:
+        """A drawing of each object, by its words ("": none), its cut-out (4, S, S), RGBA in 0..1, and its seed.
+
+        Raises ValueError where this model needs a cut-out, and there is none.
+        """
+        return self._begin(words, cutouts, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        """One denoising step of each, in one call of the UNet. When it fails they are as they were before."""
+        self._sampler.step(drawings)
+
+    @torch.no_grad()
+    def views(self, drawings: Sequence[Drawing]) -> Tensor:
+        """What they show when they are done: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
+        latents = torch.stack([self._finished(drawing) for drawing in drawings])
+        return torch.cat([self._decode(latents[some])[0].clone() for some in pieces(len(drawings))])
+
+    def encode(self, texts: Sequence[str]) -> None:
+        """Encode those that are not known yet together, so that `begin` finds them."""
+        self._words.encode([*texts, self._negative_prompt])
+
+    def cut(self, text: str) -> tuple[int, int] | None:
+        """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
+        return self._words.cut(text)
+
+    @torch.no_grad()
+    def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
+        """On a GPU, compile and capture for up to `most` objects at once; else nothing."""
+        if self._unet.device.type != "cuda":
+            return
+        if not self._is_compiled:
+            compile_unet(self._unet)
+            # Not compiled: it works once a request, 18 ms for one object in its eager form (H200).
+            self._vae.to(memory_format=torch.channels_last)
+            self._is_compiled, self._resting = True, None  # the UNet has other parameters now
+        for size in compiled_sizes(most):
+            progress(f"compiling {type(self).__name__} for {size} of {most} at once")
+            self._capture_pictures(size)
+            (drawing,) = self.begin([""], [torch.ones(4, self.image_size, self.image_size)], [0])
+            self._sampler.capture(drawing, size)
+            self._decode.capture(torch.randn(size, *self._latent_shape, device=self._unet.device))
+
+    def rest(self) -> None:
+        """Off the GPU until `wake`, into pinned memory; drawings stay."""
+        for captured in self._captured():
+            captured.forget()
+        if self._resting is None:
+            self._resting = Resting(self._networks, self._unet.device)
+        self._resting.rest()
+
+    def wake(self) -> None:
+        """Bring the networks back."""
+        if self._resting is not None:
+            self._resting.wake()
+
+    def _noise(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+        return send(torch.randn(tuple(shape), generator=generator), self._cameras.device)
+
+    def _over_backdrop(self, cutout: Tensor) -> Tensor:
+        """(3, S, S) in 0..1, on the model's device."""
+        cutout = cutout.to(self._cameras.device)
+        return cutout[:3] * cutout[3:] + self._backdrop.to(cutout) * (1 - cutout[3:])
+
+    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (S, C, h, w) of the latents of images (S, 3, image_size, image_size); float32."""
+        posterior = self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist
+        scale = self._vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
+    def _images(self, latents: Tensor) -> tuple[Tensor]:
+        """(S, V, 3, H, W) in 0..1 of latents (S, V, C, h, w)."""
+        flat = latents.flatten(0, 1) / self._vae.config.scaling_factor
+        images = self._vae.decode(flat.to(self._vae.dtype)).sample.float()
+        return ((images / 2 + 0.5).clamp(0, 1).unflatten(0, latents.shape[:2]),)

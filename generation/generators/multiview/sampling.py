@@ -1,0 +1,157 @@
+"""DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) for views of several objects, a step at a time.
+
+Objects may be at different steps: each has its own time step in the one call of the UNet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
+from generation.accelerate.pinned import send
+from generation.weights import WeightsError
+
+
+@dataclass(eq=False)
+class Drawing:
+    """Views of one object on their way from noise."""
+
+    latents: Tensor  # (V, C, h, w), float32
+    words: Tensor  # (2, L, C): what guidance leads away from, and what it leads to
+    known: tuple[Tensor, ...]  # what is known of the views, as the sampler's `Frames` takes it
+    steps: int  # that it takes
+    at: int = 0  # those that it has taken
+
+    @property
+    def done(self) -> bool:
+        return self.at >= self.steps
+
+    @property
+    def fraction(self) -> float:
+        """From 0 to 1."""
+        return self.at / self.steps
+
+
+class Schedule(NamedTuple):
+    """For each step of a sampling the time step (n,), and the share of signal before it and after it (n,)."""
+
+    t: Tensor
+    signal: Tensor
+    signal_after: Tensor
+
+    @classmethod
+    def of(cls, scheduler: DDIMScheduler, steps: int, device: torch.device | str) -> Schedule:
+        """Raises WeightsError for a scheduler of another kind than Stable Diffusion's."""
+        config = scheduler.config
+        usual = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False}
+        if other := [f"{key} {config[key]}" for key, value in usual.items() if config[key] != value]:
+            raise WeightsError(f"the scheduler's config has {', '.join(other)}, which is not made for latents")
+        scheduler.set_timesteps(steps)
+        t = scheduler.timesteps.cpu()
+        after = t - config.num_train_timesteps // steps
+        left = scheduler.alphas_cumprod[after.clamp_min(0)]
+        left = torch.where(after >= 0, left, scheduler.final_alpha_cumprod)
+        return cls(*(each.to(device) for each in (t, scheduler.alphas_cumprod[t], left)))
+
+
+#: From latents (S, V, C, h, w), their time steps (S,), their shares of signal (S, 1, 1, 1, 1) and what is known of
+#: them: what the UNet sees without the condition and with it, (2, S, F, C, h, w), and at which time steps, (2, S, F).
+#: The first V of the frames are the views.
+Frames = Callable[..., tuple[Tensor, Tensor]]
+
+#: From what the UNet sees (2, S * F, C, h, w), time steps (2, S * F) and words (S, 2, L, C) the guided noise
+#: (S * F, C, h, w).
+Guided = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def nothing_known(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """`Frames` that are the views alone."""
+    return latents.expand(2, *latents.shape), t[:, None].expand(2, *latents.shape[:2])
+
+
+def known_frame(index: int) -> Frames:
+    """`Frames` of which the one at `index` is known (S, C, h, w), its noise (S, C, h, w) as well.
+
+    For a model that was trained to see it without noise, at time step 0. Without the condition it is lost in noise like
+    the others, so that guidance is towards it, too.
+    """
+
+    def frames(latents: Tensor, t: Tensor, signal: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        both, at = (each.clone() for each in nothing_known(latents, t, signal))
+        a = signal[:, 0]
+        both[0, :, index] = a.sqrt() * known + (1 - a).sqrt() * noise
+        both[1, :, index], at[1, :, index] = known, 0
+        return both, at
+
+    return frames
+
+
+def guided(unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor, words: Tensor, scale: float) -> Tensor:
+    """`Guided`, by frames' `cameras` (S * F, 16): the noise without the words, plus `scale` times what they add."""
+    words = words.to(unet.dtype)
+    (noise,) = unet(
+        both.flatten(0, 1).to(unet.dtype),
+        t.flatten(),
+        torch.cat([words[:, 0], words[:, 1]]),
+        class_labels=cameras.to(unet.dtype).repeat(2, 1),
+        return_dict=False,
+    )
+    without, given = noise.chunk(2)
+    return without + scale * (given - without)
+
+
+class Sampler:
+    """Advances drawings together."""
+
+    def __init__(self, schedule: Schedule, guided: Guided, frames: Frames = nothing_known) -> None:
+        self.steps = len(schedule.t)
+        self._schedule = schedule
+        self._guided = guided
+        self._frames = frames
+        self.captured = Captured(self._denoise)
+
+    def capture(self, drawing: Drawing, size: int) -> None:
+        """Compile and capture a step of so many drawings of this one's shape."""
+        self.captured.capture(*self._inputs([drawing] * size))
+
+    @torch.no_grad()
+    def step(self, drawings: Sequence[Drawing]) -> None:
+        """One denoising step of each; all or, when it fails, none of them. Raises ValueError for one that is done."""
+        if any(drawing.done for drawing in drawings):
+            raise ValueError("a drawing that is done has no further step")  # a GPU would not come back from it
+        latents = []
+        for some in pieces(len(drawings)):
+            (after,) = self.captured(*self._inputs(drawings[some]))
+            latents += list(after.clone())
+        for drawing, after in zip(drawings, latents, strict=True):
+            drawing.latents, drawing.at = after, drawing.at + 1
+
+    def _inputs(self, drawings: Sequence[Drawing]) -> list[Tensor]:
+        at = torch.tensor([drawing.at for drawing in drawings])
+        known = zip(*(drawing.known for drawing in drawings), strict=True)
+        return [
+            torch.stack([drawing.latents for drawing in drawings]),
+            send(at, self._schedule.t.device),
+            torch.stack([drawing.words for drawing in drawings]),
+            *(torch.stack(each) for each in known),
+        ]
+
+    def _denoise(self, latents: Tensor, at: Tensor, words: Tensor, *known: Tensor) -> tuple[Tensor]:
+        """Latents (S, V, C, h, w) of step number `at` (S,), one step on."""
+        signal, after = (each[at].view(-1, 1, 1, 1, 1) for each in (self._schedule.signal, self._schedule.signal_after))
+        both, t = self._frames(latents, self._schedule.t[at], signal, *known)
+        noise = self._guided(both.flatten(1, 2), t.flatten(1, 2), words).unflatten(0, both.shape[1:3])
+        noise = noise[:, : latents.shape[1]].to(latents)
+        clean = (latents - (1 - signal).sqrt() * noise) / signal.sqrt()
+        return (after.sqrt() * clean + (1 - after).sqrt() * noise,)
+
+
+def compiled_sizes(most: int) -> list[int]:
+    """Of pieces that up to `most` drawings are cut into."""
+    return [size for size in COMPILED_SIZES if size <= most]

@@ -1,0 +1,48 @@
+"""What a diffusion model's CLIP text encoder makes of texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from generation.accelerate.pinned import send
+from generation.accelerate.text_cache import TextCache, cut
+from generation.weights.strict import load_model
+
+
+class Words(TextCache[Tensor]):
+    """Text states (L, C) of texts, each encoded once."""
+
+    def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+        super().__init__(self._states)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Words:
+        """From a folder's `text_encoder` and `tokenizer`. Raises WeightsError."""
+        encoder = load_model(CLIPTextModel, folder / "text_encoder", dtype)
+        return cls(encoder.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+
+    def cut(self, text: str) -> tuple[int, int] | None:
+        """See `TextGuidance.cut`."""
+        return cut(self._tokenizer, text)
+
+    def pair(self, text: str, negative: str) -> Tensor:
+        """(2, L, C): of the negative text, then of the text."""
+        return torch.stack(self.encode([negative, text]))
+
+    @torch.no_grad()
+    def _states(self, texts: list[str]) -> list[Tensor]:
+        ids = self._tokenizer(
+            texts,
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        states = self.encoder(send(ids, self.encoder.device)).last_hidden_state
+        return [each.clone() for each in states]

@@ -1,0 +1,133 @@
+"""What was made in Studio, kept on disk: the last results, bounded in number and in bytes. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MOST_RESULTS = 60
+MOST_BYTES = 2 * 1024**3
+ABOUT, SPLAT, THUMBNAIL, PICTURE, FILM = "about.json", "splat.ply", "thumbnail.webp", "picture.webp", "turntable.mp4"
+
+log = logging.getLogger("generation.web.studio.gallery")
+
+
+class Result(BaseModel):
+    """One finished request, as the page shows it. Times are unix seconds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    id: str = Field(pattern=r"^[A-Za-z0-9-]{1,64}$")
+    made_at: float
+    prompt: str | None  # None: of a picture, which is kept beside it
+    seed: int
+    outcome: Literal["delivered", "rejected", "failed"]
+    reason: str | None = None
+    score: float | None = None
+    parts: dict[str, float | None] = Field(default_factory=dict)
+    num_gaussians: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)  # per stage
+    files: tuple[str, ...] = ()  # of those named above
+
+
+class Gallery:
+    """A folder for each result. Not for use by several threads at once.
+
+    What can not be read is left out, with a log line; a result is there as a whole or not at all.
+    """
+
+    def __init__(self, folder: Path, most: int = MOST_RESULTS, most_bytes: int = MOST_BYTES) -> None:
+        self._folder, self._most, self._most_bytes = folder, most, most_bytes
+        self._results: dict[str, Result] = {}
+        self._bytes: dict[str, int] = {}
+        with suppress(OSError):
+            for each in folder.iterdir():
+                if each.name.startswith(".new-"):  # a write that a crash cut short
+                    shutil.rmtree(each, ignore_errors=True)
+        for result in sorted(self._read(), key=lambda result: result.made_at):
+            self._results[result.id] = result
+            self._bytes[result.id] = _size(folder / result.id)
+        self._forget()
+
+    def _read(self) -> Iterator[Result]:
+        try:
+            folders = list(self._folder.iterdir())
+        except OSError:  # nothing was ever kept
+            return
+        for folder in folders:
+            try:
+                result = Result.model_validate_json((folder / ABOUT).read_bytes())
+            except (OSError, ValidationError) as error:
+                log.warning("Studio: %s is no result that can be read: %s", folder, type(error).__name__)
+                continue
+            if result.id == folder.name:
+                yield result
+
+    def __contains__(self, result_id: str) -> bool:
+        return result_id in self._results
+
+    def results(self) -> list[Result]:
+        """All, the newest first."""
+        return list(reversed(self._results.values()))
+
+    def add(self, result: Result, files: Mapping[str, bytes]) -> None:
+        """Keep it, and let the oldest go where there is too much. Raises OSError when it can not be written."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=".new-", dir=self._folder))
+        try:
+            for name, content in files.items():
+                (new / name).write_bytes(content)
+            result = result.model_copy(update={"files": tuple(files)})
+            (new / ABOUT).write_text(result.model_dump_json())
+            new.chmod(0o755)
+            new.rename(self._folder / result.id)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        self._results[result.id] = result
+        self._bytes[result.id] = _size(self._folder / result.id)
+        self._forget()
+
+    def add_film(self, result_id: str, content: bytes) -> None:
+        """The turntable, which is made when it is asked for. Raises OSError; KeyError when the result is gone."""
+        result = self._results[result_id]
+        (self._folder / result_id / FILM).write_bytes(content)
+        self._results[result_id] = result.model_copy(update={"files": (*result.files, FILM)})
+        (self._folder / result_id / ABOUT).write_text(self._results[result_id].model_dump_json())
+        self._bytes[result_id] += len(content)
+
+    def path(self, result_id: str, name: str) -> Path | None:
+        """Of one of a result's files; None when there is none."""
+        result = self._results.get(result_id)
+        return None if result is None or name not in result.files else self._folder / result_id / name
+
+    def remove(self, result_id: str) -> bool:
+        """Whether it was there."""
+        if self._results.pop(result_id, None) is None:
+            return False
+        self._bytes.pop(result_id)
+        shutil.rmtree(self._folder / result_id, ignore_errors=True)
+        return True
+
+    def _forget(self) -> None:
+        while self._results and (len(self._results) > self._most or sum(self._bytes.values()) > self._most_bytes):
+            self.remove(next(iter(self._results)))
+
+
+def _size(folder: Path) -> int:
+    with suppress(OSError):
+        return sum(each.stat().st_size for each in folder.iterdir())
+    return 0
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """For the page."""
+    return dict(json.loads(result.model_dump_json()))

@@ -1,0 +1,147 @@
+"""The page and what it asks for. Everything that it shows comes from here: its policy lets it reach nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+
+from generation.web import intake
+from generation.web.intake import ApiError
+from generation.web.studio import miner
+from generation.web.studio.gallery import FILM, PICTURE, SPLAT, THUMBNAIL, as_json
+from generation.web.studio.makers import Makers
+
+STATIC = Path(__file__).resolve().parent / "static"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; worker-src 'self'; style-src 'self'; img-src 'self' blob:; "
+        "media-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+KEPT = {
+    "splat.ply": (SPLAT, "application/octet-stream"),
+    "thumbnail.webp": (THUMBNAIL, "image/webp"),
+    "picture.webp": (PICTURE, "image/webp"),
+}
+#: makes the turntable of a PLY
+Film = Callable[[bytes], Awaitable[bytes]]
+
+
+def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIRouter:
+    """All under /studio."""
+    routes = APIRouter(prefix="/studio", include_in_schema=False)
+    pages = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
+    filming = asyncio.Lock()
+
+    def page(name: str) -> Response:
+        if (path := pages.get(name)) is None:
+            raise ApiError(404, "path", "no such file")
+        return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=HEADERS)
+
+    @routes.get("")
+    async def without_slash() -> Response:
+        return RedirectResponse("studio/")
+
+    @routes.get("/")
+    async def index() -> Response:
+        return page("index.html")
+
+    @routes.get("/static/{name}")
+    async def static(name: str) -> Response:
+        return page(name)
+
+    @routes.get("/requests")
+    async def requests() -> dict[str, Any]:
+        """What is in progress, and what was made."""
+        return {
+            "threshold": threshold,
+            "in_progress": [
+                {
+                    "id": each.id,
+                    "prompt": each.prompt,
+                    "seed": each.seed,
+                    "began_at": each.began_at,
+                    "previews": each.previews,
+                }
+                for each in makers.in_progress
+            ],
+            "results": [as_json(each) for each in makers.gallery.results()],
+        }
+
+    @routes.post("/requests", status_code=202)
+    async def make(request: Request) -> dict[str, Any]:
+        """A form as /generate/ takes it. It is made in any case, whether the page stays open or not."""
+        makers.check_room()
+        asked = await intake.read_form(request, threshold, False)
+        makers.check_room()
+        return {"id": makers.start(asked), "seed": asked.seed}
+
+    @routes.get("/miner")
+    async def mining() -> dict[str, Any]:
+        try:
+            return await asyncio.to_thread(miner.activity, miner_url)
+        except miner.NoMiner as error:
+            raise ApiError(503, "miner", str(error), None, 2) from error
+
+    @routes.delete("/requests/{request_id}", status_code=204)
+    async def give_up(request_id: str) -> None:
+        """Cancel it, or remove it from the gallery."""
+        if not makers.cancel(request_id) and not makers.gallery.remove(request_id):
+            raise ApiError(404, "request_id", "no such request")
+
+    @routes.get("/requests/{request_id}/splat.spz")
+    async def spz(request_id: str) -> Response:
+        """As validators get it."""
+        from common.spz import compress
+
+        data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
+        return Response(await asyncio.to_thread(compress, data), media_type="application/octet-stream")
+
+    @routes.get("/requests/{request_id}/turntable.mp4")
+    async def turntable(request_id: str) -> Response:
+        """Filmed from the splat that is kept, once."""
+        async with filming:
+            if makers.gallery.path(request_id, FILM) is None:
+                data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
+                content = await film(data)
+                try:
+                    makers.gallery.add_film(request_id, content)
+                except (OSError, KeyError):  # it is shown all the same
+                    return Response(content, media_type="video/mp4")
+        return FileResponse(kept(request_id, FILM), media_type="video/mp4")
+
+    @routes.get("/requests/{request_id}/preview.webp")
+    async def preview(request_id: str) -> Response:
+        """What it looks like so far, while it is in progress."""
+        if not (content := makers.preview(request_id)):
+            raise ApiError(404, "request_id", "there is no preview of this request")
+        return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})
+
+    @routes.get("/requests/{request_id}/{name}")
+    async def file(request_id: str, name: str) -> Response:
+        if name not in KEPT:
+            raise ApiError(404, "path", "no such file")
+        stored, media_type = KEPT[name]
+        headers = {"Cache-Control": "private, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+        return FileResponse(kept(request_id, stored), media_type=media_type, headers=headers)
+
+    def kept(request_id: str, name: str) -> Path:
+        if (path := makers.gallery.path(request_id, name)) is None:
+            raise ApiError(404, "request_id", "nothing of this request is kept under this name")
+        return path
+
+    return routes

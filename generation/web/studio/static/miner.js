@@ -1,0 +1,162 @@
+// What the miner earns. Its figures come from the miner's own port, through the service; nothing here can change them.
+
+import { element } from "./studio.js";
+
+const INTERVAL_MS = 2000;
+const OUTCOMES = { accepted: "delivered", declined: "failed", broken: "rejected", empty: "rejected", refused: "failed", given_up: "rejected", unknown: "" };
+const SVG = "http://www.w3.org/2000/svg";
+
+let timer = null;
+
+/** Show it on `page` and keep it up to date, or stop doing so. */
+export function showMiner(page, visible) {
+  clearTimeout(timer);
+  if (!visible) return;
+  const update = async () => {
+    try {
+      const answer = await fetch("miner");
+      const state = await answer.json();
+      draw(page, answer.ok ? state : null, answer.ok ? "" : state.error?.message ?? `HTTP ${answer.status}`);
+    } catch {
+      draw(page, null, "The service does not answer.");
+    }
+    timer = setTimeout(update, INTERVAL_MS);
+  };
+  update();
+}
+
+function draw(page, state, problem) {
+  if (!state) {
+    page.replaceChildren(element("div", { className: "card" }, element("h3", {}, "No miner"), element("p", { className: "small" }, problem)));
+    return;
+  }
+  const scroll = page.querySelector("#outcomes")?.scrollTop ?? 0;
+  page.replaceChildren(...warnings(state), tiles(state),
+    element("div", { className: "two" }, card("Accepted results, each 10 minutes", bars(state)), card("Scores of accepted results", dots(state))),
+    card("Validators", validators(state)),
+    element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
+    card("Results as they come", outcomes(state)));
+  page.querySelector("#outcomes").scrollTop = scroll;
+}
+
+const card = (title, content) => element("section", { className: "card" }, element("h3", {}, title), content);
+const number = (value, digits = 0) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+
+function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "–";
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+
+function warnings(state) {
+  const found = [];
+  if (state.status !== "ready") found.push(`The miner: ${state.status}.`);
+  if (state.clock_behind !== null && Math.abs(state.clock_behind) > 5) {
+    found.push(`This machine's clock is ${Math.abs(state.clock_behind).toFixed(0)} s ${state.clock_behind > 0 ? "behind" : "ahead of"} the validators': set it.`);
+  }
+  if (state.services && !Object.values(state.services).some(Boolean)) found.push("No generation service can take a task.");
+  return found.map((words) => element("p", { className: "card warning", role: "alert" }, words));
+}
+
+function tiles(state) {
+  const hours = state.window_seconds / 3600;
+  const share = state.ceiling ? (100 * state.accepted) / state.ceiling : null;
+  const each = [
+    [number(state.accepted), `accepted in ${number(hours)} h, ${share === null ? "–" : number(share)} % of the ceiling`],
+    [number(state.reward, 1), "reward, by the validators' own count"],
+    [number(state.mean_score, 3), "mean score of accepted results"],
+    [number(state.declined), "declined"],
+    [number(state.held.length), `tasks in hand, ${number(state.queued)} waiting`],
+    [number(state.unsettled), "results of unknown outcome"],
+  ];
+  const box = element("div", { className: "tiles" }, ...each.map(([value, what]) => element("div", { className: "tile" }, element("b", {}, value), element("span", {}, what))));
+  const about = element("p", { className: "small" }, `${state.hotkey} on ${state.network}, subnet ${state.netuid}`);
+  return element("div", {}, box, about);
+}
+
+function table(heads, rows, empty) {
+  if (!rows.length) return element("p", { className: "small" }, empty);
+  const cell = (tag) => (content, column) => element(tag, { className: heads[column][1] ?? "" }, content);
+  return element("table", {}, element("thead", {}, element("tr", {}, ...heads.map((head, column) => cell("th")(head[0], column)))),
+    element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map(cell("td"))))));
+}
+
+function validators(state) {
+  const rows = state.validators.map((each) => {
+    const bar = element("div", { className: "bar" }, element("i", {}));
+    bar.firstChild.style.width = `${Math.min(100, ((each.cooldown ?? 0) / 300) * 100)}%`;
+    const left = element("div", { className: "row" }, bar, each.cooldown ? duration(each.cooldown) : "free");
+    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.declined), number(each.early)];
+  });
+  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
+}
+
+function held(state) {
+  return table([["validator"], ["prompt"], ["held for", "n"]], state.held.map((each) => [`UID ${each.uid}`, each.kind, duration(each.age)]), "Nothing: all validators are on cooldown.");
+}
+
+function services(state) {
+  return table([["address"], ["state"]], Object.entries(state.services).map(([name, up]) => [name, element("span", { className: up ? "delivered" : "failed" }, up ? "takes tasks" : "down")]), "None is known.");
+}
+
+function outcomes(state) {
+  const rows = state.outcomes.map((each) => [new Date(each.at * 1000).toLocaleTimeString(), `UID ${each.uid}`,
+    element("span", { className: OUTCOMES[each.outcome] ?? "" }, each.outcome.replaceAll("_", " ")), number(each.score, 3), duration(each.seconds)]);
+  return element("div", { id: "outcomes" }, table([["time"], ["validator"], ["outcome"], ["score", "n"], ["sending took", "n"]], rows, "None yet."));
+}
+
+// ---- plots ----------------------------------------------------------------------------------------------------------
+
+function drawing(width, height, label) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", label);
+  const add = (tag, attributes, text) => {
+    const made = document.createElementNS(SVG, tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    if (text !== undefined) made.textContent = text;
+    svg.append(made);
+    return made;
+  };
+  return { svg, add };
+}
+
+const WIDTH = 560, HEIGHT = 150, LEFT = 30, BOTTOM = 130, TOP = 10;
+
+function axes(add, state, low, high, digits) {
+  for (const share of [0, 0.5, 1]) {
+    const y = BOTTOM - share * (BOTTOM - TOP);
+    add("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y, stroke: "var(--line)" });
+    add("text", { x: LEFT - 4, y: y + 4, "text-anchor": "end" }, (low + share * (high - low)).toFixed(digits));
+  }
+  for (let hours = 0; hours <= 4; hours++) {
+    const x = LEFT + ((WIDTH - LEFT) * hours) / 4;
+    add("text", { x, y: HEIGHT - 4, "text-anchor": hours === 0 ? "start" : hours === 4 ? "end" : "middle" }, hours === 4 ? "now" : `${((4 - hours) * state.window_seconds) / 14400} h ago`);
+  }
+}
+
+function bars(state) {
+  const { svg, add } = drawing(WIDTH, HEIGHT, "Accepted and lost results over time");
+  const most = 2 * Math.max(2, Math.ceil(Math.max(...state.bins.map((each) => each.accepted + each.lost)) / 2));
+  axes(add, state, 0, most, 0);
+  const step = (WIDTH - LEFT) / state.bins.length, unit = (BOTTOM - TOP) / most;
+  state.bins.forEach((each, i) => {
+    const x = LEFT + i * step + 1, tall = each.accepted * unit, lost = each.lost * unit;
+    add("rect", { x, y: BOTTOM - tall, width: Math.max(1, step - 2), height: tall, fill: "var(--good)" });
+    add("rect", { x, y: BOTTOM - tall - lost, width: Math.max(1, step - 2), height: lost, fill: "var(--bad)" });
+  });
+  return svg;
+}
+
+function dots(state) {
+  const { svg, add } = drawing(WIDTH, HEIGHT, "Scores of accepted results over time");
+  const scored = state.outcomes.filter((each) => each.outcome === "accepted" && each.score !== null);
+  const low = Math.min(0.6, ...scored.map((each) => each.score)), high = Math.max(1, ...scored.map((each) => each.score));
+  axes(add, state, low, high, 2);
+  for (const each of scored) {
+    const x = LEFT + (WIDTH - LEFT) * (1 - (state.at - each.at) / state.window_seconds);
+    if (x >= LEFT) add("circle", { cx: x, cy: BOTTOM - ((each.score - low) / (high - low || 1)) * (BOTTOM - TOP), r: 3, fill: "var(--accent)", "fill-opacity": 0.75 });
+  }
+  return svg;
+}

@@ -1,0 +1,115 @@
+"""What the miner does and earns, as JSON for Studio: read from the ledger when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neurons.miner.records import standings
+from neurons.miner.records.metrics import Snapshot
+from neurons.miner.records.verdicts import WINDOW_S
+
+# The validators' cooldown: one task in this time is the most that each gives to a miner.
+TASK_COOLDOWN_S = 300.0
+BINS = 24
+MOST_OUTCOMES = 200
+#: Asked more often than this it says the same again: whoever asks costs the miner nothing.
+KEPT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of the miner. `hotkey`: its public address."""
+
+    hotkey: str
+    network: str
+    netuid: int
+
+
+class Activity:
+    """May be asked from any thread. `now`: unix seconds, the ledger's clock."""
+
+    def __init__(self, identity: Identity, ledger: Path, now: Callable[[], float]) -> None:
+        self._identity, self._ledger, self._now = identity, ledger, now
+        self._lock = threading.Lock()
+        self._told: tuple[float, bytes] = (-math.inf, b"")
+
+    def as_json(self, moment: Snapshot) -> bytes:
+        """The last 4 hours, as the ledger has them, and this moment."""
+        with self._lock:
+            asked_at = time.monotonic()
+            if asked_at - self._told[0] > KEPT_S:
+                self._told = asked_at, json.dumps(self._read(moment), allow_nan=False).encode()
+            return self._told[1]
+
+    def _read(self, moment: Snapshot) -> dict[str, Any]:
+        now = self._now()
+        by_uid: dict[int, dict[str, Any]] = {}
+        outcomes: list[dict[str, Any]] = []
+        first = now
+        with suppress(sqlite3.Error), closing(standings.connect(self._ledger)) as ledger:  # none is there yet
+            for each in standings.standings(ledger, now, WINDOW_S).values():
+                by_uid[each.uid] = {
+                    "hotkey": each.hotkey,
+                    "accepted": each.accepted,
+                    "submitted": each.submitted,
+                    "declined": each.declined,
+                    "early": each.early,
+                    "mean_score": each.mean_score,
+                    "reward": each.reward,
+                    "unknown": each.unknown,
+                }
+            query = "SELECT at, uid, outcome, score, seconds FROM submissions WHERE at > ? AND at <= ? ORDER BY at DESC"
+            outcomes = [dict(row) for row in ledger.execute(query, (now - WINDOW_S, now))]
+            first = ledger.execute("SELECT min(at) FROM pulls").fetchone()[0] or now
+        for uid in moment.cooldowns:
+            by_uid.setdefault(uid, {})
+        nothing = {
+            "hotkey": "", "accepted": 0, "submitted": 0, "declined": 0, "early": 0, "mean_score": None,
+            "reward": None, "unknown": 0,
+        }  # fmt: skip
+        validators = [
+            {"uid": uid, **nothing, **each, "cooldown": max(0.0, moment.cooldowns.get(uid, 0.0))}
+            for uid, each in sorted(by_uid.items())
+        ]
+        scores = [each["score"] for each in outcomes if each["outcome"] == "accepted" and each["score"] is not None]
+        covered = max(min(WINDOW_S, now - first) / TASK_COOLDOWN_S, 1.0)
+        return {
+            "at": now,
+            "status": moment.status,
+            "hotkey": self._identity.hotkey,
+            "network": self._identity.network,
+            "netuid": self._identity.netuid,
+            "window_seconds": WINDOW_S,
+            "accepted": sum(each["accepted"] for each in validators),
+            "declined": sum(each["declined"] for each in validators),
+            "unsettled": sum(each["unknown"] for each in validators),
+            "ceiling": covered * len(validators),
+            "reward": sum(each["reward"] or 0.0 for each in validators),
+            "mean_score": sum(scores) / len(scores) if scores else None,
+            "clock_behind": moment.clock_behind,
+            "queued": moment.queued,
+            "held": [{"uid": uid, "kind": kind, "age": age} for uid, kind, age in moment.held],
+            "validators": validators,
+            "services": dict(moment.endpoints),
+            "outcomes": outcomes[:MOST_OUTCOMES],
+            "bins": _bins(outcomes, now),
+        }
+
+
+def _bins(outcomes: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Results in each 24th of the window, the oldest first."""
+    width = WINDOW_S / BINS
+    bins = [{"accepted": 0, "lost": 0} for _ in range(BINS)]
+    for each in outcomes:
+        at = bins[min(BINS - 1, int((each["at"] - (now - WINDOW_S)) / width))]
+        at["accepted" if each["outcome"] == "accepted" else "lost"] += each["outcome"] != "unknown"
+    return bins

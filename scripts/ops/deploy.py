@@ -1,0 +1,295 @@
+"""From a fresh machine to a running miner: deploy_competitive.sh.
+
+Makes the environment, starts the generation service and the miner (and, without a wallet, a rehearsal network for it)
+in the background, and waits until they are healthy. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.log_lines import shown_network
+from common.settings import CommandLine, Given
+from generation.arguments import TABLES as SERVICE_TABLES
+from neurons.miner.options import TABLES as MINER_TABLES
+from scripts.ops import environment, probe, processes, systemd
+from scripts.ops.processes import ROOT, RUN, Refused
+
+PROGRAM = "deploy_competitive.sh"
+LOOPBACK_VALIDATORS = 4
+REHEARSAL_TIME_SCALE = 20
+START_S = 180  # for the miner and the rehearsal network: importing bittensor is slow
+LOG_LINES = 12  # of a process that did not start
+ENDED = 130  # exit status after Ctrl-C and the like
+
+
+def parse(arguments: Sequence[str], caller: Path) -> Given:
+    line = CommandLine(
+        PROGRAM,
+        "From a fresh machine to a running miner. Running it again is quick and changes nothing; "
+        "./stop_competitive.sh stops it.",
+        {**SERVICE_TABLES, **MINER_TABLES},
+        default_file=ROOT / "competitive.toml",
+        files_must_exist=True,
+    )
+    service = line.parser.add_mutually_exclusive_group()
+    service.add_argument(
+        "--install-service", action="store_true", help="save the flags, and have systemd start all at each boot"
+    )
+    service.add_argument("--uninstall-service", action="store_true", help="take that back")
+    line.parser.add_argument("--only-prepare", action="store_true", help="install and save, and start nothing")
+    return line.parse(arguments, cwd=caller)
+
+
+class Deployment:
+    """What is to run, from the settings."""
+
+    def __init__(self, given: Given) -> None:
+        service, miner, wallet = given["service"], given["miner"], given["wallet"]
+        self.network: str = given["network"].name
+        if self.network == "auto":
+            self.network = "finney" if wallet.name else "rehearsal"
+        self.rehearsed = self.network == "rehearsal"
+        if not (self.rehearsed or wallet.name):
+            given.refuse("network", "name", f"{shown_network(self.network)} needs --wallet.name")
+        # What the tiny models make earns nothing there but penalties: only who asks for them gets them.
+        self.profile: str = service.profile if self.rehearsed or service.profile != "auto" else "full"
+        self.host, self.port = service.host, service.port
+        self.url = f"http://{_reach(service.host)}:{service.port}"
+        self.workers: int | None = miner.workers if given.has("miner", "workers") else None
+        self.others: tuple[str, ...] = miner.endpoints if given.has("miner", "endpoints") else ()
+        self.logs = {
+            "generation_service": service.log_file,
+            "rehearsal": Path("logs/rehearsal.log"),
+            "miner": miner.log_file,
+        }
+        self.state = miner.rehearsal_state
+        self._service = given.flags("service", "score")
+        if miner.metrics_port and not given.has("service", "miner_url"):
+            self._service += ["--miner-url", f"http://127.0.0.1:{miner.metrics_port}"]
+        self._miner = given.flags("network", "wallet", "miner", "score")
+        self.names = ("generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
+
+    def flags(self) -> str:
+        """All that it was asked for, to be compared; as a hash, for addresses may hold passwords."""
+        asked = json.dumps([self.profile, self.network, self._service, self._miner])
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+    def arguments(self, name: str) -> list[str]:
+        """Of one process. The last of a flag's values holds; endpoints add up."""
+        if name == "generation_service":
+            return [*self._service, "--profile", self.profile]
+        if name == "rehearsal":
+            scale = ("--time-scale", str(REHEARSAL_TIME_SCALE), "--endpoint", self.url, "--state", str(self.state))
+            return ["--validators", str(LOOPBACK_VALIDATORS), *scale]
+        return [
+            *("--generation.endpoint", self.url, *self._miner, "--network", self.network),
+            *("--workers", str(self.workers), "--status-file", "run/miner.status"),
+        ]
+
+
+def _reach(host: str) -> str:
+    """Where to reach a service that listens there."""
+    if host in ("0.0.0.0", ""):
+        return "127.0.0.1"
+    if host == "::":
+        return "[::1]"
+    return f"[{host}]" if ":" in host else host
+
+
+def deploy(given: Given, caller: Path) -> None:
+    """Raises Refused or InstallError, each with a line that says why not."""
+    deployment = Deployment(given)
+    os.chdir(ROOT)
+    if given.args.uninstall_service or given.args.install_service:
+        _change_service(given, deployment, caller)
+        return
+    if given.args.only_prepare:
+        _prepare(given, deployment, caller)
+        return
+    for folder in ("logs", "data"):
+        Path(folder).mkdir(exist_ok=True)
+    with processes.lock():
+        if processes.forget_before_reboot():
+            print("What was deployed before ended with the machine's restart; it is started anew.")
+        if _runs_already(deployment):
+            if given.asked_to_save:
+                _save(given, caller)
+            print("Already running; nothing to do.")
+            _summarise(deployment)
+            return
+        problem = probe.check_port(deployment.host, deployment.port)
+        if problem:
+            raise Refused(problem)
+        _prepare(given, deployment, caller)
+        try:
+            _start(deployment)
+        except BaseException:
+            processes.stop_all()
+            raise
+        _summarise(deployment)
+
+
+def _prepare(given: Given, deployment: Deployment, caller: Path) -> None:
+    """The environment, the GPU code, and the settings' file."""
+    extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
+    environment.ensure([*environment.PLAIN, *extras])
+    if given.asked_to_save:
+        _save(given, caller)
+    if extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:
+        raise Refused("gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny")
+
+
+def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
+    """Installs the systemd units or takes them away."""
+    if given.args.uninstall_service:
+        print("\n".join(systemd.uninstall()))
+        return
+    user = systemd.check_can_install()
+    with processes.lock():
+        if any(processes.state(name) != "absent" for name in processes.MODULES):
+            raise Refused("it is deployed without systemd. Stop that first: ./stop_competitive.sh")
+    # As the user whom the folder belongs to, so that the files are that user's.
+    words = [word for word in sys.argv[1:] if word not in ("--install-service", "--save")]
+    home = {**os.environ, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    command = [sys.executable, __file__, *words, "--save", "--only-prepare"]
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
+    if subprocess.run(command, cwd=caller, env=home, **as_user).returncode != 0:
+        raise Refused(f"it could not be prepared as {user.pw_name}: the reason is above")
+    print("\n".join(systemd.install(deployment.names, user.pw_name)))
+    print(f"Started. See: systemctl status '{systemd.unit('*')}', journalctl -f -u '{systemd.unit('*')}'")
+    print(
+        f"Stop: systemctl stop {systemd.TARGET}. After a change of competitive.toml: systemctl restart {systemd.TARGET}"
+    )
+
+
+def _save(given: Given, caller: Path) -> None:
+    """In the environment's Python, which has what writes the file."""
+    command = [environment.PYTHON, __file__, *sys.argv[1:], "--only-save"]
+    if Path(sys.executable) == environment.PYTHON:
+        given.save()
+    elif subprocess.run(command, cwd=caller).returncode != 0:
+        raise Refused("the settings could not be saved: the reason is above")
+
+
+def _runs_already(deployment: Deployment) -> bool:
+    """Raises Refused for what is neither running as it is asked for nor stopped."""
+    processes.refuse_foreign(list(processes.MODULES))
+    states = {name: processes.state(name) for name in deployment.names}
+    for name, state in states.items():
+        if state == "dead":
+            pid = processes.read_pid(name)
+            raise Refused(f"{name} is dead behind a stale PID file (PID {pid}). Clear up: ./stop_competitive.sh")
+    alive = [name for name, state in states.items() if state != "absent"]
+    if not alive:
+        return False
+    try:
+        same = (RUN / "flags").read_text() == deployment.flags()
+    except OSError:
+        same = False
+    if not same:
+        raise Refused("already running with other flags. Stop it first: ./stop_competitive.sh")
+    if len(alive) < len(states):
+        raise Refused("only a part of it is running. Stop it first: ./stop_competitive.sh")
+    for name, state in states.items():
+        if state == "crashed":
+            raise Refused(
+                f"{name} crashed and waits to be started again: see {deployment.logs[name]} and run/{name}.out"
+            )
+    return True
+
+
+def _start(deployment: Deployment) -> None:
+    url, network = deployment.url, deployment.state / "network.json"
+    (RUN / "flags").write_text(deployment.flags())
+    (RUN / "url").write_text(f"{url}\n")
+    print(f"Starting the generation service on {url} ...", flush=True)
+    _started(deployment, "generation_service", lambda pid: probe.wait_for_service(url, pid))
+    if deployment.rehearsed:
+        print("Starting the rehearsal network ...", flush=True)
+        network.unlink(missing_ok=True)
+        _started(deployment, "rehearsal", lambda pid: probe.wait_for_file(network, pid, START_S, status=False))
+    print("Starting the miner ...", flush=True)
+    status = RUN / "miner.status"
+    status.unlink(missing_ok=True)
+    deployment.workers = deployment.workers or probe.workers_for([url, *deployment.others])
+    (RUN / "workers").write_text(f"{deployment.workers}\n")
+    _started(deployment, "miner", lambda pid: probe.wait_for_file(status, pid, START_S, status=True))
+
+
+def _started(deployment: Deployment, name: str, wait: Callable[[int], str | None]) -> None:
+    """Start it and wait for it; a failure shows the last lines of its log. Raises Refused."""
+    log = deployment.logs[name]
+    problem = wait(processes.start(name, deployment.arguments(name), log))
+    if problem is None:
+        (RUN / f"{name}.up").touch()
+        return
+    print(problem, flush=True)
+    print(f"--- the last lines of {log} and run/{name}.out:", file=sys.stderr)
+    for path in (log, RUN / f"{name}.out"):
+        try:
+            lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        except OSError:
+            continue
+        print("\n".join(lines), file=sys.stderr)
+    raise Refused(f"{name} did not start: see above")
+
+
+def _summarise(deployment: Deployment) -> None:
+    pids = {name: processes.read_pid(name) for name in deployment.names}
+    workers = (RUN / "workers").read_text().strip()
+    logs, url = deployment.logs, deployment.url
+    print("Running:")
+    print(f"  generation service  {url} (PID {pids['generation_service']}), log: {_short(logs['generation_service'])}")
+    if deployment.rehearsed:
+        print(
+            f"  rehearsal network   {LOOPBACK_VALIDATORS} validators on loopback (PID {pids['rehearsal']}), "
+            f"log: {_short(logs['rehearsal'])}"
+        )
+    network = shown_network(deployment.network)
+    print(f"  miner               {workers} workers on network {network} (PID {pids['miner']}), log: {logs['miner']}")
+    if deployment.rehearsed:
+        print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
+    print("Next:")
+    print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
+    print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
+    print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
+    print("  ./test_competitive.py        check everything")
+    print("  ./stop_competitive.sh        stop everything")
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(ENDED)
+
+
+def main(arguments: Sequence[str], caller: Path) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    if arguments[-1:] == ["--only-save"]:
+        parse(arguments[:-1], caller).save()
+        return 0
+    try:
+        deploy(parse(arguments, caller), caller)
+    except (Refused, environment.InstallError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], Path.cwd()))

@@ -1,0 +1,195 @@
+"""LGM as a generator: views first, then one pass; nothing depends on what is made beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from generation.generators import kinds
+from generation.generators.base import Subject
+from generation.generators.lgm.generator import Lgm, recentred
+from generation.generators.lgm.network import LGM, Config, to_gaussians
+from generation.generators.lgm.options import LgmOptions
+from generation.schema.options import Models, SettingsError
+from generation.settings import CONFIGS, ROOT
+from generation.stages.background import recentre
+
+SMALL = Config(
+    down_channels=(8, 16), down_attention=(False, True), up_channels=(16, 8), up_attention=(True, False),
+    attention_heads=2, norm_groups=4, input_size=16, position="ray",
+)  # fmt: skip
+
+
+@dataclass
+class Drawing:
+    words: str
+    seed: int
+    cutout: Tensor | None
+    at: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.at >= 3
+
+    @property
+    def fraction(self) -> float:
+        return self.at / 3
+
+
+@dataclass
+class Drawer:
+    """In place of a diffusion model: views of noise, by words and seed."""
+
+    image_size: int = 16
+    begun: list[list[str]] = field(default_factory=list)
+    together: list[int] = field(default_factory=list)
+
+    def begin(self, words, cutouts, seeds):
+        self.begun.append(list(words))
+        return [Drawing(*each) for each in zip(words, seeds, cutouts, strict=True)]
+
+    def step(self, drawings):
+        self.together.append(len(drawings))
+        for drawing in drawings:
+            drawing.at += 1
+
+    def views(self, drawings):
+        seeds = [drawing.seed + len(drawing.words) for drawing in drawings]
+        return torch.stack([torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+    def cut(self, text):
+        return (77, 90) if len(text) > 20 else None
+
+    def encode(self, texts):
+        self.begun.append(list(texts))
+
+
+def generator(**options) -> tuple[Lgm, Drawer]:
+    torch.manual_seed(0)
+    network, drawer = LGM(SMALL).eval().requires_grad_(False), Drawer()
+    return Lgm(network, drawer, LgmOptions(**options), "cpu", lambda images: torch.ones_like(images[:, :1])), drawer
+
+
+def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
+    works = [lgm.begin(subject) for subject in subjects]
+    fractions = [[] for _ in works]
+    while unfinished := [work for work in works if not work.done]:
+        lgm.tick(unfinished)
+        for each, work in zip(fractions, works, strict=True):
+            each.append(work.fraction)
+    assert all(each == sorted(each) and each[-1] == 1 for each in fractions)
+    return [work.gaussians().means for work in works]
+
+
+def test_neighbours_do_not_matter():
+    subjects = [Subject("a red cube", None, seed) for seed in range(5)]
+    lgm, drawer = generator(views_from="words")
+    together = made(lgm, subjects)
+    assert drawer.begun == [["a red cube, 3d asset"] * 5]
+    assert drawer.together == [5, 5, 5]
+    for subject, means in zip(subjects, together, strict=True):
+        (alone,) = made(lgm, [subject])
+        assert alone.shape == means.shape
+        assert torch.allclose(alone, means, atol=1e-5)
+
+
+def test_works_join_and_leave():
+    lgm, drawer = generator(views_from="words")
+    first = lgm.begin(Subject("a", None, 1))
+    lgm.tick([first])
+    second = lgm.begin(Subject("b", None, 2))
+    for _ in range(3):
+        lgm.tick([work for work in (first, second) if not work.done])
+    assert first.done
+    assert not second.done
+    assert drawer.together == [1, 2, 2, 1]
+    assert first.fraction == 1
+    assert second.fraction == 0.95
+    lgm.tick([second])
+    assert second.done
+    assert len(second.gaussians()) > 0
+    second.gaussians().check()
+
+
+def test_where_views_come_from():
+    words, _ = generator(views_from="words")
+    assert words.cutout is None
+    assert words.cut("a" * 30) == {"mvdream": (77, 90)}
+    assert words.cut("a") == {}
+    picture, drawer = generator(views_from="picture")
+    assert picture.cutout == (16, 0.2)
+    picture.encode(["a red cube"])
+    assert drawer.begun == [[""]]  # ImageDream needs no words
+    both, drawer = generator(views_from="picture_and_words", view_template="{prompt}")
+    both.encode(["a red cube", ""])
+    assert drawer.begun == [["a red cube", ""]]
+
+
+def test_almost_transparent_gaussians_are_left_out():
+    splats = torch.rand(6, 14)
+    splats[:, 3] = torch.tensor([0.0049, 0.005, 0.5, 1.0, 0.0, 1.0])
+    gaussians = to_gaussians(splats)
+    assert len(gaussians) == 4
+    assert torch.isfinite(gaussians.logit_opacities).all()
+    assert torch.allclose(gaussians.log_scales.exp(), splats[[1, 2, 3, 5], 4:7], atol=1e-6)
+
+
+def test_views_are_recentred_as_pictures_are():
+    image, alpha = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
+    alpha[:, 4:28, 30:62] = 1
+    behind = torch.tensor([1.0, 1.0, 1.0]).view(3, 1, 1)
+    cutout = recentre(image, alpha, 64, 0.2)
+    wanted = cutout[:3] * cutout[3:] + 1 - cutout[3:]
+    nothing = torch.zeros_like(alpha)
+    moved, empty = recentred(torch.stack([image, image]), torch.stack([alpha, nothing]), behind, 0.2)
+    assert float((moved - wanted).abs().mean()) < 0.05
+    rows, columns = torch.nonzero((moved < 0.999).any(0), as_tuple=True)
+    assert abs(int(columns.min()) - 6) <= 1
+    assert abs(int(columns.max()) - 57) <= 1
+    assert abs(int(rows.min()) + int(rows.max()) - 63) <= 1
+    assert torch.equal(empty, torch.ones_like(empty))
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        ("name", "models", "needed", "draws"),
+        [
+            ("lgm", "models_full", {"lgm", "imagedream"}, True),
+            ("lgm_text", "models_full", {"lgm", "mvdream"}, False),
+            ("tiny_lgm", "models_tiny", {"lgm", "mvdream"}, True),
+        ],
+    )
+    def test_each_loads_and_its_checkpoints_are_known(self, name, models, needed, draws):
+        options = kinds.load_options(CONFIGS / f"{name}.yaml")
+        assert isinstance(options, LgmOptions)
+        assert options.draws == draws
+        asked = Models.load(CONFIGS / f"{models}.yaml").needed(options).keys()
+        assert asked == needed | {"background", "clip"} | ({"text_to_image"} if draws else set())
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [("views_from: nowhere", "views_from"), ("view_steps: 0", "view_steps"), ("iters: 3", "iters"),
+         ("view_template: cube", "exactly once"),
+         ("views_from: picture_and_words\nrecentre_views: true", "apart from the others")],
+    )  # fmt: skip
+    def test_what_can_not_be(self, tmp_path: Path, line, words):
+        path = tmp_path / "lgm.yaml"
+        path.write_text(f"generator: lgm\n{line}\n")
+        with pytest.raises(SettingsError, match=words):
+            kinds.load_options(path)
+
+    def test_the_number_of_gaussians_is_the_networks(self):
+        with pytest.raises(SettingsError, match="the generator lgm has no such limit"):
+            LgmOptions().capped(10_000)
+
+
+def test_the_tiny_one_takes_the_views_that_its_config_says():
+    folder = ROOT / "generation" / "weights" / "tiny" / "lgm"
+    if not folder.exists():
+        pytest.skip("not trained yet")
+    network = LGM.load(folder, "cpu", torch.float32)
+    assert network.config.gaussians == 32_768

@@ -1,0 +1,101 @@
+"""The systemd units, by systemd's own check, and whom they are written for."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.ops import deploy, environment, probe, serve, systemd
+from scripts.ops.processes import MODULES, Refused
+
+NAMES = ("generation_service", "rehearsal", "miner")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What systemctl is asked."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(systemd, "_systemctl", lambda *arguments, may_fail=False: asked.append(arguments))
+    return asked
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="needs systemd-analyze (Debian: apt install systemd)"
+)
+def test_systemd_finds_no_fault_in_them(tmp_path: Path) -> None:
+    root = tmp_path / "a clone"
+    (root / ".venv/bin").mkdir(parents=True)
+    (root / ".venv/bin/python").symlink_to(sys.executable)
+    for name, content in systemd.render(NAMES, root, getpass.getuser()).items():
+        (tmp_path / name).write_text(content)
+    units = sorted([*tmp_path.glob("*.service"), *tmp_path.glob("*.target")])
+    assert len(units) == 4
+    checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    (tmp_path / "competitive-miner.service").write_text("[Service]\nExecStart=/nowhere/python\nRestrat=always\n")
+    planted = subprocess.run(["systemd-analyze", "verify", tmp_path / "competitive-miner.service"], capture_output=True)
+    assert planted.returncode != 0
+
+
+def test_install_and_uninstall(tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
+    systemd.install(NAMES, "somebody", tmp_path)
+    assert "User=somebody\n" in (tmp_path / "competitive-miner.service").read_text()
+    assert calls[-1][:2] == ("enable", "--now")
+    assert "competitive.target" in calls[-1]
+    systemd.install(("generation_service", "miner"), "somebody", tmp_path)  # from now on for real
+    assert not (tmp_path / "competitive-rehearsal.service").exists()
+    assert "rehearsal" not in (tmp_path / "competitive-miner.service").read_text()
+    assert len(systemd.uninstall(tmp_path)) == 3
+    assert not list(tmp_path.iterdir())
+    assert systemd.uninstall(tmp_path) == ["no service was installed"]
+
+
+def test_another_folders_units_stay(tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
+    (tmp_path / "competitive.target").write_text("Description=Competitive miner in /opt/other\n")
+    with pytest.raises(Refused, match="another folder"):
+        systemd.install(NAMES, "somebody", tmp_path)
+
+
+def test_without_systemd_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(Refused, match=r"no systemd here.*\n.*deploy_competitive\.sh, and then: sleep infinity\n.*cron"):
+        systemd.check_can_install()
+
+
+def test_what_systemd_starts_is_what_deploy_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From the settings' file alone, which the flags were saved into."""
+    monkeypatch.setattr(deploy, "ROOT", tmp_path)
+    (tmp_path / "competitive.toml").write_text(
+        '[wallet]\nname = "cold"\n[service]\nport = 12345\n[miner]\nendpoints = ["http://far:1"]\n'
+    )
+    monkeypatch.setattr(probe, "health_of", lambda url: {"status": "ready", "engines": [{"at_once": 5}]})
+    python = str(environment.PYTHON)
+    service = serve.command("generation_service")
+    assert service[:3] == [python, "-m", MODULES["generation_service"]]
+    assert service[3:5] == ["--port", "12345"]
+    assert service[-2:] == ["--profile", "full"]
+    miner = serve.command("miner")
+    assert miner[:3] == [python, "-m", MODULES["miner"]]
+    assert miner[miner.index("--workers") + 1] == "10"  # five places here and five far away
+    assert miner[miner.index("--network") + 1] == "finney"
+    endpoints = [miner[place + 1] for place, word in enumerate(miner) if word == "--generation.endpoint"]
+    assert endpoints == ["http://127.0.0.1:12345", "http://far:1"]
+
+
+def test_health_checks_of_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "miner.status"
+    assert probe.main("miner", str(status)) == 1
+    status.write_text("{}")
+    assert probe.main("miner", str(status)) == 0
+    os.utime(status, (1, 1))  # a miner that hangs writes nothing any more
+    assert probe.main("miner", str(status)) == 1
+    monkeypatch.setattr(probe, "health_of", lambda url: {"status": "loading"})
+    assert probe.main("service", "http://127.0.0.1:1") == 1
+    monkeypatch.setattr(probe, "health_of", lambda url: {"status": "ready"})
+    assert probe.main("service", "http://127.0.0.1:1") == 0
