@@ -92,8 +92,8 @@ def grown(rng: random.Random) -> list[Primitive]:
             if base.kind == TORUS and axis == 1:
                 axis = 0
             far = rng.uniform(0.5, 0.95) * (_reach(base, axis) + 0.7 * _reach(new, axis)) * rng.choice((-1, 1))
-            centre = tuple(c + far * (k == axis) for k, c in enumerate(base.centre))
-            new = replace(new, centre=centre)
+            x, y, z = (c + far * (k == axis) for k, c in enumerate(base.centre))
+            new = replace(new, centre=(x, y, z))
         parts.append(new)
         if mirrored and len(parts) < count and abs(new.centre[0]) > 0.1:
             x, y, z = new.centre

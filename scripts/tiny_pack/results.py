@@ -261,6 +261,7 @@ class Maker:
                 optimiser.tick(list(scenes.values()))
 
     def _cutouts(self, prompts: list[str], seeds: list[int], size: int) -> dict[int, Tensor]:
+        assert self.pipeline._text_to_image is not None
         images = torch.stack(list(self.pipeline._text_to_image.generate(prompts, seeds)))
         with torch.no_grad():
             alphas = self.pipeline._background.remove(images)
@@ -372,7 +373,7 @@ class Maker:
 
 def unseen_batches(size: int, each: int) -> list[dict[str, Any]]:
     """The test's and calibration's batches."""
-    out = []
+    out: list[dict[str, Any]] = []
     for name in ("exact", *WAYS):
         for split, shapes, colours in (("test", UNSEEN, each), ("calibration", CALIBRATION, (each * 3 + 3) // 4)):
             specs = specs_of(shapes, colours)

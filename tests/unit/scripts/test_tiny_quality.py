@@ -89,7 +89,7 @@ def test_distance_forgives_place_size_and_tint_and_nothing_else() -> None:
 
 
 def test_near_ties_are_no_pairs() -> None:
-    records = [
+    records: list[dict] = [
         {"object": name, "way": "fast 0", "flaw": None, "spec": {}, "distance": far, "distance_again": far + 0.04}
         for name, far in (("a", 0.30), ("a", 0.26), ("a", 0.2), ("b", 0.1))
     ]
