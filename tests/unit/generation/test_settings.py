@@ -150,9 +150,9 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = load_models(settings.PROFILES[profile].models)
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    full = {"zero123", "stable_zero123", "imagedream", "trellis", "dinov2", "image_clip", "quality", "lpips"}
-    others = {"lgm"} | (full if profile == "full" else set())
-    assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
+    full = {"zero123", "stable_zero123", "imagedream", "trellis", "dinov2", "image_clip", "lpips"}
+    others = {"lgm", "quality"} | (full if profile == "full" else set())
+    assert set(models.stages) - set(needed) == others
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).is_downloaded
