@@ -128,7 +128,7 @@ class Lgm:
             self._resting.wake()
 
     def encode(self, texts: Sequence[str]) -> None:
-        self._drawer.read([self._options.view_prompt(text) for text in texts])
+        self._drawer.encode([self._options.view_prompt(text) for text in texts])
 
     def cut(self, words: str) -> dict[str, tuple[int, int]]:
         tokens = self._drawer.cut(self._options.view_prompt(words))

@@ -7,7 +7,6 @@ import torch
 from generation import settings, weights
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_models
-from generation.generators.trellis.options import TrellisOptions
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, Settings
 from generation.splats.rasterize import kernels
@@ -151,10 +150,9 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = load_models(settings.PROFILES[profile].models)
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    full = {"zero123", "stable_zero123", "imagedream", "image_clip", "quality", "lpips"}
-    others = {"lgm"} | (full if profile == "full" else set())
-    of_others = {"quality"} | set(models.stages) & set(TrellisOptions.CHECKPOINTS)
-    assert set(models.stages) - set(needed) - of_others == others - {"quality"}
+    full = {"zero123", "stable_zero123", "imagedream", "trellis", "dinov2", "image_clip", "lpips"}
+    others = {"lgm", "quality"} | (full if profile == "full" else set())
+    assert set(models.stages) - set(needed) == others
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).is_downloaded
@@ -218,9 +216,10 @@ def test_text_to_image_is_asked_for_what_the_elevation_says(elevation, view):
     assert f"front view {view}, plain white background" in asked
 
 
-@pytest.mark.parametrize(
-    "path", [*sorted(CONFIGS.glob("*_mv_*.yaml")), CONFIGS / "image_fast.yaml"], ids=lambda path: path.name
-)
+OF_DREAMGAUSSIAN = [path for path in sorted(CONFIGS.glob("*fast.yaml")) if not path.name.startswith("trellis")]
+
+
+@pytest.mark.parametrize("path", OF_DREAMGAUSSIAN, ids=lambda path: path.name)
 def test_own_configs_ask_for_the_view_that_they_place_the_picture_at(path):
     options = DreamGaussianOptions.load(path)
     asked, mvdream = options.picture_prompt("a red cube"), options.mvdream_prompt("a red cube")

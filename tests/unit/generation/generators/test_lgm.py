@@ -66,7 +66,7 @@ class Drawer:
     def cut(self, text):
         return (77, 90) if len(text) > 20 else None
 
-    def read(self, texts):
+    def encode(self, texts):
         self.begun.append(list(texts))
 
 
