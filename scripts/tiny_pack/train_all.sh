@@ -24,7 +24,9 @@ train "${FLUX_MINUTES:-11}" flux train_flux &
 train "${SMALL_MINUTES:-3}" judge judge &
 train "${SMALL_MINUTES:-3}" background train_background &
 wait
-# The quality net learns from results of the finished pack. On a GPU they need gsplat's build (scripts.ops.build_gsplat).
+# LGM learns from views that the others draw. On a GPU it and the results need gsplat's build (scripts.ops.build_gsplat).
+train "${LGM_MINUTES:-10}" lgm train_lgm
+# The quality net learns from results of the finished pack.
 "$python" -m scripts.tiny_pack.results --work "$work" --minutes "${RESULTS_MINUTES:-4}" --workers "${WORKERS:-4}" \
   >"$work/results.log" 2>&1 || echo "FAILED: results" >>"$work/failed.txt"
 train "${QUALITY_MINUTES:-5}" quality train_quality
