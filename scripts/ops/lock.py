@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 from scripts.ops.environment import ROOT, UV, uv_variables
 
@@ -39,7 +40,17 @@ def main() -> None:
 
 def _compile(*arguments: str, given: str = "") -> None:
     variables = uv_variables({}, os.environ)
-    command = [UV, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--python-version", PYTHON, *arguments]
+    command: list[str | Path] = [
+        UV,
+        "pip",
+        "compile",
+        "--quiet",
+        "--no-annotate",
+        "--no-header",
+        "--python-version",
+        PYTHON,
+        *arguments,
+    ]
     if subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, input=given, text=True).returncode != 0:
         sys.exit("lock: uv could not resolve the packages: its reason is above")
 

@@ -151,6 +151,7 @@ class Maker:
         from generation.settings import CONFIGS
         from generation.stages.background import recentre
 
+        pipe: Any
         pipe, way = self.pipeline, WAYS[batch["way"]]
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)
         optimiser = DreamGaussian(pipe._text._guidance, options, self.device, pipe._background.remove)

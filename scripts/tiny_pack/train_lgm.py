@@ -327,6 +327,7 @@ def differences(images: Tensor, by: int) -> Tensor:
 
 def begin_small(model: LGM) -> None:
     """Small, faint Gaussians near the middle of each ray."""
+    assert model.conv.bias is not None
     with torch.no_grad():
         model.conv.weight *= 0.5
         model.conv.bias.zero_()

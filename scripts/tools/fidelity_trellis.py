@@ -198,17 +198,18 @@ def authors(folder: Path) -> Iterator[Callable[[str], Any]]:
             memory_efficient_attention=attention, fmha=SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
         )
         sparse = SimpleNamespace(SparseConvTensor=SparseConvTensor, SubMConv3d=SubMConv3d)
-        sys.modules["xformers"].ops = sys.modules["xformers.ops"] = operations
-        sys.modules["spconv"].pytorch = sys.modules["spconv.pytorch"] = sparse
-        sys.modules["easydict"].EasyDict = EasyDict
-        sys.modules["utils3d"].numpy = MagicMock(quaternion_to_matrix=_matrices, matrix_to_quaternion=_quaternions)
+        modules: dict[str, Any] = sys.modules
+        modules["xformers"].ops = modules["xformers.ops"] = operations
+        modules["spconv"].pytorch = modules["spconv.pytorch"] = sparse
+        modules["easydict"].EasyDict = EasyDict
+        modules["utils3d"].numpy = MagicMock(quaternion_to_matrix=_matrices, matrix_to_quaternion=_quaternions)
         for name in (name for name in stand_ins if name.startswith("trellis")):
             # Without what their __init__ imports, which is everything.
             package = sys.modules[name] = ModuleType(name)
             package.__path__ = [str(folder / name.replace(".", "/"))]
         gaussian = importlib.import_module("trellis.representations.gaussian.gaussian_model").Gaussian
         gaussian.__init__.__defaults__ = (*gaussian.__init__.__defaults__[:-1], "cpu")
-        sys.modules["trellis.representations"].Gaussian = gaussian
+        modules["trellis.representations"].Gaussian = gaussian
         try:
             yield importlib.import_module
         finally:

@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -463,11 +464,12 @@ class TestResolve:
         machine(False, [])
         config = write(tmp_path, "iters: 7")
         resolved = Settings.resolve({"profile": "tiny", "config": str(config), "flux_steps": "2", "port": None})
-        assert (resolved.options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
+        options: Any = resolved.options
+        assert (options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
 
     def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
         machine(False, [])
-        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        resolved: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
         resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,13 +71,14 @@ class Drawer:
 
 def generator(**options) -> tuple[Lgm, Drawer]:
     torch.manual_seed(0)
-    network, drawer = LGM(SMALL).eval().requires_grad_(False), Drawer()
+    network = LGM(SMALL).eval().requires_grad_(False)
+    drawer: Any = Drawer()
     return Lgm(network, drawer, LgmOptions(**options), "cpu", lambda images: torch.ones_like(images[:, :1])), drawer
 
 
 def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
     works = [lgm.begin(subject) for subject in subjects]
-    fractions = [[] for _ in works]
+    fractions: list[list[float]] = [[] for _ in works]
     while unfinished := [work for work in works if not work.done]:
         lgm.tick(unfinished)
         for each, work in zip(fractions, works, strict=True):

@@ -103,6 +103,7 @@ class TestMaking:
         cells = torch.argwhere(torch.rand(16, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.9)
         work.features = torch.zeros(21, mini_trellis.WIDTH)
         generator._found(work, cells)
+        assert work.latents is not None
         assert torch.equal(work.latents, torch.randn(len(cells), 4))
 
     def test_of_several_structures_the_one_of_the_fewest_voxels(self, folder):
@@ -116,6 +117,7 @@ class TestMaking:
             logits = generator._networks.structure_decoder(work.structure)
         counts = (logits > 0).flatten(1).sum(1).tolist()
         assert len(set(counts)) == 3
+        assert work.voxels is not None
         assert work.voxels.fine.lengths == (min(counts),)
         (gaussians,) = finished(generator, work)
         assert len(gaussians) == 32 * min(counts)

@@ -2,6 +2,7 @@ import io
 import logging
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,8 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    return Pipeline(Painter(), WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 4)
+    stages: Any = (Painter(), WhiteIsBackground())
+    return Pipeline(*stages, sculptor, sculptor, colour_check(), "cpu", [], 4)
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
@@ -161,13 +163,21 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     assert second.outcome.ply == alone
 
 
+def told(seen: list[Any], what: Any, result: Any) -> Any:
+    """``result``, and ``what`` is seen."""
+    seen.append(what)
+    return result
+
+
 class TestPausing:
     def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
         alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
-        paint, begin, painted, paused = Painter.paint, sculptor.begin, [], []
-        monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
+        paint, begin = Painter.paint, sculptor.begin
+        painted: list[str] = []
+        paused: list[int] = []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: told(painted, prompt, paint(self, prompt)))
         # Somebody else comes while the first of two works is begun.
-        monkeypatch.setattr(sculptor, "begin", lambda subject: paused.append(1) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(paused, 1, begin(subject)))
         sculptor.batches.clear()
         seen: list[str] = []
         jobs = [
@@ -203,7 +213,8 @@ class TestPausing:
         assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
 
     def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
-        begin, paused = sculptor.begin, []
+        begin = sculptor.begin
+        paused: list[int] = []
         resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
         alone = pipeline.generate([ask("blue", seed=4)])[0].ply
         pipeline.tick([resting])
@@ -299,7 +310,7 @@ class TestFullMemory:
 
     def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
         begin, tries, others = sculptor.begin, [], [ask("red", seed=seed) for seed in (1, 2)]
-        finished = []
+        finished: list[Any] = []
 
         def full(subject: Subject) -> Scene:
             if subject.words == "red large":
@@ -394,7 +405,7 @@ class TestImagePrompts:
     def test_skip_text_to_image_and_guide_without_words(self, pipeline, sculptor, monkeypatch):
         prompts = []
         begin = sculptor.begin
-        monkeypatch.setattr(sculptor, "begin", lambda subject: prompts.append(subject.words) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(prompts, subject.words, begin(subject)))
         picture = Image.new("RGB", (90, 60), "white")
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture)])
@@ -416,7 +427,7 @@ class TestImagePrompts:
         """White on white, and half as transparent as glass: the alpha says where it is."""
         cutouts = []
         begin = sculptor.begin
-        monkeypatch.setattr(sculptor, "begin", lambda subject: cutouts.append(subject.cutout) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(cutouts, subject.cutout, begin(subject)))
         monkeypatch.setattr(pipeline._background, "remove", None)
         monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
         for alpha in (255, 60):
@@ -582,6 +593,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
     monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
+    assert isinstance(asset, Asset)
     assert asset.ply
     assert list(asset.report.seconds) == STAGES
 
