@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from generation.generators.base import Subject
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_options
