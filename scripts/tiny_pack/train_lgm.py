@@ -412,7 +412,7 @@ def held_out_specs(count: int, seed: int) -> list[ObjectSpec]:
 
 
 @torch.no_grad()
-def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
+def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, object], Tensor]:
     """The judge's opinion of splats made of unseen prompts by the whole chain; rows of views and renders."""
     from scripts.tools.contact_sheet import all_round
 
@@ -494,7 +494,9 @@ def main() -> None:
     del trainer, pool, pools
     test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
     draw_views(test, chain, 1)
-    quality = {f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")}
+    quality: dict[str, object] = {
+        f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")
+    }
     quality["unseen_prompts"], rows = unseen_prompts(best, chain, args.device, args.prompts, 0)
     write_card(folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality, background=BACKDROP)
     if args.sheet:

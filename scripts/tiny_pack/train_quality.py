@@ -65,7 +65,7 @@ def fresh_net() -> QualityNet:
     for mix, count in zip(mixes, counts, strict=True):
         for u, v in waves[:count]:
             wave = torch.outer((ticks * u).cos(), (ticks * v).cos())
-            filters.append(mix.view(3, 1, 1) * F.normalize(wave, dim=(0, 1)) * (0.1 + 0.08 * (u + v)))
+            filters.append(mix.view(3, 1, 1) * (wave / wave.norm().clamp_min(1e-12)) * (0.1 + 0.08 * (u + v)))
     with torch.no_grad():
         projection.weight.copy_(torch.stack(filters))
         projection.bias.zero_()

@@ -105,8 +105,9 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    stages: Any = (Painter(), WhiteIsBackground())
-    return Pipeline(*stages, sculptor, sculptor, colour_check(), "cpu", [], 4)
+    painter: Any = Painter()
+    matting: Any = WhiteIsBackground()
+    return Pipeline(painter, matting, sculptor, sculptor, colour_check(), "cpu", [], 4)
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
@@ -403,7 +404,7 @@ class TestRejections:
 
 class TestImagePrompts:
     def test_skip_text_to_image_and_guide_without_words(self, pipeline, sculptor, monkeypatch):
-        prompts = []
+        prompts: list[str] = []
         begin = sculptor.begin
         monkeypatch.setattr(sculptor, "begin", lambda subject: told(prompts, subject.words, begin(subject)))
         picture = Image.new("RGB", (90, 60), "white")
@@ -425,7 +426,7 @@ class TestImagePrompts:
 
     def test_what_the_sender_cut_out_is_not_matted(self, pipeline, sculptor, monkeypatch):
         """White on white, and half as transparent as glass: the alpha says where it is."""
-        cutouts = []
+        cutouts: list[torch.Tensor] = []
         begin = sculptor.begin
         monkeypatch.setattr(sculptor, "begin", lambda subject: told(cutouts, subject.cutout, begin(subject)))
         monkeypatch.setattr(pipeline._background, "remove", None)
@@ -507,7 +508,9 @@ class TestPreviews:
         for _, _, data in pictures:
             picture = Image.open(io.BytesIO(data)).convert("RGB")
             assert max(picture.size) <= 128
-            red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
+            middle = picture.getpixel((picture.width // 2, picture.height // 2))
+            assert isinstance(middle, tuple)
+            red, green, _ = middle
             assert red > 150 > 60 > green
 
     def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
@@ -618,10 +621,12 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
     pipeline._warm_up_batches()  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
-    pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
+    matting: Any = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
+    pipeline._background = matting
     with caplog.at_level(logging.INFO):
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
-    assert not isinstance(first, Exception), first
+    assert isinstance(first, Asset), first
+    assert isinstance(second, Asset), second
     assert first.report.num_gaussians > 0
     assert list(first.report.seconds) == [*STAGES[:2], "dreamgaussian", STAGES[3]]
     assert first.ply == second.ply
@@ -630,12 +635,18 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
 
 class TestWords:
     def test_text_to_image_is_asked_by_the_template(self, sculptor, monkeypatch):
-        painter = Painter()
-        asked = []
-        monkeypatch.setattr(painter, "generate", lambda prompts, seeds: asked.extend(prompts) or [painter.paint("red")])
+        painter: Any = Painter()
+        matting: Any = WhiteIsBackground()
+        asked: list[str] = []
+
+        def generate(prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+            asked.extend(prompts)
+            return [painter.paint("red")]
+
+        monkeypatch.setattr(painter, "generate", generate)
         options = DreamGaussianOptions(elevation=-20, prompt_template="a {prompt}, {view}")
         monkeypatch.setattr(sculptor, "picture_prompt", options.picture_prompt)
-        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 1)
+        pipeline = Pipeline(painter, matting, sculptor, sculptor, colour_check(), "cpu", [], 1)
         pipeline.generate([ask("red {view} ball")])
         assert asked == ["a red {view} ball, front view from slightly above"]
         assert painter.asked == asked[0]
