@@ -74,7 +74,7 @@ class TestMaking:
     def test_seed_and_picture_decide(self, folder):
         generator = trellis(folder)
         first, again, other = finished(generator, *(generator.begin(subject(seed)) for seed in (0, 0, 1)))
-        assert apart(first, again) == 0
+        assert apart(first, again) < 1e-5  # rounding: they are computed side by side
         assert len(first) != len(other)
         blank = generator.begin(Subject("", torch.zeros(4, 56, 56), 0))
         (of_another_picture,) = finished(generator, blank)
