@@ -488,7 +488,7 @@ class TestPreviews:
     @pytest.mark.parametrize("preview", [True, False])
     def test_they_are_told_to_who_asks(self, pipeline, preview):
         told = []
-        job = pipeline.begin(ask("a red ball", preview=preview), lambda *said: told.append(said))
+        job = pipeline.begin(ask("a red ball", watched=preview), lambda *said: told.append(said))
         while job.outcome is None:
             pipeline.tick([job])
         pictures = [said for said in told if len(said) == 3]
@@ -499,9 +499,18 @@ class TestPreviews:
             red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
             assert red > 150 > 60 > green
 
+    @pytest.mark.parametrize("watched", [True, False])
+    def test_what_is_rejected_comes_to_who_watches(self, pipeline, monkeypatch, watched):
+        align(pipeline, monkeypatch, 0.3)
+        low, few = pipeline.generate([ask("a red ball", watched=watched), ask("a sparse red ball", watched=watched)])
+        assert low.report.rejected.startswith("score 0.3")
+        assert "7000" in few.report.rejected
+        for outcome, count in ((low, 8000), (few, 100)):
+            assert len(ply.read(outcome.ply)) == count if watched else outcome.ply == b""
+
     def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
         monkeypatch.setattr(Scene, "so_far", lambda scene: 1 / 0)
-        (outcome,) = pipeline.generate([ask("a red ball", preview=True)])
+        (outcome,) = pipeline.generate([ask("a red ball", watched=True)])
         assert isinstance(outcome, Asset)
         assert outcome.ply
 
