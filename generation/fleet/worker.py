@@ -1,4 +1,4 @@
-"""An engine's process. ``generation.fleet.remote`` starts it and speaks to it; it ends with their socket."""
+"""The worker: an engine in its own process. ``generation.fleet.remote`` supervises it; it ends with their socket."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Pipeline:
         for count in range(1, self.limit.most + 1):
             texts = [f"{number} of {count}" for number in range(count)]
             self._text.encode(texts)
-            self._self_check.read(texts)
+            self._self_check.encode(texts)
 
     def begin(
         self,
@@ -203,7 +203,7 @@ class Pipeline:
 
     def _through_works(self, running: list[Job]) -> None:
         self._tick([job for job in running if job.outcome is None and job.work is not None])
-        self._encode(self._self_check.read, [job for job in running if job.work is not None and job.ticks == 1])
+        self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
     def _to_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]

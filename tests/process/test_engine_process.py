@@ -139,9 +139,9 @@ def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.Mo
         engine._answered = next(answers)
         return "it broke"
 
-    monkeypatch.setattr(engine, "_live", live)
+    monkeypatch.setattr(engine, "_run_worker", live)
     with pytest.raises(RuntimeError, match="StopIteration"):
-        virtual_time.run(engine.keep_running())
+        virtual_time.run(engine.supervise())
     assert [round(b - a) for a, b in itertools.pairwise(starts)] == [5, 5, 10, 20, 40, 5, 5]
 
 

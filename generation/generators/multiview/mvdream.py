@@ -61,7 +61,7 @@ class MVDreamViews(Drawer):
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
     ) -> list[Drawing]:
-        self.read(words)
+        self.encode(words)
         noises = [self._noise(generator, self._latent_shape) for generator in generators]
         known: list[tuple[Tensor, ...]] = [()] * len(words)
         if self._known_view:

@@ -87,9 +87,9 @@ class SelfCheck:
         return [part for part in SHARES if not lacking.get(part)]
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[str]) -> None:
+    def encode(self, prompts: Sequence[str]) -> None:
         """Texts that splats will be compared with."""
-        self._text.read(prompts)
+        self._text.encode(prompts)
 
     def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
         """Where only the beginning of it is read: tokens that are, and of how many."""
@@ -154,7 +154,7 @@ class SelfCheck:
         written = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
         drawn = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
         if written:
-            texts = self._text.read(list(written.values()))
+            texts = self._text.encode(list(written.values()))
             embedded = self._text.embed(torch.cat([views[i] for i in written])).split(VIEWS)
             for i, text, seen in zip(written, texts, embedded, strict=True):
                 outcomes[i] = with_text(seen, text, self._text.use.cosine_scale)

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.log_lines import escape
 from generation.engine.engine import Engine
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Asset, Request
@@ -25,6 +26,7 @@ from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Re
 MOST_IN_PROGRESS = 16
 PICTURE_SIDE = 256  # pixels, of a prompt picture as it is kept
 THUMBNAIL_SIDE = 256  # pixels
+MOST_REASON = 500  # characters
 
 log = logging.getLogger("generation.web.studio")
 
@@ -119,9 +121,9 @@ class Makers:
                 raise
             except Exception as error:
                 log.warning("Studio: a request failed in stage %s: %s", following.stage, type(error).__name__)
-                reason = f"stage {following.stage} failed: {error}"
-                self._keep(Result(**about, outcome="failed", reason=reason[:500]), files)
-                following.end("failed", reason[:500])
+                reason = escape(f"stage {following.stage} failed: {error}")[:MOST_REASON]
+                self._keep(Result(**about, outcome="failed", reason=reason), files)
+                following.end("failed", reason)
                 return
             self._judge(asset)
             self._record(asset.report, time.monotonic() - began)

@@ -64,9 +64,9 @@ class MVDream(Distillation):
         return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.read`."""
-        self._texts.read(texts)
+    def encode(self, texts: Sequence[str]) -> None:
+        """See `TextGuidance.encode`."""
+        self._texts.encode(texts)
 
     def cut(self, text: str) -> tuple[int, int] | None:
         """See `TextGuidance.cut`."""

@@ -89,26 +89,6 @@ def test_text_may_come_once_for_each_scene() -> None:
     assert torch.allclose(once, each, atol=1e-5)
 
 
-def test_halves_that_are_alike_are_computed_once(mini_models) -> None:
-    guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
-    sizes: list[tuple[int, int]] = []
-    first, second = guidance._unet.down_blocks  # attention begins in the second
-    queries = second.attentions[0].transformer_blocks[0].attn1.to_q
-    for module in (first.resnets[0].block, second.resnets[0].block, queries):
-        module.register_forward_hook(lambda module, args, out: sizes.append((len(args[0]), len(out))))
-    g = torch.Generator().manual_seed(0)
-    noisy = torch.randn(8, *guidance._latent_shape, generator=g)
-    conditions = torch.stack([guidance.prepare("a red cube", "ugly"), guidance.prepare("a blue ball", "ugly")])
-    asked = noisy.repeat(2, 1, 1, 1, 1), torch.full((2, 8), 300), poses(2), conditions, 5.0
-    whole = guidance._guided(*asked)
-    assert sizes == [(16, 16), (16, 16), (4, 4)]  # samples; in attention scenes, whose views are joined there
-    once = guidance._guided_noise(noisy, torch.full((8,), 300), poses(2), conditions, 5.0)
-    assert sizes[3:] == [(8, 8), (8, 8), (2, 2)]
-    assert torch.allclose(once, whole, atol=1e-5)
-    guidance._guided(*asked)
-    assert sizes[6:] == sizes[:3]
-
-
 def sphere_views(radius: float = 0.6, size: int = 64):
     """Exact silhouettes of a ball that is red in its upper half and blue in its lower."""
     elevation, azimuth = torch.tensor([10.0] * 4 + [40.0] * 4), torch.arange(8) * 45.0
@@ -186,7 +166,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     read: list[int] = []
     guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
-    guidance.read([*prompts, "ugly"])
+    guidance.encode([*prompts, "ugly"])
     for prompt in prompts:
         expected = torch.stack([alone.prepare("ugly", "")[1], alone.prepare(prompt, "")[1]])
         assert torch.allclose(guidance.prepare(prompt, "ugly"), expected, atol=1e-5)

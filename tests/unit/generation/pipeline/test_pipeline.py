@@ -13,12 +13,13 @@ from generation.generators.kinds import KINDS, Kind
 from generation.pipeline import assemble
 from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
-from generation.settings import Settings
+from generation.settings import CONFIGS, Settings
 from generation.splats import ply
 from generation.stages.self_check import views
 from generation.weights import WeightsError
 from tests.support.standins import COLOURS, Painter, WhiteIsBackground, ball, colour_check
 
+GUIDED = CONFIGS / "tiny_mv_fast.yaml"  # has MVDream, and is DreamGaussian's
 STAGES = ["text_to_image", "background", "clay", "self_check"]
 
 
@@ -565,7 +566,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setitem(KINDS, "dreamgaussian", Kind(DreamGaussianOptions, "tests:load"))
     monkeypatch.setattr("tests.load", load, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings = Settings.resolve({"profile": "tiny", "models": mini_models})
+    settings = Settings.resolve({"profile": "tiny", "models": mini_models, "config": GUIDED})
     told: list[str] = []
     pipeline = assemble.load(settings, told.append)
     assert made == [settings.options]  # one for texts and pictures, whose options are the same
@@ -592,7 +593,7 @@ def test_load_without_weights_says_which(tmp_path, mini_models, monkeypatch):
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
-        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models, "config": GUIDED}))
 
 
 @pytest.mark.slow
