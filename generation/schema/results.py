@@ -20,7 +20,8 @@ class Request:
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
-    preview: bool = False  # whether small pictures of it are told while it is made
+    # A person watches it: small pictures are told while it is made, and what is rejected comes all the same.
+    watched: bool = False
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
 
@@ -63,7 +64,7 @@ class Report:
 
 @dataclass
 class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
+    """A finished request. ``ply`` is empty when it was rejected, unless it is watched; ``gaussians``: for a video."""
 
     ply: bytes
     report: Report

@@ -45,9 +45,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     started = time.monotonic()
     events = Events()
     metrics = Metrics(engine)
-    makers = Makers(
-        engine, Gallery(settings.gallery), events, settings.device, settings.validation_threshold, metrics.record
-    )
+    makers = Makers(engine, Gallery(settings.gallery), events, settings.device, metrics.record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -176,7 +176,7 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
 
 def _save(given: Given, caller: Path) -> None:
     """In the environment's Python, which has what writes the file."""
-    command: list[str | Path] = [environment.PYTHON, __file__, *sys.argv[1:], "--only-save"]
+    command = [str(environment.PYTHON), __file__, *sys.argv[1:], "--only-save"]
     if Path(sys.executable) == environment.PYTHON:
         given.save()
     elif subprocess.run(command, cwd=caller).returncode != 0:

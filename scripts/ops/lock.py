@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 from scripts.ops.environment import ROOT, UV, uv_variables
 
@@ -40,8 +39,8 @@ def main() -> None:
 
 def _compile(*arguments: str, given: str = "") -> None:
     variables = uv_variables({}, os.environ)
-    command: list[str | Path] = [
-        UV,
+    command = [
+        str(UV),
         "pip",
         "compile",
         "--quiet",

@@ -54,6 +54,7 @@ CONFIG = Config(
     input_size=64,
     views=VIEWS,
     background=BACKDROP,
+    stray_opacity=0.05,
     position="ray",
 )
 SHRINK = CONFIG.radius / RADIUS  # the network's units in one of the renderer's
@@ -327,13 +328,14 @@ def differences(images: Tensor, by: int) -> Tensor:
 
 def begin_small(model: LGM) -> None:
     """Small, faint Gaussians near the middle of each ray."""
-    assert model.conv.bias is not None
+    bias = model.conv.bias
+    assert bias is not None
     with torch.no_grad():
         model.conv.weight *= 0.5
-        model.conv.bias.zero_()
-        model.conv.bias[4] = -1.0
-        model.conv.bias[5:8] = -2.0
-        model.conv.bias[8] = 1.0
+        bias.zero_()
+        bias[4] = -1.0
+        bias[5:8] = -2.0
+        bias[8] = 1.0
 
 
 class Trainer:
@@ -425,7 +427,7 @@ def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int)
     splats = torch.cat([model(part, model.rays().to(device)) for part in views.split(16)])
     right, rows, kept = [], [], []
     for spec, shown, each in zip(specs, views, splats, strict=True):
-        gaussians = to_gaussians(each)
+        gaussians = to_gaussians(each, CONFIG)
         kept.append(len(gaussians))
         drawn = all_round(gaussians)
         named = judging.name(F.interpolate(drawn, size=judge.SIZE, mode="area"))

@@ -102,8 +102,7 @@ class TestLGM:
 
     def test_rays(self):
         tensors, about = golden("lgm")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in about["config"].items()}
-        config = Config(**values)
+        config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["config"].items()})  # type: ignore[arg-type]
         for name, elevation in (("rays", 0.0), ("raised", 20.0)):
             poses = orbit(elevation, torch.arange(4) * 90.0, config.radius, config.fovy, 32, 32).camera_to_world
             assert torch.allclose(plucker_rays(poses, 32, config.fovy)[:, :, ::8, ::8], tensors[name], **CLOSE)

@@ -166,7 +166,8 @@ class Lgm:
         for some in pieces(len(works)):
             (splats,) = self._pass(views[some])
             for work, each in zip(works[some], splats, strict=True):
-                work.result = to_gaussians(each)
+                o = self._options
+                work.result = to_gaussians(each, self._network.config, o.min_gaussians, o.max_gaussians)
 
     def _splats(self, views: Tensor) -> tuple[Tensor]:
         return (self._network(views, self._rays),)

@@ -151,9 +151,9 @@ def test_models_files_name_checkpoints_that_exist(profile):
     models = load_models(settings.PROFILES[profile].models)
     needed = ["text_to_image", "background", "mvdream", "clip"]
     assert list(models.needed(DreamGaussianOptions())) == needed
-    full = {"zero123", "stable_zero123", "imagedream", "trellis", "dinov2", "image_clip", "quality", "lpips"}
-    others = {"lgm"} | (full if profile == "full" else set())
-    assert set(models.stages) - set(needed) - {"quality"} == others - {"quality"}
+    full = {"zero123", "stable_zero123", "imagedream", "trellis", "dinov2", "image_clip", "lpips"}
+    others = {"lgm", "quality"} | (full if profile == "full" else set())
+    assert set(models.stages) - set(needed) == others
     for choice in models.stages.values():
         if profile == "full":
             assert weights.lookup(choice).is_downloaded
@@ -472,9 +472,12 @@ class TestResolve:
 
     def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
         machine(False, [])
-        resolved: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        of_tiny: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        assert of_tiny.max_gaussians == 9000
+        tiny = {"profile": "tiny", "config": CONFIGS / "tiny_mv_fast.yaml"}
+        resolved: Any = Settings.resolve({**tiny, "max_gaussians": "9000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
-        resolved = Settings.resolve({"profile": "tiny", "max_gaussians": "500000"}).options
+        resolved = Settings.resolve({**tiny, "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
 
     @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from generation.generators.kinds import KINDS, Kind
 from generation.pipeline import assemble
 from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
-from generation.settings import Settings
+from generation.settings import CONFIGS, Settings
 from generation.splats import ply
 from generation.stages.self_check import views
 from generation.weights import WeightsError
 from tests.support.standins import COLOURS, Painter, WhiteIsBackground, ball, colour_check
 
+GUIDED = CONFIGS / "tiny_mv_fast.yaml"  # has MVDream, and is DreamGaussian's
 STAGES = ["text_to_image", "background", "clay", "self_check"]
 
 
@@ -500,7 +501,7 @@ class TestPreviews:
     @pytest.mark.parametrize("preview", [True, False])
     def test_they_are_told_to_who_asks(self, pipeline, preview):
         told = []
-        job = pipeline.begin(ask("a red ball", preview=preview), lambda *said: told.append(said))
+        job = pipeline.begin(ask("a red ball", watched=preview), lambda *said: told.append(said))
         while job.outcome is None:
             pipeline.tick([job])
         pictures = [said for said in told if len(said) == 3]
@@ -513,9 +514,18 @@ class TestPreviews:
             red, green, _ = middle
             assert red > 150 > 60 > green
 
+    @pytest.mark.parametrize("watched", [True, False])
+    def test_what_is_rejected_comes_to_who_watches(self, pipeline, monkeypatch, watched):
+        align(pipeline, monkeypatch, 0.3)
+        low, few = pipeline.generate([ask("a red ball", watched=watched), ask("a sparse red ball", watched=watched)])
+        assert low.report.rejected.startswith("score 0.3")
+        assert "7000" in few.report.rejected
+        for outcome, count in ((low, 8000), (few, 100)):
+            assert len(ply.read(outcome.ply)) == count if watched else outcome.ply == b""
+
     def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
         monkeypatch.setattr(Scene, "so_far", lambda scene: 1 / 0)
-        (outcome,) = pipeline.generate([ask("a red ball", preview=True)])
+        (outcome,) = pipeline.generate([ask("a red ball", watched=True)])
         assert isinstance(outcome, Asset)
         assert outcome.ply
 
@@ -579,7 +589,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setitem(KINDS, "dreamgaussian", Kind(DreamGaussianOptions, "tests:load"))
     monkeypatch.setattr("tests.load", load, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings = Settings.resolve({"profile": "tiny", "models": mini_models})
+    settings = Settings.resolve({"profile": "tiny", "models": mini_models, "config": GUIDED})
     told: list[str] = []
     pipeline = assemble.load(settings, told.append)
     assert made == [settings.options]  # one for texts and pictures, whose options are the same
@@ -607,7 +617,7 @@ def test_load_without_weights_says_which(tmp_path, mini_models, monkeypatch):
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
-        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models, "config": GUIDED}))
 
 
 @pytest.mark.slow
