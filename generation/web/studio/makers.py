@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from generation.engine.engine import Engine
+from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Asset, Request
 from generation.web.events import Events
@@ -46,6 +47,7 @@ class Makers:
     def __init__(
         self,
         engine: Engine | Fleet,
+        candidates: Candidates,
         gallery: Gallery,
         events: Events,
         device: str,
@@ -53,7 +55,7 @@ class Makers:
         record: Callable[[Any, float], None],
     ) -> None:
         self.gallery = gallery
-        self._engine, self._events, self._device = engine, events, device
+        self._engine, self._candidates, self._events, self._device = engine, candidates, events, device
         self._threshold, self._record = threshold, record
         self._in_progress: dict[str, Making] = {}
 
@@ -98,7 +100,7 @@ class Makers:
         with self._events.request(request_id) as following:
             following.queued(f"generate {kind}")
             try:
-                asset = await self._engine.generate(asked, following.progress)
+                asset = await self._candidates.generate(asked, following.progress)
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise
