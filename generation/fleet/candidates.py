@@ -132,12 +132,17 @@ class Candidates:
         group.begun += 1
         request = replace(group.request, seed=seed_of(group.request.seed, number), candidates=1, budget_seconds=None)
         now = asyncio.get_running_loop().time
+        tell = group.on_progress
+
+        def first(stage: str, fraction: float) -> None:
+            if tell is not None and not group.scores:
+                tell(stage, fraction)
 
         async def make() -> None:
             self._entering.discard(task)
             began = now()
             try:
-                asset = await self._engine.generate(request, group.on_progress if number == 0 else None)
+                asset = await self._engine.generate(request, None if tell is None or number else first)
             except Exception as error:
                 group.failures.append(error)
                 group.is_closed |= isinstance(error, Unavailable)
@@ -148,8 +153,8 @@ class Candidates:
             finally:
                 group.running.discard(task)
                 group.changed.set()
-            if group.on_progress is not None and group.scores:
-                group.on_progress(STAGE, (group.begun - len(group.running)) / group.request.candidates)
+            if tell is not None and group.scores:
+                tell(STAGE, (group.begun - len(group.running)) / group.request.candidates)
 
         task = asyncio.create_task(make())
         self._entering.add(task)
