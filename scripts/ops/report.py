@@ -11,6 +11,8 @@ accepted, rate   by the validator's answers; of all results of which it is known
 mean score       the validator's, of accepted results: of others it tells none
 reward           accepted x rating, as the validator last said
 s per task       of the generation services' time
+candidates       of how many a result was the best, on average; gain: by how much its score, the self-check's, is over
+                 that of its first candidate
 of the ceiling   of one accepted result per 300 s; over 100 % in a rehearsal, whose clock runs faster
 violations       pulls that were answered with a cooldown
 penalty minutes  waits after results that were declined
@@ -85,12 +87,24 @@ class Report:
     standings: list[Standing]  # most accepted first
     accepted: Mapping[int, Sequence[tuple[float, float | None]]]  # UID -> (time, score)
     lost: Mapping[str, Sequence[float]]  # outcome -> times: what was made and not accepted
+    services: int = 0  # generation services that had a task
+
+    @property
+    def covered(self) -> float:
+        """Seconds of the window that the ledger covers."""
+        return self.until - max(self.since, self.until if self.begins is None else self.begins)
+
+    @property
+    def busy(self) -> float | None:
+        """The share of the time in which a generation service had a task; None without any."""
+        if not self.services or self.covered <= 0:
+            return None
+        return min(1.0, sum(each.gpu_s for each in self.standings) / (self.covered * self.services))
 
     @property
     def ceiling(self) -> float:
         """The most tasks that one validator can have given in the part of the window that the ledger covers."""
-        covered = self.until - max(self.since, self.until if self.begins is None else self.begins)
-        return max(covered / TASK_COOLDOWN_S, 1.0)
+        return max(self.covered / TASK_COOLDOWN_S, 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,9 +166,12 @@ def read(path: Path, until: float, window: float) -> Report:
                 accepted[uids[row["hotkey"]]].append((row["at"], row["score"]))
             else:
                 lost[row["outcome"]].append(row["at"])
+        services = connection.execute(
+            "SELECT count(DISTINCT endpoint) FROM generations WHERE at > ? AND at <= ? AND seconds > 0", (since, until)
+        ).fetchone()[0]
         begins = connection.execute("SELECT min(at) FROM pulls").fetchone()[0]
     ranked = sorted(found.values(), key=lambda each: (-each.accepted, each.uid))
-    return Report(since, until, begins, ranked, accepted, lost)
+    return Report(since, until, begins, ranked, accepted, lost, services)
 
 
 def table(report: Report) -> Table:
@@ -165,6 +182,8 @@ def table(report: Report) -> Table:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
         caption += f".\nThe ledger begins {(report.until - report.begins) / 3600:.1f} h ago"
+    if report.busy is not None:
+        caption += f".\nGeneration services had work for {_percent(report.busy)} of the time"
     result = _table(_COLUMNS, _total(report.standings, report.ceiling), f"Last {hours:g} hours", caption)
     for each in report.standings:
         # A hotkey may look like markup.
@@ -200,7 +219,7 @@ def _table(columns: Sequence[str], footer: Sequence[str], title: str, caption: s
 
 
 _COLUMNS = (
-    *("validator", "tasks", "accepted", "rate", "mean\nscore", "reward", "s per\n task"),
+    *("validator", "tasks", "accepted", "rate", "mean\nscore", "reward", "s per\n task", "candi-\ndates", "gain"),
     *("of the\nceiling", "violations", "penalty\nminutes"),
 )
 _OUTCOMES = ("submitted", *get_args(SubmissionOutcome))
@@ -219,6 +238,8 @@ def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
         _number(each.mean_score, 2),
         _number(each.reward, 0),
         _number(each.gpu_s_per_task, 1),
+        _number(each.candidates, 1),
+        _number(each.gain, 3),
         _percent(each.accepted / ceiling),
         f"{each.early}",
         f"{each.penalty_s / 60:.0f}",
@@ -228,21 +249,28 @@ def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
 def _total(found: Sequence[Standing], ceiling: float) -> tuple[str, ...]:
     submitted, accepted = sum(each.submitted for each in found), sum(each.accepted for each in found)
     known = sum(each.known for each in found)
-    scored = [(each.mean_score, each.accepted) for each in found if each.mean_score is not None]
-    weights = sum(weight for _, weight in scored)
     rewards = [each.reward for each in found if each.reward is not None]
     return (
         f"all {len(found)}",
         f"{sum(each.tasks for each in found)}",
         f"{accepted}",
         _percent(accepted / known if known else None),
-        _number(sum(score * weight for score, weight in scored) / weights if weights else None, 2),
+        _number(_mean([(each.mean_score, each.accepted) for each in found]), 2),
         _number(sum(rewards) if rewards else None, 0),
         _number(sum(each.gpu_s for each in found) / submitted if submitted else None, 1),
+        _number(_mean([(each.candidates, each.submitted) for each in found]), 1),
+        _number(_mean([(each.gain, each.submitted) for each in found]), 3),
         _percent(accepted / (ceiling * len(found)) if found else None),
         f"{sum(each.early for each in found)}",
         f"{sum(each.penalty_s for each in found) / 60:.0f}",
     )
+
+
+def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
+    """Of values with their weights, as far as they are known."""
+    known = [(value, weight) for value, weight in values if value is not None]
+    weights = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / weights if weights else None
 
 
 def _percent(share: float | None) -> str:

@@ -41,8 +41,8 @@ class Service(StandInService):
 
     score = 0.8
 
-    async def generate(self, task: Task, seed: int) -> Generated:
-        return replace(await super().generate(task, seed), score=self.score)
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
+        return replace(await super().generate(task, seed, *effort), score=self.score)
 
 
 class Run:
@@ -137,7 +137,7 @@ def test_what_is_in_generation_at_a_stop_is_handed_in(tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_a_service_that_is_gone(tmp_path: Path) -> None:
     class Gone(Service):
-        async def generate(self, task: Task, seed: int) -> Generated:
+        async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
             raise EndpointUnavailable("gone", 200.0)
 
     async def test() -> None:

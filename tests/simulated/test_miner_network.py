@@ -512,7 +512,7 @@ class Rejecting:
     async def health(self) -> str | None:
         return "ready"
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         self.seeds.append(seed)
         await asyncio.sleep(self.seconds)
         if len(self.seeds) <= self.rejections:
@@ -547,10 +547,10 @@ def test_a_rejected_result_is_tried_again_in_time(
 class Hanging(Rejecting):
     """As `Rejecting`, and then it does not answer any more."""
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         if len(self.seeds) == self.rejections:
             self.seconds = 1e6
-        return await super().generate(task, seed)
+        return await super().generate(task, seed, *effort)
 
 
 @pytest.mark.parametrize("rejections", [0, 1])
@@ -581,10 +581,10 @@ class Flaky(StandInService):
             raise EndpointUnavailable("gone")
         return "ready"
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         if now() % 120 < 60:
             raise EndpointUnavailable("gone")
-        return await super().generate(task, seed)
+        return await super().generate(task, seed, *effort)
 
 
 def test_services_that_come_and_go_lose_no_task(tmp_path: Path) -> None:
