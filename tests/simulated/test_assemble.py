@@ -115,7 +115,7 @@ async def earlier_run(options: MinerOptions, events: Sequence[Event]) -> None:
 def test_what_is_under_way_at_a_stop_is_seen_through(tmp_path: Path) -> None:
     async def test() -> None:
         network = SimulatedNetwork([Behaviour(validation=5.0)], Limits())
-        async with mining(network, options_in(tmp_path)) as run:
+        async with mining(network, replace(options_in(tmp_path), best_of=1)) as run:
             await asyncio.sleep(GENERATION_S + 3)
             assert len(network.validators[0].held) == 1 and not run.of(Submission)  # being scored
         assert run.of(Submission) == ["accepted"]
@@ -265,7 +265,7 @@ def test_so_many_other_seeds_are_tried(tmp_path: Path, retries: int) -> None:
         network = SimulatedNetwork([Behaviour()], Limits())
         service = Service(GENERATION_S, 4)
         service.score = 0.2
-        async with mining(network, replace(options_in(tmp_path), retries=retries), service) as run:
+        async with mining(network, replace(options_in(tmp_path), best_of=1, retries=retries), service) as run:
             await asyncio.sleep(100)
             assert run.of(Generation) == ["rejected"] * (retries + 1)
             assert run.of(Submission) == ["empty"]
@@ -290,7 +290,9 @@ def test_the_score_to_reach(tmp_path: Path, announced: float, own: float, score:
         network = SimulatedNetwork([Behaviour()], replace(Limits(), validation_threshold=announced))
         service = Service(GENERATION_S, 4)
         service.score = score
-        async with mining(network, replace(options_in(tmp_path), validation_threshold=own, retries=0), service) as run:
+        async with mining(
+            network, replace(options_in(tmp_path), validation_threshold=own, best_of=1, retries=0), service
+        ) as run:
             await asyncio.sleep(60)
             assert run.of(Generation) == [outcome]
 
