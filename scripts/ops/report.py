@@ -11,8 +11,6 @@ accepted, rate   by the validator's answers; of all results of which it is known
 mean score       the validator's, of accepted results: of others it tells none
 reward           accepted x rating, as the validator last said
 s per task       of the generation services' time
-candidates       of how many a result was the best, on average; gain: by how much its score, the self-check's, is over
-                 that of its first candidate
 of the ceiling   of one accepted result per 300 s; over 100 % in a rehearsal, whose clock runs faster
 violations       pulls that were answered with a cooldown
 penalty minutes  waits after results that were declined
@@ -25,6 +23,12 @@ empty            there was nothing worth submitting, which costs nothing
 refused          by the validator's server
 given up         the validator was out of reach
 unknown          the answer was lost, and the next one has not told (yet) what became of it
+
+A third one says what became of the time that costs nothing:
+
+candidates       of how many a result was the best, on average
+gain             by how much its score, the self-check's, is over that of its first candidate, on average
+busy             the share of the time in which the generation services had a task
 """
 
 from __future__ import annotations
@@ -132,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(table(report))
     console.print(outcomes(report))
+    console.print(candidates(report))
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(report, args.plot)
     console.print(f"Plot: {args.plot}", highlight=False)
@@ -182,8 +187,6 @@ def table(report: Report) -> Table:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
         caption += f".\nThe ledger begins {(report.until - report.begins) / 3600:.1f} h ago"
-    if report.busy is not None:
-        caption += f".\nGeneration services had work for {_percent(report.busy)} of the time"
     result = _table(_COLUMNS, _total(report.standings, report.ceiling), f"Last {hours:g} hours", caption)
     for each in report.standings:
         # A hotkey may look like markup.
@@ -199,6 +202,21 @@ def outcomes(report: Report) -> Table:
     result = _table(headers, footer, "What became of the results", None)
     for each in found:
         result.add_row(escape(_name(each)), *(f"{getattr(each, name)}" for name in _OUTCOMES))
+    return result
+
+
+def candidates(report: Report) -> Table:
+    """Of how many each result was the best, and what that gained."""
+    found = report.standings
+    footer = (
+        f"all {len(found)}",
+        _number(_mean([(each.candidates, each.submitted) for each in found]), 1),
+        _number(_mean([(each.gain, each.submitted) for each in found]), 3),
+    )
+    caption = None if report.busy is None else f"services busy: {_percent(report.busy)}"
+    result = _table(("validator", "candidates", "gain"), footer, "The best of several", caption)
+    for each in found:
+        result.add_row(escape(_name(each)), _number(each.candidates, 1), _number(each.gain, 3))
     return result
 
 
@@ -219,7 +237,7 @@ def _table(columns: Sequence[str], footer: Sequence[str], title: str, caption: s
 
 
 _COLUMNS = (
-    *("validator", "tasks", "accepted", "rate", "mean\nscore", "reward", "s per\n task", "candi-\ndates", "gain"),
+    *("validator", "tasks", "accepted", "rate", "mean\nscore", "reward", "s per\n task"),
     *("of the\nceiling", "violations", "penalty\nminutes"),
 )
 _OUTCOMES = ("submitted", *get_args(SubmissionOutcome))
@@ -238,8 +256,6 @@ def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
         _number(each.mean_score, 2),
         _number(each.reward, 0),
         _number(each.gpu_s_per_task, 1),
-        _number(each.candidates, 1),
-        _number(each.gain, 3),
         _percent(each.accepted / ceiling),
         f"{each.early}",
         f"{each.penalty_s / 60:.0f}",
@@ -258,8 +274,6 @@ def _total(found: Sequence[Standing], ceiling: float) -> tuple[str, ...]:
         _number(_mean([(each.mean_score, each.accepted) for each in found]), 2),
         _number(sum(rewards) if rewards else None, 0),
         _number(sum(each.gpu_s for each in found) / submitted if submitted else None, 1),
-        _number(_mean([(each.candidates, each.submitted) for each in found]), 1),
-        _number(_mean([(each.gain, each.submitted) for each in found]), 3),
         _percent(accepted / (ceiling * len(found)) if found else None),
         f"{sum(each.early for each in found)}",
         f"{sum(each.penalty_s for each in found) / 60:.0f}",
