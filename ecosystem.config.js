@@ -1,6 +1,6 @@
 // pm2 start ecosystem.config.js: the processes that ./deploy_competitive.sh would start, with the settings of
 // competitive.toml. ./deploy_competitive.sh FLAGS --save --only-prepare makes that file, and .venv.
-const app = (name, seconds) => ({
+const app = (name, seconds, more = {}) => ({
   name,
   cwd: __dirname,
   script: ".venv/bin/python",
@@ -8,9 +8,15 @@ const app = (name, seconds) => ({
   interpreter: "none",
   kill_timeout: seconds * 1000, // what is in flight is finished or spooled
   exp_backoff_restart_delay: 2000,
-  stop_exit_codes: [0], // the rehearsal ends at once where the settings name a wallet
   out_file: "/dev/null", // they write and rotate logs/ themselves
   error_file: "/dev/null",
+  ...more,
 });
 
-module.exports = { apps: [app("generation_service", 28), app("rehearsal", 12), app("miner", 26)] };
+module.exports = {
+  apps: [
+    app("generation_service", 28),
+    app("rehearsal", 12, { autorestart: false }), // it ends at once where the settings name a wallet
+    app("miner", 26),
+  ],
+};

@@ -222,7 +222,7 @@ def task_manager_works(_: Service) -> str:
             self.on_date: Any = None
             self.seconds_ahead: Any = None
 
-        async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:
+        async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
             self.asked += 1
             if self.asked == count:
                 self.all_asked.set()

@@ -31,7 +31,7 @@ class Profile(NamedTuple):
 
 PROFILES = {
     "full": Profile(CONFIGS / "models_full.yaml", CONFIGS / "text_mv_fast.yaml", CONFIGS / "image_fast.yaml"),
-    "tiny": Profile(CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_mv_fast.yaml", None),
+    "tiny": Profile(CONFIGS / "models_tiny.yaml", CONFIGS / "tiny_lgm.yaml", None),
 }
 
 

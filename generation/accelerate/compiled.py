@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 class ChannelwiseGroupNorm(nn.Module):
-    """Group normalisation from sums for each channel.
+    """Group normalisation from each channel's mean and variance.
 
-    With channels last, the pixels' channels are neighbours in memory: sums over pixels read all of it in order, where
-    sums over the few channels of a group, as compilers write them, read a quarter of each memory sector.
+    With channels last, the pixels' channels are neighbours in memory: what goes over pixels reads all of it in order,
+    where what goes over the few channels of a group, as compilers write it, reads a quarter of each memory sector.
     """
 
     def __init__(self, plain: nn.GroupNorm) -> None:
@@ -25,11 +25,11 @@ class ChannelwiseGroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (n, c), pixels = x.shape[:2], tuple(range(2, x.ndim))
         wide = x.float()
-        means, squares = wide.mean(pixels), wide.square().mean(pixels)  # of each channel
-        mean = means.view(n, self.groups, -1).mean(-1)
-        variance = squares.view(n, self.groups, -1).mean(-1) - mean.square()
+        variances, means = torch.var_mean(wide, pixels, correction=0)  # of each channel
+        within = variances.view(n, self.groups, -1).mean(-1)
+        between, mean = torch.var_mean(means.view(n, self.groups, -1), -1, correction=0)
         each = c // self.groups
-        scale = (variance.clamp_min(0) + self.eps).rsqrt().repeat_interleave(each, 1) * self.weight.float()
+        scale = (within + between + self.eps).rsqrt().repeat_interleave(each, 1) * self.weight.float()
         shift = self.bias.float() - mean.repeat_interleave(each, 1) * scale
         channels = (n, c) + (1,) * len(pixels)
         return (wide * scale.view(channels) + shift.view(channels)).to(x.dtype)
@@ -65,7 +65,7 @@ def compile_autoencoder(vae: AutoencoderKL, any_batch: bool = False) -> None:
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm):
                 setattr(module, name, ChannelwiseGroupNorm(child))
-    # One head of 512 channels: the fused kernels' way back takes ten times what plain products take.
+    # One head of 512 channels: the backward pass of fused attention takes ten times what plain products take.
     vae.set_attn_processor(AttnProcessor())
     compile_parts(vae, (ResnetBlock2D, Attention), any_batch)
 

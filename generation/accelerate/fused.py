@@ -12,8 +12,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from generation.accelerate.kernels.first_convolution import columns_of, convolve, gradient_by_image
-from generation.accelerate.kernels.group_norm import back_at_once, is_small, there_at_once
+from generation.accelerate.kernels.group_norm import backward_at_once, forward_at_once, is_small
 from generation.accelerate.kernels.normalise import (
     Norm,
     Statistics,
@@ -21,18 +20,18 @@ from generation.accelerate.kernels.normalise import (
     add_and_measure,
     measure,
     normalise,
-    normalise_back,
+    normalise_backward,
 )
 
 
 class Kernels(NamedTuple):
-    """Of a convolution with stride 1, and of the convolution that is its way back; channels last.
+    """Weights (O, C, k, k) of a convolution with stride 1, and those of the convolution that is its backward pass.
 
-    Where channels are many, cuDNN has faster kernels for that than for a gradient.
+    Channels last. Where channels are many, cuDNN has faster kernels for a convolution than for a gradient.
     """
 
-    there: Tensor
-    back: Tensor
+    forward: Tensor
+    backward: Tensor
 
     @classmethod
     def of(cls, weight: Tensor) -> Kernels:
@@ -54,10 +53,10 @@ def fuse(vae: AutoencoderKL) -> None:
 class FusedEncoder(nn.Module):
     """Takes images (N, C, H, W) to the moments of their latents, as diffusers' `Encoder` does.
 
-    Convolutions with stride 2 add a row and a column of zeros after the last, which costs a copy there and two on the
-    way back. All is turned by 180 degrees instead: the image, the kernels and the latents. Then the zeros come before
-    the first, where a convolution takes them into account by itself. Biases of convolutions cost no pass of their own:
-    those between residual blocks are added in the next one.
+    Diffusers pads the image with a row and a column of zeros at the end before a convolution with stride 2. That costs
+    a copy in the forward pass and two in the backward pass. Here all is turned by 180 degrees: the image, the kernels
+    and the latents. Then the zeros come first, where a convolution pads by itself. A bias between residual blocks is
+    added in the next block, so it costs no pass of its own.
     """
 
     def __init__(self, plain: Encoder) -> None:
@@ -72,9 +71,8 @@ class FusedEncoder(nn.Module):
         parts.append(first)
         for attention, block in zip(plain.mid_block.attentions, others, strict=True):
             parts += [block] if attention is None else [attention, block]
-        of_first = _take_bias(plain.conv_in)
-        self.first = FirstConvolution(plain.conv_in, of_first, _norm(plain.down_blocks[0].resnets[0].norm1))
-        bias: Tensor | None = of_first
+        bias: Tensor | None = _take_bias(plain.conv_in)
+        self.first = plain.conv_in
         steps: list[nn.Module] = []
         for part, following in zip(parts, [*parts[1:], plain.conv_norm_out], strict=True):
             if isinstance(part, ResnetBlock2D):
@@ -91,7 +89,8 @@ class FusedEncoder(nn.Module):
         self.conv_out = plain.conv_out
 
     def forward(self, image: Tensor) -> Tensor:
-        x, measured = self.first(image)
+        x = self.first(image.flip(-2, -1).contiguous(memory_format=torch.channels_last))
+        measured: Statistics | None = None
         for step in self.steps:
             if isinstance(step, ResidualBlock):
                 x, measured = step(x, measured)
@@ -109,7 +108,7 @@ def _take_bias(convolution: nn.Conv2d) -> Tensor:
 
 
 def _norm_of(part: nn.Module) -> Norm | None:
-    """What `part` begins with, where that is a normalisation that can use sums taken before."""
+    """The normalisation that `part` begins with, where it can use statistics taken before. None for other parts."""
     if isinstance(part, ResnetBlock2D):
         return _norm(part.norm1)
     return _norm(part) if isinstance(part, nn.GroupNorm) else None
@@ -117,19 +116,6 @@ def _norm_of(part: nn.Module) -> Norm | None:
 
 def _norm(plain: nn.GroupNorm) -> Norm:
     return Norm(plain.weight.detach(), plain.bias.detach(), plain.num_groups, plain.eps)
-
-
-class FirstConvolution(nn.Module):
-    """Of the image, turned by 180 degrees, without its `bias` (O,); and the statistics with it, for `following`."""
-
-    def __init__(self, plain: nn.Conv2d, bias: Tensor, following: Norm) -> None:
-        super().__init__()
-        self.columns = columns_of(plain.weight.detach())
-        self.bias, self.following = bias, following
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Statistics]:
-        result, *statistics = _FirstConvolution.apply(image, self)
-        return result, Statistics(*statistics)
 
 
 class ResidualBlock(nn.Module):
@@ -154,7 +140,7 @@ class ResidualBlock(nn.Module):
         if self.shortcut is not None:
             self.last = self.last + plain.conv_shortcut.bias.detach()
         if bias is not None:
-            self.last = self.last + (bias if self.shortcut is None else self.shortcut.there[..., 0, 0] @ bias)
+            self.last = self.last + (bias if self.shortcut is None else self.shortcut.forward[..., 0, 0] @ bias)
 
     def forward(self, x: Tensor, measured: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -179,14 +165,14 @@ class _Residual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, measured: Statistics | None, block: ResidualBlock) -> tuple[Tensor, ...]:
         first, second = block.weights
-        normalised, outer = _there(x, block.norms[0], block.added[0], measured)
-        middle = F.conv2d(normalised, first.there, padding=1)
-        normalised, inner = _there(middle, block.norms[1], block.added[1])
-        result = F.conv2d(normalised, second.there, padding=1)
+        normalised, outer = _forward(x, block.norms[0], block.added[0], measured)
+        middle = F.conv2d(normalised, first.forward, padding=1)
+        normalised, inner = _forward(middle, block.norms[1], block.added[1])
+        result = F.conv2d(normalised, second.forward, padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
         ctx.block = block
         ctx.set_materialize_grads(False)
-        around = x if block.shortcut is None else F.conv2d(x, block.shortcut.there)
+        around = x if block.shortcut is None else F.conv2d(x, block.shortcut.forward)
         if block.following is None or is_small(result):
             return (add(result, around, block.last),)
         total, statistics = add_and_measure(result, around, block.last, block.following)
@@ -198,31 +184,17 @@ class _Residual(torch.autograd.Function):
         gradient, block = outward[0], ctx.block
         x, middle, *statistics = ctx.saved_tensors
         first, second = block.weights
-        inner = F.conv2d(gradient, second.back, padding=1)
-        inner = _back(inner, middle, Statistics(*statistics[4:]), block.norms[1])
-        outer = F.conv2d(inner, first.back, padding=1)
-        around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.back)
-        return _back(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
-
-
-class _FirstConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, image: Tensor, first: FirstConvolution) -> tuple[Tensor, ...]:
-        result, statistics = convolve(image, first.columns, first.following, first.bias)
-        ctx.columns, ctx.channels = first.columns, image.shape[1]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*statistics)
-        return result, *statistics
-
-    @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
-        return gradient_by_image(outward[0], ctx.columns, ctx.channels), None
+        inner = F.conv2d(gradient, second.backward, padding=1)
+        inner = _backward(inner, middle, Statistics(*statistics[4:]), block.norms[1])
+        outer = F.conv2d(inner, first.backward, padding=1)
+        around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.backward)
+        return _backward(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, measured: Statistics | None, norm: Norm) -> Tensor:
-        result, statistics = _there(x, norm, None, measured)
+        result, statistics = _forward(x, norm, None, measured)
         ctx.save_for_backward(x, *statistics)
         ctx.norm = norm
         return result
@@ -230,18 +202,18 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None]:
         x, *statistics = ctx.saved_tensors
-        return _back(outward[0], x, Statistics(*statistics), ctx.norm), None, None
+        return _backward(outward[0], x, Statistics(*statistics), ctx.norm), None, None
 
 
-def _there(
+def _forward(
     x: Tensor, norm: Norm, added: Tensor | None, measured: Statistics | None = None
 ) -> tuple[Tensor, Statistics]:
     """SiLU of the normalised x + `added` (C,), and its statistics, which may have been `measured` before."""
     if measured is None and is_small(x):
-        return there_at_once(x, norm, added)
+        return forward_at_once(x, norm, added)
     statistics = measured or measure(x, norm, added)
     return normalise(x, statistics), statistics
 
 
-def _back(gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None) -> Tensor:
-    return (back_at_once if is_small(x) else normalise_back)(gradient, x, statistics, norm, around)
+def _backward(gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None) -> Tensor:
+    return (backward_at_once if is_small(x) else normalise_backward)(gradient, x, statistics, norm, around)

@@ -1,6 +1,6 @@
 """Group normalisation of channels-last images in few kernels, as a PyTorch operator that a compiler leaves whole.
 
-Where no gradient is wanted: for a UNet, which also normalises two images as if they were one, joined by channels.
+Where no gradient is wanted: for a UNet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ ONE_KERNEL = 256
 @torch.library.custom_op("guidance::group_norm", mutates_args=())
 def group_norm(
     x: Tensor,
-    beside: Tensor | None,
     added: Tensor | None,
     weight: Tensor,
     bias: Tensor,
@@ -26,39 +25,32 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Of x (N, C, H, W), channels last, + `added` (N, C) or (C,); with SiLU after it, if asked.
+    """Of x (N, C, H, W) + `added` (N, C) or (C,), channels last; with SiLU after it, if asked.
 
-    Where there is an image `beside` x, its channels follow those of x, and C counts both.
+    `weight` and `bias` (C,) of `groups` groups.
     """
     if x.is_cuda:
-        return _in_few_kernels(x, beside, added, (weight, bias, groups, eps), silu)
-    joined = x if beside is None else torch.cat([x, beside], 1)
-    shifted = joined if added is None else joined + added[..., None, None]
+        return _in_few_kernels(x, added, (weight, bias, groups, eps), silu)
+    shifted = x if added is None else x + added[..., None, None]
     result = F.group_norm(shifted, groups, weight, bias, eps)
     return (F.silu(result) if silu else result).contiguous(memory_format=torch.channels_last)
 
 
 @group_norm.register_fake
-def _(x: Tensor, beside: Tensor | None, added: Tensor | None, weight: Tensor, *settings: Any) -> Tensor:
+def _(x: Tensor, added: Tensor | None, weight: Tensor, *settings: Any) -> Tensor:
     n, _, height, width = x.shape
     return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
-def _in_few_kernels(
-    x: Tensor, beside: Tensor | None, added: Tensor | None, norm: tuple[Tensor, Tensor, int, float], silu: bool
-) -> Tensor:
+def _in_few_kernels(x: Tensor, added: Tensor | None, norm: tuple[Tensor, Tensor, int, float], silu: bool) -> Tensor:
     # Triton comes with torch for GPUs
     from generation.accelerate.kernels import normalise
     from generation.accelerate.kernels.group_norm import normalise_at_once
 
-    if beside is not None and x.shape[1] % normalise.CHANNELS:
-        x, beside = torch.cat([x, beside], 1), None
     x = x.contiguous(memory_format=torch.channels_last)
-    if beside is None and x.shape[2] * x.shape[3] <= ONE_KERNEL:
+    if x.shape[2] * x.shape[3] <= ONE_KERNEL:
         return normalise_at_once(x, normalise.Norm(*norm), added, silu)
-    beside = None if beside is None else beside.contiguous(memory_format=torch.channels_last)
-    statistics = normalise.measure(x, normalise.Norm(*norm), added, beside)
-    return normalise.normalise(x, statistics, silu, beside)
+    return normalise.normalise(x, normalise.measure(x, normalise.Norm(*norm), added), silu)
 
 
 class ImageNorm(nn.Module):
@@ -69,6 +61,6 @@ class ImageNorm(nn.Module):
         self.weight, self.bias, self.groups, self.eps = plain.weight, plain.bias, plain.num_groups, plain.eps
         self.silu = silu
 
-    def forward(self, x: Tensor, added: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
-        result: Tensor = group_norm(x, beside, added, self.weight, self.bias, self.groups, self.eps, self.silu)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        result: Tensor = group_norm(x, added, self.weight, self.bias, self.groups, self.eps, self.silu)
         return result

@@ -21,7 +21,7 @@ class TextCache(Generic[V]):
         self._encode = encode
         self._known: dict[str, V] = {}
 
-    def read(self, texts: Sequence[str]) -> list[V]:
+    def encode(self, texts: Sequence[str]) -> list[V]:
         """Of each; those that are new are encoded together, in the time of one."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:

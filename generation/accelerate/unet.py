@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from diffusers import Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from generation.accelerate.compiled import compile_parts
 from generation.accelerate.group_norm import ImageNorm
-from generation.accelerate.shared_start import OnceAttention
 
 
 def compile_unet(unet: UNet2DConditionModel) -> None:
-    """Bring a UNet into a form with as few kernels as there can be, and let its transformers be compiled at their first
-    call, for each size of a batch; results stay, up to rounding. No gradient can be taken through it after that.
+    """Bring a UNet into a form that needs few kernels. Results stay, up to rounding.
+
+    Its transformers are compiled at their first call, for each batch size. No gradient can be taken through it then.
     """
     _join_projections(unet)
     blocks = []
@@ -34,10 +31,6 @@ def compile_unet(unet: UNet2DConditionModel) -> None:
     if blocks:
         unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
     _take_biases_of_upsampling(unet)
-    for i, level in enumerate(unet.up_blocks):
-        both = all(isinstance(block, ResidualBlock) and block.shortcut is not None for block in level.resnets)
-        if both and type(level) in (UpBlock2D, CrossAttnUpBlock2D):
-            unet.up_blocks[i] = UpLevel(level)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         unet.conv_norm_out, unet.conv_act = ImageNorm(unet.conv_norm_out, silu=True), nn.Identity()
     for module in unet.modules():
@@ -76,59 +69,17 @@ class ResidualBlock(nn.Module):
         around = self.bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ self.bias
         self.last = self.last + around
 
-    def forward(self, x: Tensor, temb: Tensor, beside: Tensor | None = None) -> Tensor:
-        """Of x, or of x and the image `beside` it, whose channels follow; the latter where there is a shortcut."""
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        """Of x (N, C, H, W), channels last. What is made of the time step was set before: `temb` is not looked at."""
         first, second = self.convolutions
-        middle = first(self.norms[0](x, self.bias, beside))
-        result = second(self.norms[1](middle, self.time[: len(x)]))  # all, or the first half where both are alike
-        around = self._around(x, beside)
+        middle = first(self.norms[0](x, self.bias))
+        result = second(self.norms[1](middle, self.time))
+        around = x if self.shortcut is None else self.shortcut(x)
         if not x.is_cuda:
             return around + result + self.last.view(1, -1, 1, 1)
         from generation.accelerate.kernels.normalise import add  # Triton comes with torch for GPUs
 
         return add(result, around.contiguous(memory_format=torch.channels_last), self.last)
-
-    def _around(self, x: Tensor, beside: Tensor | None) -> Tensor:
-        if self.shortcut is None:
-            return x
-        if beside is None:
-            return self.shortcut(x)
-        of_x, of_beside = self.shortcut.weight[:, :, 0, 0].t().split([x.shape[1], beside.shape[1]])
-        n, _, height, width = x.shape
-        rows = _pixels(x) @ of_x
-        return rows.addmm_(_pixels(beside), of_beside).view(n, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """Of x (N, C, H, W) as rows (N * H * W, C), without a copy where channels are last."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-class UpLevel(nn.Module):
-    """In place of diffusers' up blocks, which join the image and what is beside it: here residual blocks take both."""
-
-    def __init__(self, plain: UpBlock2D | CrossAttnUpBlock2D) -> None:
-        super().__init__()
-        self.resnets, self.upsamplers = plain.resnets, plain.upsamplers
-        self.attentions = getattr(plain, "attentions", None)
-        self.has_cross_attention = self.attentions is not None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        res_hidden_states_tuple: tuple[Tensor, ...],
-        temb: Tensor,
-        upsample_size: int | None = None,
-        **of_attention: Any,
-    ) -> Tensor:
-        x = hidden_states
-        for i, (block, beside) in enumerate(zip(self.resnets, reversed(res_hidden_states_tuple), strict=True)):
-            x = block(x, temb, beside)
-            if self.attentions is not None:
-                (x,) = self.attentions[i](x, **of_attention, return_dict=False)
-        for upsampler in self.upsamplers or []:
-            x = upsampler(x, upsample_size)
-        return x
 
 
 class TimeProjections(nn.Module):
@@ -224,8 +175,6 @@ def _join_projections(unet: UNet2DConditionModel) -> None:
         unet.register_forward_pre_hook(TextProjections(of_text))
     processors = unet.attn_processors
     for name, processor in processors.items():
-        if isinstance(processor, OnceAttention):
-            continue  # around one of the others
         if hasattr(processor, "attend"):  # one that attends in its own form, such as all views together
             processor.attend = FusedAttnProcessor2_0()
         else:

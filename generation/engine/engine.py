@@ -31,8 +31,8 @@ LOADING_RETRY_S = 5
 
 T = TypeVar("T")
 #: Told the stage ("paused" while others go before it), and the share of it that is done. Called from any thread; must
-#: be quick and must not raise.
-OnProgress = Callable[[str, float], None]
+#: be quick and must not raise. Of a request that asks for previews, a third argument now and then: a WEBP of it.
+OnProgress = Callable[..., None]
 
 
 class Unavailable(Exception):
@@ -69,10 +69,10 @@ class _Generation(_Job):
     def deadline(self) -> float | None:
         return self.request.deadline
 
-    def progress(self, stage: str, fraction: float) -> None:
+    def progress(self, stage: str, fraction: float, *preview: bytes) -> None:
         self.stage, self.fraction = stage, fraction
         if self.on_progress is not None and not self.future.done():
-            self.on_progress(stage, fraction)
+            self.on_progress(stage, fraction, *preview)
 
 
 @dataclass(eq=False)

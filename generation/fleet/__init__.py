@@ -1,1 +1,1 @@
-"""Several engines as one: a process for each GPU, watched from here."""
+"""Several engines as one: a worker process for each GPU, and their supervisor."""

@@ -134,9 +134,9 @@ class Candidates:
         now = asyncio.get_running_loop().time
         tell = group.on_progress
 
-        def first(stage: str, fraction: float) -> None:
+        def first(stage: str, fraction: float, *preview: bytes) -> None:
             if tell is not None and not group.scores:
-                tell(stage, fraction)
+                tell(stage, fraction, *preview)
 
         async def make() -> None:
             self._entering.discard(task)

@@ -34,21 +34,22 @@ T = TypeVar("T")
 
 
 class _Place:
-    """What a request waits for: a place on one of the engines; ``alone``: on one that runs nothing else meanwhile."""
+    """What a request waits for: a place on an engine. ``isolated``: on one that runs nothing else meanwhile."""
 
-    def __init__(self, is_call: bool, background: bool, alone: bool) -> None:
+    def __init__(self, is_call: bool, background: bool, isolated: bool) -> None:
         self.is_call = is_call
         self.background = background
-        self.alone = alone
+        self.isolated = isolated
         self.engine: RemoteEngine | None = None
         self.given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
 class Fleet:
-    """What an ``Engine`` is, over an engine process for each device. Every public method is for the asyncio thread.
+    """Takes the place of an ``Engine``, over one worker process for each device.
 
-    Devices, as ``RemoteEngine`` names them, have ``generation.settings.Settings`` each, which go to the processes with
-    the loader ("module:function"). How many may wait is as the first device's say.
+    ``devices`` maps a device's name (see ``RemoteEngine``) to its ``generation.settings.Settings``. The workers get
+    these, and the loader ("module:function"). The first device's settings say how many requests may wait. All public
+    methods are for the asyncio thread, but for ``stop``.
     """
 
     def __init__(self, devices: Mapping[str, Any], loader: str = LOADER) -> None:
@@ -66,7 +67,7 @@ class Fleet:
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._supervision = [self._loop.create_task(each.keep_running()) for each in self._engines]
+        self._supervision = [self._loop.create_task(each.supervise()) for each in self._engines]
 
     def stop(self, timeout: float) -> None:
         """Give up all requests and wait for the processes for at most ``timeout`` seconds. From another thread only."""
@@ -173,17 +174,19 @@ class Fleet:
             self._calls[background] -= 1
 
     async def _run(self, is_call: bool, background: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
-        """``work`` on the least busy engine, and again when that is lost meanwhile.
+        """``work`` on the least busy engine, and again when that engine is lost meanwhile.
 
-        Again is alone: whose fault it was is unknown, and those beside it must not be lost with it once more.
+        The second run is isolated. It is not known which request an engine was lost by, and the others must not be
+        lost to the same one again. Raises StageFailed after MAX_RUNS lost engines, DeadlineExceeded, and Unavailable
+        when no engine can be waited for.
         """
         lost: list[str] = []
         had_a_turn = False
         try:
             async with asyncio.timeout(None if background else TIMEOUT_S):
                 while len(lost) < MAX_RUNS:
-                    alone = bool(lost) and not is_call
-                    async with self._place(is_call, background, alone, first=had_a_turn) as remote:
+                    isolated = bool(lost) and not is_call
+                    async with self._place(is_call, background, isolated, first=had_a_turn) as remote:
                         had_a_turn = True
                         try:
                             return await work(remote)
@@ -198,11 +201,11 @@ class Fleet:
         raise StageFailed(f"every engine that it ran on was lost: {'; '.join(lost)}")
 
     @asynccontextmanager
-    async def _place(self, is_call: bool, background: bool, alone: bool, first: bool) -> AsyncIterator[RemoteEngine]:
+    async def _place(self, is_call: bool, background: bool, isolated: bool, first: bool) -> AsyncIterator[RemoteEngine]:
         """A place on the engine with the least work, waited for behind those that wait already, or ``first``."""
         if self._stopping:
             raise self._no_engine()
-        place = _Place(is_call, background, alone)
+        place = _Place(is_call, background, isolated)
         if first:
             self._waiting.appendleft(place)
         else:
@@ -220,9 +223,10 @@ class Fleet:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give places to those who wait, in their order, the background after the others.
+        """Give places to those that wait, in their order, the background last.
 
-        Turn them away when no engine is left to wait for.
+        An isolated request that finds no idle engine reserves one, and the others go on. When no engine is left to wait
+        for, all are turned away.
         """
         in_rotation = [each for each in self._engines if each.in_rotation]
         reserved: list[RemoteEngine] = []
@@ -230,14 +234,14 @@ class Fleet:
             if place.given.done():
                 continue
             open_ones = in_rotation if place.is_call else [each for each in in_rotation if each not in reserved]
-            engines = [each for each in open_ones if place.is_call or each.has_room(place.background, place.alone)]
+            engines = [each for each in open_ones if place.is_call or each.has_room(place.background, place.isolated)]
             if engines:
                 self._waiting.remove(place)
                 # A person's request disturbs others where it must, and only the background.
                 place.engine = min(engines, key=lambda each: (not place.is_call and each.interactive, each.load))
                 place.given.set_result(None)
                 _count(place, 1)
-            elif place.alone and open_ones:
+            elif place.isolated and open_ones:
                 # The engine that will be free first takes nothing more, or it would never be free.
                 reserved.append(min(open_ones, key=lambda each: each.generations))
         if not any(each.hopeful for each in self._engines):
@@ -257,5 +261,5 @@ def _count(place: _Place, change: int) -> None:
     else:
         place.engine.generations += change
         place.engine.interactive += change * (not place.background)
-        if place.alone:
-            place.engine.alone = None if change < 0 else "background" if place.background else "interactive"
+        if place.isolated:
+            place.engine.isolates = None if change < 0 else "background" if place.background else "interactive"

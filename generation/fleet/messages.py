@@ -67,6 +67,7 @@ class Progress:
     number: int
     stage: str
     fraction: float
+    preview: tuple[bytes, ...] = ()  # a WEBP, where the request asks for some
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, as the service sees it: spoken to, watched, and started again when it ends."""
+"""A worker process as the service sees it: its requests, its supervision, its restarts."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class RemoteEngine:
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
         self.interactive = 0  # of the generations
-        #: Whether a request that an engine was lost with has this one for itself, and whether in the background.
-        self.alone: Literal["interactive", "background"] | None = None
+        #: Whether an isolated request runs here, and its priority: no other one of that priority is put beside it.
+        self.isolates: Literal["interactive", "background"] | None = None
         #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
@@ -77,13 +77,13 @@ class RemoteEngine:
         self._changed = changed
         self._health: dict[str, Any] = {}  # as the engine's entry, but for the device
         self._set("loading", "starting")
-        self._was_ready = self._answered = False  # in this life
-        self._lost = 0  # requests, with this life
+        self._was_ready = self._answered = False  # since the worker's start
+        self._lost = 0  # requests, with this worker
         self._channel: Channel
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
         self._heard = False
-        self._ended = False  # the channel to this life's process: nothing that is sent arrives
+        self._ended = False  # the channel to the worker: nothing that is sent arrives any more
         self._broken = ""  # what it, or we, said was wrong
 
     @property
@@ -105,18 +105,18 @@ class RemoteEngine:
         """Whether it can be asked: it is ready, and its process is not known to have ended."""
         return self.status == "ready" and not self._ended
 
-    def has_room(self, background: bool, alone: bool = False) -> bool:
-        """For one more generation; ``alone``: that is to have the engine for itself.
+    def has_room(self, background: bool, isolated: bool = False) -> bool:
+        """For one more generation; ``isolated``: for one that is to have the engine for itself.
 
-        Those in the background make way for others, and would only wait behind them. A person's request is not put
-        beside one of a person's that runs alone. It is beside one in the background, which is paused meanwhile and
-        can harm nobody.
+        A request in the background would only wait behind an interactive one, so it is not put beside one. No request
+        joins an isolated one, but for one case: an isolated request in the background is paused while an interactive
+        one runs. So it can not take that one with it, and a person does not wait for it.
         """
-        if alone:
+        if isolated:
             return not self.generations
         if background:
-            return self.generations < self.capacity and not self.interactive and self.alone is None
-        return self.interactive < self.capacity and self.alone != "interactive"
+            return self.generations < self.capacity and not self.interactive and self.isolates is None
+        return self.interactive < self.capacity and self.isolates != "interactive"
 
     def health(self) -> dict[str, Any]:
         return {**self._health, "device": self.device}
@@ -146,15 +146,15 @@ class RemoteEngine:
         finally:
             del self._asked[message.number]
 
-    async def keep_running(self) -> None:
-        """Starts the process, and starts it again whenever it ends. Cancelling this ends the process."""
+    async def supervise(self) -> None:
+        """Starts the worker, and starts it again whenever it ends. Cancelling this ends the worker."""
         pause = FIRST_PAUSE_S
         while True:
             self._set("loading", "starting")
             self.hopeful, self._was_ready, self._answered, self._lost = True, False, False, 0
             reason = "the service is shutting down"
             try:
-                reason = await self._live()
+                reason = await self._run_worker()
             finally:
                 self._lose(reason)
             self.hopeful = self._was_ready
@@ -171,14 +171,14 @@ class RemoteEngine:
             pause = min(2 * pause, MAX_PAUSE_S)
 
     def _lose(self, reason: str) -> None:
-        """Tell those who wait for an answer that none will come."""
+        """Fail the requests that wait for an answer with EngineLost."""
         waiting = [future for future, _ in self._asked.values() if not future.done()]
         for future in waiting:
             future.set_exception(EngineLost(reason))
         self._lost += len(waiting)
 
-    async def _live(self) -> str:
-        """From the start of a process to its end; the cause of that in words."""
+    async def _run_worker(self) -> str:
+        """From a worker's start to its end. Returns the cause of the end in words."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         self._broken, self._ended = "", False
         ours, theirs = socket.socketpair()
@@ -186,7 +186,7 @@ class RemoteEngine:
             number = theirs.fileno()
             command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]
             try:  # on this thread, with which the process will end: see generation.fleet.worker.die_with
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # noqa: ASYNC220
                     command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
                 )
             except OSError as error:
@@ -218,7 +218,7 @@ class RemoteEngine:
         await _finish(process)
 
     async def _watch(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
-        """Until it ends, or hangs."""
+        """Returns when the worker ends, says nothing for too long, or does not get ready."""
         silent, started = 0, time.monotonic()
         while not ended.is_set() and process.poll() is None and silent < SILENT_CHECKS:
             self._heard = False
@@ -257,7 +257,7 @@ class RemoteEngine:
                 return
             if isinstance(message, Progress):
                 if on_progress is not None:
-                    on_progress(message.stage, message.fraction)
+                    on_progress(message.stage, message.fraction, *message.preview)
             elif isinstance(message, Outcome):
                 self._answered = True
                 future.set_result(message.value)
@@ -265,7 +265,7 @@ class RemoteEngine:
                 future.set_exception(_failure(message))
 
     def _break(self, reason: str) -> None:
-        """Out of rotation at once, for a process may take long to end; whoever watches it ends it."""
+        """Leave the rotation at once: a process may take long to end, which is up to its supervisor."""
         self._broken = reason
         self._set("failed", reason)
         self._lose(reason)

@@ -1,4 +1,4 @@
-"""An engine's process. ``generation.fleet.remote`` starts it and speaks to it; it ends with their socket."""
+"""The worker: an engine in its own process. ``generation.fleet.remote`` supervises it; it ends with their socket."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class EngineProcess:
         task.add_done_callback(lambda _: self._tasks.pop(message.number))
 
     async def _generate(self, message: Generate) -> Asset:
-        def progress(stage: str, fraction: float) -> None:
-            self._channel.send(Progress(message.number, stage, fraction))
+        def progress(stage: str, fraction: float, *preview: bytes) -> None:
+            self._channel.send(Progress(message.number, stage, fraction, preview))
 
         on_progress = progress if message.wants_progress else None
         asset = await self._engine.generate(message.request, on_progress)

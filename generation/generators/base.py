@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class CutoutFrame(NamedTuple):
 
     size: int  # pixels of a side
     border: float  # share of a side that the object's longer side leaves free
+
+
+class NoSplat(Exception):
+    """No splat can be made of a subject, though nothing failed. The words are the reason of the request's rejection."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,19 @@ class Work(Protocol):
         ...
 
     def gaussians(self) -> Gaussians:
-        """The result, on the device: y up, the front towards +z. To be asked for when it is ``done``."""
+        """The result, on the device: y up, the front towards +z. To be asked for when it is ``done``.
+
+        Raises NoSplat where there is none: the request is rejected then, for that reason.
+        """
+        ...
+
+
+@runtime_checkable
+class Visible(Protocol):
+    """A ``Work`` that can be looked at while it is made."""
+
+    def so_far(self) -> Gaussians:
+        """As they are now, on the device; they may change with the next tick."""
         ...
 
 

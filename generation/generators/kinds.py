@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.lgm.options import LgmOptions
+from generation.generators.trellis.options import TrellisOptions
 from generation.schema.options import GeneratorOptions, Models, SettingsError, read_yaml
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Kind(NamedTuple):
 KINDS = {
     "dreamgaussian": Kind(DreamGaussianOptions, "generation.generators.dreamgaussian.optimiser:load"),
     "lgm": Kind(LgmOptions, "generation.generators.lgm.generator:load"),
+    "trellis": Kind(TrellisOptions, "generation.generators.trellis.generator:load"),
 }
 #: of a config that does not say it, as those of upstream's DreamGaussian do not
 DEFAULT = "dreamgaussian"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,8 @@ from generation.generators.base import Work
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats.gaussians import Gaussians
 
-#: stage, and the share of it that is done
-Progress = Callable[[str, float], None]
+#: stage, and the share of it that is done; where the request asks for previews, a WEBP as well
+Progress = Callable[..., None]
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Job:
     work: Work | None = None
     work_began: float = 0.0  # on time.perf_counter()
     ticks: int = 0  # of its work
+    shown: int = -1  # the latest preview of its work
     alone: bool = False  # a tick together with others failed: whose fault it was is unknown
     gaussians: Gaussians | None = None
     behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
@@ -47,6 +49,12 @@ class Job:
         if self.request.deadline is not None and time.monotonic() > self.request.deadline:
             raise TimeoutError(f"the deadline passed in stage {stage}")
         self.progress(stage, fraction)
+
+    def preview(self, stage: str, fraction: float, make: Callable[[], bytes]) -> None:
+        """Tell what it looks like, where that is asked for. A picture that can not be made is left out."""
+        if self.request.watched and self.outcome is None:
+            with suppress(Exception):
+                self.progress(stage, fraction, make())
 
     @property
     def waits(self) -> bool:

@@ -16,14 +16,17 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.profiler import record_function
 
-from generation.generators.base import Generator, Subject, Work
+from generation.generators.base import Generator, NoSplat, Subject, Visible, Work
+from generation.pipeline import preview
 from generation.pipeline.batch_limit import BatchLimit, in_batches, is_out_of_memory, release_cache
 from generation.pipeline.job import Job, Progress
 from generation.schema.results import Asset, Cancelled, GateResult, Report, Request, Scores
 from generation.schema.score import in_words
 from generation.splats import ply
+from generation.splats.gaussians import Gaussians
 from generation.stages.background import BackgroundRemover, NothingInImage, recentre
-from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, preview, to_tensor
+from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, to_tensor
+from generation.stages.self_check import preview as single_preview
 from generation.stages.text_to_image import TextToImage
 
 __all__ = ["Asset", "Cancelled", "GateResult", "Job", "Pipeline", "Progress", "Report", "Request", "Scores"]
@@ -108,7 +111,7 @@ class Pipeline:
         for count in range(1, self.limit.most + 1):
             texts = [f"{number} of {count}" for number in range(count)]
             self._text.encode(texts)
-            self._self_check.read(texts)
+            self._self_check.encode(texts)
 
     def begin(
         self,
@@ -181,6 +184,8 @@ class Pipeline:
         self._note_cuts(fresh)
         for job, image in self._run("text_to_image", [job for job in shown if job.image is None], self._draw):
             job.image = image
+            if job.request.image is None:
+                job.preview("text_to_image", 1.0, partial(preview.of_image, image))
         if any(job.paused() for job in fresh):
             return
         # Where the CPU would only wait, while the GPU draws and while it works on the first tick, it does what it can
@@ -199,7 +204,7 @@ class Pipeline:
 
     def _through_works(self, running: list[Job]) -> None:
         self._tick([job for job in running if job.outcome is None and job.work is not None])
-        self._encode(self._self_check.read, [job for job in running if job.work is not None and job.ticks == 1])
+        self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
     def _to_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
@@ -294,7 +299,7 @@ class Pipeline:
             alignment_score=check.parts["alignment"] or 0.0,
             ssim=check.parts["ssim"] or 0.0,
             lpips=check.parts["lpips"],
-            preview=preview(views) if single and views is not None and score > above else None,
+            preview=single_preview(views) if single and views is not None and score > above else None,
             grid_preview=grid_preview(views) if grid and views is not None and score > above else None,
             gates=check.gates,
         )
@@ -332,7 +337,8 @@ class Pipeline:
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
             frame = self._generator(job).cutout
-            assert job.image is not None and frame is not None
+            assert job.image is not None
+            assert frame is not None
             try:
                 cutouts.append(recentre(job.image, alphas[job], frame.size, frame.border, given=job in given))
             except NothingInImage as nothing:
@@ -384,10 +390,13 @@ class Pipeline:
             assert job.work is not None
             try:
                 job.advance(self._generator(job).name, job.work.fraction)
+                self._preview(job, job.work)
                 if job.work.done:
                     job.gaussians = job.work.gaussians().detach()
                 else:
                     unfinished.append(job)
+            except NoSplat as reason:
+                job.reject(str(reason))
             except Exception as error:
                 job.outcome = error
         for generator, own in self._by_generator(unfinished):
@@ -401,6 +410,13 @@ class Pipeline:
                     self._begin(group)
         for job in jobs:
             job.report.seconds[self._generator(job).name] = time.perf_counter() - job.work_began
+
+    def _preview(self, job: Job, work: Work) -> None:
+        """What a work looks like so far, some times on its way."""
+        step = int(work.fraction * preview.STEPS)
+        if isinstance(work, Visible) and not work.done and step > max(job.shown, 0):
+            job.shown = step
+            job.preview(self._generator(job).name, work.fraction, lambda: preview.of_gaussians(work.so_far()))
 
     def _tick_group(self, generator: Generator, group: list[Job]) -> bool:
         """One tick of these works. False when it failed for several, so that they must begin again.
@@ -430,7 +446,8 @@ class Pipeline:
             request = job.request
             picture = request.image if request.target is None else request.target
             prompt = request.prompt if picture is None else picture
-            assert job.gaussians is not None and prompt is not None
+            assert job.gaussians is not None
+            assert prompt is not None
             splats.append((job.gaussians, prompt))
         return self._self_check.check_all(splats, fit=True)
 
@@ -440,15 +457,27 @@ class Pipeline:
         report.num_gaussians = len(gaussians)
         report.gates = check.gates
         if check.score is None:
-            job.reject(check.failed_gate or "not scored")
+            _reject(job, check.failed_gate or "not scored")
             return
         report.score, report.parts = min(1.0, check.score), check.parts  # limited as a validator's feedback is
         job.gaussians = fit_to_frame(gaussians)
         if report.score < request.threshold:
             shown = math.floor(report.score * 100) / 100  # never rounded up to the threshold
-            job.reject(f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
+            _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+
+def _reject(job: Job, reason: str) -> None:
+    """Of one that is watched there is a PLY all the same, where it can be drawn."""
+    job.reject(reason)
+    gaussians = job.gaussians
+    if job.request.watched and gaussians is not None and len(gaussians) and _is_finite(gaussians):
+        job.outcome = Asset(ply.write(gaussians), job.report, gaussians)
+
+
+def _is_finite(gaussians: Gaussians) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in vars(gaussians).values())
 
 
 def _mask(image: Image.Image | None) -> Tensor | None:

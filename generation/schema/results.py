@@ -22,6 +22,8 @@ class Request:
     threshold: float  # lowest score worth submitting, 0..1
     candidates: int = 1  # made with other seeds, of which the best is the outcome
     budget_seconds: float | None = None  # after which the best so far is the outcome
+    # A person watches it: small pictures are told while it is made, and what is rejected comes all the same.
+    watched: bool = False
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
 
@@ -66,7 +68,7 @@ class Report:
 
 @dataclass
 class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
+    """A finished request. ``ply`` is empty when it was rejected, unless it is watched; ``gaussians``: for a video."""
 
     ply: bytes
     report: Report

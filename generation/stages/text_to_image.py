@@ -97,7 +97,7 @@ class TextToImage:
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width), on the device."""
-        words, pooled = (torch.stack(each) for each in zip(*self._texts.read(prompts), strict=True))
+        words, pooled = (torch.stack(each) for each in zip(*self._texts.encode(prompts), strict=True))
         return words, pooled
 
     def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor]]:

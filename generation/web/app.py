@@ -47,15 +47,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     events = Events()
     metrics = Metrics(engine)
     candidates = Candidates(engine)
-    makers = Makers(
-        engine,
-        candidates,
-        Gallery(settings.gallery),
-        events,
-        settings.device,
-        settings.validation_threshold,
-        metrics.record,
-    )
+    makers = Makers(engine, candidates, Gallery(settings.gallery), events, settings.device, metrics.record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

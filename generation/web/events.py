@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -170,7 +170,7 @@ class Listener:
         with suppress(RuntimeError):  # patience has just run out
             self.patience.reschedule(self._loop.time() + seconds)
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """Events, and comments between them, until the one request has ended or the service does."""
         yield b": listening\n\n"
         give_up = None if self._request_id is None else self._loop.time() + MAX_WAIT_S

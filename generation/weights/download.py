@@ -130,6 +130,9 @@ def plan(entry: Entry) -> Plan:
     absent = [pattern for pattern in entry.files if not fnmatch.filter(names, pattern)]
     if absent:
         raise WeightsError(f"{entry.name}: {page} at {info.sha} has no file {', '.join(absent)}")
+    for name, digest in entry.sha256:
+        if name in there and there[name].digest != digest:
+            raise WeightsError(f"{entry.name}: {page} has a {name} that is not the published one (SHA-256)")
     return Plan(entry, info.sha, tuple(there[name] for name in names))
 
 

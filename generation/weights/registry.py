@@ -72,6 +72,7 @@ class Entry:
     size: int = 0  # bytes of that file; its revision is its SHA-256
     folder: Path | None = None
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
+    sha256: tuple[tuple[str, str], ...] = ()  # of some of them at this revision, where public records have it
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
     use: Use | None = None  # of the checkpoint's kind, where that has one
@@ -103,6 +104,13 @@ _ZERO123_FILES = (
     "feature_extractor/*",
     "scheduler/*",
 )
+# The networks that make splats, with the SHA-256 of their weights.
+_TRELLIS = {
+    "ss_flow_img_dit_L_16l8_fp16": "96dc6bfd4136fd950af564dd16b4ae533c9ba6af8f26c670646b2a9f2789b1db",
+    "ss_dec_conv3d_16l8_fp16": "1c76d4a40519aa2d711cc263a8404105231ac26db31d946bed48b84fee79009a",
+    "slat_flow_img_dit_L_64l8p2_fp16": "693fb2a58ad497bd222007301eeec49d14d60f8c12d2f2f00c221fa747b4c66c",
+    "slat_dec_gs_swin8_B_64l8gs32_fp16": "38c84bcef5ce0af1f48b1b5558dabc7575a13346043c41a7e0610f1fa619a161",
+}
 
 REGISTRY = {
     entry.name: entry
@@ -191,6 +199,24 @@ REGISTRY = {
             files=_ZERO123_FILES,
         ),
         Entry(
+            name="trellis-image-large",
+            repo="microsoft/TRELLIS-image-large",
+            revision="25e0d31ffbebe4b5a97464dd851910efc3002d96",
+            licence="MIT",
+            size_gb=2.65,
+            # without the decoders of meshes and radiance fields, and without encoders
+            files=("pipeline.json", *(f"ckpts/{name}.{kind}" for name in _TRELLIS for kind in ("json", "safetensors"))),
+            sha256=tuple((f"ckpts/{name}.safetensors", digest) for name, digest in _TRELLIS.items()),
+        ),
+        Entry(
+            name="dinov2-with-registers-large",
+            repo="facebook/dinov2-with-registers-large",
+            revision="e4c89a4e05589de9b3e188688a303d0f3c04d0f3",
+            licence="Apache-2.0",
+            size_gb=1.2,
+            files=("config.json", "model.safetensors"),
+        ),
+        Entry(
             name="clip-convnext-large-d",
             repo="laion/CLIP-convnext_large_d.laion2B-s26B-b102K-augreg",
             revision="main",
@@ -258,7 +284,7 @@ def lookup(choice: ModelChoice) -> Entry:
         raise WeightsError(f"model {choice.model!r} is unknown; known: {known}; a folder starts with ./ or /") from None
     if choice.revision is None:
         return entry
-    return replace(entry, revision=choice.revision)
+    return replace(entry, revision=choice.revision, sha256=())
 
 
 def _from_card(folder: Path) -> Entry:

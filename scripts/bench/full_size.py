@@ -50,6 +50,8 @@ from generation.generators.kinds import load_models, load_options
 from generation.generators.lgm.network import BIG, LGM
 from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
 from generation.generators.multiview.words import Words
+from generation.generators.trellis.condition import Condition
+from generation.generators.trellis.weights import Networks
 from generation.pipeline.assemble import load_generators
 from generation.pipeline.pipeline import Pipeline
 from generation.schema.memory_class import Quantization, choose
@@ -61,6 +63,7 @@ from generation.stages.self_check.quality import DINOV2_SMALL
 from generation.stages.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
 from generation.weights.registry import REGISTRY, ClipUse, lookup
+from scripts.bench import trellis_sizes
 
 TINY = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
@@ -210,6 +213,8 @@ STAND_INS: dict[type[Any], Callable[..., Any]] = {
     ImageDream: lambda folder, device, dtype, **options: imagedream(device, dtype, **options),
     LGM: lambda folder, device, dtype: lgm(device, dtype),
     MVDreamViews: lambda folder, device, dtype, **options: mvdream_views(device, dtype, **options),
+    Networks: lambda folder, device, dtype: trellis_sizes.networks(device, dtype),
+    Condition: lambda folder, device, dtype: trellis_sizes.condition(device, dtype),
 }
 
 
@@ -249,7 +254,8 @@ def self_check(device: str, rests: bool = False) -> SelfCheck:
     """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
     text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
-    assert text is not None and image is not None
+    assert text is not None
+    assert image is not None
     model = open_clip.create_model("convnext_large_d", device=device)
     tokenizer = open_clip.get_tokenizer("convnext_large_d")
     vision = CLIPVisionConfig(

@@ -29,7 +29,7 @@ from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from scripts.bench import full_size
 
 # Operations of one scene's iteration over 700 TFLOP/s, the rate that large products reach on an H100. In ms.
-FLOORS_MS = {"UNet": 1.9, "encoder there and back": 3.0}
+FLOORS_MS = {"UNet": 1.9, "encoder, forward and backward": 3.0}
 REPLAYS = 20
 FORMS = ("plain", "compiled", "fused")
 
@@ -65,12 +65,12 @@ def measure(guidance: MVDream, scenes: int, form: str, reference: dict[int, Tens
         for name, (count, us) in slowest(graph, kernels).items():
             say(f"    {us / 1e3:.2f} ms in {count} of {name[:110]}")
     inputs = step_inputs(guidance, scenes)
-    gradient = guidance._distil(*inputs, 50.0)[1]
+    gradient = guidance._distil(*inputs, scale=50.0)[1]
     expected = reference.setdefault(scenes, gradient)
     return float((gradient - expected).abs().max() / expected.abs().max())
 
 
-def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, ...]:
+def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `Distillation._distil` takes before the scale, random but the same every time."""
     generator = torch.Generator().manual_seed(0)
     views = guidance.views * scenes
@@ -81,7 +81,8 @@ def step_inputs(guidance: MVDream, scenes: int) -> tuple[Tensor, ...]:
         torch.full((scenes,), 500),
         torch.randn(views, *guidance._latent_shape, generator=generator),
     )
-    return tuple(tensor.to(guidance._unet.device) for tensor in tensors)
+    images, poses, words, t, noise = (tensor.to(guidance._unet.device) for tensor in tensors)
+    return images, poses, words, t, noise
 
 
 def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:
     steps = t.repeat_interleave(guidance.views)
     return {
         "UNet": capture(unet, noise.to(guidance._unet.dtype), steps, poses, words),
-        "encoder there and back": capture(encoder, images, noise),
+        "encoder, forward and backward": capture(encoder, images, noise),
     }
 
 

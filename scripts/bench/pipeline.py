@@ -28,6 +28,7 @@ from generation.generators.base import Subject
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_options
+from generation.generators.trellis.generator import Trellis
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
 from generation.settings import CONFIGS, Settings
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="full size with random weights, on a GPU")
     parser.add_argument("--profile", default="auto")
     parser.add_argument("--config", type=Path, help="in place of the profile's; where it draws pictures, for them too")
+    parser.add_argument("--models", type=Path, help="a models file in place of the profile's")
     parser.add_argument("--requests", type=int, default=3, help="of each case; twice as many with several in flight")
     parser.add_argument("--in-flight", type=int, default=4)
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
@@ -99,6 +101,8 @@ def main() -> None:
     if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
+    if isinstance(pipeline._text, Trellis):
+        figures["parts_ms"] = {n: trellis_parts(pipeline._text, n) for n in sorted({1, most})}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
@@ -107,7 +111,7 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
     """A pipeline that is not warmed up, and its settings."""
     if not args.random:
         memory = int(args.memory_gib * 2**30) if args.memory_gib else None
-        chosen = {"config": args.config} if args.config else {}
+        chosen = {name: path for name in ("config", "models") if (path := getattr(args, name)) is not None}
         if args.config and load_options(args.config).draws:
             chosen["image_config"] = args.config
         settings = Settings.resolve({"profile": args.profile, **chosen}, memory)
@@ -258,6 +262,32 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     for part, ms in result.items():
         floor = FLOORS_MS.get(part, 0) * scenes
         say(f"  {scenes} scene(s), {part}: {ms:.1f} ms" + (f", {ms / floor:.1f} times its floor" if floor else ""))
+    return result
+
+
+def trellis_parts(trellis: Trellis, works: int) -> dict[str, float]:
+    """Milliseconds of each kind of tick of so many works together; with it, what is done before or after its step."""
+    size = trellis.cutout.size
+    cutouts = torch.rand(works, 4, size, size, device=trellis._device)
+    running = [trellis.begin(Subject("", cutout, seed)) for seed, cutout in enumerate(cutouts)]
+    ticks: dict[str, list[float]] = {}
+    while not all(work.done for work in running):
+        first, flow = running[0], "structure" if running[0].latents is None else "latents"
+        steps = trellis._structure_steps if flow == "structure" else trellis._slat_steps
+        name = f"{flow}, {'guided' if steps[first.step].guided else 'unguided'} step"
+        if first.step in (0, len(steps) - 1) and not (flow == "latents" and first.step == 0):
+            name = f"{flow}, {'first' if first.step == 0 else 'last'} tick"
+        synchronise()
+        begin = time.perf_counter()
+        trellis.tick(running)
+        synchronise()
+        ticks.setdefault(name, []).append(1e3 * (time.perf_counter() - begin))
+        if flow == "structure" and first.voxels is not None:
+            counts = [(len(w.voxels.fine.coords), len(w.voxels.coarse.coords)) for w in running if w.voxels]
+            say(f"  {works} at once: voxels, and what is left of them by eight: {counts}")
+    result = {name: statistics.median(ms) for name, ms in ticks.items()}
+    for name, ms in result.items():
+        say(f"  {works} at once, {name}: {ms:.1f} ms ({len(ticks[name])} of them)")
     return result
 
 

@@ -116,7 +116,7 @@ class SimulatedNetwork:
     async def fetch(self) -> Metagraph:
         return self.metagraph()
 
-    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
+    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
         validator = self.validators[target_axon.port - FIRST_PORT]
         sent, status = now(), None
         try:

@@ -75,6 +75,8 @@ class Deployment:
         }
         self.state = miner.rehearsal_state
         self._service = given.flags("service", "score")
+        if miner.metrics_port and not given.has("service", "miner_url"):
+            self._service += ["--miner-url", f"http://127.0.0.1:{miner.metrics_port}"]
         self._miner = given.flags("network", "wallet", "miner", "score")
         self.names = ("generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
 
@@ -162,8 +164,8 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
     home = {**os.environ, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     command = [sys.executable, __file__, *words, "--save", "--only-prepare"]
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
-    as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-    if subprocess.run(command, cwd=caller, env=home, **as_user).returncode != 0:
+    prepared = subprocess.run(command, cwd=caller, env=home, user=user.pw_uid, group=user.pw_gid, extra_groups=groups)
+    if prepared.returncode != 0:
         raise Refused(f"it could not be prepared as {user.pw_name}: the reason is above")
     print("\n".join(systemd.install(deployment.names, user.pw_name)))
     print(f"Started. See: systemctl status '{systemd.unit('*')}', journalctl -f -u '{systemd.unit('*')}'")
@@ -174,7 +176,7 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
 
 def _save(given: Given, caller: Path) -> None:
     """In the environment's Python, which has what writes the file."""
-    command = [environment.PYTHON, __file__, *sys.argv[1:], "--only-save"]
+    command = [str(environment.PYTHON), __file__, *sys.argv[1:], "--only-save"]
     if Path(sys.executable) == environment.PYTHON:
         given.save()
     elif subprocess.run(command, cwd=caller).returncode != 0:
@@ -261,6 +263,7 @@ def _summarise(deployment: Deployment) -> None:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
     print("Next:")
     print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
+    print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
     print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
     print("  ./test_competitive.py        check everything")
     print("  ./stop_competitive.sh        stop everything")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--revision: {arguments.only[0]} is one file, which has none")
     entries = [REGISTRY[name] for name in arguments.only] if arguments.only else profile_entries()
     if arguments.revision:
-        entries = [replace(entries[0], revision=arguments.revision)]
+        entries = [replace(entries[0], revision=arguments.revision, sha256=())]
 
     plans, problems = [], []
     for entry in entries:

@@ -39,7 +39,7 @@ class InstallError(Exception):
 
 def ensure(extras: Sequence[str] = PLAIN, hashes: bool = True) -> None:
     """Install these optional dependencies unless they are there. Raises InstallError."""
-    inside = Path(sys.executable).parent == PYTHON.parent
+    inside = PYTHON.parent.exists() and Path(sys.executable).parent.samefile(PYTHON.parent)
     if inside and all(_installed(extra) == _key() for extra in extras):
         return
     try:
@@ -184,8 +184,9 @@ def uv_variables(pip: Mapping[str, str], environment: Mapping[str, str] = os.env
     found |= {names[key]: " ".join(value.split()) for key, value in pip.items() if key in names}
     if found.get("UV_KEYRING_PROVIDER") not in ("disabled", "subprocess"):
         found.pop("UV_KEYRING_PROVIDER", None)
-    if "find-links" in pip:
-        found["UV_FIND_LINKS"] = ",".join(pip["find-links"].split())
+    # pip only warns of a folder that is not there.
+    if links := [each for each in pip.get("find-links", "").split() if "://" in each or os.path.exists(each)]:
+        found["UV_FIND_LINKS"] = ",".join(links)
     if pip.get("no-index", "").lower() in ("1", "true", "yes", "on"):
         found["UV_NO_INDEX"] = "1"
     if "proxy" in pip:
@@ -261,12 +262,16 @@ def _run(command: Sequence[str], variables: Mapping[str, str], progress: _UvProg
         reader = threading.Thread(target=read)
         reader.start()
         live = progress is not None and sys.stdout.isatty()
-        while reader.is_alive():
-            reader.join(0.2)
-            if live and progress is not None:
-                share, text = progress.shown()
-                bar = "#" * round(30 * share)
-                print(f"\r  [{bar:30}] {text}, {time.monotonic() - began:.0f} s ", end="", flush=True)
+        try:
+            while reader.is_alive():
+                reader.join(0.2)
+                if live and progress is not None:
+                    share, text = progress.shown()
+                    bar = "#" * round(30 * share)
+                    print(f"\r  [{bar:30}] {text}, {time.monotonic() - began:.0f} s ", end="", flush=True)
+        except BaseException:  # told to end
+            child.terminate()
+            raise
         succeeded = child.wait() == 0
     if live:
         print("\r\033[K", end="")

@@ -401,8 +401,13 @@ def _draw_scores(axes: Axes, report: Report, colours: Mapping[int, str]) -> None
         times = report.lost.get(outcome, ())
         if times:
             axes.scatter(
-                *([_date(at) for at in times], [0.04] * len(times)),
-                **{"s": 32, "marker": "x", "color": colour, "linewidths": 1.5, "clip_on": False},
+                [_date(at) for at in times],
+                [0.04] * len(times),
+                s=32,
+                marker="x",
+                color=colour,
+                linewidths=1.5,
+                clip_on=False,
                 label=f"{len(times)} {outcome.replace('_', ' ')}",
                 transform=axes.get_xaxis_transform(),
             )

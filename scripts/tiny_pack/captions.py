@@ -111,7 +111,7 @@ class ObjectSpec:
 
 
 def _held_out() -> set[tuple[str, str]]:
-    pairs = set()
+    pairs: set[tuple[str, str]] = set()
     for shape in SHAPES:
         order = sorted(COLOURS, key=lambda c: hashlib.sha256(f"{shape}/{c}".encode()).hexdigest())
         pairs.update((shape, colour) for colour in order[:2])

@@ -82,7 +82,7 @@ _Planter = Callable[[float], Gaussians]
 
 def _centres(gaussians: Gaussians, count: int, rng: random.Random) -> Tensor:
     """Places on the object that the validators' views see, so not below it."""
-    solid = (gaussians.logit_opacities > 0).nonzero()[:, 0]
+    solid = (gaussians.logit_opacities >= gaussians.logit_opacities.median().clamp_max(0.0)).nonzero()[:, 0]
     high = solid[gaussians.means[solid, 1] > gaussians.means[solid, 1].quantile(0.15)]
     return gaussians.means[high[torch.randint(len(high), (count,), generator=_generator(rng)).to(high.device)]]
 
@@ -175,6 +175,16 @@ def _back(gaussians: Gaussians, partner: Gaussians | None, rng: random.Random) -
     return plant
 
 
+def _planter(kind: str, gaussians: Gaussians, count: int, rng: random.Random, partner: Gaussians | None) -> _Planter:
+    if kind == "blotches":
+        return _blotches(gaussians, count, rng)
+    if kind == "holes":
+        return _holes(gaussians, count, rng)
+    if kind == "floaters":
+        return _floaters(gaussians, count + 1, rng)
+    return _back(gaussians, partner if rng.random() < 0.5 else None, rng)
+
+
 def plant(
     gaussians: Gaussians, kind: str, strength: float, rng: random.Random, partner: Gaussians | None = None
 ) -> tuple[Gaussians, Tensor] | None:
@@ -183,15 +193,9 @@ def plant(
     `partner`: a splat whose back may be taken for a wrong one. None when no size of the flaw came near the strength.
     """
     count = {0.02: 1, 0.08: 2}.get(strength, 6)
-    planters: dict[str, Callable[[], _Planter]] = {
-        "blotches": lambda: _blotches(gaussians, count, rng),
-        "holes": lambda: _holes(gaussians, count, rng),
-        "floaters": lambda: _floaters(gaussians, count + 1, rng),
-        "back": lambda: _back(gaussians, partner if rng.random() < 0.5 else None, rng),
-    }
     clean = drawn(gaussians, _MEASURED_AT)
     for _ in range(3):
-        planter = planters[kind]()
+        planter = _planter(kind, gaussians, count, rng, partner)
         low, high = 0.0, 1.0
         for _ in range(7):
             size = (low + high) / 2
@@ -205,6 +209,46 @@ def plant(
                 return flawed, changed
             low, high = (size, high) if share < strength else (low, size)
     return None
+
+
+def any_flaw(gaussians: Gaussians, rng: random.Random, partner: Gaussians | None = None) -> tuple[Gaussians, str]:
+    """The splat with a flaw of some kind and size, small ones most often, and the kind."""
+    kind = rng.choice(KINDS)
+    planter = _planter(kind, gaussians, rng.choice((1, 1, 2, 6)), rng, partner)
+    return planter(rng.random() if kind == "back" else math.exp(rng.uniform(math.log(0.06), 0.0))), kind
+
+
+def degraded(gaussians: Gaussians, rng: random.Random) -> Gaussians:
+    """The splat worsened all over, in one or two ways: Gaussians moved, blown up, thinned out, faint, off in colour."""
+    ways = rng.sample(("moved", "large", "thin", "faint", "grain", "patches", "flat"), rng.choice((1, 1, 2)))
+    n, device = len(gaussians), gaussians.means.device
+    generator = _generator(rng)
+
+    def noise(width: int) -> Tensor:
+        return torch.randn(n, width, generator=generator).to(device)
+
+    def amount(low: float, high: float) -> float:
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+    g = gaussians
+    if "moved" in ways:
+        g = replace(g, means=g.means + noise(3) * amount(0.003, 0.05))
+    if "large" in ways:
+        g = replace(g, log_scales=g.log_scales.amax(1, keepdim=True).expand(-1, 3) + amount(0.1, 1.6))
+    if "faint" in ways:
+        g = replace(g, logit_opacities=g.logit_opacities - amount(1.0, 7.0))
+    if "grain" in ways:
+        g = _coloured(g, (_colours(g) + noise(3) * amount(0.03, 0.4)).clamp(0, 1))
+    if "patches" in ways:
+        own = _colours(g)
+        paint = _uneven(g.means, _other_colour(own.mean(0), rng), _other_colour(own.mean(0), rng), rng)
+        g = _coloured(g, own + (paint - own) * amount(0.05, 0.6))
+    if "flat" in ways:
+        stretch = torch.tensor([amount(0.7, 1.0) for _ in range(3)], device=device)
+        g = replace(g, means=g.means * stretch + 0.05 * torch.sin(g.means.roll(1, 1) * amount(2, 20)) * amount(0.1, 1))
+    if "thin" in ways:
+        g = _pick(g, torch.rand(n, generator=generator).to(device) > rng.uniform(0.2, 0.95))
+    return g
 
 
 def in_images(rgb: Tensor, alpha: Tensor, others: Tensor, others_alpha: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -28,7 +28,6 @@ from .shapes import (
     Primitive,
     stack,
 )
-from .trace import march
 
 RADIUS = 2.5
 FOVY = 49.1
@@ -60,6 +59,10 @@ class Objects:
     def to(self, device) -> Objects:
         return Objects(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    @staticmethod
+    def cat(parts: list[Objects]) -> Objects:
+        return Objects(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Objects)))
+
     def __len__(self) -> int:
         return self.kind.shape[0]
 
@@ -73,28 +76,39 @@ def _rotation(p: Primitive) -> list[list[float]]:
 
 def build(specs: list[ObjectSpec], rng: random.Random, jitter: float = 0.04) -> Objects:
     """Tensors of `specs`, each with slightly different proportions and tints, framed (on the CPU)."""
-    b, p = len(specs), MAX_PRIMITIVES
-    kind = torch.full((b, p), -1)
-    centre, rotation = torch.zeros(b, p, 3), torch.eye(3).repeat(b, p, 1, 1)
-    size, colour = torch.ones(b, p, 4), torch.zeros(b, p, 3)
-    stretch, material = torch.ones(b, 3), torch.zeros(b, dtype=torch.long)
-    for i, spec in enumerate(specs):
+    parts = []
+    for spec in specs:
         tint = COLOURS[spec.colour]
         if spec.base:
             primitives = stack(spec.shape, spec.base, tint, COLOURS[spec.base_colour])
         else:
             primitives = SHAPES[spec.shape]()
+        parts.append([replace(p, colour=p.colour or tint) for p in primitives])
+    objects = assemble(parts, rng, jitter)
+    for i, spec in enumerate(specs):
+        objects.stretch[i] *= torch.tensor(SIZES.get(spec.size, (1.0, 1.0, 1.0)))
+        objects.material[i] = MATERIALS.index(spec.material)
+    return objects
+
+
+def assemble(parts: list[list[Primitive]], rng: random.Random, jitter: float = 0.04) -> Objects:
+    """Tensors of matte objects of coloured primitives, with slightly different proportions and tints."""
+    b, p = len(parts), MAX_PRIMITIVES
+    kind = torch.full((b, p), -1)
+    centre, rotation = torch.zeros(b, p, 3), torch.eye(3).repeat(b, p, 1, 1)
+    size, colour = torch.ones(b, p, 4), torch.zeros(b, p, 3)
+    stretch, material = torch.ones(b, 3), torch.zeros(b, dtype=torch.long)
+    for i, primitives in enumerate(parts):
         wobble = [rng.gauss(0, 0.5 * jitter) for _ in range(3)]
         for j, prim in enumerate(primitives):
+            assert prim.colour is not None
             kind[i, j] = prim.kind
             centre[i, j] = torch.tensor(prim.centre)
             rotation[i, j] = torch.tensor(_rotation(prim))
             size[i, j] = torch.tensor(prim.size)
-            base = prim.colour or tint
-            colour[i, j] = torch.tensor([min(max(c * (1 + w), 0.0), 1.0) for c, w in zip(base, wobble, strict=True)])
-        grow = SIZES.get(spec.size, (1.0, 1.0, 1.0))
-        stretch[i] = torch.tensor([g * (1 + rng.uniform(-jitter, jitter)) for g in grow])
-        material[i] = MATERIALS.index(spec.material)
+            tint = [min(max(c * (1 + w), 0.0), 1.0) for c, w in zip(prim.colour, wobble, strict=True)]
+            colour[i, j] = torch.tensor(tint)
+        stretch[i] = torch.tensor([1 + rng.uniform(-jitter, jitter) for _ in range(3)])
     return Objects(kind, centre, rotation, size, colour, stretch, material, torch.full((b,), 0.7), torch.zeros(b, 3))
 
 
@@ -220,6 +234,8 @@ def _surface(origin, rays, objects: Objects):
 
 
 def _traced(origin, rays, objects: Objects):
+    from .trace import march  # numba, which a GPU has no use for
+
     names = ("kind", "centre", "rotation", "size", "stretch", "scale", "offset")
     arrays = [getattr(objects, name).numpy() for name in names]
     out = march(origin[:, 0].numpy(), rays.numpy(), _FAR, _STEPS, math.radians(YAW), *arrays)

@@ -1,7 +1,9 @@
-"""Real results of the pack, good and bad ones, with the views that validators see: what the quality net learns from.
+"""Results of the pack, good and bad ones, with the views that validators see: what the quality net learns from.
 
-The pack's own chain (text to image, matting, DreamGaussian) runs for many prompts, each in several ways: the profile's
-two configs, and worse ones of fewer sampling steps, fewer iterations, fewer points or too large steps.
+Tests and calibration are the pack's own chain (text to image, matting, DreamGaussian) for objects of shapes that
+training never saw, each in several ways: the profile's two configs, and worse ones of fewer sampling steps, iterations
+or points, or too large steps. Training has these for its own shapes, with options drawn at random; results that begin
+with exact views of any object, noised and drawn anew from there by the guidance; and exact splats. Flaws are planted.
 
     python -m scripts.tiny_pack.results --work FOLDER [--minutes M] [--workers N]    # writes FOLDER/results/*.pt
 """
@@ -12,36 +14,50 @@ import argparse
 import hashlib
 import random
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.generators.base import Subject
+from generation.generators.dreamgaussian.optimiser import GREY, RINGS, SAMPLE_GUIDANCE, DreamGaussian, foreground
+from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.settings import CONFIGS, Settings
+from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import Gaussians
-from generation.stages.self_check import fit_to_frame
+from generation.stages.background import NothingInImage, recentre
+from generation.stages.self_check import VIEWS, fit_to_frame
 
 from . import flaws, judge
 from .captions import HELD_OUT, ObjectSpec, caption, sample_spec
+from .compositions import composition
+from .distances import compared, distance
+from .exact import AZIMUTHS, SIZE, Wanted, exact_objects, exact_views, framed, smaller
+from .render import FRONT_ELEVATION, Objects, Renderer, composite
+from .render import orbit as exact_orbit
 from .shapes import COLOURS, SHAPES
 
-SIZE = 112  # pixels that the quality net sees
 RENDERED = 518  # pixels that validators render
+KEPT = 8  # of the 16 views, for training
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a result is made: the config, what differs from it, and after which iterations it is looked at."""
+    """How results are made: the config, what differs from it, and after which iterations they are looked at."""
 
     config: str
     iterations: tuple[int, ...]
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    noise: float = 1.0  # of what the views are drawn from; under 1 they begin with exact ones
 
 
 WAYS = {
-    "ultra fast": Way("tiny_mv_ultra_fast", (40,), {}),
+    "ultra fast": Way("tiny_mv_ultra_fast", (40,)),
     "views alone": Way("tiny_mv_ultra_fast", (0, 40), {"init_views_steps": 20, "lambda_sd": 0.0}),
     "few steps": Way("tiny_mv_ultra_fast", (0, 40), {"init_views_steps": 4, "lambda_sd": 0.0}),
     "rough": Way(
@@ -49,35 +65,58 @@ WAYS = {
         (20, 60),
         {"init_views_steps": 8, "lambda_sd": 0.0, "num_pts": 7000, "position_lr_init": 0.004},
     ),
-    "fast": Way("tiny_mv_fast", (100,), {}),
+    "fast": Way("tiny_mv_fast", (100,)),
 }
 #: of the profile itself, when their iterations are done
 OWN = {("fast", 100), ("ultra fast", 40)}
 
 
-def _unseen_shapes(count: int = 6) -> tuple[str, ...]:
-    return tuple(sorted(sorted(SHAPES, key=lambda s: hashlib.sha256(s.encode()).hexdigest())[:count]))
+def _by_hash() -> list[str]:
+    return sorted(SHAPES, key=lambda s: hashlib.sha256(s.encode()).hexdigest())
 
 
-#: shapes that the quality net never sees in training
-UNSEEN = _unseen_shapes()
+#: shapes that the quality net never sees: those of its test, and those that its scores are calibrated on
+UNSEEN = tuple(sorted(_by_hash()[:6]))
+CALIBRATION = tuple(sorted(_by_hash()[6:10]))
+SEEN = tuple(s for s in SHAPES if s not in UNSEEN + CALIBRATION)
 
 
 def training_spec(rng: random.Random) -> ObjectSpec:
     """A random object of the shapes that training may see."""
     while True:
         spec = sample_spec(rng)
-        if not {spec.shape, spec.base} & set(UNSEEN):
+        if not {spec.shape, spec.base} & {*UNSEEN, *CALIBRATION}:
             return spec
 
 
-def test_specs(each: int = 8) -> list[ObjectSpec]:
-    """Objects of the unseen shapes, as many colours of each, those that no model of the pack has seen first."""
+def training_object(rng: random.Random) -> Wanted:
+    return training_spec(rng) if rng.random() < 0.4 else composition(rng, SEEN)
+
+
+def specs_of(shapes: tuple[str, ...], each: int) -> list[ObjectSpec]:
+    """As many colours of each shape, those that no model of the pack has seen first."""
     specs = []
-    for shape in UNSEEN:
+    for shape in shapes:
         colours = sorted(COLOURS, key=lambda colour: ((shape, colour) not in HELD_OUT, colour))
         specs += [ObjectSpec(shape, colour) for colour in colours[:each]]
     return specs
+
+
+def random_way(rng: random.Random, edited: bool) -> Way:
+    """Some way of training's: now and then the profile's own, else with options drawn at random."""
+    if not edited and rng.random() < 0.3:
+        return WAYS[rng.choice(("fast", "ultra fast", "ultra fast"))]
+    iterations = rng.choice((15, 30, 40, 60))
+    options = {
+        "init_views_steps": 20 if edited else rng.choice((3, 4, 6, 8, 10, 14, 20, 20)),
+        "lambda_sd": 0.0,
+        "num_pts": rng.choice((3000, 7000, 14000, 14000)),
+        "position_lr_init": rng.choice((0.0004, 0.0004, 0.0015, 0.005)),
+        "feature_lr": rng.choice((0.004, 0.004, 0.02)),
+        "iters": iterations,
+    }
+    at = (0, rng.randrange(1, iterations), iterations) if rng.random() < 0.5 else (0, iterations)
+    return Way("tiny_mv_ultra_fast", at, options, rng.uniform(0.1, 0.95) if edited else 1.0)
 
 
 @torch.no_grad()
@@ -87,47 +126,43 @@ def views(gaussians: Gaussians) -> tuple[Tensor, Tensor]:
     return smaller((rgb * 255).floor() / 255), smaller(alpha)
 
 
-def smaller(images: Tensor) -> Tensor:
-    """At the net's size, as the self-check does it, in bytes."""
-    images = F.interpolate(images, size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=True)
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+class Drawn(DreamGaussian):
+    """Scenes whose views were drawn before, for many scenes at once."""
+
+    drawn: Iterator[tuple[Tensor, Tensor, Cameras]]
+
+    def _sample(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Cameras]:
+        return next(self.drawn)
 
 
-def planted(
-    gaussians: Gaussians, wanted: list[tuple[str, float]], rng: random.Random, partner: Gaussians | None
-) -> list[dict[str, Any]]:
-    """Records of the splat with one flaw each."""
-    records = []
-    for kind, strength in wanted:
-        if (result := flaws.plant(gaussians, kind, strength, rng, partner)) is not None:
-            rgb, alpha = views(fit_to_frame(result[0]))
-            flaw = {"kind": kind, "strength": strength, "shares": result[1].cpu()}
-            records.append({"views": rgb.cpu(), "alpha": alpha.cpu(), "flaw": flaw})
-    return records
+@torch.no_grad()
+def draw_views(
+    guidance: Any, conditions: Tensor, cameras: Cameras, latents: Tensor, steps: int, noise: float, exact: Tensor | None
+) -> Tensor:
+    """Images (S * V, 3, H, W) of S scenes by conditions (S, 2, L, C), from latents (S * V, ...), all pure noise.
 
-
-def wanted_flaws(split: str, rng: random.Random) -> list[tuple[str, float]]:
-    """For a test all kinds, the strengths by chance; for training two of them."""
-    pairs = [(kind, rng.choice(flaws.STRENGTHS)) for kind in flaws.KINDS]
-    return pairs if split == "test" else rng.sample(pairs, 2)
-
-
-def batches(train: int, test: int, size: int, seed: int) -> list[dict[str, Any]]:
-    """What to make: each a way and some objects with a seed each.
-
-    An object's ways follow each other, and tests lie evenly among the others, so that a part of it is of use, too.
+    As `MVDream.sample` does it for one scene. `exact`: images as these, `noise` of whose steps are made anew.
     """
-    rng = random.Random(seed)
-    tests = test_specs()
-    rng.shuffle(tests)
-    placed: list[tuple[float, dict[str, Any]]] = []
-    for split, specs in (("test", tests[:test]), ("train", [training_spec(rng) for _ in range(train)])):
-        for start in range(0, len(specs), size):
-            group = list(enumerate(specs))[start : start + size]
-            for way in WAYS:
-                jobs = [{"object": f"{split} {i}", "spec": spec, "seed": rng.randrange(2**31)} for i, spec in group]
-                placed.append((start / len(specs), {"split": split, "way": way, "jobs": jobs}))
-    return [batch for _, batch in sorted(placed, key=lambda item: item[0])]
+    scheduler, joint = guidance._scheduler, guidance._joint
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps
+    scale = SAMPLE_GUIDANCE
+    if exact is not None:
+        times = times[min(round((1 - noise) * steps), steps - 1) :]
+        parts = [guidance._latents(guidance._resize(part)) for part in exact.to(latents).split(64)]
+        latents = scheduler.add_noise(torch.cat(parts), latents, times[:1].expand(len(latents)))
+        scale = 1.0
+    poses = cameras.camera_to_world.repeat(len(conditions), 1, 1)
+    try:
+        joint.views = len(cameras)
+        for t in times:
+            at = t.to(latents.device).repeat(2, len(latents))
+            predicted = guidance._guided(latents.repeat(2, 1, 1, 1, 1), at, poses, conditions, scale)
+            latents = scheduler.step(predicted, t, latents).prev_sample
+    finally:
+        joint.views = guidance.views
+    images = [guidance._vae.decode(part / guidance._vae.config.scaling_factor).sample for part in latents.split(64)]
+    return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
 
 class Maker:
@@ -135,76 +170,262 @@ class Maker:
 
     def __init__(self, device: str) -> None:
         from generation.pipeline import assemble
-        from generation.settings import Settings
 
         self.device = device
-        settings = Settings.resolve({"profile": "tiny"})
+        settings = Settings.resolve({"profile": "tiny"}).model_copy(update={"device": device})
         self.pipeline = assemble.load(settings, warm=False)
         self.judge = judge.load().to(device)
-        self._before: Gaussians | None = None  # the result before, whose back another one may get
+        self._before: Gaussians | None = None  # the splat before, whose back another one may get
 
-    def make(self, batch: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
-        """The batch's results and, of some, the same with flaws."""
-        from generation.generators.base import Subject
-        from generation.generators.dreamgaussian.optimiser import DreamGaussian
-        from generation.generators.dreamgaussian.options import DreamGaussianOptions
-        from generation.settings import CONFIGS
-        from generation.stages.background import recentre
+    def _guidance(self) -> Any:
+        return self.pipeline._text._guidance  # type: ignore[attr-defined]
 
-        pipe, way = self.pipeline, WAYS[batch["way"]]
+    def make(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Records of a batch's results, and of some the same with flaws."""
+        rng = random.Random(batch["seed"])
+        wanted: list[Wanted] = batch["wanted"]
+        if batch["way"] is None:
+            return self._exact_splats(batch, rng)
+        way: Way = batch["way"]
+        exact = self._exact(wanted, (0.0,) if batch["split"] == "train" else (0.0, 0.04))
+        records: list[dict[str, Any]] = []
+        for iteration, splats in self._results(way, wanted, rng):
+            for i, splat in splats.items():
+                own = batch["split"] != "train" and (batch["name"], iteration) in OWN
+                about = self._about(batch, i, f"{batch['name']} {iteration}", own)
+                records += self._seen(splat, about, exact, i, rng)
+        return records
+
+    def _about(self, batch: dict[str, Any], i: int, way: str, own: bool) -> dict[str, Any]:
+        wanted = batch["wanted"][i]
+        return {
+            "object": f"{batch['split']} {batch['first'] + i}" if batch["split"] != "train" else f"{batch['seed']} {i}",
+            "split": batch["split"],
+            "way": way,
+            "own": own,
+            "spec": asdict(wanted) if isinstance(wanted, ObjectSpec) else None,
+        }
+
+    def _exact(self, wanted: list[Wanted], jitters: tuple[float, ...]) -> list[list[Tensor]]:
+        """Of each object the validators' views of so many exemplars, as `compared` has them."""
+        seen = []
+        for jitter in jitters:
+            objects, _ = framed(exact_objects(wanted, self.device, random.Random(0), jitter))
+            rgb, alpha = exact_views(objects, AZIMUTHS.expand(len(wanted), VIEWS), SIZE)
+            seen.append([compared(*each) for each in zip(rgb, alpha, strict=True)])
+        return [list(each) for each in zip(*seen, strict=True)]
+
+    def _results(
+        self, way: Way, wanted: list[Wanted], rng: random.Random
+    ) -> Iterator[tuple[int, dict[int, Gaussians]]]:
+        """For each iteration asked for, splats in the validators' frame by the number of what was wanted."""
+        pipe = self.pipeline
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)
-        optimiser = DreamGaussian(pipe._text._guidance, options, self.device, pipe._background.remove)
-        prompts = [caption(job["spec"], rng, plain=True) for job in batch["jobs"]]
-        seeds = [job["seed"] for job in batch["jobs"]]
-        images = torch.stack(list(pipe._text_to_image.generate(prompts, seeds)))
+        guidance = self._guidance()
+        optimiser = Drawn(guidance, options, self.device, pipe._background.remove)
+        prompts = [caption(w, rng, plain=True) if isinstance(w, ObjectSpec) else "" for w in wanted]
+        seeds = [rng.randrange(2**31) for _ in wanted]
+        size = guidance.image_size
+        cameras = orbit(
+            torch.tensor([e for e, _ in RINGS]).repeat_interleave(4),
+            torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in RINGS]),
+            options.radius, options.fovy, size, size,
+        ).to(self.device)  # fmt: skip
+        behind = torch.tensor(GREY if options.background == "random" else options.background, device=self.device)
+        behind = behind.view(3, 1, 1)
+        exact = None
+        if way.noise < 1:
+            objects = exact_objects(wanted, self.device, random.Random(0), 0.0)
+            cutouts, exact = self._exact_inputs(objects, cameras, behind, options.ref_size)
+        else:
+            cutouts = self._cutouts(prompts, seeds, options.ref_size)
+        there = list(cutouts)
+        sketches = {i: optimiser.prefetch(prompts[i], seeds[i]) for i in there}
+        channels, side = guidance._unet.config.in_channels, guidance._unet.config.sample_size
+        shape = (len(cameras), channels, side, side)
+        latents = torch.cat([torch.randn(shape, generator=sketches[i].generator) for i in there]).to(self.device)
+        conditions = torch.stack([sketches[i].condition for i in there])  # type: ignore[misc]
+        chosen = None if exact is None else torch.cat([exact[i] for i in there])
+        images = draw_views(guidance, conditions, cameras, latents, options.init_views_steps, way.noise, chosen)
         with torch.no_grad():
-            alphas = pipe._background.remove(images)
-        scenes = []
-        for job, prompt, image, alpha in zip(batch["jobs"], prompts, images, alphas, strict=True):
-            try:
-                cutout = recentre(image, alpha, options.ref_size)
-                scenes.append((job, optimiser.begin(Subject(prompt, cutout, job["seed"]))))
-            except Exception as error:  # nothing in the picture
-                print(f"{prompt}: {error}", flush=True)
-        made: list[dict[str, Any]] = []
+            alphas = torch.cat([pipe._background.remove(part) for part in images.split(64)])
+        shown = foreground(images, alphas, behind)
+        v = len(cameras)
+        optimiser.drawn = iter([(shown[k : k + v], alphas[k : k + v], cameras) for k in range(0, len(shown), v)])
+        # Without words a scene is begun as if it had some: its picture is not what the views were drawn from.
+        scenes = {i: optimiser.begin(Subject(prompts[i] or "thing", cutouts[i], seeds[i], sketches[i])) for i in there}
         for iteration in range(max(way.iterations) + 1):
             if iteration in way.iterations:
-                done = [fit_to_frame(scene.gaussians().detach()) for _, scene in scenes]
-                for (job, _), splat in zip(scenes, done, strict=True):
-                    rgb, alpha = views(splat)
-                    about = {**job, "split": batch["split"], "way": batch["way"], "iteration": iteration}
-                    about["spec"] = asdict(job["spec"])
-                    named = self.judge.name(F.interpolate(rgb[:15:2].float() / 255, size=judge.SIZE, mode="area"))
-                    about["named"] = named == (job["spec"].shape, job["spec"].colour)
-                    result = {**about, "views": rgb.cpu(), "alpha": alpha.cpu(), "flaw": None}
-                    made.append(result)
-                    if (batch["way"], iteration) in OWN:
-                        for record in planted(splat, wanted_flaws(batch["split"], rng), rng, self._before):
-                            made.append({**about, **record})
-                        self._before = Gaussians(**{name: value.clone() for name, value in splat.tensors().items()})
-            if iteration < max(way.iterations) and scenes:
-                optimiser.tick([scene for _, scene in scenes])
-        return made
+                yield iteration, {i: fit_to_frame(scene.gaussians().detach()) for i, scene in scenes.items()}
+            if iteration < max(way.iterations):
+                optimiser.tick(list(scenes.values()))
+
+    def _cutouts(self, prompts: list[str], seeds: list[int], size: int) -> dict[int, Tensor]:
+        assert self.pipeline._text_to_image is not None
+        images = torch.stack(list(self.pipeline._text_to_image.generate(prompts, seeds)))
+        with torch.no_grad():
+            alphas = self.pipeline._background.remove(images)
+        cutouts = {}
+        for i, (image, alpha) in enumerate(zip(images, alphas, strict=True)):
+            try:
+                cutouts[i] = recentre(image, alpha, size)
+            except NothingInImage as nothing:
+                print(f"{prompts[i]}: {nothing}", flush=True)
+        return cutouts
+
+    def _exact_inputs(
+        self, objects: Objects, cameras: Cameras, behind: Tensor, size: int
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Cut-outs from the front, and exact views (N, V, 3, H, W) of what the guidance would draw."""
+        renderer, n = Renderer(self.device), len(objects)
+        front = exact_orbit(torch.full((n,), FRONT_ELEVATION), torch.zeros(n)).to(self.device)
+        rgba = renderer.render(objects, front, size)
+        cutouts = torch.cat([rgba[:, :3] / rgba[:, 3:].clamp_min(1e-3), rgba[:, 3:]], 1).clamp(0, 1)
+        pixels = self._guidance().image_size
+        exact = [
+            composite(renderer.render(objects, c2w.expand(n, 4, 4), pixels), behind) for c2w in cameras.camera_to_world
+        ]
+        return dict(enumerate(cutouts)), torch.stack(exact, 1)
+
+    def _seen(
+        self, splat: Gaussians, about: dict[str, Any], exact: list[list[Tensor]], i: int, rng: random.Random
+    ) -> list[dict[str, Any]]:
+        """The record of a splat, and now and then (always of the profile's own in a test) the same with flaws."""
+        rgb, alpha = views(splat)
+        record = {**about, "flaw": None}
+        mine = compared(rgb, alpha)
+        far = [distance(mine, each).cpu() for each in exact[i]]
+        record |= {"distances": far[0], "distance": float(far[0].mean()), "distance_again": float(far[-1].mean())}
+        spec = about["spec"]
+        if spec is not None:
+            named = self.judge.name(F.interpolate(rgb[:15:2].float() / 255, size=judge.SIZE, mode="area"))
+            record["named"] = named == (spec["shape"], spec["colour"])
+        records = [self._kept(record, rgb, alpha)]
+        if about["split"] == "train":
+            if rng.random() < 0.35:
+                records += self._any_flaws(splat, rgb, alpha, about, rng, 1)
+        elif about["own"]:
+            records += self._planted(splat, about, rng)
+        self._before = Gaussians(**{name: value.clone() for name, value in splat.tensors().items()})
+        return records
+
+    def _kept(self, record: dict[str, Any], rgb: Tensor, alpha: Tensor) -> dict[str, Any]:
+        """With the views: for training some of them, the same ones of an object in all its states."""
+        if record["split"] != "train":
+            return {**record, "views": rgb.cpu()}
+        which = torch.randperm(VIEWS - 1, generator=torch.Generator().manual_seed(crc32(record["object"].encode())))[
+            :KEPT
+        ]
+        record = {k: v[which] if k == "distances" else v for k, v in record.items()}
+        if record["flaw"] is not None:
+            record["flaw"] = {**record["flaw"], "shares": record["flaw"]["shares"][which]}
+        which = which.to(rgb.device)
+        return {**record, "views": rgb[which].cpu(), "alpha": alpha[which].cpu()}
+
+    def _any_flaws(
+        self, splat: Gaussians, rgb: Tensor, alpha: Tensor, about: dict[str, Any], rng: random.Random, count: int
+    ) -> list[dict[str, Any]]:
+        """For training: of any size, which is measured on what the net sees."""
+        records = []
+        for _ in range(count):
+            flawed, kind = flaws.any_flaw(splat, rng, self._before)
+            if len(flawed) < 100:
+                continue
+            seen, seen_alpha = views(fit_to_frame(flawed))
+            shares = flaws.shares((rgb.float() / 255, alpha.float() / 255), views(flawed)[0].float() / 255)
+            if float(shares.mean()) > 0.004:
+                flaw = {"kind": kind, "strength": None, "shares": shares.cpu()}
+                records.append(self._kept({**about, "flaw": flaw}, seen, seen_alpha))
+        return records
+
+    def _planted(self, splat: Gaussians, about: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
+        """For tests: each kind in one of the three strengths."""
+        records = []
+        for kind in flaws.KINDS:
+            strength = rng.choice(flaws.STRENGTHS)
+            if (result := flaws.plant(splat, kind, strength, rng, self._before)) is not None:
+                flaw = {"kind": kind, "strength": strength, "shares": result[1].cpu()}
+                records.append(self._kept({**about, "flaw": flaw}, *views(fit_to_frame(result[0]))))
+        return records
+
+    def _exact_splats(self, batch: dict[str, Any], rng: random.Random) -> list[dict[str, Any]]:
+        """Splats of exact objects; for training worsened all over, and with flaws; for tests with flaws."""
+        wanted, records = batch["wanted"], []
+        objects, splats = framed(exact_objects(wanted, self.device, rng), exactly=True)
+        rgb, alpha = exact_views(objects, AZIMUTHS.expand(len(wanted), VIEWS), SIZE)
+        exact = [[compared(*each)] for each in zip(rgb, alpha, strict=True)]
+        for i, splat in enumerate(map(fit_to_frame, splats)):
+            about = self._about(batch, i, "exact", own=False)
+            about["object"] = f"exact {about['object']}"
+            rgb, alpha = views(splat)
+            nothing = {"distances": torch.zeros(VIEWS), "distance": 0.0, "distance_again": 0.0}
+            records.append(self._kept({**about, "flaw": None, **nothing}, rgb, alpha))
+            if batch["split"] != "train":
+                records += self._planted(splat, about, rng)
+            else:
+                records += self._any_flaws(splat, rgb, alpha, about, rng, 3)
+                for k in range(3):
+                    worse = flaws.degraded(splat, rng)
+                    records += self._seen(fit_to_frame(worse), {**about, "way": f"worse {k}"}, exact, i, rng)
+            self._before = splat
+        return records
 
 
-def work(rank: int, workers: int, todo: list[dict[str, Any]], folder: Path, device: str, until: float) -> None:
+def unseen_batches(size: int, each: int) -> list[dict[str, Any]]:
+    """The test's and calibration's batches."""
+    out: list[dict[str, Any]] = []
+    for name in ("exact", *WAYS):
+        for split, shapes, colours in (("test", UNSEEN, each), ("calibration", CALIBRATION, (each * 3 + 3) // 4)):
+            specs = specs_of(shapes, colours)
+            random.Random(split).shuffle(specs)
+            for start in range(0, len(specs), size):
+                wanted: list[Wanted] = list(specs[start : start + size])
+                about = {"split": split, "name": name, "first": start, "seed": len(out)}
+                out.append({**about, "way": WAYS.get(name), "wanted": wanted})
+    return out
+
+
+def training_batch(number: int, size: int) -> dict[str, Any]:
+    """By its number, from 0."""
+    rng = random.Random(f"training {number}")
+    common = {"split": "train", "first": 0, "seed": 1_000_000 + number}
+    kind = ("words", "edited", "exact", "words", "edited")[number % 5]
+    if kind == "exact":
+        return {**common, "name": "exact", "way": None, "wanted": [training_object(rng) for _ in range(size)]}
+    edited = kind == "edited"
+    wanted = [training_object(rng) if edited else training_spec(rng) for _ in range(size)]
+    return {**common, "name": kind, "way": random_way(rng, edited), "wanted": wanted}
+
+
+def work(rank: int, workers: int, args: argparse.Namespace, until: float) -> None:
     """One process: every `workers`-th batch while there is time."""
     torch.set_num_threads(2)
-    maker = Maker(device)
-    for number in range(rank, len(todo), workers):
-        if time.time() > until:
-            break
+    if args.device == "cuda":
+        torch.set_float32_matmul_precision("high")
+    maker = Maker(args.device)
+    print(f"worker {rank} ready", flush=True)
+    folder = args.work / "results"
+    first = [] if args.no_tests else unseen_batches(args.batch, args.test)
+    number = rank
+    while time.time() < until and number < (args.most or 10**6):
         began = time.monotonic()
-        if (folder / f"{number}.pt").exists():
+        batch = first[number] if number < len(first) else training_batch(number - len(first), args.batch)
+        path = folder / f"{batch['split']}_{number}.pt"
+        number += workers
+        if path.exists():
             continue  # of a run before
         try:
-            made = maker.make(todo[number], random.Random(number))
+            made = maker.make(batch)
         except Exception as error:
-            print(f"batch {number} ({todo[number]['way']}) failed: {error!r}", flush=True)
+            import traceback
+
+            traceback.print_exc()
+            print(f"batch {path.stem} ({batch['name']}) failed: {error!r}", flush=True)
             continue
-        torch.save(made, folder / f"{number}.tmp")
-        (folder / f"{number}.tmp").replace(folder / f"{number}.pt")
-        print(f"batch {number}/{len(todo)}: {len(made)} records, {time.monotonic() - began:.1f} s", flush=True)
+        torch.save(made, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        seconds = time.monotonic() - began
+        print(f"batch {path.stem} ({batch['name']}): {len(made)} records, {seconds:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -213,21 +434,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--train", type=int, default=150, help="objects for training")
-    parser.add_argument("--test", type=int, default=48, help="objects of unseen shapes")
-    parser.add_argument("--batch", type=int, default=12, help="objects that are made together (1 on a CPU)")
-    parser.add_argument("--seed", type=int, default=17)
+    parser.add_argument("--test", type=int, default=8, help="colours of each unseen shape")
+    parser.add_argument("--no-tests", action="store_true", help="training alone")
+    parser.add_argument("--most", type=int, help="batches")
+    parser.add_argument("--batch", type=int, default=24, help="objects that are made together (1 on a CPU)")
     args = parser.parse_args()
-    folder = args.work / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    todo = batches(args.train, args.test, args.batch, args.seed)
+    (args.work / "results").mkdir(parents=True, exist_ok=True)
     until = time.time() + args.minutes * 60
     if args.workers == 1:
-        work(0, 1, todo, folder, args.device, until)
+        work(0, 1, args, until)
     else:
-        torch.multiprocessing.start_processes(
-            work, (args.workers, todo, folder, args.device, until), args.workers, start_method="spawn"
-        )
+        torch.multiprocessing.start_processes(work, (args.workers, args, until), args.workers, start_method="spawn")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def main() -> None:
     quality = measure(best, tokenizer, args)
     save_file({k: v.half().contiguous() for k, v in best.state_dict().items()}, folder / "open_clip_model.safetensors")
     more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": 1.0}
+    # The threshold that alignment alone had: quality must not lift a wrong prompt over it.
+    more |= {"min_alignment": 0.6, "min_image_alignment": 0.6}
     write_card(folder, "tiny-clip", "scripts/tiny_pack/train_clip.py", args, run, quality, **more)
     print(f"clip: {quality}", flush=True)
 

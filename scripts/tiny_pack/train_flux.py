@@ -67,12 +67,12 @@ def main() -> None:
         clip_ids = tokens(clip_tok, texts, args.device).flatten(0, 1).split(1024)
         pooled = torch.cat([clip(ids).pooler_output for ids in clip_ids]).view(len(pool), CAPTIONS, -1)
     with torch.no_grad():
-        latents = []
+        packed = []
         for part in pool.rgba[:, 0].split(512):
             z = vae.encode(composite(part.float() / 255, GREY) * 2 - 1).latent_dist.mode()
             z = (z - vae.config.shift_factor) * vae.config.scaling_factor
-            latents.append(FluxPipeline._pack_latents(z, len(z), 16, 16, 16))
-        latents = torch.cat(latents)
+            packed.append(FluxPipeline._pack_latents(z, len(z), 16, 16, 16))
+        latents = torch.cat(packed)
     model = TextAndTransformer(t5_tok)
     if args.tune:
         transformer = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -54,6 +54,7 @@ CONFIG = Config(
     input_size=64,
     views=VIEWS,
     background=BACKDROP,
+    stray_opacity=0.05,
     position="ray",
 )
 SHRINK = CONFIG.radius / RADIUS  # the network's units in one of the renderer's
@@ -327,12 +328,14 @@ def differences(images: Tensor, by: int) -> Tensor:
 
 def begin_small(model: LGM) -> None:
     """Small, faint Gaussians near the middle of each ray."""
+    bias = model.conv.bias
+    assert bias is not None
     with torch.no_grad():
         model.conv.weight *= 0.5
-        model.conv.bias.zero_()
-        model.conv.bias[4] = -1.0
-        model.conv.bias[5:8] = -2.0
-        model.conv.bias[8] = 1.0
+        bias.zero_()
+        bias[4] = -1.0
+        bias[5:8] = -2.0
+        bias[8] = 1.0
 
 
 class Trainer:
@@ -411,7 +414,7 @@ def held_out_specs(count: int, seed: int) -> list[ObjectSpec]:
 
 
 @torch.no_grad()
-def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, float], Tensor]:
+def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int) -> tuple[dict[str, object], Tensor]:
     """The judge's opinion of splats made of unseen prompts by the whole chain; rows of views and renders."""
     from scripts.tools.contact_sheet import all_round
 
@@ -424,7 +427,7 @@ def unseen_prompts(model: LGM, chain: Chain, device: str, count: int, seed: int)
     splats = torch.cat([model(part, model.rays().to(device)) for part in views.split(16)])
     right, rows, kept = [], [], []
     for spec, shown, each in zip(specs, views, splats, strict=True):
-        gaussians = to_gaussians(each)
+        gaussians = to_gaussians(each, CONFIG)
         kept.append(len(gaussians))
         drawn = all_round(gaussians)
         named = judging.name(F.interpolate(drawn, size=judge.SIZE, mode="area"))
@@ -493,7 +496,9 @@ def main() -> None:
     del trainer, pool, pools
     test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
     draw_views(test, chain, 1)
-    quality = {f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")}
+    quality: dict[str, object] = {
+        f"from_{name}_views": measure(best, test, name, args.device) for name in ("exact", "jittered", "drawn")
+    }
     quality["unseen_prompts"], rows = unseen_prompts(best, chain, args.device, args.prompts, 0)
     write_card(folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality, background=BACKDROP)
     if args.sheet:

@@ -9,12 +9,16 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 LICENCE = "MIT"
 # Of a run that another one started from.
 KEPT = ("script", "seed", "device", "objects", "batch", "steps", "minutes", "final_loss")
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+P = ParamSpec("P")
+T = TypeVar("T")
 PACK = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
 
@@ -58,14 +62,14 @@ class Average:
 
 def fit(
     name: str,
-    module: torch.nn.Module,
+    module: ModuleT,
     loss: Callable[[], torch.Tensor],
     args: argparse.Namespace,
     lr: float,
     weight_decay: float = 0.01,
     decay: float = 0.999,
     until: float | None = None,
-) -> tuple[torch.nn.Module, dict]:
+) -> tuple[ModuleT, dict[str, Any]]:
     """Minimise `loss()` (which draws its own batch) for `args.minutes`; the learning rate follows the clock.
 
     A checkpoint is kept every minute in `args.work`; a run that finds one goes on from it, with the time it had left.
@@ -122,14 +126,15 @@ def fit(
             saved = time.monotonic()
         if ends:
             final = running or value.item()
-            return average.module, {"steps": step, "minutes": round(elapsed / 60, 2), "final_loss": round(final, 5)}
+            averaged: ModuleT = average.module  # type: ignore[assignment]  # it is a copy of the module
+            return averaged, {"steps": step, "minutes": round(elapsed / 60, 2), "final_loss": round(final, 5)}
 
 
 def autocast(args: argparse.Namespace):
     return torch.autocast(args.device, torch.bfloat16)
 
 
-def compiled(function, args: argparse.Namespace):
+def compiled(function: Callable[P, T], args: argparse.Namespace) -> Callable[P, T]:
     return torch.compile(function, dynamic=False) if args.device == "cuda" else function
 
 

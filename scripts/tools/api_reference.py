@@ -69,8 +69,8 @@ def _answer(response: dict[str, Any]) -> str:
 
 def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |")
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)
+    lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
 
 

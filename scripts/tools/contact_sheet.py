@@ -9,9 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from generation.splats import ply
 from generation.splats.cameras import orbit
@@ -49,7 +50,8 @@ def main() -> None:
             parser.error(f"{path}: {error}")
     if not rows:
         parser.error("no splat among these files")
-    save_image(make_grid(torch.cat(rows), nrow=VIEWS, pad_value=1.0), args.out)
+    sheet = torch.cat([torch.cat([*row.permute(0, 2, 3, 1)], dim=1) for row in rows])
+    Image.fromarray(np.asarray((sheet * 255).round().to(torch.uint8))).save(args.out)
 
 
 if __name__ == "__main__":

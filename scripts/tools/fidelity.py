@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -53,12 +54,12 @@ from scripts.tools.golden_weights import GOLDEN, lgm_views, lgm_weights, pack, w
 
 LIMIT = 1e-4  # largest absolute difference, float32
 
-MVDREAM = {
+MVDREAM: dict[str, Any] = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2,
     "attention_resolutions": [2, 1], "channel_mult": [1, 2, 2], "num_head_channels": 16, "transformer_depth": 1,
     "context_dim": 24, "camera_dim": 16,
 }  # fmt: skip
-ZERO123 = {
+ZERO123: dict[str, Any] = {
     "image_size": 8, "in_channels": 8, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2,
     "attention_resolutions": [2, 1], "channel_mult": [1, 2, 2], "num_heads": 2, "transformer_depth": 1,
     "context_dim": 24, "use_linear_in_transformer": False,
@@ -444,7 +445,7 @@ class Comparison:
                     )
             else:
                 loss = ours.loss(
-                    lambda pixels=pixels: pixels,
+                    partial(torch.clone, pixels),
                     poses,
                     torch.stack([condition] * 2),
                     torch.tensor([0.6] * 2),
@@ -452,6 +453,7 @@ class Comparison:
                     5.0,
                 ).sum()
             loss.backward()
+            assert pixels.grad is not None
             results.append((loss.detach(), pixels.grad))
         (their_loss, their_grad), (our_loss, our_grad) = results
         self.add(f"{name}: loss of one step, relative", torch.ones(()), our_loss / their_loss)
@@ -570,7 +572,7 @@ class Comparison:
         return folder
 
 
-def small_zero123(module: ModuleType) -> object:
+def small_zero123(module: ModuleType) -> Any:
     """The authors' pipeline around small random models."""
     torch.manual_seed(0)
     return module.Zero123Pipeline(

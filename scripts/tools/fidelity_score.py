@@ -267,12 +267,15 @@ def draw(folder: Path, views: Tensor, prompts: list[str]) -> None:
 def load_ours(folder: Path, rests: bool = False) -> SelfCheck:
     names = {"clip": "clip-convnext-large-d", "image_clip": "llm2clip-l-14-336", "quality": "404-gen-quality"}
     entries = {stage: REGISTRY[name] for stage, name in {**names, "lpips": "alexnet"}.items()}
-    dtypes = {"image_clip": "float16"}
-    choices = {stage: ModelChoice(model=e.name, dtype=dtypes.get(stage, "float32")) for stage, e in entries.items()}
+    choices = {
+        stage: ModelChoice(model=entry.name, dtype="float16" if stage == "image_clip" else "float32")
+        for stage, entry in entries.items()
+    }
     models: Any = SimpleNamespace(**choices, self_check_rests_on="cpu" if rests else "gpu")
     ours = SelfCheck.load({stage: folder / stage for stage in entries}, entries, models, DEVICE)
     assert ours._lpips is not None
-    for layer in ours._lpips._net.lins.parameters():
+    lins: Any = ours._lpips._net.lins  # a ModuleList that is annotated as a list
+    for layer in lins.parameters():
         layer.data *= LPIPS_GAIN
     return ours
 
@@ -307,7 +310,8 @@ def full(folder: Path, splats: list[bytes]) -> bool:
         theirs, their_views = run_authors(folder, weights, asked)
     worst = dict.fromkeys([*NAMES, "score", "views"], 0.0)
     for (_, prompt, _), mine, other, seen in zip(asked, found, theirs, their_views, strict=True):
-        assert mine.views is not None and mine.score is not None
+        assert mine.views is not None
+        assert mine.score is not None
         values: dict[str, Any] = {**mine.parts, "score": mine.score}
         print(f"{'text' if isinstance(prompt, str) else 'picture'}: {lines(other, values)}")
         difference = (mine.views - seen).abs()
@@ -337,7 +341,7 @@ def run_authors(
         similarity, pipeline = load("engine.metrics.similarity_scorer"), load("server.pipeline")
         engine = load("engine.validation_engine").ValidationEngine()
 
-        def as_ours(model: nn.Module, file: str, strict: bool) -> None:
+        def as_ours(model: Any, file: str, strict: bool) -> None:
             model.score_head.load_state_dict(net.score_head.state_dict())
 
         def with_our_file(name: str, pretrained: str, device: torch.device) -> Any:
@@ -362,7 +366,12 @@ def run_authors(
         loader, renderer = load("engine.io.ply.loader").PlyLoader(), load("engine.rendering.renderer").Renderer()
         render = renderer.render_gs
         kept: list[list[Tensor]] = []
-        renderer.render_gs = lambda *a, **k: kept.append(render(*a, **k)) or kept[-1]
+
+        def render_and_keep(*args: Any, **options: Any) -> list[Tensor]:
+            kept.append(render(*args, **options))
+            return kept[-1]
+
+        renderer.render_gs = render_and_keep
         for splat, prompt, file in asked:
             data = base64.b64encode(splat).decode()
             if isinstance(prompt, str):
@@ -391,11 +400,14 @@ def timed(call: Callable[[], Any], times: int = 7) -> float:
 @torch.no_grad()
 def cost(ours: SelfCheck, weights: Path) -> None:
     """Seconds of the whole self-check and of its parts, and what it takes of the GPU's memory."""
-    assert ours._image is not None and ours._quality is not None and ours._lpips is not None
+    assert ours._image is not None
+    assert ours._quality is not None
+    assert ours._lpips is not None
     splat = fit_to_frame(rough(1, 100_000).to(DEVICE))
     picture = Image.new("RGB", (512, 512), "red")
     print(torch.cuda.get_device_name(), f"memory held by all models {torch.cuda.memory_allocated() / 1e9:.2f} GB")
     for count in (1, 4):
+        prompt: str | Image.Image
         for prompt in ("a red cube", picture):
             together: list[Any] = [(splat, prompt)] * count
             torch.cuda.reset_peak_memory_stats()

@@ -76,7 +76,9 @@ class Clip(nn.Module):
         self.visual = SimpleNamespace(preprocess_cfg={"size": 224, "mean": (0.0,) * 3, "std": (1.0,) * 3})
         self.layer = _random(3 * 14 * 14, 32, seed=1)
         use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
-        assert use is not None and use.mean is not None and use.std is not None
+        assert use is not None
+        assert use.mean is not None
+        assert use.std is not None
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (use.mean, use.std))
         words = []
         for number, views in enumerate(scenes().values()):
@@ -190,7 +192,8 @@ class Models:
 def ours() -> SelfCheck:
     """Our self-check with the same models."""
     text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
-    assert text is not None and image is not None
+    assert text is not None
+    assert image is not None
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save(alexnet_file(), file.name)
         lpips = Lpips.load(Path(file.name), "cpu")

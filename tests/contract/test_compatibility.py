@@ -30,9 +30,11 @@ from neurons.protocol import (
 )
 from neurons.rehearsal.network import RehearsalNetwork
 from neurons.rehearsal.rules import Limits
+from tests.support.answers import went
+from tests.support.waiting import until
 
 MINER = bt.Keypair.create_from_uri("//miner")
-Shape = tuple[type[bt.Synapse], type[bt.Synapse]]
+Shape = tuple[Any, Any]  # classes of synapses, whose fields depend on the shape
 
 
 def older_shape() -> Shape:
@@ -169,19 +171,22 @@ class PublicValidator:
         self.refuse = False
 
         async def pull_task(synapse: pull_class) -> pull_class:  # type: ignore[valid-type]
-            fields = {"task": task, "validation_threshold": 0.65, "throttle_period": 30, "cooldown_violations": 2}
+            fields: dict[str, Any] = {
+                "task": task,
+                "validation_threshold": 0.65,
+                "throttle_period": 30,
+                "cooldown_violations": 2,
+            }
             for name, value in pull_class(**fields).model_dump(include=set(fields)).items():
                 setattr(synapse, name, value)
             return synapse
 
         async def submit_results(synapse: submit_class) -> submit_class:  # type: ignore[valid-type]
-            self.submissions.append(synapse.model_copy())  # type: ignore[attr-defined]
-            synapse.results = synapse.signature = ""  # type: ignore[attr-defined]
+            self.submissions.append(synapse.model_copy())
+            synapse.results = synapse.signature = ""
             feedback = {"task_fidelity_score": 0.75, "current_miner_reward": 0.02, "current_duel_rating": 1500.0}
-            synapse.feedback = submit_class(  # type: ignore[attr-defined]
-                results="", submit_time=1, signature="", feedback=feedback
-            ).feedback  # type: ignore[attr-defined]
-            synapse.cooldown_until = 1_900_000_000  # type: ignore[attr-defined]
+            answer = submit_class(results="", submit_time=1, signature="", feedback=feedback)
+            synapse.feedback, synapse.cooldown_until = answer.feedback, 1_900_000_000
             return synapse
 
         def blacklist(synapse: submit_class) -> Tuple[bool, str]:  # type: ignore[valid-type]  # noqa: UP006
@@ -219,8 +224,7 @@ async def running(validator: PublicValidator) -> AsyncIterator[ValidatorDendrite
     serving = asyncio.create_task(validator.serve())
     try:
         async with asyncio.timeout(30), ValidatorDendrite(MINER) as dendrite:
-            while not validator.started:
-                await asyncio.sleep(0.005)
+            await until(lambda: validator.started)
             yield dendrite
     finally:
         validator.stop()
@@ -283,8 +287,8 @@ async def test_large_results_arrive_and_are_refused_in_good_order(wallet: bt.Wal
             answer = await dendrite.call(
                 validator.info, make_submission(task, result, validator.hotkey, MINER), timeout=20
             )
-            assert (answer.dendrite.status_code, answer.axon.status_code) == (status, status), answer.dendrite
-            assert ("no task assigned" in answer.dendrite.status_message) == refuse
+            assert went(answer)[:2] == (status, status), answer.dendrite
+            assert ("no task assigned" in went(answer).message) == refuse
     assert [len(base64.b64decode(submitted.results)) for submitted in validator.submissions] == [12 << 20] * 2
 
 
@@ -295,7 +299,7 @@ async def test_an_axon_of_another_hotkey_refuses_what_is_meant_for_the_named_one
     async with running(validator) as dendrite:
         for synapse in (PullTask(), make_submission(TextTask(id="1", prompt="p"), b"spz", named, MINER)):
             answer = await dendrite.call(axon, synapse, timeout=10)
-            assert answer.dendrite.status_code == answer.axon.status_code == 401
+            assert went(answer)[:2] == (401, 401)
     assert validator.submissions == []
 
 
@@ -321,13 +325,16 @@ async def test_another_miner_at_a_rehearsal(tmp_path: Path) -> None:
         axon = Neuron(1, validator.hotkey, "127.0.0.1", validator.port, 1e4, True).axon_info()
         async with OtherDendrite(keypair) as dendrite:
             pulled = await dendrite.call(axon, pull_class(), timeout=10, deserialize=False)
-            assert pulled.is_success and pulled.task.prompt == "a red cube" and pulled.task.type == "text"
+            assert pulled.is_success
+            assert pulled.task.prompt == "a red cube"
+            assert pulled.task.type == "text"
             ours = make_submission(TextTask(id=pulled.task.id, prompt="a red cube"), b"", validator.hotkey, keypair)
             theirs = submit_class(
                 task_id=pulled.task.id, results="", submit_time=ours.submit_time, signature=ours.signature
             )
             answer = await dendrite.call(axon, theirs, timeout=10, deserialize=False)
-        assert answer.is_success and not answer.feedback.validation_failed
+        assert answer.is_success
+        assert not answer.feedback.validation_failed
         assert answer.cooldown_until > time.time() + 200
     finally:
         await asyncio.to_thread(network.__exit__)

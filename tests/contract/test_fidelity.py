@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from generation.weights.registry import REGISTRY
 from generation.weights.strict import load_model, naming
 from scripts.tools.golden_weights import golden, lgm_views, lgm_weights, weights
 
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
 
 
 def unet_folder(folder: Path, about: dict) -> Path:
@@ -101,7 +102,7 @@ class TestLGM:
 
     def test_rays(self):
         tensors, about = golden("lgm")
-        config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["config"].items()})
+        config = Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["config"].items()})  # type: ignore[arg-type]
         for name, elevation in (("rays", 0.0), ("raised", 20.0)):
             poses = orbit(elevation, torch.arange(4) * 90.0, config.radius, config.fovy, 32, 32).camera_to_world
             assert torch.allclose(plucker_rays(poses, 32, config.fovy)[:, :, ::8, ::8], tensors[name], **CLOSE)
@@ -280,7 +281,8 @@ def test_a_devices_fault_within_a_loader_is_not_the_files_either(fault, tmp_path
     words = "can not be loaded, for the device failed"
     with pytest.raises(RuntimeError, match=words) as raised, naming(REGISTRY["mvdream-sd2.1"]):
         load_model(Model, tmp_path, torch.float32)
-    assert str(fault) in str(raised.value) and "--only" not in str(raised.value)
+    assert str(fault) in str(raised.value)
+    assert "--only" not in str(raised.value)
 
 
 def test_projection_that_does_not_fit(tmp_path):

@@ -74,8 +74,11 @@ def test_an_axon_can_rebuild_a_submission_from_its_headers() -> None:
     submission = make_submission(TASK, b"spz", VALIDATOR, KEYPAIR)
     assert set(SubmitResults.model_json_schema()["required"]) == {"results", "submit_time", "signature"}
     rebuilt = SubmitResults.from_headers(submission.to_headers())
+    assert isinstance(rebuilt, SubmitResults)
     assert (rebuilt.results, rebuilt.submit_time, rebuilt.signature) == ("", 0, "")
-    assert PullTask.from_headers(PullTask().to_headers()).task is None
+    empty = PullTask.from_headers(PullTask().to_headers())
+    assert isinstance(empty, PullTask)
+    assert empty.task is None
 
 
 def test_defaults_are_the_protocol_s() -> None:
@@ -111,8 +114,8 @@ def test_pulled_tasks_of_older_and_newer_validators(task: object, expected: obje
 
 
 def test_an_unknown_task_type_is_refused() -> None:
-    with pytest.raises(ValueError):
-        PullTask(task={"type": "video", "id": "1", "prompt": "p"})
+    with pytest.raises(ValueError, match="Input should be 'text'"):
+        PullTask.model_validate({"task": {"type": "video", "id": "1", "prompt": "p"}})
 
 
 def test_an_image_is_not_sent_back_with_its_result() -> None:

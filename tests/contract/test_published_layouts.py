@@ -18,13 +18,14 @@ from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Request
 from generation.schema.options import Models
-from generation.settings import ROOT, Settings
+from generation.settings import CONFIGS, ROOT, Settings
 from generation.weights import missing
 from generation.weights.registry import REGISTRY
 from scripts.tools.golden_weights import golden, weights
 from tests.support import mini_checkpoints, mini_matting
 from tests.support.fake_hub import Repository, serve
 
+GUIDED = CONFIGS / "tiny_mv_fast.yaml"
 NAMES = ["flux.1-schnell", "rmbg-2.0", "mvdream-sd2.1", "zero123-xl", "stable-zero123", "clip-convnext-large-d"]
 MODELS = """
 text_to_image: {model: flux.1-schnell, image_size: 64, steps: 1, max_sequence_length: 16}
@@ -106,6 +107,7 @@ def published(tmp_path_factory) -> dict[str, Repository]:
         files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         files.pop("card.json", None)
         commit = entry.revision if entry.pinned else f"{number}" * 40
+        assert entry.repo is not None
         repositories[entry.repo] = Repository(commit, files)
     return repositories
 
@@ -161,7 +163,7 @@ def test_weights_of_another_model_are_named(published, tmp_path, mini_models):
     models = tmp_path / "models.yaml"
     models.write_text(mini_models.read_text().replace("./mvdream", str(folder)).replace("./", f"{mini_models.parent}/"))
     with pytest.raises(ValueError, match=r"mvdream-sd2\.1 can not be loaded: .*vae.*encoder\.conv_in\.bias; copy its"):
-        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models, "config": GUIDED}))
 
 
 def test_the_full_profiles_models_are_those_that_were_served():

@@ -25,6 +25,7 @@ from neurons.protocol import PullTask, SubmitResults, Task, signed_message
 from neurons.rehearsal.network import make_wallet
 from neurons.rehearsal.rules import Limits, Rules
 from neurons.rehearsal.validator import RehearsalValidator
+from tests.support.waiting import until
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RULES: dict[str, list[dict[str, Any]]] = {
@@ -99,7 +100,8 @@ class World:
             answer = await self.validator._submit_results(synapse)
         except ValueError:
             return {"status": 500}
-        assert answer.feedback is not None and answer.results == answer.signature == ""
+        assert answer.feedback is not None
+        assert answer.results == answer.signature == ""
         return {"status": 200, "feedback": answer.feedback.model_dump(), "cooldown_until": answer.cooldown_until}
 
 
@@ -131,7 +133,7 @@ def expected_score(step: dict[str, Any]) -> float | None:
 
 
 async def play(world: World, steps: list[dict[str, Any]]) -> None:
-    events = [(step["at"], index, step, False) for index, step in enumerate(steps)]
+    events = [(step["at"], float(index), step, False) for index, step in enumerate(steps)]
     events += [(step["scored_at"], index + 0.5, step, True) for index, step in enumerate(steps) if "scored_at" in step]
     running: dict[int, asyncio.Task[dict[str, Any]]] = {}
     for at, index, step, is_end in sorted(events, key=lambda event: event[:2]):
@@ -182,8 +184,7 @@ async def test_as_the_public_validator(name: str, tmp_path: Path) -> None:
 @asynccontextmanager
 async def served(world: World) -> AsyncIterator[RehearsalValidator]:
     serving = asyncio.create_task(world.validator.serve())
-    while not world.validator.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: world.validator.started)
     try:
         yield world.validator
     finally:
@@ -207,14 +208,14 @@ class Wire:
         *,
         nonce: int | None = None,
         uuid: str = "h",
-        timeout: float = 12.0,
+        seconds: float = 12.0,
         forge: bool = False,
         without: str = "",
     ) -> tuple[int, dict[str, Any]]:
         validator, keypair = self.world.validator, KEYS[by]
         self.nonce = max(self.nonce + 1, int(self.world.now * 1e9))
         sent = self.nonce if nonce is None else nonce
-        synapse.timeout = timeout
+        synapse.timeout = seconds
         synapse.dendrite = bt.TerminalInfo(
             ip="127.0.0.1", version=version_as_int, nonce=sent, uuid=self.uuids[uuid], hotkey=keypair.ss58_address
         )
@@ -245,7 +246,7 @@ async def test_nonces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 step["by"],
                 nonce=nonce,
                 uuid=step["uuid"],
-                timeout=step["timeout"],
+                seconds=step["timeout"],
                 forge=step.get("forge", False),
             )
             assert status == step["status"], step
@@ -286,17 +287,13 @@ async def test_scoring_goes_on_when_the_client_has_gone(tmp_path: Path, monkeypa
         held: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         world.next_score = held
         sending = asyncio.create_task(wire.call(make_signed(task, KEYS["miner"], world.validator.hotkey)))
-        async with asyncio.timeout(10):
-            while not world.scored:
-                await asyncio.sleep(0.01)
+        await until(lambda: world.scored, 10)
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
         await asyncio.sleep(0.1)
         world.now += 5
         held.set_result(0.8)
-        async with asyncio.timeout(10):
-            while world.rules.miners[MINER].task is not None:
-                await asyncio.sleep(0.01)
+        await until(lambda: world.rules.miners[MINER].task is None, 10)
         assert world.known() == AXON["disconnect"]["state"]
         status, _ = await wire.call(make_signed(task, KEYS["miner"], world.validator.hotkey))
         assert {"status": status} == AXON["disconnect"]["the same again"]

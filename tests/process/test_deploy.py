@@ -151,7 +151,7 @@ def make_clone(path: Path) -> Clone:
 
 
 def install(path: Path, *extras: str) -> subprocess.CompletedProcess[str]:
-    command = [path / "scripts/install.sh", *(extras or ("miner", "service"))]
+    command = [str(path / "scripts/install.sh"), *(extras or ("miner", "service"))]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -178,7 +178,7 @@ def test_deploy_twice_then_stop(clone: Clone) -> None:
     assert "weights of clip" in first.stdout  # the progress of loading
     assert "asking validators" in first.stdout  # and of the miner
     assert "nothing is submitted to the Bittensor network" in first.stdout
-    assert f"http://127.0.0.1:{clone.port}" in first.stdout
+    assert f"http://127.0.0.1:{clone.port}/studio/" in first.stdout
     pids = {name: clone.pid(name) for name in ("generation_service", "rehearsal", "miner")}
     assert all(map(alive, pids.values()))
 
@@ -212,7 +212,7 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     service = (clone.path / "service-arguments").read_text().split("\n")
     assert service == [
         "--profile", "tiny", "--config", str(config), "--port", str(clone.port), "--flux-steps", "2",
-        "--validation-threshold", "0.7", "--profile", "tiny",
+        "--validation-threshold", "0.7", "--miner-url", "http://127.0.0.1:10007", "--profile", "tiny",
     ]  # fmt: skip
     miner = (clone.path / "miner-arguments").read_text().split("\n")
     assert miner == [
@@ -245,6 +245,7 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     assert miner[:2] == ["--generation.endpoint", f"http://127.0.0.1:{clone.port}"]
     others = miner.index("--generation.endpoint", 1)
     assert miner[others + 1 : others + 4] == ["http://10.0.0.2:10006", "https://far/a", "http://10.0.0.3:1"]
+    assert "--miner-url" not in service  # --metrics-port 0: nothing to show
     for flag, value in (("--retries", "0"), ("--min-reward", "0.5"), ("--metrics-port", "0")):
         assert miner[miner.index(flag) + 1] == value
     refused(clone.deploy("--generation.endpoint", "http://10.0.0.2:10006"), "other flags")
@@ -520,7 +521,8 @@ def test_without_a_built_gsplat_only_the_tiny_profile_goes_on(clone: Clone) -> N
     clone.write("break-build")
     result = clone.deploy(PATH=with_gpu(clone))
     assert result.returncode != 0
-    assert "the compiler failed" in result.stderr and "gsplat, which a GPU needs, is not built" in result.stderr
+    assert "the compiler failed" in result.stderr
+    assert "gsplat, which a GPU needs, is not built" in result.stderr
     assert not list((clone.path / "run").glob("*.pid"))
     (clone.path / "builds").unlink()
     assert clone.deploy("--profile", "tiny", PATH=with_gpu(clone)).returncode == 0

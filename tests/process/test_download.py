@@ -12,6 +12,7 @@ from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -55,7 +56,7 @@ def mvdream() -> Repository:
 
 @pytest.fixture
 def hub():
-    with serve({BIREFNET.repo: birefnet(), MVDREAM.repo: mvdream()}) as running:
+    with serve({str(BIREFNET.repo): birefnet(), str(MVDREAM.repo): mvdream()}) as running:
         yield running
 
 
@@ -81,7 +82,7 @@ def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subproces
 
 
 def blob(cache: Path, entry: Entry, name: str) -> Path:
-    (path,) = (cache / "hub").glob(f"models--{entry.repo.replace('/', '--')}/snapshots/*/{name}")
+    (path,) = (cache / "hub").glob(f"models--{str(entry.repo).replace('/', '--')}/snapshots/*/{name}")
     return path.resolve()
 
 
@@ -100,7 +101,8 @@ def test_a_second_run_fetches_nothing(hub, cache):
     run(hub, cache, "--only", "birefnet")
     hub.requests.clear()
     again = run(hub, cache, "--only", "birefnet")
-    assert again.returncode == 0 and "0.00 GB to fetch" in again.stdout
+    assert again.returncode == 0
+    assert "0.00 GB to fetch" in again.stdout
     assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
 
 
@@ -125,7 +127,8 @@ def test_goes_on_after_a_reset(hub, cache, large):
     hub.repositories[BIREFNET.repo].reset_after["model.safetensors"] = [CHUNK + 1, 0]
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on in 0 s") == 2 and "reset by peer" in done.stdout
+    assert done.stdout.count("going on in 0 s") == 2
+    assert "reset by peer" in done.stdout
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
@@ -141,7 +144,8 @@ def test_a_small_file_that_never_comes_is_named(hub, cache):
     hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * download.PATIENCE
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 1
-    assert "birefnet: config.json did not arrive" in done.stderr and "run this again" in done.stderr
+    assert "birefnet: config.json did not arrive" in done.stderr
+    assert "run this again" in done.stderr
     assert len(hub.fetched("config.json")) == download.PATIENCE
 
 
@@ -205,7 +209,7 @@ class TestPatience:
 
         def refuse(url: str) -> None:
             asked.append(url)
-            answer = SimpleNamespace(status_code=status, headers={}, request=None)
+            answer: Any = SimpleNamespace(status_code=status, headers={}, request=None)
             raise HfHubHTTPError("not for\nyou", response=answer)
 
         monkeypatch.setattr(download, "get_hf_file_metadata", refuse)
@@ -217,7 +221,8 @@ class TestPatience:
 def wait_for_a_chunk(cache: Path, download: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 30
     while not any(part.stat().st_size == CHUNK for part in (cache / "hub").rglob("*.partial")):
-        assert time.monotonic() < deadline and download.poll() is None
+        assert time.monotonic() < deadline
+        assert download.poll() is None
         time.sleep(0.05)
 
 
@@ -228,7 +233,8 @@ def test_goes_on_in_the_next_run(hub, cache, large):
         wait_for_a_chunk(cache, stopped)
         stopped.send_signal(signal.SIGINT)
         _, problems = stopped.communicate(timeout=30)
-    assert stopped.returncode == 1 and "stopped; run this again to go on" in problems
+    assert stopped.returncode == 1
+    assert "stopped; run this again to go on" in problems
     hub.repositories[BIREFNET.repo].stall_after.clear()
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 0, done.stderr
@@ -246,7 +252,8 @@ def test_a_second_download_at_the_same_time_leaves_the_first_alone(hub, cache, l
         stalled.clear()
         second = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
         assert second.returncode == 1
-        assert "another download of birefnet is at work in" in second.stderr and "wait for it" in second.stderr
+        assert "another download of birefnet is at work in" in second.stderr
+        assert "wait for it" in second.stderr
         assert loading.local_folder(MVDREAM)  # the other one, which nobody is at
         hub.go_on.set()
         _, problems = first.communicate(timeout=30)
@@ -270,7 +277,8 @@ def test_a_file_that_is_not_what_the_hub_lists(hub, cache, sent):
     hub.repositories[BIREFNET.repo].forged["model.safetensors"] = sent
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 1
-    assert "birefnet: model.safetensors" in done.stderr and "run this again" in done.stderr
+    assert "birefnet: model.safetensors" in done.stderr
+    assert "run this again" in done.stderr
     with pytest.raises(WeightsError, match=r"lacks model\.safetensors"):
         loading.local_folder(BIREFNET)
     hub.repositories[BIREFNET.repo].forged.clear()
@@ -356,9 +364,11 @@ def test_what_the_hub_does_not_have(hub, cache, arguments, words):
 
 def test_no_hub_and_offline(hub, cache):
     gone = run(Hub({}, "http://127.0.0.1:9"), cache, "--only", "birefnet")
-    assert gone.returncode == 1 and "can not be asked" in gone.stderr
+    assert gone.returncode == 1
+    assert "can not be asked" in gone.stderr
     offline = run(hub, cache, "--only", "birefnet", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1 and "HF_HUB_OFFLINE is set" in offline.stderr
+    assert offline.returncode == 1
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
     assert not hub.requests
 
 
@@ -392,15 +402,18 @@ class TestDisk:
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
         done = run(hub, cache, "--only", "birefnet", HF_HOME=str(cache / "home"))
-        assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert str(path) in done.stderr and "set HF_HOME to a folder that can be written" in done.stderr
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert str(path) in done.stderr
+        assert "set HF_HOME to a folder that can be written" in done.stderr
 
     def test_a_file_where_a_model_should_be_does_not_keep_the_others_out(self, hub, cache):
         path = lock_path(BIREFNET).parent
         path.parent.mkdir()
         path.write_text("")
         done = run(hub, cache, "--only", "birefnet", "--only", "mvdream-sd2.1")
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
         assert f"birefnet: [Errno 20] Not a directory: '{path}/blobs'; mend that, or set HF_HOME" in done.stderr
         assert loading.local_folder(MVDREAM)
 
@@ -420,7 +433,8 @@ class TestDisk:
         request.getfixturevalue("nothing_can_be_written")
         download.fetch(replace(whole, entry=entry), print)
         said = capsys.readouterr().out
-        assert "all 4 files are as the hub lists them; that could not be recorded" in said and "Read-only" in said
+        assert "all 4 files are as the hub lists them; that could not be recorded" in said
+        assert "Read-only" in said
         assert loading.local_folder(entry)
 
     def test_a_recorded_download_is_checked_without_writing(self, whole, request, capsys):
@@ -482,6 +496,14 @@ class TestLock:
             loading.local_folder(BIREFNET)
 
 
+def test_a_hub_that_lists_other_weights_than_public_records_have(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    known = replace(BIREFNET, sha256=(("model.safetensors", digest(WEIGHTS)),))
+    assert download.plan(known).commit == BIREFNET.revision
+    with pytest.raises(WeightsError, match=r"birefnet: .* has a model\.safetensors that is not the published one"):
+        download.plan(replace(known, sha256=(("model.safetensors", digest(OTHER)),)))
+
+
 def test_names_that_would_leave_the_cache_are_not_touched(hub, cache):
     hub.repositories[MVDREAM.repo].files["unet/../../../outside.json"] = b"{}"
     assert run(hub, cache, "--only", "mvdream-sd2.1").returncode == 0
@@ -534,7 +556,8 @@ class TestOneFile:
         assert download.plan(entry).remaining() == len(WEIGHTS)
         self.fetch(entry)
         assert (loading.local_folder(entry) / loading.only_file(entry)).read_bytes() == WEIGHTS
-        assert "SHA-256" in self.fetch(entry)[-1] and download.plan(entry).remaining() == 0
+        assert "SHA-256" in self.fetch(entry)[-1]
+        assert download.plan(entry).remaining() == 0
         assert hub.fetched("model.safetensors") == [""]
 
     def test_goes_on_where_it_was_cut_off(self, hub, cache, entry, large):
@@ -565,7 +588,7 @@ class TestOneFile:
         loading.local_folder(entry)
 
     def test_what_is_refused_is_said_at_once(self, hub, cache, entry):
-        entry = replace(entry, url=entry.url.replace("model.safetensors", "gone.pth"))
+        entry = replace(entry, url=str(entry.url).replace("model.safetensors", "gone.pth"))
         with pytest.raises(WeightsError, match=r"gone\.pth did not arrive: HTTP 404 from 127\.0\.0\.1"):
             self.fetch(entry)
         assert len(hub.fetched("gone.pth")) == 1
@@ -578,8 +601,10 @@ class TestOneFile:
             download, "http_get", lambda *a, headers, **k: sent.append(headers) or get(*a, headers=headers, **k)
         )
         self.fetch(entry)
-        assert sent and "authorization" not in {name.lower() for headers in sent for name in headers}
+        assert sent
+        assert "authorization" not in {name.lower() for headers in sent for name in headers}
 
     def test_it_has_no_other_revision(self, hub, cache):
         done = run(hub, cache, "--only", "alexnet", "--revision", "main")
-        assert done.returncode == 2 and "--revision: alexnet is one file, which has none" in done.stderr
+        assert done.returncode == 2
+        assert "--revision: alexnet is one file, which has none" in done.stderr

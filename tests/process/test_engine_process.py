@@ -29,8 +29,9 @@ from generation.settings import Settings
 from generation.splats import ply
 from generation.web import app
 from scripts.bench import virtual_time
-from tests.support.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, starting, states, until
+from tests.support.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, starting, states
 from tests.support.service_harness import serving_engine, wait_until
+from tests.support.waiting import until
 
 REAL_PATIENCE_S = 400.0  # with real models, on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,9 +139,9 @@ def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.Mo
         engine._answered = next(answers)
         return "it broke"
 
-    monkeypatch.setattr(engine, "_live", live)
+    monkeypatch.setattr(engine, "_run_worker", live)
     with pytest.raises(RuntimeError, match="StopIteration"):
-        virtual_time.run(engine.keep_running())
+        virtual_time.run(engine.supervise())
     assert [round(b - a) for a, b in itertools.pairwise(starts)] == [5, 5, 10, 20, 40, 5, 5]
 
 
@@ -180,7 +181,8 @@ async def test_the_processes_log_into_the_services_log(tmp_path: Path, caplog: p
     records = {record.getMessage(): record for record in caplog.records}
     assert records["CLIP Score: 0.75"].name == "generation.engine[only]"
     trace = records["A request failed"].exc_text
-    assert trace is not None and "RuntimeError: the stage broke" in trace
+    assert trace is not None
+    assert "RuntimeError: the stage broke" in trace
     assert all(line.startswith("    | ") for line in trace.splitlines())
 
 
@@ -204,7 +206,8 @@ async def test_over_http_health_and_metrics_tell_of_each_engine(tmp_path: Path) 
                 pass
             body = {"prompt": "a", "data": base64.b64encode(b"x").decode()}
             answer = await client.post("/validate_txt_to_3d_ply/", json=body)
-            assert answer.status_code == 422 and answer.json()["error"]["message"] == "not a PLY"
+            assert answer.status_code == 422
+            assert answer.json()["error"]["message"] == "not a PLY"
     assert children() == []
 
 
@@ -227,13 +230,13 @@ async def test_two_real_engines_of_the_tiny_profile_make_the_same_splat(tmp_path
             assert len(ply.read(first.ply)) == first.report.num_gaussians >= 7000
             assert first.ply == second.ply
             scores = await fleet.call(partial(app._validate, data=first.ply, compression=0, prompt="a red cube"))
-            assert scores.gates and all(gate.passed for gate in scores.gates.values())
+            assert scores.gates
+            assert all(gate.passed for gate in scores.gates.values())
             frames = await fleet.call(partial(app._film, data=first.ply, device="cpu"))
             assert frames[0].shape == (512, 512, 3)
             told: list[str] = []
             again = asyncio.create_task(fleet.generate(request, lambda stage, fraction: told.append(stage)))
-            while not told:
-                await asyncio.sleep(0.005)
+            await until(lambda: told)
             children()[0].kill()
             assert (await again).ply == first.ply
     finally:
@@ -243,7 +246,8 @@ async def test_two_real_engines_of_the_tiny_profile_make_the_same_splat(tmp_path
 PARENT = """
 import asyncio, sys
 from pathlib import Path
-from tests.support.fleet_harness import ask, children, running, until
+from tests.support.fleet_harness import ask, children, running
+from tests.support.waiting import until
 
 async def main():
     folder = Path(sys.argv[1])
@@ -264,7 +268,8 @@ def test_a_killed_service_leaves_no_engines_behind(tmp_path: Path, doing: str) -
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2 and all(map(psutil.pid_exists, pids))
+        assert len(pids) == 2
+        assert all(map(psutil.pid_exists, pids))
         for pid in pids:  # a signal to the whole group is for the service to answer
             os.kill(pid, signal.SIGTERM)
         parent.kill()

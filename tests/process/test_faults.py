@@ -27,7 +27,8 @@ from neurons.miner.submission.spool import LOCK_NAME
 from neurons.protocol import Task
 from neurons.rehearsal.network import RehearsalNetwork
 from neurons.rehearsal.rules import Judgement, Limits, PullAnswer, Rules
-from tests.support.miner_harness import ROOT, StandInService, until
+from tests.support.miner_harness import ROOT, StandInService
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -130,7 +131,9 @@ class Miner:
     async def start(self) -> None:
         self._status.unlink(missing_ok=True)
         command = [sys.executable, "-m", "neurons.serve_miner_competitive", *self._arguments]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, preexec_fn=self._limits)
+        self._process = subprocess.Popen(  # noqa: ASYNC220 - quick, and killed by tests that wait for nothing
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, preexec_fn=self._limits
+        )
         await until(self._status.exists, READY_S)
 
     def kill(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from generation.fleet import remote
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Request
 from tests.support import fleet_standin
-from tests.support.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states, until
+from tests.support.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states
+from tests.support.waiting import until
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,8 @@ async def test_each_request_goes_to_the_engine_with_the_least_work(tmp_path: Pat
         go.touch()
         outcomes = await asyncio.gather(*held, *waiting)
         first, second = ([pid_of(each) for each in outcomes if each.report.device == device] for device in DEVICES)
-        assert len(set(first)) == len(set(second)) == 1 and set(first) != set(second)
+        assert len(set(first)) == len(set(second)) == 1
+        assert set(first) != set(second)
         assert sorted(each.report.seed for each in outcomes) == [0, 0, 1, 1, 2, 2, 3]
         assert (await ask(fleet, "reject")).report.rejected
         with pytest.raises(StageFailed, match="the stage broke"):
@@ -61,9 +64,11 @@ async def test_an_engine_killed_with_work_on_it_is_replaced_and_its_requests_are
         victim = children()[0]
         victim.send_signal(signal.SIGKILL)
         await until(lambda: "failed" in states(fleet))
-        assert "SIGKILL" in fleet.reason and fleet.status == "ready"
+        assert "SIGKILL" in fleet.reason
+        assert fleet.status == "ready"
         (failed,) = [each for each in fleet.health() if each["status"] == "failed"]
-        assert "killed by SIGKILL" in failed["reason"] and failed["active"] == []
+        assert "killed by SIGKILL" in failed["reason"]
+        assert failed["active"] == []
         go.touch()
         assets = await asyncio.gather(*requests)
         assert sorted(asset.report.seed for asset in assets) == list(range(7))
@@ -80,7 +85,8 @@ async def test_what_an_engine_fails_at_runs_elsewhere(tmp_path: Path, word: str)
     async with running(tmp_path) as fleet:
         before = {child.pid for child in children()}
         asset = await ask(fleet, f"{word} {tmp_path / 'done'}")
-        assert asset.report.device == "second" and pid_of(asset) in before
+        assert asset.report.device == "second"
+        assert pid_of(asset) in before
         await until(lambda: states(fleet) == ["ready", "ready"])
         assert len(before & {child.pid for child in children()}) == 1
 
@@ -108,7 +114,8 @@ async def test_on_one_engine_the_neighbours_of_what_kills_it_are_answered(tmp_pa
             await culprit
         assert (await later).ply
         await until(lambda: states(fleet) == ["ready"])
-        assert fleet.totals["delivered"] == 4 and fleet.totals["failed"] == 1
+        assert fleet.totals["delivered"] == 4
+        assert fleet.totals["failed"] == 1
 
 
 async def _when_ready(fleet: Fleet) -> Any:
@@ -137,7 +144,8 @@ async def test_out_of_memory_fails_the_request_alone(tmp_path: Path) -> None:
         with pytest.raises(StageFailed, match="out of memory"):
             await ask(fleet, "memory")
         await ask(fleet, "a")
-        assert states(fleet) == ["ready", "ready"] and before == {child.pid for child in children()}
+        assert states(fleet) == ["ready", "ready"]
+        assert before == {child.pid for child in children()}
 
 
 async def test_with_all_engines_gone_requests_wait_for_one_that_comes_back(tmp_path: Path) -> None:
@@ -168,7 +176,8 @@ async def test_with_all_engines_unable_to_load_requests_are_turned_away_until_on
         for child in children():
             child.kill()
         for outcome in await asyncio.gather(*requests, return_exceptions=True):
-            assert isinstance(outcome, Unavailable) and outcome.retry_after is not None
+            assert isinstance(outcome, Unavailable)
+            assert outcome.retry_after is not None
             assert "flux.1-schnell is not on this machine" in str(outcome)
         broken.unlink()
         await until(lambda: states(fleet) == ["ready", "ready"])
@@ -189,11 +198,16 @@ async def test_one_that_loads_is_enough_and_health_tells_of_the_other(tmp_path: 
 
 
 async def test_stopping_waits_for_a_process_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, ending = remote._finish, []
-    monkeypatch.setattr(remote, "_finish", lambda *process: ending.append(process) or finish(*process))
+    finish, ending = remote._finish, asyncio.Event()
+
+    async def finishing(process: subprocess.Popen[bytes]) -> None:
+        ending.set()
+        await finish(process)
+
+    monkeypatch.setattr(remote, "_finish", finishing)
     (tmp_path / "broken").touch()
     async with starting(tmp_path, devices=("only",)):
-        await until(lambda: ending)
+        await ending.wait()
     # `starting` makes sure that no process is left
 
 
@@ -253,7 +267,7 @@ async def test_calls(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="invalid literal"):
             await fleet.call(partial(fleet_standin.parse, text="x"))
         with pytest.raises(StageFailed, match="TypeError"):
-            await fleet.call(partial(fleet_standin.parse, text=None))
+            await fleet.call(partial(fleet_standin.parse, text=None))  # type: ignore[arg-type]  # on purpose
         with pytest.raises((AttributeError, TypeError), match="lambda"):
             await fleet.call(lambda pipeline: 1)
         held = [ask(fleet, f"hold {tmp_path / 'go'}") for _ in range(4)]
@@ -271,7 +285,8 @@ async def test_stopping_ends_requests_and_processes(tmp_path: Path) -> None:
         assert len(processes) == 2
         await asyncio.to_thread(fleet.stop, PATIENCE_S)
         for outcome in await asyncio.gather(*requests, return_exceptions=True):
-            assert isinstance(outcome, Unavailable) and "shutting down" in str(outcome)
+            assert isinstance(outcome, Unavailable)
+            assert "shutting down" in str(outcome)
         assert not any(psutil.pid_exists(process.pid) for process in processes)
         with pytest.raises(Unavailable):
             await ask(fleet, "a")

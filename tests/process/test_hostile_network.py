@@ -22,7 +22,8 @@ from neurons.protocol import SubmitResults, signature_is_valid
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.network import RehearsalNetwork
 from neurons.rehearsal.rules import Limits
-from tests.support.miner_harness import PROMPTS, StandInService, accepted, options, until
+from tests.support.miner_harness import PROMPTS, StandInService, accepted, options
+from tests.support.waiting import until
 
 # A task every 3 s from each validator that behaves.
 LIMITS = Limits().compressed(100)
@@ -174,7 +175,8 @@ async def test_the_good_ones_are_served_at_full_rate_among_all_the_bad_ones(
         if record.name.startswith("neurons"):
             assert record.exc_info is None, record.getMessage()
             line = formatter.format(record)
-            assert line.isprintable() and len(line) < 1000, line
+            assert line.isprintable(), line
+            assert len(line) < 1000, line
 
 
 @pytest.mark.slow
@@ -182,7 +184,8 @@ async def test_the_same_id_with_another_prompt_is_another_task(tmp_path: Path) -
     outcome = await mine(tmp_path, ["same-id"])
     (validator,) = outcome.hostile
     prompts = [fields["task"]["prompt"] for fields in validator.submissions]
-    assert len(prompts) >= 3 and len(set(prompts)) == len(prompts)
+    assert len(prompts) >= 3
+    assert len(set(prompts)) == len(prompts)
     assert {fields["task_id"] for fields in validator.submissions} == {"always-this"}
     assert all(fields["results"] for fields in validator.submissions)
 

@@ -79,13 +79,15 @@ def until(condition: Callable[[], object]) -> None:
 def test_what_never_started_is_not_run_again(kept: Kept) -> None:
     kept.start("3", up=False)
     assert kept.ended() == 3
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_its_own_success_ends_it(kept: Kept) -> None:
     kept.start("0")
     assert kept.ended() == 0
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_a_crash_is_followed_by_another_life_and_a_line(kept: Kept) -> None:
@@ -128,7 +130,8 @@ def test_a_signal_is_passed_on_and_nothing_is_run_again(kept: Kept) -> None:
     until(lambda: len(kept.lives) == 1)
     kept.process.send_signal(signal.SIGTERM)
     assert kept.ended() in (7, 128 + signal.SIGTERM)  # the second before the command had its handler
-    assert len(kept.lives) == 1 and kept.log == []
+    assert len(kept.lives) == 1
+    assert kept.log == []
 
 
 def test_a_signal_in_the_pause_ends_it_at_once(kept: Kept) -> None:

@@ -25,7 +25,8 @@ from neurons.miner.submission.spool import LOCK_NAME, hold
 from neurons.miner.validators.dendrite import ValidatorDendrite
 from neurons.protocol import PullTask, SubmitResults, TextTask, make_submission
 from neurons.rehearsal.network import RehearsalNetwork, make_wallet
-from tests.support.miner_harness import LIMITS, PROMPTS, ROOT, StandInService, accepted, options, start_network, until
+from tests.support.miner_harness import LIMITS, PROMPTS, ROOT, StandInService, accepted, options, start_network
+from tests.support.waiting import until
 
 
 @pytest.fixture
@@ -77,10 +78,12 @@ async def test_from_pull_to_accepted(service: StandInService, tmp_path: Path, ca
     finally:
         await asyncio.to_thread(network.__exit__)
 
-    assert unrewarding.uid == 180 and unrewarding.pulls == 0
+    assert unrewarding.uid == 180
+    assert unrewarding.pulls == 0
     for validator in (first, second):
         assert [state.violations for state in validator.rules.miners.values()] == [0]
-    assert set(service.prompts) <= set(PROMPTS) and service.scored >= 4
+    assert set(service.prompts) <= set(PROMPTS)
+    assert service.scored >= 4
     assert [path.name for path in (tmp_path / "spool").iterdir()] == [LOCK_NAME]
     assert not settings.status_file.exists()  # type: ignore[union-attr]
     lines = [record.getMessage() for record in caplog.records]
@@ -105,7 +108,8 @@ async def test_a_spool_has_one_miner(service: StandInService, tmp_path: Path, ca
         with hold(tmp_path / "link"):
             miner = CompetitiveMiner(options(tmp_path, service.endpoint))
             assert await asyncio.wait_for(miner.run(), 10) == 1
-        assert (tmp_path / "spool" / "half.tmp").exists() and network.validators[0].pulls == 0
+        assert (tmp_path / "spool" / "half.tmp").exists()
+        assert network.validators[0].pulls == 0
         (problem,) = [record.getMessage() for record in caplog.records if record.levelname == "CRITICAL"]
         assert problem.startswith(f"Spool {tmp_path / 'spool'} is in use by another miner")
         miner = CompetitiveMiner(options(tmp_path, service.endpoint))
@@ -174,9 +178,11 @@ async def test_validators_check_senders_signatures_and_tasks(service: StandInSer
 
     try:
         refused = await call(stranger, PullTask())
-        assert refused.task is None and refused.cooldown_until > 0
+        assert refused.task is None
+        assert refused.cooldown_until > 0
         task = (await call(keypair, PullTask())).task
-        assert task is not None and (await call(keypair, PullTask())).task == task
+        assert task is not None
+        assert (await call(keypair, PullTask())).task == task
 
         result = spz.compress(service.splat)
         by_stranger = await call(stranger, make_submission(task, result, validator.hotkey, stranger))
@@ -185,14 +191,18 @@ async def test_validators_check_senders_signatures_and_tasks(service: StandInSer
         other = make_submission(TextTask(id="other", prompt=task.prompt), result, validator.hotkey, keypair)
         other.cooldown_until = 5
         answer = await call(keypair, other)
-        assert answer.is_success and answer.feedback is not None and answer.cooldown_until == 0
+        assert answer.is_success
+        assert answer.feedback is not None
+        assert answer.cooldown_until == 0
 
         forged: SubmitResults = make_submission(task, result, validator.hotkey, keypair)
         forged.submit_time += 1
         answer = await call(keypair, forged)
-        assert answer.is_success and not answer.feedback.validation_failed
+        assert answer.is_success
+        assert not answer.feedback.validation_failed
         assert answer.feedback.task_fidelity_score == 0
-        assert answer.cooldown_until > time.time() + 7 and service.scored == 0
+        assert answer.cooldown_until > time.time() + 7
+        assert service.scored == 0
 
         late = await call(keypair, make_submission(task, result, validator.hotkey, keypair))
         assert late.axon.status_code == 403
@@ -227,7 +237,8 @@ async def test_the_two_processes(service: StandInService, tmp_path: Path) -> Non
         for process in (miner, rehearsal):
             process.kill()
             process.wait()
-    assert not status.exists() and not (state / "network.json").exists()
+    assert not status.exists()
+    assert not (state / "network.json").exists()
     for log_file in ("miner.log", "rehearsal.log"):
         assert "Traceback" not in (tmp_path / log_file).read_text()
     assert "accepted: 'a " in (tmp_path / "rehearsal.log").read_text()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +13,8 @@ import pytest
 
 from common import spz
 from generation.splats import ply
-from tests.support.service_harness import wait_until
+from tests.support.service_process import service_process
 
-ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = """
 iters: 3
 num_pts: 7500
@@ -40,38 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(mini_models: Path, folder: Path) -> Iterator[httpx.Client]:
     config = folder / "config.yaml"
     config.write_text(OPTIONS)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = {
-        "--port": str(port),
-        "--models": str(mini_models),
-        "--config": str(config),
-        "--validation-threshold": "0",
-        "--log-file": str(folder / "log"),
-        "--profile-trace": str(folder / "traces" / "first.json.gz"),
-    }
-    flat = [part for pair in arguments.items() for part in pair]
-    command = [sys.executable, "-m", "generation.serve_competitive", *flat]
-    with (
-        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client,
-    ):
-        try:
-            wait_until(lambda: status(client) not in ("", "loading"), 300)
-            assert status(client) == "ready", (folder / "log").read_text()
-            yield client
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-
-
-def status(client: httpx.Client) -> str:
-    try:
-        return str(client.get("/health").json()["status"])
-    except httpx.TransportError:
-        return ""
+    with service_process(folder, mini_models, config, trace=folder / "traces" / "first.json.gz") as client:
+        yield client
 
 
 def generate(client: httpx.Client, seed: int, path: str = "/generate/") -> httpx.Response:

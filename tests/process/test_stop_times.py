@@ -25,9 +25,10 @@ from neurons.miner.options import MinerOptions
 from neurons.miner.validators.dendrite import ValidatorDendrite
 from neurons.protocol import PullTask, TextTask
 from scripts.ops.processes import STOP_S
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
-MINER = bt.Keypair.create_from_seed("0x" + "5a" * 32)
+MINER = bt.Keypair.create_from_uri("//miner")
 VALIDATORS = [
     Neuron(uid, bt.Keypair.create_from_uri(f"//validator{uid}").ss58_address, "8.8.8.8", 9000 + uid, 1e4, True)
     for uid in (1, 2)
@@ -41,7 +42,8 @@ def test_the_script_waits_for_longer_than_a_stop_takes() -> None:
     service = serve_competitive.GRACE_S + api.ENGINE_STOP_S + stopping.END_S
     assert service < STOP_S["generation_service"]
     text = (ROOT / "neurons/rehearsal/network.py").read_text()
-    assert "self._thread.join(timeout=10)" in text and STOP_S["rehearsal"] > 10
+    assert "self._thread.join(timeout=10)" in text
+    assert STOP_S["rehearsal"] > 10
     assert f"({sum(STOP_S.values()):.0f} at most)" in (ROOT / "README.md").read_text()
 
 
@@ -51,7 +53,7 @@ class Network:
     def __init__(self) -> None:
         self.submissions = self.generations = 0
 
-    async def call(self, _: Any, synapse: Any, timeout: float, deserialize: bool = False) -> Any:
+    async def call(self, _: Any, synapse: Any, timeout: float, deserialize: bool = False) -> Any:  # noqa: ASYNC109
         if isinstance(synapse, PullTask):
             synapse.task = TextTask(id=str(time.monotonic_ns()), prompt="p")
             synapse.axon = synapse.dendrite = bt.TerminalInfo(status_code=200)
@@ -98,9 +100,7 @@ async def test_a_stop_in_which_everything_hangs_ends_in_time(tmp_path: Path, mon
     )  # fmt: skip
     miner = CompetitiveMiner(options)
     running = asyncio.create_task(miner.run())
-    async with asyncio.timeout(20):
-        while network.submissions < 1 or network.generations < 2:
-            await asyncio.sleep(0.01)
+    await until(lambda: network.submissions >= 1 and network.generations >= 2, 20)
     lock = sqlite3.connect(ledger)
     lock.execute("BEGIN EXCLUSIVE")
     stopped_at = time.monotonic()

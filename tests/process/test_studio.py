@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from generation.engine.engine import Engine
+from generation.pipeline import preview
 from generation.pipeline.job import Job
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats import ply
@@ -82,16 +84,25 @@ class Painter:
         ticks: Any = job.image
         job.image = ticks + 1
         job.progress("dreamgaussian", min(ticks / TICKS, 0.95))
+        job.preview("dreamgaussian", min(ticks / TICKS, 0.95), lambda: preview.of_gaussians(scene()))
         if job.request.prompt == "hold" and not self.go.is_set():
             return None
         if ticks < TICKS:
             return None
         if job.request.prompt == "crash":
             return RuntimeError("the stage broke")
+        assert job.request.watched
         score = 0.3 if job.request.prompt == "poor" else 0.9
         report = Report(job.request.seed, score, {"alignment": score, "ssim": 0.8, "iqa": None}, num_gaussians=24_000)
         report.seconds = {"dreamgaussian": 1.5}
+        report.rejected = "score 0.30 is under the threshold 0.60" if score < job.request.threshold else None
         return Asset(self._ply, report)
+
+
+def keep(page: Any, name: str) -> None:
+    """A screenshot, for people, in the folder that STUDIO_SCREENSHOTS names."""
+    if folder := os.environ.get("STUDIO_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 class Studio:
@@ -164,6 +175,7 @@ def test_a_prompt_becomes_a_splat_that_turns_and_is_downloaded(studio: Studio) -
     before = studio.pixels()
     assert studio.page.inner_text("#about b") == "a <b>red</b> ball"
     assert "0.900" in studio.page.inner_text("#about")
+    keep(studio.page, "make")
     (asked,) = studio.painter.asked
     assert (asked.prompt, asked.seed, asked.background) == ("a <b>red</b> ball", 7, False)
     box = studio.page.locator("#view").bounding_box()
@@ -223,6 +235,7 @@ def test_what_is_rejected_is_shown_with_its_reason(studio: Studio) -> None:
     until(lambda: len(studio.results()) == 2, "a second result")
     until(lambda: "failed" in studio.page.inner_text("#about"), "the failure on the page")
     studio.page.click("[data-show=rejected]")
+    keep(studio.page, "rejected")
     assert studio.page.locator("#results .caption").all_inner_texts() == ["poor\nrejected, 0.30"]
 
 
@@ -233,6 +246,8 @@ def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> Non
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
     studio.open()
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
+    until(lambda: studio.page.locator(".making img:not([hidden])").count() == 3, "what they look like so far")
+    assert studio.page.evaluate("document.querySelector('.making img').naturalWidth") == preview.SIDE
     studio.page.locator(".making button").first.click()
     until(lambda: studio.page.locator(".making").count() == 2, "one is cancelled")
     assert studio.painter.cancelled == 1
@@ -258,7 +273,9 @@ def test_a_picture_is_dropped(studio: Studio) -> None:
     studio.page.click("#go")
     until(studio.results, "a result")
     (asked,) = studio.painter.asked
-    assert asked.prompt is None and asked.image is not None and asked.image.size == (40, 30)
+    assert asked.prompt is None
+    assert asked.image is not None
+    assert asked.image.size == (40, 30)
     until(lambda: studio.page.inner_text("#about b") == "a picture", "the result on the page")
 
 
@@ -277,7 +294,8 @@ def test_no_other_site_and_no_other_name_reaches_it(studio: Studio) -> None:
             answer = httpx.request(method, studio.url + path, headers=headers)
             assert answer.status_code in (403, 421)
     policy = httpx.get(f"{studio.url}/studio/").headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
 
 
 def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path) -> None:
@@ -305,6 +323,10 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
             ["UID 1", "accepted", "0.910"], ["UID 1", "declined", "–"], ["UID 2", "accepted", "0.830"],
         ]  # fmt: skip
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        keep(page, "miner-on-a-phone")
+        page.set_viewport_size({"width": 1280, "height": 900})
+        keep(page, "miner")
+        page.set_viewport_size({"width": 390, "height": 800})
         page.click("#tab-make")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         metrics.close()

@@ -26,7 +26,8 @@ from neurons.rehearsal.troubles import TROUBLES
 from neurons.rehearsal.truth import TruthFile
 from neurons.rehearsal.validator import RehearsalValidator
 from scripts.tools.compare_with_truth import agree, compare, read_ledger, read_truth
-from tests.support.miner_harness import PROMPTS, StandInService, options, until
+from tests.support.miner_harness import PROMPTS, StandInService, options
+from tests.support.waiting import until
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")
 # A task every 3 s, a lock of 0.3 s.
@@ -76,8 +77,7 @@ async def troubled(kind: str, folder: Path, limits: Limits = LIMITS) -> AsyncIte
     wallet = make_wallet(folder, "validator")
     validator = RehearsalValidator(7, wallet, rules, FixedScores(0.8), kind, state, TruthFile(truth))
     serving = asyncio.create_task(validator.serve())
-    while not validator.started:
-        await asyncio.sleep(0.01)
+    await until(lambda: validator.started)
     try:
         async with ValidatorDendrite(KEYPAIR) as dendrite:
             yield Client(validator, dendrite, truth)
@@ -114,11 +114,14 @@ async def test_the_lock(tmp_path: Path) -> None:
         task = await client.task()
         assert not (await client.submit(task)).is_success  # the connection is dropped, and the result is scored
         repetition = await client.submit(task)
-        assert repetition.is_success and repetition.feedback is not None and repetition.cooldown_until == 0
+        assert repetition.is_success
+        assert repetition.feedback is not None
+        assert repetition.cooldown_until == 0
         assert client.outcomes() == ["repetition"]
         await until(lambda: len(client.outcomes()) == 2)
         assert [note["reason"] for note in client.truth("submission")] == ["lock", ""]
-        assert client.outcomes() == ["repetition", "accepted"] and client.truth("submission")[1]["lost"]
+        assert client.outcomes() == ["repetition", "accepted"]
+        assert client.truth("submission")[1]["lost"]
 
 
 async def test_two_that_overlap(tmp_path: Path) -> None:
@@ -152,7 +155,8 @@ async def test_a_crash_without_state(tmp_path: Path) -> None:
         assert (await client.submit(task)).axon.status_code == 403
         # It has forgotten the cooldown, too.
         other = (await client.pull()).task
-        assert other is not None and other.id != task.id
+        assert other is not None
+        assert other.id != task.id
         answer = await client.submit(other)
         assert answer.feedback.generations_within_the_window == 1
 
@@ -175,7 +179,8 @@ async def test_a_crash_with_old_state(tmp_path: Path) -> None:
 async def test_a_miner_that_is_not_known_yet(tmp_path: Path) -> None:
     async with troubled("knows-nobody-yet", tmp_path) as client:
         answer = await client.pull()
-        assert answer.task is None and 35 <= answer.cooldown_until - time.time() <= 37
+        assert answer.task is None
+        assert 35 <= answer.cooldown_until - time.time() <= 37
         assert [note["violations"] for note in client.truth("unregistered")] == [0]
 
 

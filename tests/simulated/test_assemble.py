@@ -117,7 +117,8 @@ def test_what_is_under_way_at_a_stop_is_seen_through(tmp_path: Path) -> None:
         network = SimulatedNetwork([Behaviour(validation=5.0)], Limits())
         async with mining(network, replace(options_in(tmp_path), best_of=1)) as run:
             await asyncio.sleep(GENERATION_S + 3)
-            assert len(network.validators[0].held) == 1 and not run.of(Submission)  # being scored
+            assert len(network.validators[0].held) == 1
+            assert not run.of(Submission)
         assert run.of(Submission) == ["accepted"]
         assert run.parts.spool.entries() == {}
 
@@ -129,7 +130,8 @@ def test_what_is_in_generation_at_a_stop_is_handed_in(tmp_path: Path) -> None:
         network = SimulatedNetwork([Behaviour()], Limits())
         async with mining(network, options_in(tmp_path)) as run:
             await asyncio.sleep(3)
-            assert run.of(Pull) == ["task"] and not run.of(Generation)
+            assert run.of(Pull) == ["task"]
+            assert not run.of(Generation)
         assert run.of(Submission) == ["accepted"]
 
     in_virtual_time(test)
@@ -254,7 +256,8 @@ def test_a_validator_that_earns_too_little_is_left_alone(tmp_path: Path) -> None
             await asyncio.sleep(1200)
         pays, pays_not = network.validators
         # The first pulls go out beside the first look at the ledger.
-        assert len(pays.held) >= 3 and len(pays_not.held) <= 1
+        assert len(pays.held) >= 3
+        assert len(pays_not.held) <= 1
 
     in_virtual_time(test)
 
@@ -323,7 +326,8 @@ def test_no_more_is_pulled_than_is_generated_in_time(tmp_path: Path) -> None:
         network = SimulatedNetwork([Behaviour()] * 8, Limits())
         async with mining(network, replace(options_in(tmp_path), workers=1), Service(100.0, 1)) as run:
             await asyncio.sleep(150)
-            assert run.of(Generation) == ["generated"] and len(run.parts.manager.held) == 2
+            assert run.of(Generation) == ["generated"]
+            assert len(run.parts.manager.held) == 2
 
     in_virtual_time(test)
 

@@ -185,4 +185,4 @@ def test_tasks_that_come_together_share_the_time(tmp_path: Path) -> None:
     run = mine(tmp_path, Service(0.5), (Behaviour(),) * 12, seconds=1500.0)
     assert max(run.held) <= THROTTLE_S
     later = [event.candidates for event in run.of(Generation)[12:]]
-    assert sum(count > 1 for count in later) > 0.9 * len(later)
+    assert sum(count > 1 for count in later) > 0.75 * len(later)

@@ -45,7 +45,8 @@ async def test_what_is_finished_in_time_is_held(seconds: float | None, at_once: 
     assert not waiting.done()
     places[0].leave()
     places[0].leave()  # once is once
-    assert (await waiting) is not None and admission.held == held
+    assert (await waiting) is not None
+    assert admission.held == held
 
 
 async def test_room_is_given_in_order_and_not_to_those_who_have_gone() -> None:

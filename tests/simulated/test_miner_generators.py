@@ -167,7 +167,8 @@ def test_a_frozen_service_keeps_its_task_while_there_is_no_other() -> None:
         assert (await generating).endpoint == first.endpoint
         generating = asyncio.create_task(pool.generate(TASK, 1))
         await asyncio.sleep(60)
-        assert len(first.asked) == 1 and not second.asked
+        assert len(first.asked) == 1
+        assert not second.asked
         second.status, began = "ready", now()  # back again: the task was in the queue
         assert (await generating).endpoint == second.endpoint
         assert now() - began <= HEALTH_INTERVAL_S + second.seconds
@@ -381,7 +382,8 @@ def test_a_task_at_fault_is_no_endpoint_s_fault() -> None:
         first.outcomes.append(GenerationFailed("422"))
         with pytest.raises(GenerationFailed):
             await pool.generate(TASK, 1)
-        assert pool.usable["http://first"] and not second.asked
+        assert pool.usable["http://first"]
+        assert not second.asked
 
     with_pool(test)
 
@@ -439,7 +441,9 @@ def test_a_task_that_waited_too_long_already_is_no_endpoint_s_fault(patience: fl
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         with pytest.raises(ServiceUnavailable):
             await pool.generate(TASK, 1, patience)
-        assert not first.asked and not second.asked and all(pool.usable.values())
+        assert not first.asked
+        assert not second.asked
+        assert all(pool.usable.values())
 
     with_pool(test)
 

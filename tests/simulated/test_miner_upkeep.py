@@ -50,7 +50,8 @@ def test_a_part_that_breaks_starts_again_later_and_later(caplog: pytest.LogCaptu
     waits = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     records = [record for record in caplog.records if "The part broke" in record.getMessage()]
-    assert len(records) == 9 and all(record.exc_info for record in records)
+    assert len(records) == 9
+    assert all(record.exc_info for record in records)
 
 
 def test_a_part_that_ran_well_for_long_starts_again_soon() -> None:
@@ -94,16 +95,20 @@ def test_the_file_is_read_when_it_changes(tmp_path: Path, caplog: pytest.LogCapt
     blacklist = Blacklist([180], file)
     file.touch()
     blacklist.load()
-    assert 180 in blacklist and 7 not in blacklist
+    assert 180 in blacklist
+    assert 7 not in blacklist
     file.write_text(f"# those who pay nothing\n7\n\n{HOTKEY} # why\nnonsense \x1b[2J\n")
     assert blacklist.reload()
-    assert 7 in blacklist and HOTKEY in blacklist and 180 in blacklist
+    assert 7 in blacklist
+    assert HOTKEY in blacklist
+    assert 180 in blacklist
     assert "line 5: 'nonsense \\x1b[2J' is neither" in caplog.text
     assert not blacklist.reload()
     file.write_text("8\n")
     os.utime(file, (1, 1))
     assert blacklist.reload()
-    assert 7 not in blacklist and 8 in blacklist
+    assert 7 not in blacklist
+    assert 8 in blacklist
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -121,7 +126,9 @@ def test_a_mark_in_the_middle_is_of_a_file_that_was_appended(tmp_path: Path, cap
     file.write_bytes(b"\xef\xbb\xbf42\r\n" + b"\xef\xbb\xbf43\r\n")
     blacklist = Blacklist([], file)
     blacklist.load()
-    assert 42 in blacklist and 43 in blacklist and not caplog.records
+    assert 42 in blacklist
+    assert 43 in blacklist
+    assert not caplog.records
 
 
 # Not there, no text, a part of a text in UTF-16, UTF-16 without its mark, and far too long.
@@ -145,9 +152,11 @@ def test_a_file_that_breaks_or_vanishes_leaves_what_it_said(
         assert not blacklist.reload()
     assert 7 in blacklist
     (line,) = [record.getMessage() for record in caplog.records]  # said once
-    assert line.startswith(f"Blacklist {file}: ") and line.endswith("; the 1 entries of before stay in force")
+    assert line.startswith(f"Blacklist {file}: ")
+    assert line.endswith("; the 1 entries of before stay in force")
     file.write_text("7\n8")
-    assert blacklist.reload() and 8 in blacklist
+    assert blacklist.reload()
+    assert 8 in blacklist
 
 
 @pytest.mark.parametrize("content", UNREADABLE)
@@ -219,13 +228,15 @@ def test_no_network_is_waited_out_with_what_was_known() -> None:
         assert "reading the metagraph" in following.problem
         await stopped_after(700, following.follow_chain())
         assert [later - asked[0] for later in asked] == [0, 300, 600]
-        assert following.problem == "" and manager.syncs == 3
+        assert following.problem == ""
+        assert manager.syncs == 3
         gone = True
         asked.clear()
         await stopped_after(1000, following.follow_chain())
         assert [later - asked[0] for later in asked] == [0, 2, 6, 14, 30, 62, 126, 254, 510, 810]
         assert following.problem == "No metagraph: finney: ConnectionRefusedError"
-        assert HOTKEY in directory.eligible and manager.syncs == 3
+        assert HOTKEY in directory.eligible
+        assert manager.syncs == 3
 
     virtual_time.run(main())
 
@@ -267,7 +278,8 @@ def test_a_change_of_the_blacklist_s_file_is_applied(tmp_path: Path) -> None:
         await asyncio.sleep(5)
         file.write_text(HOTKEY)
         await asyncio.sleep(5)
-        assert not directory.eligible and manager.syncs == 2
+        assert not directory.eligible
+        assert manager.syncs == 2
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
 
@@ -276,7 +288,7 @@ def test_a_change_of_the_blacklist_s_file_is_applied(tmp_path: Path) -> None:
 
 async def test_a_metagraph_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def decode(network: str, netuid: int) -> Metagraph:
-        time.sleep(0.5)
+        time.sleep(0.5)  # noqa: ASYNC251 - as decoding does, which waits for nothing
         return Metagraph(netuid, (VALIDATOR,))
 
     monkeypatch.setattr(chain, "_fetch", decode)

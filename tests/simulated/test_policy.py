@@ -67,7 +67,8 @@ def test_slow_prompts_count_as_much_as_declined_results() -> None:
     one, other = policy(0.0, half), policy(0.0, slow)
     # Typical seconds are not the same in both, which is why this is no equality.
     expected, as_much = one.expected_reward("judged"), other.expected_reward("judged")
-    assert expected is not None and as_much is not None
+    assert expected is not None
+    assert as_much is not None
     assert abs(expected - as_much) < 0.01 * expected
 
 
@@ -119,18 +120,21 @@ def test_two_bad_results_do_not_condemn(bad: int, share: float) -> None:
 
 @given(standings())
 def test_one_more_accepted_is_never_worse_than_one_more_declined(judged: Standing) -> None:
-    once_more = {"attempted": judged.attempted + 1, "submitted": judged.submitted + 1}
-    more = replace(judged, **once_more, gpu_s=judged.gpu_s + TASK_S)
+    more = replace(judged, attempted=judged.attempted + 1, submitted=judged.submitted + 1, gpu_s=judged.gpu_s + TASK_S)
     better = policy(0.0, replace(more, accepted=more.accepted + 1)).expected_reward("judged")
     worse = policy(0.0, more).expected_reward("judged")
-    assert better is not None and worse is not None and better > worse
+    assert better is not None
+    assert worse is not None
+    assert better > worse
 
 
 @given(standings(), st.floats(0.1, 1000))
 def test_more_gpu_seconds_never_earn_more(judged: Standing, more: float) -> None:
     before = policy(0.0, judged).expected_reward("judged")
     after = policy(0.0, replace(judged, gpu_s=judged.gpu_s + more)).expected_reward("judged")
-    assert before is not None and after is not None and after < before
+    assert before is not None
+    assert after is not None
+    assert after < before
 
 
 # --- in the miner, where generators are short: 12 validators ask for 144 tasks an hour, and 60 can be made
@@ -184,5 +188,6 @@ def test_where_generators_are_short_the_policy_earns_more(tmp_path: Path) -> Non
     assert sum(accepted[8:]) == sum(more[8:]) == 0
     assert sum(more) >= 1.1 * sum(accepted)
     # What taught it, and one an hour since: none is forgotten.
-    assert all(4 <= count <= 8 for count in fewer[8:]) and all(count >= 12 for count in tasks[8:])
+    assert all(4 <= count <= 8 for count in fewer[8:])
+    assert all(count >= 12 for count in tasks[8:])
     assert min(fewer[:8]) >= min(tasks[:8])

@@ -95,7 +95,9 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
             listed = repository.files[name]
             content = repository.forged.get(name, listed)
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{digest(listed)}"', "Accept-Ranges": "bytes"}
-            start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+            wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
+            assert wanted is not None
+            start = int(wanted[1])
             if start:
                 headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             if body and name in repository.stall_after:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import psutil
 
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Request
+from tests.support.waiting import until
 
 PATIENCE_S = 30.0  # how long a test waits for what must happen
 DEVICES = ("first", "second")
@@ -44,12 +45,6 @@ async def running(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: in
     async with starting(folder, devices, **limits) as fleet:
         await until(lambda: states(fleet) == ["ready"] * len(devices))
         yield fleet
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def states(fleet: Fleet) -> list[str]:

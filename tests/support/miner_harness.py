@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from aiohttp import web
@@ -60,7 +59,8 @@ class StandInService:
 
     async def _validate(self, request: web.Request) -> web.Response:
         body = await request.json()
-        assert body["prompt"] in PROMPTS and body["compression"] == 2
+        assert body["prompt"] in PROMPTS
+        assert body["compression"] == 2
         vertices = ply.read(spz.decompress(base64.b64decode(body["data"])))
         assert len(vertices.table) == 7_000
         self.scored += 1
@@ -86,12 +86,6 @@ def options(tmp_path: Path, endpoint: str) -> MinerOptions:
 async def start_network(tmp_path: Path, endpoint: str, validators: int = 3) -> RehearsalNetwork:
     network = RehearsalNetwork(tmp_path / "rehearsal", endpoint, validators, LIMITS, PROMPTS)
     return await asyncio.to_thread(network.__enter__)
-
-
-async def until(condition: Any, seconds: float = 40) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def accepted(validator: RehearsalValidator) -> int:

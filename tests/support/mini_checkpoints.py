@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import open_clip
@@ -34,6 +35,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from generation.generators.lgm.network import LGM, Config
 from scripts.tools import small_imagedream
 from scripts.tools.golden_weights import golden
 from tests.support import mini_matting
@@ -48,6 +50,7 @@ background: {model: ./background, image_size: 64}
 mvdream: {model: ./mvdream}
 zero123: {model: ./zero123}
 stable_zero123: {model: ./zero123}
+lgm: {model: ./lgm}
 clip: {model: ./clip}
 """
 
@@ -60,6 +63,7 @@ def build(folder: Path) -> Path:
         background(folder / "background")
         mvdream(folder / "mvdream")
         zero123(folder / "zero123")
+        lgm(folder / "lgm")
         clip(folder / "clip")
     models = folder / "models.yaml"
     models.write_text(MODELS_YAML)
@@ -154,6 +158,19 @@ def zero123(folder: Path) -> None:
     DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False).save_pretrained(
         folder / "scheduler"
     )
+    card(folder)
+
+
+def lgm(folder: Path) -> None:
+    """Of eight views of 64 pixels, as the pack's own; its Gaussians are anywhere."""
+    config = Config(
+        down_channels=(8, 8), down_attention=(False, False), up_channels=(8, 8), up_attention=(False, False),
+        attention_heads=2, norm_groups=4, input_size=64, background=(1.0, 0.0, 1.0), position="ray",
+        views=tuple((elevation, 90.0 * i + start) for elevation, start in ((20.0, 0.0), (5.0, 45.0)) for i in range(4)),
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    save_file(LGM(config).state_dict(), folder / "model.safetensors")
     card(folder)
 
 

@@ -117,14 +117,17 @@ def settings(**changes: Any) -> Any:
 
 @contextlib.contextmanager
 def serving(
-    load: Callable[[StandInPipeline, Callable[[str], None]], Any] | None = None, max_queue: int = 3, max_batch: int = 1
+    load: Callable[[StandInPipeline, Callable[[str], None]], Any] | None = None,
+    max_queue: int = 3,
+    max_batch: int = 1,
+    its_settings: Any = None,
 ) -> Iterator[Service]:
     """A service on a free port. ``load`` replaces the loading of the models."""
     pipeline = StandInPipeline()
     engine = Engine(
         (lambda progress: load(pipeline, progress)) if load else (lambda progress: pipeline), max_queue, max_batch
     )
-    with serving_engine(engine, max_queue) as (url, server):
+    with serving_engine(engine, max_queue, its_settings) as (url, server):
         service = Service(engine, pipeline, server, url)
         try:
             if load is None:

@@ -1,4 +1,4 @@
-"""Group normalisation of small channels-last images, there and back, in one Triton kernel each way.
+"""Group normalisation of small channels-last images, forward and backward, in one Triton kernel each.
 
 A program goes through some groups of one sample twice, which fit into its cache. Larger images need the kernels of
 `normalise`.
@@ -13,13 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from generation.accelerate.kernels.normalise import Norm, Statistics, before_silu, new_statistics
+from generation.accelerate.kernels.normalise import (
+    Norm,
+    Statistics,
+    before_silu,
+    new_statistics,
+    one_more,
+    over_places,
+)
 
 PROGRAMS = 256  # as a target: two for each processor of a large GPU
 WIDEST = 256  # channels of a program
 VECTOR = 8  # channels that are read at once, where a program's groups begin and end with them
-VALUES = 8192  # of a block; back half as many, or their registers would let one program run at a time
-STAGES = 3  # blocks that memory is asked for ahead; back, where there are two images, one less
+VALUES = 8192  # of a block; backward half as many, or their registers would let one program run at a time
+STAGES = 3  # blocks that memory is asked for ahead; backward, where there are two images, one less
 WARPS = 8
 TINY = 64  # pixels, of which half as many values and warps are enough
 SMALL = 1024  # pixels of an image, at most
@@ -34,7 +41,7 @@ def normalise_at_once(
 ) -> Tensor:
     """The normalised x (N, C, H, W), channels last, + `added` (C,) or (N, C); SiLU of it if asked.
 
-    Fills in the `statistics` (see `normalise`) that the way back needs, where there are some.
+    Fills in the `statistics` (see `normalise`) that the backward pass needs, where there are some.
     """
     result = torch.empty_like(x)
     more = norm.weight if added is None else added
@@ -48,21 +55,21 @@ def normalise_at_once(
     return result
 
 
-def there_at_once(x: Tensor, norm: Norm, added: Tensor | None) -> tuple[Tensor, Statistics]:
-    """SiLU of the normalised x + `added`, and what `back_at_once` needs."""
+def forward_at_once(x: Tensor, norm: Norm, added: Tensor | None) -> tuple[Tensor, Statistics]:
+    """SiLU of the normalised x + `added`, and what `backward_at_once` needs."""
     statistics = new_statistics(x)
     return normalise_at_once(x, norm, added, statistics=statistics), statistics
 
 
-def back_at_once(
+def backward_at_once(
     gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None
 ) -> Tensor:
-    """See `normalise_back`."""
+    """See `normalise_backward`."""
     result = torch.empty_like(x)
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     other = x if around is None else around.contiguous(memory_format=torch.channels_last)
     grid, sizes = _programs(x, norm, VALUES // 2, STAGES - 1)
-    _back[grid](
+    _backward[grid](
         *(gradient, x, other, result, norm.weight, *statistics, x.shape[2] * x.shape[3], x.shape[1]),
         AROUND=around is not None, **sizes,
     )  # fmt: skip
@@ -117,22 +124,22 @@ def _normalise(  # type: ignore[no-untyped-def]
     channel = tl.program_id(0) * (GROUPS * EACH) + lane
     x += n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
     result += n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
-    first = tl.zeros((ROWS, LANES), tl.float32)  # by place in a block: threads add theirs up once, at the end
-    second = tl.zeros((ROWS, LANES), tl.float32)
+    means = tl.zeros((ROWS, LANES), tl.float32)  # by place in a block: threads join theirs once, at the end
+    squares = tl.zeros((ROWS, LANES), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
         exist = (block * ROWS + row < pixels)[:, None] & mine[None, :]
         value = tl.load(x + (block * ROWS + row)[:, None] * c + lane[None, :], exist, 0.0).to(tl.float32)
-        first += value
-        second += value * value
-    sums, squares = tl.sum(first, 0), tl.sum(second, 0)
+        means, squares = one_more(means, squares, value, exist, block)
+    counts = tl.minimum(tl.maximum(pixels - row + ROWS - 1, 0) // ROWS, BLOCKS)
+    lane_means, lane_squares = over_places(means, squares, counts.to(tl.float32), pixels)
     more = tl.zeros((LANES,), tl.float32)
     if ADDED:
         more = tl.load(added + n * added_stride + channel, mine, 0.0).to(tl.float32)
-        squares += more * (2 * sums + pixels * more)
-        sums += pixels * more
-    mean = _of_groups(sums, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    square = _of_groups(squares, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    inverse = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+        lane_means += more
+    mean = _of_groups(lane_means, EACH, LANES, GROUP_LANES) / EACH
+    away = lane_means - mean
+    variance = _of_groups(lane_squares + pixels * away * away, EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    inverse = tl.rsqrt(variance + eps)
     scale = inverse * tl.load(weight + channel, mine, 0.0).to(tl.float32)
     offset = more - mean
     shift = tl.load(bias + channel, mine, 0.0).to(tl.float32) + offset * scale
@@ -151,7 +158,7 @@ def _normalise(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _back(  # type: ignore[no-untyped-def]
+def _backward(  # type: ignore[no-untyped-def]
     gradient, x, around, result, weight, scales, shifts, inverses, offsets, pixels, c,
     AROUND: tl.constexpr, GROUPS: tl.constexpr, EACH: tl.constexpr, GROUP_LANES: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr,
@@ -163,6 +170,8 @@ def _back(  # type: ignore[no-untyped-def]
     begin = n * pixels * c + tl.program_id(0) * (GROUPS * EACH)
     scale = tl.load(scales + n * c + channel, mine, 0.0)
     shift = tl.load(shifts + n * c + channel, mine, 0.0)
+    r = tl.load(inverses + n * c + channel, mine, 0.0)
+    o = tl.load(offsets + n * c + channel, mine, 0.0)
     first = tl.zeros((ROWS, LANES), tl.float32)
     second = tl.zeros((ROWS, LANES), tl.float32)
     for block in tl.range(0, BLOCKS, num_stages=STAGES):
@@ -172,13 +181,10 @@ def _back(  # type: ignore[no-untyped-def]
         outer = tl.load(gradient + places, exist, 0.0).to(tl.float32)
         inner = before_silu(outer, value, scale[None, :], shift[None, :])
         first += inner
-        second += inner * value
+        second += inner * (value + o[None, :])
     w = tl.load(weight + channel, mine, 0.0).to(tl.float32)
-    r = tl.load(inverses + n * c + channel, mine, 0.0)
-    o = tl.load(offsets + n * c + channel, mine, 0.0)
-    sums = tl.sum(first, 0)
-    mean = _of_groups(w * sums, EACH, LANES, GROUP_LANES) / (pixels * EACH)
-    along = _of_groups(w * r * (tl.sum(second, 0) + o * sums), EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    mean = _of_groups(w * tl.sum(first, 0), EACH, LANES, GROUP_LANES) / (pixels * EACH)
+    along = _of_groups(w * r * tl.sum(second, 0), EACH, LANES, GROUP_LANES) / (pixels * EACH)
     by_x = -r * r * along
     constant = by_x * o - r * mean
     for block in tl.range(0, BLOCKS, num_stages=STAGES):

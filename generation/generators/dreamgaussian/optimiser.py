@@ -103,7 +103,7 @@ class DreamGaussian:
     def encode(self, texts: Sequence[str]) -> None:
         if self._guidance:
             o = self._options
-            self._guidance.read([*map(o.mvdream_prompt, texts), o.negative_prompt])
+            self._guidance.encode([*map(o.mvdream_prompt, texts), o.negative_prompt])
 
     def cut(self, words: str) -> dict[str, tuple[int, int]]:
         tokens = self._guidance.cut(self._options.mvdream_prompt(words)) if self._guidance else None

@@ -102,6 +102,10 @@ class Scene:
         """The Gaussians as they are now; the tensors are the optimised ones, not copies."""
         return self._gaussians
 
+    def so_far(self) -> Gaussians:
+        """As ``gaussians``."""
+        return self._gaussians
+
     def harmonics(self) -> Tensor:
         """(N, K - 1, 3) of the Gaussians' colours, all but the constant; what is done to it is done to them."""
         return self._gaussians.sh.detach()[:, 1:]

@@ -128,7 +128,7 @@ class Lgm:
             self._resting.wake()
 
     def encode(self, texts: Sequence[str]) -> None:
-        self._drawer.read([self._options.view_prompt(text) for text in texts])
+        self._drawer.encode([self._options.view_prompt(text) for text in texts])
 
     def cut(self, words: str) -> dict[str, tuple[int, int]]:
         tokens = self._drawer.cut(self._options.view_prompt(words))
@@ -166,7 +166,8 @@ class Lgm:
         for some in pieces(len(works)):
             (splats,) = self._pass(views[some])
             for work, each in zip(works[some], splats, strict=True):
-                work.result = to_gaussians(each)
+                o = self._options
+                work.result = to_gaussians(each, self._network.config, o.min_gaussians, o.max_gaussians)
 
     def _splats(self, views: Tensor) -> tuple[Tensor]:
         return (self._network(views, self._rays),)

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from generation.generators.base import Checkpoint
 from generation.generators.lgm.unet import UNet
+from generation.schema.limits import MAX_GAUSSIANS
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.weights import WeightsError
 
-#: least opacity of a Gaussian that is kept
-MIN_OPACITY = 0.005
 WEIGHTS = ("model_fp16_fixrot.safetensors", "model.safetensors")  # the first that is there
 
 # ImageNet statistics
 _MEAN = (0.485, 0.456, 0.406)
 _STD = (0.229, 0.224, 0.225)
+_FAINT = 0.5  # opacity; of a more opaque one two halves would look wider
 _LARGEST_SCALE = 0.1  # what softplus is multiplied by
 
 
@@ -50,6 +50,8 @@ class Config:
     radius: float = 1.5  # of the cameras' orbit; the object is within the cube from -1 to 1
     fovy: float = 49.1  # degrees
     background: tuple[float, float, float] = (1.0, 1.0, 1.0)  # colour behind the object in the views
+    min_opacity: float = 0.005  # of a Gaussian that is kept; outside of the box of those over `stray_opacity`: that
+    stray_opacity: float = 0.005
     #: "absolute" as published, or "ray": along the pixel's ray, and off it, see `LGM.forward`
     position: str = "absolute"
 
@@ -95,6 +97,8 @@ class Config:
             raise ValueError("views is empty")
         if self.input_size % 2 ** (len(self.down_channels) - 1):
             raise ValueError(f"input_size {self.input_size} can not be halved {len(self.down_channels) - 1} times")
+        if not 0 <= self.min_opacity <= self.stray_opacity < 1:
+            raise ValueError(f"min_opacity {self.min_opacity} and stray_opacity {self.stray_opacity} must be in 0 to 1")
         if self.position not in ("absolute", "ray"):
             raise ValueError(f"position is {self.position!r}, expected 'absolute' or 'ray'")
 
@@ -199,14 +203,35 @@ class LGM(nn.Module):
         return torch.cat(parts, 1).view(b, v, 14, -1).transpose(2, 3).reshape(b, -1, 14)
 
 
-def to_gaussians(splats: Tensor) -> Gaussians:
-    """Of one object's `splats` (N, 14), as `LGM` gives them, those that are not all but transparent."""
-    splats = splats[splats[:, 3] >= MIN_OPACITY]
+def to_gaussians(splats: Tensor, config: Config = BIG, at_least: int = 0, at_most: int = MAX_GAUSSIANS) -> Gaussians:
+    """Of one object's `splats` (N, 14), as `LGM` gives them, those that the config's opacities keep; the most opaque
+    `at_most` of them.
+
+    A splat is framed by the box around its Gaussians, so faint ones far from the others would make it small.
+    Where there are fewer than `at_least`, faint ones become several at the same place, together as opaque as the one
+    was: what is seen stays nearly the same.
+    """
+    opacity, position = splats[:, 3], splats[:, :3]
+    clear = position[opacity >= config.stray_opacity]
+    kept = opacity >= config.min_opacity
+    if len(clear):
+        kept &= ((position >= clear.amin(0)) & (position <= clear.amax(0))).all(1)
+    splats = splats[kept]
+    if len(splats) > at_most:
+        splats = splats[splats[:, 3].topk(at_most).indices]
+    if 0 < len(splats) < at_least:
+        faint = splats[:, 3] < _FAINT
+        if not faint.any():
+            faint = torch.ones_like(faint)
+        copies = 1 + -(-(at_least - len(splats)) // int(faint.sum()))
+        several = splats[faint].repeat(copies, 1)
+        several[:, 3] = 1 - (1 - several[:, 3]) ** (1 / copies)
+        splats = torch.cat([splats[~faint], several])
     position, opacity, scale, rotation, colour = splats.split([3, 1, 3, 4, 3], 1)
     return Gaussians(
         means=position.contiguous(),
         quats=rotation.contiguous(),
         log_scales=(scale + 1e-8).log(),
-        logit_opacities=opacity[:, 0].clamp(max=1 - 1e-6).logit(),
+        logit_opacities=opacity[:, 0].clamp(1e-6, 1 - 1e-6).logit(),
         sh=((colour - 0.5) / SH_C0)[:, None],
     )

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from generation.schema.limits import MAX_GAUSSIANS, MIN_GAUSSIANS
 from generation.schema.options import GeneratorOptions, Template
 
 
@@ -33,8 +34,14 @@ class LgmOptions(GeneratorOptions):
     #: cut each drawn view out, and put it into the middle of the network's background, as the authors do after MVDream
     recentre_views: bool = False
 
+    #: what a validator asks for at least; where a network gives fewer, faint ones become several that look the same
+    min_gaussians: int = Field(MIN_GAUSSIANS, ge=0, le=65_536)
+    max_gaussians: int = Field(65_536, ge=1, le=MAX_GAUSSIANS)  # those that are most opaque
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        if self.min_gaussians > self.max_gaussians:
+            raise ValueError(f"min_gaussians {self.min_gaussians} is over max_gaussians {self.max_gaussians}")
         if self.recentre_views and self.views_from == "picture_and_words":
             raise ValueError("recentre_views true would move the picture's view apart from the others'")
         return self

@@ -92,9 +92,9 @@ class Drawer:
         latents = torch.stack([self._finished(drawing) for drawing in drawings])
         return torch.cat([self._decode(latents[some])[0].clone() for some in pieces(len(drawings))])
 
-    def read(self, texts: Sequence[str]) -> None:
+    def encode(self, texts: Sequence[str]) -> None:
         """Encode those that are not known yet together, so that `begin` finds them."""
-        self._words.read([*texts, self._negative_prompt])
+        self._words.encode([*texts, self._negative_prompt])
 
     def cut(self, text: str) -> tuple[int, int] | None:
         """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""

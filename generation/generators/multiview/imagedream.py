@@ -92,7 +92,7 @@ class ImageDream(Drawer):
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
     ) -> list[Drawing]:
-        self.read(words)
+        self.encode(words)
         given = [cutout for cutout in cutouts if cutout is not None]
         if len(given) < len(cutouts):
             raise ValueError("ImageDream draws views of a picture: a cut-out is missing")

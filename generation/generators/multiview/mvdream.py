@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from generation.accelerate.shared_start import SharedStart
 from generation.generators.multiview.attention import join_views
 from generation.generators.multiview.drawer import AROUND, Drawer, Places
 from generation.generators.multiview.sampling import Drawing, Sampler, guided, known_frame, nothing_known
@@ -43,7 +42,6 @@ class MVDreamViews(Drawer):
         self._known_view = known_view
         self._scale = guidance_scale
         self._joint = join_views(unet, len(views), shared_text=True)
-        self._start = SharedStart(unet)
         frames = known_frame(0) if known_view else nothing_known
         self._sampler = Sampler(self._schedule, self._guided, frames)
 
@@ -63,7 +61,7 @@ class MVDreamViews(Drawer):
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
     ) -> list[Drawing]:
-        self.read(words)
+        self.encode(words)
         noises = [self._noise(generator, self._latent_shape) for generator in generators]
         known: list[tuple[Tensor, ...]] = [()] * len(words)
         if self._known_view:
@@ -86,7 +84,4 @@ class MVDreamViews(Drawer):
 
     def _guided(self, both: Tensor, t: Tensor, words: Tensor) -> Tensor:
         cameras = self._cameras.repeat(len(words), 1)
-        if self._known_view:
-            return guided(self._unet, both, t, cameras, words, self._scale)
-        with self._start.halves_are_alike():
-            return guided(self._unet, both, t, cameras, words, self._scale)
+        return guided(self._unet, both, t, cameras, words, self._scale)

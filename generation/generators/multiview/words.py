@@ -33,7 +33,7 @@ class Words(TextCache[Tensor]):
 
     def pair(self, text: str, negative: str) -> Tensor:
         """(2, L, C): of the negative text, then of the text."""
-        return torch.stack(self.read([negative, text]))
+        return torch.stack(self.encode([negative, text]))
 
     @torch.no_grad()
     def _states(self, texts: list[str]) -> list[Tensor]:

@@ -88,7 +88,7 @@ def _backend(device: torch.device) -> Any:
 
 
 def warm_up(device: str = "cpu") -> None:
-    """Compile the CPU kernels, or load them from numba's cache, by rendering one Gaussian there and back.
+    """Compile the CPU kernels, or load them from numba's cache, by rendering one Gaussian, forward and backward.
 
     It takes about 15 s the first time on a machine, under 1 s after that. On a GPU it loads gsplat's compiled code;
     raises RuntimeError with the command to run when that is not there.

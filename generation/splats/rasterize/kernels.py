@@ -69,7 +69,8 @@ def _load() -> None:
             f"{', '.join(architectures)}); run: {BUILD_COMMAND}"
         )
     spec = importlib.util.spec_from_file_location(MODULE, library)
-    assert spec is not None and spec.loader is not None  # by its suffix
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

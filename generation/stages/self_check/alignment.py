@@ -82,9 +82,9 @@ class TextClip(_Clip):
             raise WeightsError(f"{folder}: not a usable open_clip model: {error}") from error
         return cls(model.eval().requires_grad_(False), tokenizer, use, device, rests)
 
-    def read(self, texts: Sequence[str]) -> list[Tensor]:
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """The unit vector (D,) of each."""
-        return self._texts.read(texts)
+        return self._texts.encode(texts)
 
     def cut(self, text: str) -> tuple[int, int] | None:
         """Tokens that are read and tokens of a text when these are more."""

@@ -87,9 +87,9 @@ class SelfCheck:
         return [part for part in SHARES if not lacking.get(part)]
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[str]) -> None:
+    def encode(self, prompts: Sequence[str]) -> None:
         """Texts that splats will be compared with."""
-        self._text.read(prompts)
+        self._text.encode(prompts)
 
     def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
         """Where only the beginning of it is read: tokens that are, and of how many."""
@@ -118,9 +118,11 @@ class SelfCheck:
         nothing = {part: 0.0 if part in self.parts else None for part in SHARES}
         checks = [Check(run_gates(gaussians), parts=nothing) for gaussians, _ in splats]
         passed = [i for i, check in enumerate(checks) if check.failed_gate is None]
-        views = []
-        for gaussians in (splats[i][0].to(self._device) for i in passed):
-            views.append(render_views(to_validators_frame(fit_to_frame(gaussians) if fit else gaussians)))
+        framed = (
+            fit_to_frame(gaussians) if fit else gaussians
+            for gaussians in (splats[i][0].to(self._device) for i in passed)
+        )
+        views = [render_views(to_validators_frame(gaussians)) for gaussians in framed]
         for i, check in zip(passed, self._measure(views, [splats[i][1] for i in passed]), strict=True):
             checks[i] = replace(check, gates=checks[i].gates)
         return checks
@@ -152,7 +154,7 @@ class SelfCheck:
         written = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
         drawn = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
         if written:
-            texts = self._text.read(list(written.values()))
+            texts = self._text.encode(list(written.values()))
             embedded = self._text.embed(torch.cat([views[i] for i in written])).split(VIEWS)
             for i, text, seen in zip(written, texts, embedded, strict=True):
                 outcomes[i] = with_text(seen, text, self._text.use.cosine_scale)

@@ -12,13 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from generation.splats import cameras
+from generation.splats.frame import BOX_SIDE, ELEVATION, FOVY, RADIUS, VIEW_SIZE
 from generation.splats.gaussians import SH_C0, Gaussians
 from generation.splats.rasterize import rasterize
 
 VIEWS = 16
-VIEW_SIZE = 518  # pixels
-ELEVATION, RADIUS, FOVY = 15.0, 2.5, 49.1  # degrees, world units, degrees
-BOX_SIDE = 1.5  # world units
 MAX_LIFT = 16.0  # how far under black a colour is followed
 #: which views a preview is made of: the single one, and the grid that duels are judged on
 FRONT_VIEW, GRID_VIEWS, GRID_GAP = 1, (1, 5, 9, 13), 5

@@ -15,10 +15,11 @@ from typing import Any
 
 from PIL import Image
 
+from common.log_lines import escape
 from generation.engine.engine import Engine
 from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
-from generation.schema.results import Asset, Request
+from generation.schema.results import Request
 from generation.web.events import Events
 from generation.web.intake import ApiError
 from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Result
@@ -26,11 +27,12 @@ from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Re
 MOST_IN_PROGRESS = 16
 PICTURE_SIDE = 256  # pixels, of a prompt picture as it is kept
 THUMBNAIL_SIDE = 256  # pixels
+MOST_REASON = 500  # characters
 
 log = logging.getLogger("generation.web.studio")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Making:
     """A request in progress."""
 
@@ -38,7 +40,9 @@ class Making:
     prompt: str | None
     seed: int
     began_at: float  # unix seconds
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
+    preview: bytes = b""  # a WEBP of it so far
+    previews: int = 0  # how many there were
 
 
 class Makers:
@@ -51,12 +55,11 @@ class Makers:
         gallery: Gallery,
         events: Events,
         device: str,
-        threshold: float,
         record: Callable[[Any, float], None],
     ) -> None:
         self.gallery = gallery
         self._engine, self._candidates, self._events, self._device = engine, candidates, events, device
-        self._threshold, self._record = threshold, record
+        self._record = record
         self._in_progress: dict[str, Making] = {}
 
     @property
@@ -73,44 +76,55 @@ class Makers:
     def start(self, asked: Request) -> str:
         """Begin to make it; its id, by which its events are told."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-        # All that was generated is shown, also what is not worth submitting: that is decided below.
-        work = self._make(request_id, replace(asked, threshold=0.0))
-        task = asyncio.get_running_loop().create_task(work)
-        self._in_progress[request_id] = Making(request_id, asked.prompt, asked.seed, time.time(), task)
-        task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
+        making = Making(request_id, asked.prompt, asked.seed, time.time())
+        work = self._make(making, replace(asked, watched=True))
+        self._in_progress[request_id] = making
+        making.task = asyncio.get_running_loop().create_task(work)
+        making.task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
         return request_id
+
+    def preview(self, request_id: str) -> bytes:
+        """A WEBP of what it looks like so far; empty where there is none."""
+        making = self._in_progress.get(request_id)
+        return making.preview if making else b""
 
     def cancel(self, request_id: str) -> bool:
         """Whether it was in progress."""
         making = self._in_progress.get(request_id)
-        return making is not None and making.task.cancel()
+        return making is not None and making.task is not None and making.task.cancel()
 
     async def stop(self) -> None:
         """Give up all that is in progress."""
-        tasks = [making.task for making in self._in_progress.values()]
+        tasks = [making.task for making in self._in_progress.values() if making.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _make(self, request_id: str, asked: Request) -> None:
+    async def _make(self, making: Making, asked: Request) -> None:
+        request_id = making.id
         began = time.monotonic()
         kind = "text" if asked.image is None else "image"
         about: dict[str, Any] = {"id": request_id, "made_at": time.time(), "prompt": asked.prompt, "seed": asked.seed}
         files = {} if asked.image is None else {PICTURE: await asyncio.to_thread(_small, asked.image)}
         with self._events.request(request_id) as following:
             following.queued(f"generate {kind}")
+
+            def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
+                if preview:
+                    making.preview, making.previews = preview, making.previews + 1
+                following.progress(stage, fraction)
+
             try:
-                asset = await self._candidates.generate(asked, following.progress)
+                asset = await self._candidates.generate(asked, progress)
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise
             except Exception as error:
                 log.warning("Studio: a request failed in stage %s: %s", following.stage, type(error).__name__)
-                reason = f"stage {following.stage} failed: {error}"
-                self._keep(Result(**about, outcome="failed", reason=reason[:500]), files)
-                following.end("failed", reason[:500])
+                reason = escape(f"stage {following.stage} failed: {error}")[:MOST_REASON]
+                self._keep(Result(**about, outcome="failed", reason=reason), files)
+                following.end("failed", reason)
                 return
-            self._judge(asset)
             self._record(asset.report, time.monotonic() - began)
             if asset.ply:
                 files[SPLAT] = asset.ply
@@ -120,7 +134,7 @@ class Makers:
                     )
             report = asset.report
             result = Result(
-                **about | {"made_at": time.time()},
+                **about | {"made_at": time.time(), "seed": report.seed},
                 outcome="delivered" if report.rejected is None else "rejected",
                 reason=report.rejected,
                 score=report.score,
@@ -130,11 +144,6 @@ class Makers:
             )
             self._keep(result, files)
             following.end(result.outcome, result.reason, result.score)
-
-    def _judge(self, asset: Asset) -> None:
-        report = asset.report
-        if report.rejected is None and report.score is not None and report.score < self._threshold:
-            report.rejected = f"score {report.score:.2f} is under the threshold {self._threshold:.2f}"
 
     def _keep(self, result: Result, files: dict[str, bytes]) -> None:
         try:

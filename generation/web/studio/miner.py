@@ -30,7 +30,7 @@ def activity(url: str) -> dict[str, Any]:
     if answer.status == 200 and len(content) <= MOST_BYTES:
         try:
             told = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             told = None
         if isinstance(told, dict):
             return told

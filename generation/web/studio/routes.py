@@ -70,7 +70,13 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
         return {
             "threshold": threshold,
             "in_progress": [
-                {"id": each.id, "prompt": each.prompt, "seed": each.seed, "began_at": each.began_at}
+                {
+                    "id": each.id,
+                    "prompt": each.prompt,
+                    "seed": each.seed,
+                    "began_at": each.began_at,
+                    "previews": each.previews,
+                }
                 for each in makers.in_progress
             ],
             "results": [as_json(each) for each in makers.gallery.results()],
@@ -117,6 +123,13 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
                 except (OSError, KeyError):  # it is shown all the same
                     return Response(content, media_type="video/mp4")
         return FileResponse(kept(request_id, FILM), media_type="video/mp4")
+
+    @routes.get("/requests/{request_id}/preview.webp")
+    async def preview(request_id: str) -> Response:
+        """What it looks like so far, while it is in progress."""
+        if not (content := makers.preview(request_id)):
+            raise ApiError(404, "request_id", "there is no preview of this request")
+        return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})
 
     @routes.get("/requests/{request_id}/{name}")
     async def file(request_id: str, name: str) -> Response:

@@ -63,7 +63,13 @@ log = logging.getLogger(__name__)
 class ValidatorCaller(Protocol):
     """The one method of bittensor's Dendrite that the miner uses. Errors come back as the synapse's status."""
 
-    async def call(self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float, deserialize: bool) -> SynapseT:
+    async def call(
+        self,
+        target_axon: bt.AxonInfo,
+        synapse: SynapseT,
+        timeout: float,  # noqa: ASYNC109 - bittensor's name
+        deserialize: bool,
+    ) -> SynapseT:
         """`synapse`, with the answer in it. `timeout` in seconds. Never raises for what a validator does."""
 
 
@@ -174,10 +180,10 @@ class Submitter:
             if kept_for == hotkey and (answer.task is None or answer.task.id != task_id):
                 self._let_go(validator, task_id, answer)
 
-    async def drain(self, timeout: float) -> None:
-        """Waits for the submissions under way; after `timeout` seconds leaves them to the spool."""
+    async def drain(self, seconds: float) -> None:
+        """Waits for the submissions under way; after so many seconds leaves them to the spool."""
         if self._under_way:
-            _, late = await asyncio.wait(self._under_way, timeout=timeout)
+            _, late = await asyncio.wait(self._under_way, timeout=seconds)
             for delivery in late:
                 delivery.cancel()
             if late:

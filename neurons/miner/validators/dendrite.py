@@ -98,7 +98,11 @@ class ValidatorDendrite(bt.Dendrite):
         return self._session
 
     async def call(  # type: ignore[override]
-        self, target_axon: bt.AxonInfo, synapse: SynapseT, timeout: float = 12.0, deserialize: bool = False
+        self,
+        target_axon: bt.AxonInfo,
+        synapse: SynapseT,
+        timeout: float = 12.0,  # noqa: ASYNC109 - bittensor's name
+        deserialize: bool = False,
     ) -> SynapseT:
         """`synapse` with its ANSWER_FIELDS as the axon answered, and its `dendrite` status saying how it went.
 
@@ -116,14 +120,15 @@ class ValidatorDendrite(bt.Dendrite):
         return synapse
 
     async def _attempt(
-        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float, sender: _Sender
+        self, target_axon: bt.AxonInfo, synapse: bt.Synapse, seconds: float, sender: _Sender
     ) -> int | None:
         """One request and its answer; the status of the axon."""
-        self._sign(target_axon, synapse, timeout, sender)
-        assert synapse.axon is not None and synapse.dendrite is not None
+        self._sign(target_axon, synapse, seconds, sender)
+        assert synapse.axon is not None
+        assert synapse.dendrite is not None
         code, message = 0, "Success"
         try:
-            status, body = await self._post(target_axon, synapse, timeout)
+            status, body = await self._post(target_axon, synapse, seconds)
             synapse.axon.status_code = code = status
             answer = parse(body)
             if status == 200:
@@ -133,7 +138,7 @@ class ValidatorDendrite(bt.Dendrite):
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             code, message = NO_CONNECTION, f"{type(error).__name__}: {error}"
         except TimeoutError:
-            code, message = 408, f"no answer within {timeout:.0f} s"
+            code, message = 408, f"no answer within {seconds:.0f} s"
         except (aiohttp.ClientError, OSError) as error:
             code, message = CONNECTION_LOST, f"{type(error).__name__}: {error}"
         except (ValueError, RecursionError) as error:
@@ -167,14 +172,14 @@ class ValidatorDendrite(bt.Dendrite):
         )
         synapse.axon = bt.TerminalInfo(ip=target_axon.ip, port=target_axon.port, hotkey=target_axon.hotkey)
 
-    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, timeout: float) -> tuple[int, bytes]:
+    async def _post(self, target_axon: bt.AxonInfo, synapse: bt.Synapse, seconds: float) -> tuple[int, bytes]:
         """Status and body of the answer."""
         sent = steady_time()
         async with (await self.session).post(
             self._get_endpoint_url(target_axon, type(synapse).__name__),
             headers=synapse.to_headers(),
             json=synapse.model_dump(),
-            timeout=aiohttp.ClientTimeout(total=timeout),
+            timeout=aiohttp.ClientTimeout(total=seconds),
             allow_redirects=False,
         ) as response:
             self.on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())

@@ -136,7 +136,8 @@ def test_what_is_wrong_in_the_file_is_named(
 ) -> None:
     file.write_bytes(content.encode(errors="surrogateescape"))
     error = refused(capsys, "--config-file", file)
-    assert error.startswith("serve: ") and f"{file}: {said}" in error
+    assert error.startswith("serve: ")
+    assert f"{file}: {said}" in error
     assert len(error.splitlines()) == 1
 
 
@@ -160,7 +161,8 @@ def test_everything_wrong_is_said_at_once(
 @pytest.mark.parametrize("argv", [["--prot", "1"], ["--por", "1"], ["--port"], ["stray"], ["--urls"], ["--save"]])
 def test_misuse_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
     (line,) = refused(capsys, *argv).splitlines()
-    assert line.startswith("serve: ") and argv[0] in line
+    assert line.startswith("serve: ")
+    assert argv[0] in line
 
 
 def test_what_may_be_secret_is_not_repeated(
@@ -169,7 +171,8 @@ def test_what_may_be_secret_is_not_repeated(
     file.write_text('[service]\nmnemonic = "hunter2"\nurls = ["hunter2"]\n[hunter]\nkey = "hunter2"\n')
     monkeypatch.setenv("COMPETITIVE_SERVICE_URLS", "hunter2")
     error = refused(capsys, "--config-file", file, "--urls", "hunter2")
-    assert len(error.splitlines()) == 5 and "hunter2" not in error
+    assert len(error.splitlines()) == 5
+    assert "hunter2" not in error
 
 
 def test_a_file_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +247,8 @@ workers = 3
         given.save()
         text = file.read_text()
         assert "# mine\n[service]\nport = 6  # as the router has it\n" in text
-        assert '# profile = "tiny"' in text and "# not this process'\nworkers = 3" in text
+        assert '# profile = "tiny"' in text
+        assert "# not this process'\nworkers = 3" in text
         assert tomllib.loads(text) == {
             "service": {"port": 6, "uids": [7, 9]}, "score": {"validation_threshold": 0.7}, "miner": {"workers": 3},
         }  # fmt: skip
@@ -289,7 +293,8 @@ workers = 3
         link = tmp_path / "link.toml"
         link.symlink_to(file)
         parse("--config-file", link, "--save", "--port", "6").save()
-        assert link.is_symlink() and tomllib.loads(file.read_text()) == {"service": {"port": 6}}
+        assert link.is_symlink()
+        assert tomllib.loads(file.read_text()) == {"service": {"port": 6}}
 
     def test_what_is_wrong_is_not_saved(self, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         file.write_text(self.WRITTEN)

@@ -64,9 +64,11 @@ def test_the_miner_starts_and_says_so(tmp_path: Path, folder: str) -> None:
     ]
     environment = {**os.environ, "HOME": folder}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
     first, second = log.read_text().splitlines()
-    assert f"Home folder {folder}: " in first and first.endswith("; the miner goes on without")
+    assert f"Home folder {folder}: " in first
+    assert first.endswith("; the miner goes on without")
     assert "Wallet 'w', hotkey 'default': " in second
 
 

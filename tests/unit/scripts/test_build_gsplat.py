@@ -77,7 +77,8 @@ def test_a_build_is_found_by_the_cards_it_is_for() -> None:
     assert kernels.find(["8.9"]) is None
     both = write(kernels.folder(["8.9", "12.0"]) / "gsplat_cuda.so")
     assert kernels.find(["8.9"]) == kernels.find(["12.0"]) == kernels.find(["8.9", "12.0"]) == both
-    assert kernels.find(["9.0"]) is None and kernels.find(["2.0"]) is None
+    assert kernels.find(["9.0"]) is None
+    assert kernels.find(["2.0"]) is None
     assert kernels.find(["8.9", "9.0"]) is None
 
 
@@ -164,7 +165,8 @@ sys.exit(build_gsplat.main(["--arch", "8.9"]))
     try:
         until = time.monotonic() + 60
         while not (pid.exists() and pid.read_text()):
-            assert time.monotonic() < until and parent.poll() is None
+            assert time.monotonic() < until
+            assert parent.poll() is None
             time.sleep(0.02)
         parent.send_signal(signal.SIGHUP)
         assert parent.wait(50) == 128 + signal.SIGHUP
@@ -265,10 +267,13 @@ def test_from_sources_to_a_module(
     write(broken, "int f() { return 1; }\n")
     assert build_gsplat.main(["--arch", "8.9"]) == 0
     told = capsys.readouterr().out
-    assert "Broken.cu" in told and "linking" in told and "gsplat is built" in told
+    assert "Broken.cu" in told
+    assert "linking" in told
+    assert "gsplat is built" in told
     assert (tmp_path / "cu13/bin/compiled").read_text().split() == ["8.9"] * 3  # A once, Broken twice
 
-    assert good.exists() and kernels.find(["8.9"]) is not None
+    assert good.exists()
+    assert kernels.find(["8.9"]) is not None
     assert not (kernels.folder(["8.9"]) / "build").exists()
     assert build_gsplat.main(["--arch", "8.9"]) == 0
     assert "built already" in capsys.readouterr().out
@@ -279,5 +284,6 @@ def test_from_sources_to_a_module(
 
 def cudart() -> Path:
     spec = importlib.util.find_spec("nvidia.cu13")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / "lib/libcudart.so.13"

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ LISTED = """:env:.default-timeout='60'
 :env:.index-url='https://me:secret@index.example/simple'
 global.cert='/etc/ssl/company.pem'
 global.extra-index-url='https://one.example/simple\\nhttps://two.example/simple'
-global.find-links='/opt/wheels'
+global.find-links='/proc /no/such/folder'
 global.index-url='https://old.example/simple'
 global.proxy='http://proxy.example:3128'
 install.trusted-host='index.example'
@@ -35,8 +36,7 @@ download.index-url='https://not.for.install/'
 
 def packages(name: str) -> dict[str, str]:
     """Name -> version of one lock."""
-    lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
-    return dict(re.match(r"([\w.-]+)==(\S+)", line).groups() for line in lines if "==" in line)  # type: ignore[union-attr]
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE))
 
 
 def test_uv_is_told_pips_indexes_proxy_and_certificates() -> None:
@@ -45,7 +45,7 @@ def test_uv_is_told_pips_indexes_proxy_and_certificates() -> None:
         "UV_DEFAULT_INDEX": "https://me:secret@index.example/simple",  # the environment goes before the file
         "UV_INDEX": "https://one.example/simple https://two.example/simple",
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # as pip has it; hashes say which file it must be
-        "UV_FIND_LINKS": "/opt/wheels",
+        "UV_FIND_LINKS": "/proc",
         "UV_INSECURE_HOST": "index.example",
         "UV_HTTP_TIMEOUT": "60",
         "UV_NO_PROGRESS": "1",
@@ -83,8 +83,10 @@ def test_too_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_each_extra_has_a_lock_and_brings_what_the_other_process_needs_not() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {path.stem for path in (ROOT / "requirements").glob("*.txt")} == {*extras, "bootstrap"}
-    assert "bittensor" in packages("miner") and not {"torch", "diffusers", "fastapi-cli"} & packages("miner").keys()
-    assert "torch" in packages("service") and not {"bittensor", "aiohttp"} & packages("service").keys()
+    assert "bittensor" in packages("miner")
+    assert not {"torch", "diffusers", "fastapi-cli"} & packages("miner").keys()
+    assert "torch" in packages("service")
+    assert not {"bittensor", "aiohttp"} & packages("service").keys()
 
 
 def test_the_locks_agree_and_fit_pyproject() -> None:
@@ -105,7 +107,26 @@ def test_progress_is_counted_in_what_uv_tells() -> None:
     for line in ("Downloading torch (500.0MiB)", "Downloading timm (1024.0KiB)", " Downloaded timm"):
         progress.read(line)
     share, text = progress.shown()
-    assert text == "1 of 501 MB" and share == pytest.approx(1 / 501)
+    assert text == "1 of 501 MB"
+    assert share == pytest.approx(1 / 501)
+
+
+def test_an_install_that_is_ended_ends_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "LOG", tmp_path / "log")
+
+    class Ended(environment._UvProgress):
+        def read(self, line: str) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def end(*_: object) -> None:
+        raise SystemExit(130)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(SystemExit):
+            environment._run([sys.executable, "-uc", "import time; print(1); time.sleep(100)"], os.environ, Ended())
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
@@ -155,7 +176,8 @@ def test_uv_installs_from_pips_private_index_with_hashes(tmp_path: Path, monkeyp
             return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
 
         other = install("0" * 64)
-        assert other.returncode != 0 and "Hash mismatch for `tinything==1.0`" in other.stderr
+        assert other.returncode != 0
+        assert "Hash mismatch for `tinything==1.0`" in other.stderr
         good = install(digest)
         assert good.returncode == 0, good.stderr
         assert (tmp_path / "site/tinything.py").exists()

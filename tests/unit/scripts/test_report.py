@@ -124,7 +124,8 @@ def test_no_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "empty").touch()
         assert report.main(["--ledger", str(path), "--plot", str(tmp_path / "plot.png")]) == 1
         assert "No ledger to read" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists() and not (tmp_path / "plot.png").exists()
+    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_the_newest_ledger_is_found(
@@ -144,9 +145,11 @@ def test_the_newest_ledger_is_found(
     write(older, one_task(3, now - 300))
     assert report.main([]) == 0
     assert f"Ledger: {newer}\n" in (said := capsys.readouterr().out)
-    assert "2 hotke" in said and said.index(str(newer)) < said.index(str(older)) < said.index(str(practice))
+    assert "2 hotke" in said
+    assert said.index(str(newer)) < said.index(str(older)) < said.index(str(practice))
     assert report.main(["--ledger", str(older)]) == 0
-    assert f"Ledger: {older}\n" in (said := capsys.readouterr().out) and str(newer) not in said
+    assert f"Ledger: {older}\n" in (said := capsys.readouterr().out)
+    assert str(newer) not in said
 
 
 def test_while_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

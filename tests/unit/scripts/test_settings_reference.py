@@ -24,9 +24,12 @@ def test_every_setting_is_in_it_under_all_its_names() -> None:
     assert len(rows) == len(settings) > 25
     for each in settings:
         (row,) = (row for row in rows if f"`{each.variable}`" in row)
-        assert f"| `{each.key}` |" in row and all(f"`{flag}`" in row for flag in each.flags)
+        assert f"| `{each.key}` |" in row
+        assert all(f"`{flag}`" in row for flag in each.flags)
     (port,) = (row for row in rows if "SERVICE_PORT" in row)
-    assert "`10006`" in port and "1..65535" in port and "port to listen on" in port
+    assert "`10006`" in port
+    assert "1..65535" in port
+    assert "port to listen on" in port
 
 
 def test_a_wrong_default_in_the_document_is_noticed() -> None:

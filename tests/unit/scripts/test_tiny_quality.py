@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
 
 from generation.splats.gaussians import Gaussians
-from scripts.tiny_pack import flaws, results, train_quality
+from generation.stages.self_check.quality import WEIGHTS, Quality, QualityNet
+from scripts.tiny_pack import compositions, distances, flaws, measure_quality, results, train_quality
+from scripts.tiny_pack.shapes import MAX_PRIMITIVES
+from scripts.tiny_pack.training import PACK
 
-SIZE = results.SIZE
+SIZE = distances.SIZE
+#: for each kind of flaw three views of a splat that training never saw, and below the same with the flaw
+CASES = Path(__file__).parents[2] / "golden" / "quality"
+NET = PACK / "quality"
 
 
 def a_ball(count: int = 4000) -> Gaussians:
@@ -65,32 +76,47 @@ def test_flaws_in_images_are_counted() -> None:
 
 def test_distance_forgives_place_size_and_tint_and_nothing_else() -> None:
     exact = a_disc()
-    moved = train_quality.distance(a_disc(0.52, (0.06, -0.04)), exact)
-    tinted = train_quality.distance(a_disc(colour=(0.85, 0.24, 0.1)), exact)
+    moved = distances.distance(a_disc(0.52, (0.06, -0.04)), exact)
+    tinted = distances.distance(a_disc(colour=(0.85, 0.24, 0.1)), exact)
     assert moved.max() < 0.08 and tinted.max() < 0.03
-    blurred = train_quality.distance(F.avg_pool2d(exact, 7, 1, 3), exact)
-    worse = train_quality.distance(F.avg_pool2d(exact, 15, 1, 7), exact)
-    blue = train_quality.distance(a_disc(colour=(0.1, 0.2, 0.8)), exact)
+    blurred = distances.distance(F.avg_pool2d(exact, 7, 1, 3), exact)
+    worse = distances.distance(F.avg_pool2d(exact, 15, 1, 7), exact)
+    blue = distances.distance(a_disc(colour=(0.1, 0.2, 0.8)), exact)
     holed = exact.clone()
     holed[:, :, SIZE // 2 :, SIZE // 2 :] = 0
     assert moved.max() < blurred.min() < worse.min()
-    assert min(blue.min(), train_quality.distance(holed, exact).min()) > 0.15
+    assert min(blue.min(), distances.distance(holed, exact).min()) > 0.15
 
 
 def test_near_ties_are_no_pairs() -> None:
-    records = [
-        {"object": name, "way": "fast", "iteration": 0, "flaw": None, "distance": far}
+    records: list[dict] = [
+        {"object": name, "way": "fast 0", "flaw": None, "spec": {}, "distance": far, "distance_again": far + 0.04}
         for name, far in (("a", 0.30), ("a", 0.26), ("a", 0.2), ("b", 0.1))
     ]
-    assert sorted(train_quality.real_pairs(records, 0.2)) == [(2, 0), (2, 1)]
-    assert set(train_quality.any_pairs(records, 0.2, 50, random.Random(0))) == {(3, 0), (3, 1), (3, 2)}
+    margin = measure_quality.exemplars_margin(records)
+    assert margin == pytest.approx(0.04)
+    assert sorted(measure_quality.real_pairs(records, margin)) == [(2, 0), (2, 1)]
+    assert sorted(measure_quality.real_pairs(records, 0.08)) == [(2, 0)]
+    assert set(measure_quality.any_pairs(records, margin, 50, random.Random(0))) == {(3, 0), (3, 1), (3, 2)}
 
 
 def test_training_never_sees_the_shapes_of_the_test() -> None:
     rng = random.Random(0)
     seen = [results.training_spec(rng) for _ in range(5000)]
-    assert not {s.shape for s in seen} & set(results.UNSEEN) and not {s.base for s in seen} & set(results.UNSEEN)
-    assert {s.shape for s in results.test_specs()} == set(results.UNSEEN) and len(results.UNSEEN) == 6
+    unseen = {*results.UNSEEN, *results.CALIBRATION}
+    assert not {s.shape for s in seen} & unseen and not {s.base for s in seen} & unseen
+    assert not set(results.SEEN) & unseen and len(unseen) == 10 and len(results.UNSEEN) == 6
+    batches = results.unseen_batches(24, 8)
+    for split, shapes in (("test", results.UNSEEN), ("calibration", results.CALIBRATION)):
+        assert {w.shape for b in batches if b["split"] == split for w in b["wanted"]} == set(shapes)
+
+
+def test_compositions_have_colours_and_room_for_them() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        parts = compositions.composition(rng, results.SEEN)
+        assert 1 <= len(parts) <= MAX_PRIMITIVES
+        assert all(p.colour is not None and max(p.size[:3]) > 0.01 for p in parts)
 
 
 def test_worth_falls_with_distance_and_with_a_flaws_share() -> None:
@@ -110,3 +136,22 @@ def test_objective_pulls_the_better_one_up() -> None:
 
     right, wrong = (float(train_quality.objective(net(level), images, worth)) for level in (1.0, -1.0))
     assert right < wrong
+
+
+@pytest.mark.parametrize("kind", flaws.KINDS)
+def test_the_packs_net_finds_a_flaw_in_eight_hundredths_of_the_pixels(kind: str) -> None:
+    rows = torch.from_numpy(np.array(Image.open(CASES / f"{kind}.png"))).permute(2, 0, 1).float() / 255
+    clean, flawed = (torch.stack(row.chunk(3, 2)) for row in rows.chunk(2, 1))
+    quality = Quality(QualityNet.load(NET), "cpu")
+    better, worse = (float(quality.score(views).mean()) for views in (clean, flawed))
+    assert better > 0.7 and better - worse > 0.15
+
+
+def test_the_packs_net_is_small_and_named_as_published() -> None:
+    assert sum(path.stat().st_size for path in NET.iterdir()) < 4 * 2**20
+    with safe_open(NET / WEIGHTS, "pt") as file:
+        assert {key.partition(".")[0] for key in file.keys()} == {"backbone", "score_head"}  # noqa: SIM118
+    card = json.loads((NET / "card.json").read_text())
+    assert set(card["unseen_shapes"]) == set(results.UNSEEN)
+    assert set(card["calibration_shapes"]) == set(results.CALIBRATION)
+    assert all(card["quality"][f"{kind}_right"] >= 0.85 for kind in flaws.KINDS)

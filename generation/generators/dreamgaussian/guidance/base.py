@@ -53,7 +53,7 @@ class TextGuidance(Guidance, Protocol):
 
     image_size: int  # pixels, of what `sample` draws
 
-    def read(self, texts: Sequence[str]) -> None:
+    def encode(self, texts: Sequence[str]) -> None:
         """Encode those that are not known yet together, so that `prepare` finds them."""
         ...
 

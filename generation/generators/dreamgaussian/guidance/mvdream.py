@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.accelerate.pinned import send
-from generation.accelerate.shared_start import SharedStart
 from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.generators.multiview.attention import camera_embedding, join_views
@@ -43,7 +42,6 @@ class MVDream(Distillation):
         self._texts = Words(text_encoder, tokenizer)
         self._networks.append(self._texts.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
-        self._start = SharedStart(unet)
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype, front_azimuth: float = 0.0) -> MVDream:
@@ -66,9 +64,9 @@ class MVDream(Distillation):
         return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.read`."""
-        self._texts.read(texts)
+    def encode(self, texts: Sequence[str]) -> None:
+        """See `TextGuidance.encode`."""
+        self._texts.encode(texts)
 
     def cut(self, text: str) -> tuple[int, int] | None:
         """See `TextGuidance.cut`."""
@@ -127,8 +125,7 @@ class MVDream(Distillation):
         scale: float,
     ) -> Tensor:
         """See `Distillation`: the condition is the text."""
-        with self._start.halves_are_alike():
-            return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
+        return self._guided(noisy.repeat(2, 1, 1, 1, 1), t.repeat(2, 1), camera_to_world, conditions, scale)
 
     def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
         """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the conditions (S, 2, L, C), and with."""

@@ -110,13 +110,26 @@ function drawProgress() {
     const left = each.left == null ? "" : `, about ${Math.ceil(each.left)} s left`;
     row.querySelector("progress").value = each.fraction ?? 0;
     row.querySelector(".small").textContent = stage + left;
+    showPreview(row, each);
   }
+}
+
+/** The picture of what it looks like so far: asked for when a tenth more is done, shown where there is one. */
+function showPreview(row, each) {
+  const at = `${each.stage} ${Math.floor((each.fraction ?? 0) * 10)}`, image = row.querySelector("img");
+  if (image.dataset.at === at || ["queued", "receiving", "paused"].includes(each.stage)) return;
+  image.dataset.at = at;
+  const next = new Image();
+  next.onload = () => { image.src = next.src; image.hidden = false; };
+  next.src = `requests/${each.id}/preview.webp?${encodeURIComponent(at)}`;
 }
 
 function progressRow(each) {
   const cancel = element("button", { type: "button", onclick: () => ask(`requests/${each.id}`, { method: "DELETE" }).catch(() => {}) }, "Cancel");
-  const row = element("div", { className: "making" }, element("div", { className: "row" }, element("b", {}, each.prompt ?? "a picture"), cancel),
+  const image = element("img", { alt: "so far", hidden: true, width: 64, height: 64 });
+  const words = element("div", {}, element("div", { className: "row" }, element("b", {}, each.prompt ?? "a picture"), cancel),
     element("progress", { max: 1, value: 0, "aria-label": "this stage" }), element("div", { className: "small" }));
+  const row = element("div", { className: "making" }, image, words);
   row.dataset.id = each.id;
   byId("progress").prepend(row);
   return row;

@@ -18,11 +18,12 @@ from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, com
 from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
 from generation.accelerate.group_norm import ImageNorm, group_norm
 from generation.accelerate.unet import compile_unet
-from generation.generators.dreamgaussian.guidance.distillation import with_gradient
+from generation.generators.dreamgaussian.guidance.distillation import Distillation, with_gradient
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.settings import ROOT
 from generation.splats.cameras import orbit
+from tests.support.tensors import gradient as gradient_of
 
 
 @given(st.integers(1, 40))
@@ -44,6 +45,18 @@ def test_normalisation_from_channels_is_group_normalisation(shape):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_normalisation_from_channels_far_from_zero(compiles):
+    """The mean of the squares less the square of the mean is off by 0.04 here."""
+    torch.manual_seed(0)
+    plain = torch.nn.GroupNorm(4, 16)
+    x = 300 + torch.randn(2, 16, 64, 64)
+    ours = ChannelwiseGroupNorm(plain)
+    result = torch.compile(ours)(x) if compiles else ours(x)
+    assert torch.allclose(result.double(), plain.double()(x.double()), atol=2e-4)
+
+
+@torch.no_grad()
 def test_normalisation_of_images_is_group_normalisation():
     torch.manual_seed(0)
     plain = torch.nn.GroupNorm(4, 12)
@@ -54,11 +67,8 @@ def test_normalisation_of_images_is_group_normalisation():
     assert torch.allclose(ImageNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
     expected = torch.nn.functional.silu(plain(x + added[:, :, None, None]))
     assert torch.allclose(ImageNorm(plain, silu=True)(x, added), expected, atol=1e-5)
-    first, beside = x.split([4, 8], 1)
-    assert torch.allclose(ImageNorm(plain)(first, added, beside), plain(x + added[:, :, None, None]), atol=1e-5)
-    for images in ((x, None), (first, beside)):
-        given = (*images, added, plain.weight, plain.bias, 4, 1e-5, True)
-        torch.library.opcheck(group_norm, given, test_utils=("test_schema", "test_faketensor"))
+    given = (x, added, plain.weight, plain.bias, 4, 1e-5, True)
+    torch.library.opcheck(group_norm, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @torch.no_grad()
@@ -73,28 +83,28 @@ def test_upsampling_in_one_is_upsampling_and_then_a_convolution():
 @pytest.mark.parametrize("kind", ["mvdream", "zero123"])
 def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
     folder = mini_models.parent / kind
-    guidance = (
-        MVDream.load(folder, "cpu", torch.float32)
-        if kind == "mvdream"
-        else Zero123.load(folder, "cpu", torch.float32, stable=False)
-    )
+    guidance: Distillation
+    if kind == "mvdream":
+        guidance = text = MVDream.load(folder, "cpu", torch.float32)
+        conditions = [text.prepare(words, "") for words in ("a", "b", "c")]
+    else:
+        guidance = image = Zero123.load(folder, "cpu", torch.float32, stable=False)
+        conditions = [image.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)]
     for model in (guidance._vae, guidance._unet):
         for parameter in model.parameters():  # no bias is zero, no scale is one
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     views = 3 * guidance.views
     images = torch.rand(views, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     poses = orbit(10.0, torch.arange(views) * 90.0, 2.5, 49.1, 8, 8).camera_to_world
-    if kind == "mvdream":
-        conditions = torch.stack([guidance.prepare(text, "") for text in ("a", "b", "c")])
-    else:
-        conditions = torch.stack([guidance.prepare(torch.full((4, 32, 32), grey), 0.0) for grey in (0.1, 0.5, 0.9)])
 
     def loss_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
         pixels = images.clone().requires_grad_()
         generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        loss = guidance.loss(lambda: pixels, poses, conditions, torch.tensor([0.3, 0.5, 0.7]), generators, 5.0)
+        loss = guidance.loss(
+            lambda: pixels, poses, torch.stack(conditions), torch.tensor([0.3, 0.5, 0.7]), generators, 5.0
+        )
         loss.sum().backward()
-        return loss.detach(), pixels.grad
+        return loss.detach(), gradient_of(pixels)
 
     before = loss_and_gradient()
     compile_unet(guidance._unet)
@@ -107,7 +117,8 @@ def test_what_is_prepared_for_the_compiler_computes_the_same(kind, mini_models):
             )
     with torch.compiler.set_stance("force_eager"):  # compiling takes minutes on a CPU
         after = loss_and_gradient()
-    assert in_order and all(in_order)
+    assert in_order
+    assert all(in_order)
     for a, b in zip(before, after, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
 
@@ -137,7 +148,7 @@ def test_a_known_gradient_is_weighted_by_scene():
     losses = with_gradient(images, torch.tensor([1.0, 2.0]), gradient)
     assert losses.tolist() == [1.0, 2.0]
     (losses * torch.tensor([1.0, 10.0])).sum().backward()
-    assert images.grad[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
+    assert gradient_of(images)[:, 0, 0, 0].tolist() == [0.0, 1.0, 20.0, 30.0]
 
 
 def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> None:
@@ -163,7 +174,8 @@ def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> 
     step.forget()
     step.forget()
     assert not step._graphs
-    assert step(torch.ones(2))[0].item() == 1 and captured == [(2,), (3,), (2,)]
+    assert step(torch.ones(2))[0].item() == 1
+    assert captured == [(2,), (3,), (2,)]
     step(torch.ones(2))
     assert captured == [(2,), (3,), (2,)]
     x = torch.ones(4)

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from generation.engine import engine as engine_module
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.schema.results import Request
 from tests.support.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
+from tests.support.waiting import until
 
 
 def of(prompt: str, seed: int = 1, background: bool = False) -> Request:
@@ -105,6 +107,10 @@ def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
         assert service.generate().status_code == 200
 
 
+def gave_up(engine: Engine, count: int) -> bool:
+    return engine.totals["cancelled"] == count and not engine.active
+
+
 def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
     with serving(max_queue=1) as service:
         expected = round(service.engine._mean_seconds)
@@ -112,7 +118,7 @@ def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
             client = send_and_keep_open(service, "hold")
             wait_until(lambda: service.engine.active)
             client.close()
-            wait_until(lambda count=count: service.engine.totals["cancelled"] == count and not service.engine.active)
+            wait_until(partial(gave_up, service.engine, count))
         assert service.generate("crash").status_code == 500
         hold(service)
         ask(service, "a", "interactive")
@@ -146,7 +152,8 @@ def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None
         held = [hold(service), ask(service, "b", "background")]
         wait_until(lambda: service.engine.queue_depth == 1)
         refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
-        assert refused.status_code == 503 and "queue full" in refused.text
+        assert refused.status_code == 503
+        assert "queue full" in refused.text
         held.append(ask(service, "c", "interactive"))
         wait_until(lambda: service.engine.queue_depth == 2)
         service.pipeline.go.set()
@@ -161,8 +168,7 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
 ) -> None:
     engine, pipeline = ready_engine
     held = asyncio.create_task(engine.generate(of("hold")))
-    while not engine.active:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.active)
     order: list[str] = []
     waits = asyncio.create_task(engine.call(lambda _: order.append("background"), background=True))
     await engine.call(lambda _: order.append("interactive"))
@@ -188,8 +194,10 @@ async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
     pipeline.tick = first  # type: ignore[method-assign]
     background = asyncio.create_task(engine.generate(of("a", background=True)))
     await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate(of("b"))).ply and (await background).ply
-    assert paused == [False, True] and [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+    assert (await engine.generate(of("b"))).ply
+    assert (await background).ply
+    assert paused == [False, True]
+    assert [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
 
 
 async def test_the_background_has_no_deadline(
@@ -199,8 +207,7 @@ async def test_the_background_has_no_deadline(
     engine, pipeline = ready_engine
     monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
     held = asyncio.create_task(engine.generate(of("hold", background=True)))
-    while not engine.active:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.active)
     assert pipeline.started[0].deadline is None
     pipeline.go.set()
     assert (await held).ply
@@ -277,7 +284,8 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
             thread.join(PATIENCE_S)
             assert answers[0].status_code == 200
         ticks = service.pipeline.ticks
-        assert ["hold", "crash"] in ticks and max(map(len, ticks)) == 3
+        assert ["hold", "crash"] in ticks
+        assert max(map(len, ticks)) == 3
         counted = service.engine.health()[0]["ticks"]
         assert counted == {str(size): sum(len(tick) == size for tick in ticks) for size in (1, 2, 3)}
 
@@ -321,12 +329,12 @@ async def test_a_request_that_takes_too_long_ends_at_its_deadline(
 async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
     tasks = [asyncio.create_task(engine.generate(of(prompt))) for prompt in ("hold", "a")]
-    while not engine.active:
-        await asyncio.sleep(0.005)
+    await until(lambda: engine.active)
     await asyncio.to_thread(engine.stop, PATIENCE_S)
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
         assert isinstance(outcome, Unavailable)
-    assert not engine._thread.is_alive() and pipeline.started[1:] == []
+    assert not engine._thread.is_alive()
+    assert pipeline.started[1:] == []
     with pytest.raises(Unavailable):
         await engine.generate(of("b"))
 
@@ -356,8 +364,7 @@ async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[En
     engine, pipeline = ready_engine
     told: list[tuple[str, float]] = []
     running = asyncio.create_task(engine.generate(of("hold", seed=7), lambda *progress: told.append(progress)))
-    while not told:
-        await asyncio.sleep(0.005)
+    await until(lambda: told)
     entry = engine.health()[0]
     assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
     assert entry["active"] == [{"seed": 7, "priority": "interactive", "stage": "text_to_image", "fraction": 0.5}]

@@ -74,7 +74,8 @@ async def test_a_request_that_was_never_sent_lost_no_engine(tmp_path: Path, engi
     assert set(engines.running) == {"neighbour", "p"}  # it is not suspected, either: nobody has to go
     for prompt in ("neighbour", "p"):
         engines.finish(prompt)
-    assert (await asked).ply and (await neighbour).ply
+    assert (await asked).ply
+    assert (await neighbour).ply
 
 
 async def test_a_request_that_loses_three_engines_is_given_up(tmp_path: Path, engines: Engines) -> None:
@@ -160,7 +161,8 @@ async def test_an_engine_whose_process_ended_is_asked_no_more(tmp_path: Path) ->
         await engine.call(len)
     waiting = ask(fleet, "p")
     await settle()
-    assert not waiting.done() and fleet.queue_depth == 1
+    assert not waiting.done()
+    assert fleet.queue_depth == 1
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
 

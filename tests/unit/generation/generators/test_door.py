@@ -207,7 +207,8 @@ class TestPipeline:
         text.log.clear()
         jobs = [pipeline.begin(ask("red", seed)) for seed in (1, 2, 3)]
         outcomes = finish(pipeline, jobs)
-        assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
+        assert all(outcome.ply for outcome in outcomes)
+        assert outcomes[0].ply == alone
         assert pipeline.limit.now == 1
         begun = [each for each in text.log if each[0] == "begin"]
         assert begun == [("begin", "red", True)] * 3 + [("begin", "red", False)] * 3  # a prefetched value is used once
@@ -254,7 +255,8 @@ class TestTurns:
 
     def test_they_begin_at_rest_and_are_never_both_awake(self, pair: tuple[Pipeline, Ball, Sculpture]) -> None:
         pipeline, text, image = pair
-        assert not text.awake and not image.awake
+        assert not text.awake
+        assert not image.awake
         jobs = [pipeline.begin(each) for each in (show(1), ask("red", 2), show(3), ask("blue", 4))]
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
@@ -272,7 +274,8 @@ class TestTurns:
             if text.outcome is not None:
                 break
             jobs.append(pipeline.begin(show(seed)))  # there is always another picture
-        assert text.outcome is not None and len(jobs) < 15
+        assert text.outcome is not None
+        assert len(jobs) < 15
         assert all(isinstance(outcome, Asset) and outcome.ply for outcome in finish(pipeline, jobs))
 
     def test_a_generator_that_can_not_be_woken_keeps_no_memory(
@@ -288,8 +291,10 @@ class TestTurns:
             full.setattr(image, "wake", wake)
             with pytest.raises(torch.OutOfMemoryError):
                 pipeline.tick([pipeline.begin(show())])
-        assert finish(pipeline, [pipeline.begin(ask("red"))])[0].ply and not image.awake
-        assert finish(pipeline, [pipeline.begin(show())])[0].ply and not text.awake
+        assert finish(pipeline, [pipeline.begin(ask("red"))])[0].ply
+        assert not image.awake
+        assert finish(pipeline, [pipeline.begin(show())])[0].ply
+        assert not text.awake
 
     def test_the_wait_for_a_turn_is_not_in_the_report(
         self, pair: tuple[Pipeline, Ball, Sculpture], monkeypatch: pytest.MonkeyPatch
@@ -309,7 +314,8 @@ class TestAssembly:
         _, text, image = made(resolve(BALL))
         assert text is image
         _, text, image = made(resolve(BALL, f"{BALL}\ngaussians: 9000"))
-        assert text is not image and image.options.gaussians == 9000
+        assert text is not image
+        assert image.options.gaussians == 9000
 
     def test_a_checkpoint_is_loaded_once_for_all_who_build_the_same_of_it(
         self, resolve: Callable[..., Settings], tmp_path: Path
@@ -324,8 +330,11 @@ class TestAssembly:
         own = {"needs_clay": True}
         both = {key: getattr(settings, key).model_copy(update=own) for key in ("options", "image_options")}
         text, image = assemble.load_generators(settings.model_copy(update=both), parts)
-        assert isinstance(text, Ball) and isinstance(image, Sculpture)
-        assert text.clay is image.clay and text.clay is not None and text.clay.name == "red clay"
+        assert isinstance(text, Ball)
+        assert isinstance(image, Sculpture)
+        assert text.clay is image.clay
+        assert text.clay is not None
+        assert text.clay.name == "red clay"
         assert told == ["loading red clay for clay onto cpu"]
         assert parts.load("clay", str) is not text.clay  # built differently
 
@@ -384,5 +393,6 @@ def test_the_project_s_own_generator_fits_the_door() -> None:
 
     members = [name for name in Generator.__dict__ if not name.startswith("_") and name not in ("name", "cutout")]
     assert {"tick", "begin", "rest"} <= set(members)
-    assert all(hasattr(DreamGaussian, name) for name in members) and DreamGaussian.name == "dreamgaussian"
+    assert all(hasattr(DreamGaussian, name) for name in members)
+    assert DreamGaussian.name == "dreamgaussian"
     assert all(hasattr(Scene, name) for name in ("fraction", "done", "gaussians"))

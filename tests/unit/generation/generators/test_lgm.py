@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from generation.generators.lgm.network import LGM, Config, to_gaussians
 from generation.generators.lgm.options import LgmOptions
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, ROOT
+from generation.splats.cameras import orbit
+from generation.splats.rasterize import rasterize
 from generation.stages.background import recentre
 
 SMALL = Config(
@@ -64,19 +66,20 @@ class Drawer:
     def cut(self, text):
         return (77, 90) if len(text) > 20 else None
 
-    def read(self, texts):
+    def encode(self, texts):
         self.begun.append(list(texts))
 
 
 def generator(**options) -> tuple[Lgm, Drawer]:
     torch.manual_seed(0)
     network, drawer = LGM(SMALL).eval().requires_grad_(False), Drawer()
-    return Lgm(network, drawer, LgmOptions(**options), "cpu", lambda images: torch.ones_like(images[:, :1])), drawer
+    matting = lambda images: torch.ones_like(images[:, :1])  # noqa: E731
+    return Lgm(network, drawer, LgmOptions(**options), "cpu", matting), drawer  # type: ignore[arg-type]
 
 
 def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
     works = [lgm.begin(subject) for subject in subjects]
-    fractions = [[] for _ in works]
+    fractions: list[list[float]] = [[] for _ in works]
     while unfinished := [work for work in works if not work.done]:
         lgm.tick(unfinished)
         for each, work in zip(fractions, works, strict=True):
@@ -89,10 +92,12 @@ def test_neighbours_do_not_matter():
     subjects = [Subject("a red cube", None, seed) for seed in range(5)]
     lgm, drawer = generator(views_from="words")
     together = made(lgm, subjects)
-    assert drawer.begun == [["a red cube, 3d asset"] * 5] and drawer.together == [5, 5, 5]
+    assert drawer.begun == [["a red cube, 3d asset"] * 5]
+    assert drawer.together == [5, 5, 5]
     for subject, means in zip(subjects, together, strict=True):
         (alone,) = made(lgm, [subject])
-        assert alone.shape == means.shape and torch.allclose(alone, means, atol=1e-5)
+        assert alone.shape == means.shape
+        assert torch.allclose(alone, means, atol=1e-5)
 
 
 def test_works_join_and_leave():
@@ -102,16 +107,22 @@ def test_works_join_and_leave():
     second = lgm.begin(Subject("b", None, 2))
     for _ in range(3):
         lgm.tick([work for work in (first, second) if not work.done])
-    assert first.done and not second.done and drawer.together == [1, 2, 2, 1]
-    assert first.fraction == 1 and second.fraction == 0.95
+    assert first.done
+    assert not second.done
+    assert drawer.together == [1, 2, 2, 1]
+    assert first.fraction == 1
+    assert second.fraction == 0.95
     lgm.tick([second])
-    assert second.done and len(second.gaussians()) > 0
+    assert second.done
+    assert len(second.gaussians()) > 0
     second.gaussians().check()
 
 
 def test_where_views_come_from():
     words, _ = generator(views_from="words")
-    assert words.cutout is None and words.cut("a" * 30) == {"mvdream": (77, 90)} and words.cut("a") == {}
+    assert words.cutout is None
+    assert words.cut("a" * 30) == {"mvdream": (77, 90)}
+    assert words.cut("a") == {}
     picture, drawer = generator(views_from="picture")
     assert picture.cutout == (16, 0.2)
     picture.encode(["a red cube"])
@@ -130,6 +141,32 @@ def test_almost_transparent_gaussians_are_left_out():
     assert torch.allclose(gaussians.log_scales.exp(), splats[[1, 2, 3, 5], 4:7], atol=1e-6)
 
 
+def test_too_few_gaussians_become_more_that_look_the_same():
+    splats = torch.rand(60, 14, generator=torch.Generator().manual_seed(0))
+    splats[:, :3] = (splats[:, :3] - 0.5) * 0.8
+    splats[:, 4:7] *= 0.1
+    few, many = to_gaussians(splats), to_gaussians(splats, at_least=120)
+    assert len(few) == 60
+    assert 120 <= len(many) < 160
+    cameras = orbit(20.0, torch.tensor([0.0, 120.0]), 1.5, 49.1, 48, 48)
+    (a, _, _), (b, _, _) = (rasterize(each, cameras, 48, 48, torch.ones(3)) for each in (few, many))
+    assert float((a - b).abs().mean()) < 0.005
+    a, b = a.clamp(0, 1), b.clamp(0, 1)
+    assert float((a - b).abs().max()) < 0.06
+
+
+def test_faint_gaussians_far_from_the_others_are_left_out():
+    splats = torch.rand(40, 14)
+    splats[:, :3] = (splats[:, :3] - 0.5) * 0.8
+    splats[:, 3] = 0.9
+    splats[0, :4] = torch.tensor([0.9, 0.0, 0.0, 0.04])
+    splats[1, :4] = torch.tensor([0.0, 0.0, 0.0, 0.04])
+    assert len(to_gaussians(splats)) == 40
+    means = to_gaussians(splats, replace(SMALL, stray_opacity=0.05)).means
+    assert len(means) == 39
+    assert float(means.abs().max()) <= 0.4
+
+
 def test_views_are_recentred_as_pictures_are():
     image, alpha = torch.rand(3, 64, 64), torch.zeros(1, 64, 64)
     alpha[:, 4:28, 30:62] = 1
@@ -140,7 +177,8 @@ def test_views_are_recentred_as_pictures_are():
     moved, empty = recentred(torch.stack([image, image]), torch.stack([alpha, nothing]), behind, 0.2)
     assert float((moved - wanted).abs().mean()) < 0.05
     rows, columns = torch.nonzero((moved < 0.999).any(0), as_tuple=True)
-    assert abs(int(columns.min()) - 6) <= 1 and abs(int(columns.max()) - 57) <= 1  # 0.8 of 64, in the middle
+    assert abs(int(columns.min()) - 6) <= 1
+    assert abs(int(columns.max()) - 57) <= 1
     assert abs(int(rows.min()) + int(rows.max()) - 63) <= 1
     assert torch.equal(empty, torch.ones_like(empty))
 
@@ -156,7 +194,8 @@ class TestConfigs:
     )
     def test_each_loads_and_its_checkpoints_are_known(self, name, models, needed, draws):
         options = kinds.load_options(CONFIGS / f"{name}.yaml")
-        assert isinstance(options, LgmOptions) and options.draws == draws
+        assert isinstance(options, LgmOptions)
+        assert options.draws == draws
         asked = Models.load(CONFIGS / f"{models}.yaml").needed(options).keys()
         assert asked == needed | {"background", "clip"} | ({"text_to_image"} if draws else set())
 
@@ -164,6 +203,7 @@ class TestConfigs:
         ("line", "words"),
         [("views_from: nowhere", "views_from"), ("view_steps: 0", "view_steps"), ("iters: 3", "iters"),
          ("view_template: cube", "exactly once"),
+         ("min_gaussians: 9000\nmax_gaussians: 8000", "min_gaussians 9000 is over max_gaussians 8000"),
          ("views_from: picture_and_words\nrecentre_views: true", "apart from the others")],
     )  # fmt: skip
     def test_what_can_not_be(self, tmp_path: Path, line, words):
@@ -172,9 +212,12 @@ class TestConfigs:
         with pytest.raises(SettingsError, match=words):
             kinds.load_options(path)
 
-    def test_the_number_of_gaussians_is_the_networks(self):
-        with pytest.raises(SettingsError, match="the generator lgm has no such limit"):
-            LgmOptions().capped(10_000)
+    def test_the_number_of_gaussians_can_be_limited(self):
+        assert LgmOptions().capped(10_000).max_gaussians == 10_000
+        splats = torch.rand(50, 14)
+        few = to_gaussians(splats, at_most=20)
+        assert len(few) == 20
+        assert float(few.logit_opacities.sigmoid().min()) >= float(splats[:, 3].sort().values[29])
 
 
 def test_the_tiny_one_takes_the_views_that_its_config_says():

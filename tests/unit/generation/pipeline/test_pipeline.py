@@ -7,18 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from generation.generators.base import CutoutFrame, Subject
+from generation.generators.base import CutoutFrame, NoSplat, Subject
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import KINDS, Kind
 from generation.pipeline import assemble
 from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
-from generation.settings import Settings
+from generation.settings import CONFIGS, Settings
 from generation.splats import ply
 from generation.stages.self_check import views
 from generation.weights import WeightsError
 from tests.support.standins import COLOURS, Painter, WhiteIsBackground, ball, colour_check
 
+GUIDED = CONFIGS / "tiny_mv_fast.yaml"  # has MVDream, and is DreamGaussian's
 STAGES = ["text_to_image", "background", "clay", "self_check"]
 
 
@@ -38,6 +39,8 @@ class Scene:
         return self.iteration >= self.iters
 
     def gaussians(self):
+        if "shapeless" in self.prompt:
+            raise NoSplat("clay: it has no shape")
         middle = self.cutout[:3, 32, 32]
         colour = next(name for name, value in COLOURS.items() if torch.allclose(torch.tensor(value), middle, atol=0.1))
         return ball(colour, count=100 if "sparse" in self.prompt else 8000, seed=self.seed)
@@ -70,7 +73,8 @@ class Sculptor:
         return [(words, seed)]
 
     def begin(self, subject: Subject) -> Scene:
-        assert subject.cutout is not None and subject.cutout.shape == (4, 64, 64)
+        assert subject.cutout is not None
+        assert subject.cutout.shape == (4, 64, 64)
         self.begun_before.append(subject.prefetched is not None)
         if subject.prefetched is not None:
             assert subject.prefetched.pop() == (subject.words, subject.seed)  # can be used once
@@ -113,7 +117,8 @@ def test_a_prompt_becomes_a_checked_splat(pipeline):
     report = asset.report
     assert (report.seed, report.rejected, report.num_gaussians) == (7, None, 8000)
     assert report.score > 0.9
-    assert list(report.seconds) == STAGES and all(seconds >= 0 for seconds in report.seconds.values())
+    assert list(report.seconds) == STAGES
+    assert all(seconds >= 0 for seconds in report.seconds.values())
     assert all(gate.passed for gate in report.gates.values())
     delivered = ply.read(asset.ply)
     assert torch.equal(delivered.means, asset.gaussians.means)
@@ -139,7 +144,8 @@ def test_works_share_their_ticks(pipeline, sculptor):
 def test_a_prompt_that_can_not_be_read_fails_alone(pipeline):
     red, unreadable, blue = pipeline.generate([ask("red"), ask("unreadable green"), ask("blue")])
     assert isinstance(unreadable, ValueError)
-    assert red.ply and blue.ply
+    assert red.ply
+    assert blue.ply
 
 
 def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
@@ -152,7 +158,8 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     while second.outcome is None:
         pipeline.tick([job for job in (first, second) if job.outcome is None])
     assert sculptor.batches == [1, 1, 2, 2, 2, 1, 1]
-    assert first.outcome.report.rejected is None and second.outcome.ply == alone
+    assert first.outcome.report.rejected is None
+    assert second.outcome.ply == alone
 
 
 class TestPausing:
@@ -170,12 +177,14 @@ class TestPausing:
         ]
         for _ in range(3):
             pipeline.tick(jobs)
-        assert [job.work is None for job in jobs] == [False, True] and not sculptor.batches
+        assert [job.work is None for job in jobs] == [False, True]
+        assert not sculptor.batches
         assert seen[-1] == "paused"
         paused.append(1)
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
-        assert [job.outcome.ply for job in jobs] == alone and painted == ["red", "blue"]
+        assert [job.outcome.ply for job in jobs] == alone
+        assert painted == ["red", "blue"]
 
     def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
         now = SimpleNamespace(seconds=0.0)
@@ -210,7 +219,8 @@ class TestPausing:
         monkeypatch.setattr(sculptor, "begin", full)
         while first.outcome is None:
             pipeline.tick([resting, first])
-        assert first.outcome.ply and resting.outcome is None
+        assert first.outcome.ply
+        assert resting.outcome is None
         paused.clear()
         while resting.outcome is None:
             pipeline.tick([resting])
@@ -225,7 +235,8 @@ def test_a_failure_is_its_requests_own(pipeline):
         "Asset", "RuntimeError", "RuntimeError", "RuntimeError", "Asset",
     ]  # fmt: skip
     assert [str(outcome) for outcome in outcomes[1:4]] == ["out of paint", "no clay", "it fell over"]
-    assert outcomes[0].report.rejected is None and outcomes[4].report.rejected is None
+    assert outcomes[0].report.rejected is None
+    assert outcomes[4].report.rejected is None
 
 
 def test_a_neighbours_failure_leaves_no_trace(pipeline):
@@ -247,16 +258,20 @@ class TestFullMemory:
         monkeypatch.setattr(sculptor, "tick", full)
         alone = pipeline.generate([ask("red", seed=1)])[0].ply
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
-        assert all(outcome.ply for outcome in outcomes) and outcomes[0].ply == alone
-        assert pipeline.limit.now == 2 and max(sculptor.batches) == 2
+        assert all(outcome.ply for outcome in outcomes)
+        assert outcomes[0].ply == alone
+        assert pipeline.limit.now == 2
+        assert max(sculptor.batches) == 2
 
     def test_one_that_waits_lets_go_of_those_that_are_done(self, pipeline):
         first, second, waiting = (pipeline.begin(ask("red", seed=seed)) for seed in (1, 2, 3))
         waiting.behind = [first, second]
         first.outcome = Asset(b"ply", first.report)
-        assert waiting.waits and waiting.behind == [second]
+        assert waiting.waits
+        assert waiting.behind == [second]
         second.outcome = RuntimeError("it fell over")
-        assert not waiting.waits and not waiting.behind
+        assert not waiting.waits
+        assert not waiting.behind
 
     def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
         pipeline.limit.out_of_memory(4)
@@ -279,7 +294,9 @@ class TestFullMemory:
         monkeypatch.setattr(pipeline._background, "remove", full)
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
         assert all(outcome.ply for outcome in outcomes)
-        assert sizes == [1, 1, 1] and pipeline.limit.now == 4 and max(sculptor.batches) == 3
+        assert sizes == [1, 1, 1]
+        assert pipeline.limit.now == 4
+        assert max(sculptor.batches) == 3
 
     def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
         begin, tries, others = sculptor.begin, [], [ask("red", seed=seed) for seed in (1, 2)]
@@ -297,7 +314,8 @@ class TestFullMemory:
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
             finished = [job for job in jobs if job.outcome is not None]
-        assert all(job.outcome.ply for job in jobs) and tries == [0, 2]
+        assert all(job.outcome.ply for job in jobs)
+        assert tries == [0, 2]
 
     def test_several_that_do_not_fit_are_made_one_after_the_other(self, pipeline, sculptor, monkeypatch):
         tick = sculptor.tick
@@ -325,7 +343,8 @@ class TestFullMemory:
 
         monkeypatch.setattr(sculptor, "begin", full)
         huge, small = pipeline.generate([ask("red huge"), ask("red")])
-        assert isinstance(huge, torch.OutOfMemoryError) and small.ply
+        assert isinstance(huge, torch.OutOfMemoryError)
+        assert small.ply
         assert pipeline.generate([ask("red")])[0].ply
 
 
@@ -346,10 +365,17 @@ class TestRejections:
         assert report.score is None
         assert list(report.seconds) == ["text_to_image", "background"]
 
+    def test_what_no_splat_can_be_made_of(self, pipeline):
+        report = self.reject(pipeline, "red and shapeless")
+        assert report.rejected == "clay: it has no shape"
+        assert report.score is None
+        assert list(report.seconds) == STAGES[:3]
+
     def test_a_gate(self, pipeline):
         report = self.reject(pipeline, "red sparse")
         assert report.rejected == "min_gaussians: 100 Gaussians are under the limit of 7000"
-        assert report.score is None and report.num_gaussians == 100
+        assert report.score is None
+        assert report.num_gaussians == 100
         assert not report.gates["min_gaussians"].passed
 
     def test_a_low_score(self, pipeline, monkeypatch):
@@ -361,7 +387,8 @@ class TestRejections:
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
         align(pipeline, monkeypatch, 0.6)
         (asset,) = pipeline.generate([ask("red")])
-        assert asset.ply and asset.report.rejected is None
+        assert asset.ply
+        assert asset.report.rejected is None
 
 
 class TestImagePrompts:
@@ -381,7 +408,8 @@ class TestImagePrompts:
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         target.paste((255, 0, 0), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture, target=target)])
-        assert asset.report.score < 0.6 and asset.ply == b""
+        assert asset.report.score < 0.6
+        assert asset.ply == b""
         (asset,) = pipeline.generate([ask(None, image=target, target=target)])
         assert asset.report.score > 0.9
 
@@ -410,12 +438,15 @@ class TestImagePrompts:
         cut_out = Image.new("RGBA", (90, 60))
         cut_out.paste((255, 0, 0), (20, 10, 70, 50))
         first, second, third = pipeline.generate([ask(None, image=opaque), ask(None, image=cut_out), ask("green")])
-        assert first.report.score > 0.9 and second.ply and third.ply
+        assert first.report.score > 0.9
+        assert second.ply
+        assert third.ply
 
     def test_nothing_in_it_is_told_before_anything_is_optimised(self, pipeline, sculptor):
         for picture in (Image.new("RGBA", (40, 40)), Image.new("RGB", (40, 40), "white")):
             (asset,) = pipeline.generate([ask(None, image=picture)])
-            assert asset.ply == b"" and asset.report.num_gaussians == 0
+            assert asset.ply == b""
+            assert asset.report.num_gaussians == 0
         assert sculptor.batches == []
 
 
@@ -446,7 +477,43 @@ def test_progress(pipeline):
     pipeline.generate([ask("red")], lambda *event: seen.append(event))
     assert [stage for _, stage, _ in seen if stage != "clay"] == ["text_to_image", "background", "self_check"]
     fractions = [fraction for _, stage, fraction in seen if stage == "clay"]
-    assert fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+
+
+class TestPreviews:
+    @pytest.fixture(autouse=True)
+    def visible(self, sculptor, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", Scene.gaussians, raising=False)
+
+    @pytest.mark.parametrize("preview", [True, False])
+    def test_they_are_told_to_who_asks(self, pipeline, preview):
+        told = []
+        job = pipeline.begin(ask("a red ball", watched=preview), lambda *said: told.append(said))
+        while job.outcome is None:
+            pipeline.tick([job])
+        pictures = [said for said in told if len(said) == 3]
+        assert [stage for stage, _, _ in pictures] == (["text_to_image"] + ["clay"] * 4 if preview else [])
+        for _, _, data in pictures:
+            picture = Image.open(io.BytesIO(data)).convert("RGB")
+            assert max(picture.size) <= 128
+            red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
+            assert red > 150 > 60 > green
+
+    @pytest.mark.parametrize("watched", [True, False])
+    def test_what_is_rejected_comes_to_who_watches(self, pipeline, monkeypatch, watched):
+        align(pipeline, monkeypatch, 0.3)
+        low, few = pipeline.generate([ask("a red ball", watched=watched), ask("a sparse red ball", watched=watched)])
+        assert low.report.rejected.startswith("score 0.3")
+        assert "7000" in few.report.rejected
+        for outcome, count in ((low, 8000), (few, 100)):
+            assert len(ply.read(outcome.ply)) == count if watched else outcome.ply == b""
+
+    def test_one_that_can_not_be_made_is_left_out(self, pipeline, monkeypatch):
+        monkeypatch.setattr(Scene, "so_far", lambda scene: 1 / 0)
+        (outcome,) = pipeline.generate([ask("a red ball", watched=True)])
+        assert isinstance(outcome, Asset)
+        assert outcome.ply
 
 
 class TestValidate:
@@ -454,8 +521,10 @@ class TestValidate:
         good = ply.write(ball("red", radius=7))
         scores = pipeline.validate(good, "a red ball")
         assert scores.score == scores.alignment_score > 0.9
-        assert scores.ssim is not None and scores.ssim > 0.9
-        assert scores.iqa is None and scores.lpips is None
+        assert scores.ssim is not None
+        assert scores.ssim > 0.9
+        assert scores.iqa is None
+        assert scores.lpips is None
         assert pipeline.validate(good, "a blue ball").score == 0
 
     def test_low_alignment_counts_as_nothing(self, pipeline, monkeypatch):
@@ -483,7 +552,7 @@ class TestValidate:
 
     @pytest.mark.parametrize("data", [b"", b"ply\nnonsense"])
     def test_not_a_ply(self, pipeline, data):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="PLY"):
             pipeline.validate(data, "red")
 
     def test_image_prompt(self, pipeline):
@@ -506,7 +575,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setitem(KINDS, "dreamgaussian", Kind(DreamGaussianOptions, "tests:load"))
     monkeypatch.setattr("tests.load", load, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    settings = Settings.resolve({"profile": "tiny", "models": mini_models})
+    settings = Settings.resolve({"profile": "tiny", "models": mini_models, "config": GUIDED})
     told: list[str] = []
     pipeline = assemble.load(settings, told.append)
     assert made == [settings.options]  # one for texts and pictures, whose options are the same
@@ -523,7 +592,8 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
     monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
-    assert asset.ply and list(asset.report.seconds) == STAGES
+    assert asset.ply
+    assert list(asset.report.seconds) == STAGES
 
 
 def test_load_without_weights_says_which(tmp_path, mini_models, monkeypatch):
@@ -532,7 +602,7 @@ def test_load_without_weights_says_which(tmp_path, mini_models, monkeypatch):
     models.write_text(text.replace("./", f"{mini_models.parent}/"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"mvdream-sd2\.1 is not on this machine; get it: .*--only mvdream"):
-        assemble.load(Settings.resolve({"profile": "tiny", "models": models}))
+        assemble.load(Settings.resolve({"profile": "tiny", "models": models, "config": GUIDED}))
 
 
 @pytest.mark.slow
@@ -550,7 +620,8 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
     assert not isinstance(first, Exception), first
-    assert first.report.num_gaussians > 0 and list(first.report.seconds) == [*STAGES[:2], "dreamgaussian", STAGES[3]]
+    assert first.report.num_gaussians > 0
+    assert list(first.report.seconds) == [*STAGES[:2], "dreamgaussian", STAGES[3]]
     assert first.ply == second.ply
     assert "red cube" not in caplog.text
 

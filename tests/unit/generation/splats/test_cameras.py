@@ -29,9 +29,11 @@ def test_from_the_front():
     assert project(camera, (0.0, 0.0, 0.0)) == pytest.approx((50.0, 40.0, 2.0), abs=1e-4)
     assert project(camera, FRONT)[2] == pytest.approx(1.6)  # nearer
     column, row, _ = project(camera, RIGHT)
-    assert column > 55 and row == pytest.approx(40)  # +x is to the right of the picture
+    assert column > 55
+    assert row == pytest.approx(40)
     column, row, _ = project(camera, TOP)
-    assert column == pytest.approx(50) and row < 35  # +y is up, and rows count down
+    assert column == pytest.approx(50)
+    assert row < 35
 
 
 def test_from_the_side_at_azimuth_90_the_camera_is_on_plus_x():
@@ -44,7 +46,8 @@ def test_from_the_side_at_azimuth_90_the_camera_is_on_plus_x():
 def test_positive_elevation_looks_down_on_the_object():
     camera = orbit(30.0, 0.0, 2.0, 49.1, 100, 100)
     assert torch.allclose(camera.positions, torch.tensor([[0.0, 1.0, math.sqrt(3.0)]]), atol=1e-6)
-    assert project(camera, FRONT)[1] > 50 and project(camera, TOP)[1] < 50
+    assert project(camera, FRONT)[1] > 50
+    assert project(camera, TOP)[1] < 50
     assert project(camera, TOP)[2] < 2.0
 
 
@@ -69,7 +72,8 @@ def test_target_is_in_the_middle():
 
 def test_angles_are_broadcast():
     cameras = orbit(torch.tensor([0.0, 10.0, 20.0]), 45.0, torch.tensor([1.0, 2.0, 3.0]), 49.1, 64, 64)
-    assert len(cameras) == 3 and cameras.Ks.shape == (3, 3, 3)
+    assert len(cameras) == 3
+    assert cameras.Ks.shape == (3, 3, 3)
     assert torch.allclose(cameras.positions.norm(dim=1), torch.tensor([1.0, 2.0, 3.0]))
     assert torch.equal(cameras[1:].viewmats, cameras.viewmats[1:])
     assert cameras.viewmats.dtype == cameras.Ks.dtype == torch.float32

@@ -31,7 +31,7 @@ def make(
         tensor.requires_grad_()
     groups = [{"params": [t], "name": k, "lr": 1e-3} for k, t in gaussians.tensors().items()]
     optimizer = torch.optim.Adam(groups, fused=fused)
-    sum(t.square().sum() for t in gaussians.tensors().values()).backward()
+    torch.stack([t.square().sum() for t in gaussians.tensors().values()]).sum().backward()
     optimizer.step()
     for tensor in gaussians.tensors().values():
         tensor.grad = None
@@ -104,7 +104,8 @@ def test_adam_moments_follow_and_start_at_zero(fused):
         state = control.optimizer.state[value]
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == value.shape
         assert torch.equal(state["exp_avg"][0], moments[name][0])
-        assert not state["exp_avg"][1:].any() and not state["exp_avg_sq"][1:].any()
+        assert not state["exp_avg"][1:].any()
+        assert not state["exp_avg_sq"][1:].any()
         assert state["step"] == 1
     assert len(control.optimizer.state) == 5
 
@@ -117,7 +118,8 @@ def test_optimiser_goes_on_with_the_new_tensors(fused):
     before = g.means.detach().clone()
     g.means.sum().backward()
     control.optimizer.step()
-    assert g.means.is_leaf and not torch.equal(g.means.detach(), before)
+    assert g.means.is_leaf
+    assert not torch.equal(g.means.detach(), before)
     pull(control, [0.0] * 4)
     assert alone(control) == (0, 0, 0)
 
@@ -219,14 +221,16 @@ def test_opacity_reset_keeps_low_ones_and_clears_momentum(fused):
     assert g.logit_opacities.sigmoid()[0].item() == pytest.approx(0.01)
     assert g.logit_opacities[1].item() == low
     state = control.optimizer.state[g.logit_opacities]
-    assert not state["exp_avg"].any() and state["step"] == 1
+    assert not state["exp_avg"].any()
+    assert state["step"] == 1
     assert control.optimizer.state[g.means]["exp_avg"].any()
 
 
 def test_all_gaussians_removed_and_none_to_begin_with():
     control, g = make([SMALL, SMALL], [0.001, 0.001])
     assert alone(control).pruned == 2
-    assert len(g) == 0 and g.sh.shape == (0, 4, 3)
+    assert len(g) == 0
+    assert g.sh.shape == (0, 4, 3)
     control.accumulate(torch.zeros(1, 0, 2), torch.zeros(1, 0).int(), 10, 10)
     assert alone(control) == (0, 0, 0)
 

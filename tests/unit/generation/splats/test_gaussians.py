@@ -30,8 +30,10 @@ def test_rotations():
     x, y, z = torch.eye(3)
     identity, about_z, about_x = gaussians.rotations()
     assert torch.allclose(identity, torch.eye(3))
-    assert torch.allclose(about_z @ x, y, atol=1e-6) and torch.allclose(about_z @ y, -x, atol=1e-6)
-    assert torch.allclose(about_x @ y, z, atol=1e-6) and torch.allclose(about_x @ z, -y, atol=1e-6)
+    assert torch.allclose(about_z @ x, y, atol=1e-6)
+    assert torch.allclose(about_z @ y, -x, atol=1e-6)
+    assert torch.allclose(about_x @ y, z, atol=1e-6)
+    assert torch.allclose(about_x @ z, -y, atol=1e-6)
     gaussians.quats = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(gaussians.rotations(), rotation_matrices(gaussians.quats), atol=1e-6)
 
@@ -39,8 +41,10 @@ def test_rotations():
 def test_detach_and_to_leave_the_original_alone():
     gaussians = make()
     gaussians.means.requires_grad_()
-    assert not gaussians.detach().means.requires_grad and gaussians.means.requires_grad
-    assert gaussians.to("meta").sh.device.type == "meta" and gaussians.sh.device.type == "cpu"
+    assert not gaussians.detach().means.requires_grad
+    assert gaussians.means.requires_grad
+    assert gaussians.to("meta").sh.device.type == "meta"
+    assert gaussians.sh.device.type == "cpu"
 
 
 @pytest.mark.parametrize(

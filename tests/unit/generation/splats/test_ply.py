@@ -64,7 +64,8 @@ def test_header_bytes():
 def test_header_with_harmonics_counts_them_between_colour_and_opacity():
     lines = ply.write(random_gaussians(1, 16)).split(b"end_header\n")[0].decode().splitlines()
     names = [line.split()[-1] for line in lines[3:]]
-    assert names[9:54] == [f"f_rest_{i}" for i in range(45)] and names[54] == "opacity"
+    assert names[9:54] == [f"f_rest_{i}" for i in range(45)]
+    assert names[54] == "opacity"
 
 
 @pytest.mark.parametrize("coefficients", SH_COEFFICIENTS)

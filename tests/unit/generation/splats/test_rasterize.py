@@ -13,6 +13,7 @@ from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import SH_COEFFICIENTS, Gaussians
 from generation.splats.rasterize import cpu, rasterize, warm_up
 from tests.support.reference_rasterizer import render
+from tests.support.tensors import gradient
 
 FIELDS = ["means", "quats", "log_scales", "logit_opacities", "sh"]
 
@@ -116,7 +117,7 @@ def test_clamped_alpha_has_no_gradient_by_opacity():
     _, alpha, _ = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 20.0, 4, 4), 4, 4, torch.zeros(3))
     assert alpha[0, 1, 1, 0].item() == pytest.approx(0.999)
     alpha[0, 1, 1, 0].backward()
-    assert gaussians.logit_opacities.grad.item() == 0.0
+    assert gradient(gaussians.logit_opacities).item() == 0.0
 
 
 def test_centre_pixel_of_one_gaussian_by_hand():
@@ -134,7 +135,8 @@ def test_nearer_gaussian_hides_the_farther_one_whatever_their_order():
         both = Gaussians(*(torch.cat([getattr(first, f), getattr(second, f)]) for f in FIELDS))
         front, _, _ = rasterize(both, orbit(0.0, 0.0, 2.0, 49.1, 9, 9), 9, 9, torch.zeros(3))
         back, _, _ = rasterize(both, orbit(0.0, 180.0, 2.0, 49.1, 9, 9), 9, 9, torch.zeros(3))
-        assert front[0, 4, 4].argmax() == 0 and back[0, 4, 4].argmax() == 2
+        assert front[0, 4, 4].argmax() == 0
+        assert back[0, 4, 4].argmax() == 2
 
 
 def test_radii_bound_what_is_drawn():
@@ -153,9 +155,10 @@ def test_behind_the_camera_nothing_is_drawn():
         tensor.requires_grad_()
     rgb, alpha, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.full((3,), 0.25))
     assert info["radii"].tolist() == [[0]]
-    assert (rgb == 0.25).all() and not alpha.any()
+    assert (rgb == 0.25).all()
+    assert not alpha.any()
     rgb.sum().backward()
-    assert not any(tensor.grad.any() for tensor in gaussians.tensors().values())
+    assert not any(gradient(tensor).any() for tensor in gaussians.tensors().values())
 
 
 def test_no_gaussians_leave_the_background():
@@ -164,11 +167,13 @@ def test_no_gaussians_leave_the_background():
         tensor.requires_grad_()
     background = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])
     rgb, alpha, info = rasterize(gaussians, orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 7, 5), 7, 5, background)
-    assert rgb.shape == (2, 5, 7, 3) and alpha.shape == (2, 5, 7, 1)
-    assert info["means2d"].shape == (2, 0, 2) and info["radii"].shape == (2, 0)
+    assert rgb.shape == (2, 5, 7, 3)
+    assert alpha.shape == (2, 5, 7, 1)
+    assert info["means2d"].shape == (2, 0, 2)
+    assert info["radii"].shape == (2, 0)
     assert torch.equal(rgb, background[:, None, None].expand(2, 5, 7, 3))
     rgb.sum().backward()
-    assert gaussians.sh.grad.shape == (0, 4, 3)
+    assert gradient(gaussians.sh).shape == (0, 4, 3)
 
 
 @pytest.mark.parametrize("log_scale", [-1e4, -60.0, -20.0, 5.0, 9.0, 20.0, 43.0, 60.0, 1e4])
@@ -180,9 +185,11 @@ def test_extreme_scales(log_scale):
         tensor.requires_grad_()
     rgb, alpha, _ = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.ones(3))
     (rgb.sum() + alpha.sum()).backward()
-    assert torch.isfinite(rgb).all() and alpha.min() >= 0 and alpha.max() <= 1
+    assert torch.isfinite(rgb).all()
+    assert alpha.min() >= 0
+    assert alpha.max() <= 1
     for tensor in gaussians.tensors().values():
-        assert torch.isfinite(tensor.grad).all()
+        assert torch.isfinite(gradient(tensor)).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3e38, -3e38])
@@ -201,7 +208,7 @@ def test_values_that_are_not_finite_do_not_spread(field, value):
         return  # finite, and as bright as float32 can be: its own colours may overflow
     assert torch.isfinite(rgb).all()
     for name, tensor in gaussians.tensors().items():
-        assert torch.isfinite(tensor.grad).all(), name
+        assert torch.isfinite(gradient(tensor)).all(), name
     meaningful = [("log_scales", float("-inf")), ("logit_opacities", float("inf"))]  # a point; opaque
     if abs(value) != 3e38 and (field, value) not in meaningful:
         assert info["radii"][0, 0] == 0
@@ -213,7 +220,8 @@ def test_zero_quaternion_is_not_drawn():
     gaussians.quats.requires_grad_()
     rgb, _, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 8, 8), 8, 8, torch.ones(3))
     rgb.sum().backward()
-    assert info["radii"].tolist() == [[0]] and not gaussians.quats.grad.any()
+    assert info["radii"].tolist() == [[0]]
+    assert not gradient(gaussians.quats).any()
 
 
 def test_result_does_not_depend_on_the_number_of_threads():
@@ -229,7 +237,7 @@ def test_result_does_not_depend_on_the_number_of_threads():
                 gaussians, orbit(0.0, torch.arange(3) * 50.0, 2.0, 49.1, 33, 41), 33, 41, torch.ones(3)
             )
             (rgb.square().sum() + alpha.sum()).backward()
-            results.append([rgb.detach(), alpha.detach(), *(t.grad for t in gaussians.tensors().values())])
+            results.append([rgb.detach(), alpha.detach(), *(gradient(t) for t in gaussians.tensors().values())])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -263,7 +271,8 @@ def test_large_batches_without_gradients_are_cut(monkeypatch):
     monkeypatch.setattr(cpu, "MAX_BATCH", 250)
     with torch.no_grad():
         rgb2, alpha2, info2 = rasterize(gaussians, cameras, 32, 32, background)
-    assert torch.equal(rgb, rgb2) and torch.equal(alpha, alpha2)
+    assert torch.equal(rgb, rgb2)
+    assert torch.equal(alpha, alpha2)
     assert all(torch.equal(info[name], info2[name]) for name in ("means2d", "radii", "depths"))
 
 
@@ -280,7 +289,8 @@ def test_retain_grad_on_the_projected_centres():
     rgb, _, info = rasterize(gaussians, orbit(0.0, 0.0, 2.0, 49.1, 16, 16), 16, 16, torch.ones(3))
     info["means2d"].retain_grad()
     rgb.square().sum().backward()
-    assert info["means2d"].grad.shape == (1, 10, 2) and info["means2d"].grad.any()
+    assert info["means2d"].grad.shape == (1, 10, 2)
+    assert info["means2d"].grad.any()
     assert not info["means2d"].grad[info["radii"] == 0].any()
 
 

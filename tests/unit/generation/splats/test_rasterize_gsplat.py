@@ -42,19 +42,22 @@ def test_arguments_and_results(monkeypatch):
     monkeypatch.setattr(wrapper.kernels, "load", lambda: None)
     gaussians, cameras = scene(6, 9), orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 9, 8)
     rgb, alpha, info = wrapper.rasterize(gaussians, cameras, 9, 8, torch.ones(2, 3))
-    assert rgb.shape == (2, 8, 9, 3) and alpha.shape == (2, 8, 9, 1)
+    assert rgb.shape == (2, 8, 9, 3)
+    assert alpha.shape == (2, 8, 9, 1)
     assert info["means2d"] is means2d  # the very tensor of the graph
     assert info["radii"].tolist() == [[5] * 6, [0] * 6]
     assert (asked["width"], asked["height"], asked["sh_degree"], asked["packed"]) == (9, 8, 2, False)
     assert torch.equal(asked["scales"], gaussians.log_scales.exp())
     assert torch.equal(asked["opacities"], gaussians.logit_opacities.sigmoid())
-    assert asked["viewmats"].shape == (2, 4, 4) and asked["backgrounds"].shape == (2, 3)
+    assert asked["viewmats"].shape == (2, 4, 4)
+    assert asked["backgrounds"].shape == (2, 3)
     assert (asked["near_plane"], asked["eps2d"], asked["rasterize_mode"]) == (0.01, 0.3, "classic")
     assert asked["colors"] is gaussians.sh
 
     plain = scene(6, 1)
     wrapper.rasterize(plain, cameras, 9, 8, torch.ones(2, 3))
-    assert asked["sh_degree"] is None and asked["colors"].shape == (6, 3)  # colours themselves
+    assert asked["sh_degree"] is None
+    assert asked["colors"].shape == (6, 3)
     assert torch.equal(asked["colors"], (0.5 + SH_C0 * plain.sh[:, 0]).clamp_min(0))
 
 
@@ -74,7 +77,8 @@ def test_gpu_and_cpu_agree(coefficients):
     for name, value in cpu.items():
         difference = (gpu[name] - value).abs()
         if name in ("colours", "alphas"):
-            assert (difference > fidelity_gpu.LIMIT).float().mean() < 1e-3 and difference.max() < 0.02
+            assert (difference > fidelity_gpu.LIMIT).float().mean() < 1e-3
+            assert difference.max() < 0.02
         else:
             assert difference.norm() <= 0.01 * value.norm()
 
@@ -155,7 +159,8 @@ def test_smaller_scenes_are_filled_up_with_what_is_not_drawn(monkeypatch):
         fields = list(gaussians.tensors().values())
         ours = torch.autograd.grad(rgb.square().sum() + alpha.sum(), fields, retain_graph=True)
         theirs = torch.autograd.grad(alone[0].square().sum() + alone[1].sum(), fields)
-        assert torch.allclose(rgb, alone[0], atol=1e-5) and torch.allclose(alpha, alone[1], atol=1e-5)
+        assert torch.allclose(rgb, alone[0], atol=1e-5)
+        assert torch.allclose(alpha, alone[1], atol=1e-5)
         assert torch.equal(info["radii"], alone[2]["radii"])
         assert torch.allclose(info["means2d"][info["own"]], alone[2]["means2d"], atol=1e-4)
         for a, b in zip(ours, theirs, strict=True):

@@ -29,7 +29,8 @@ def test_alpha_has_the_images_size(choice, no_network):
     alpha = remover.remove(torch.rand(2, 3, 50, 70))
     assert alpha.shape == (2, 1, 50, 70)
     assert alpha.dtype == torch.float32
-    assert alpha.min() >= 0 and alpha.max() <= 1
+    assert alpha.min() >= 0
+    assert alpha.max() <= 1
 
 
 def test_half_precision_is_near(choice, no_network):
@@ -106,7 +107,8 @@ def test_recentre_keeps_the_background_out_of_the_edge():
     image[:, 19, 20:44] = torch.tensor([0.0, 0, 1])[:, None]
     cutout = recentre(image, alpha, 128)
     seen = cutout[:3, cutout[3] > 0.05]
-    assert seen[0].max() < 1e-3 and seen[2].min() > 0.99
+    assert seen[0].max() < 1e-3
+    assert seen[2].min() > 0.99
 
 
 @pytest.mark.parametrize("level", [0.0, 0.4])

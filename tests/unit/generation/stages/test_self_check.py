@@ -36,7 +36,8 @@ class TestGates:
         gate = run_gates(ball(count=count))["min_gaussians"]
         assert gate.passed is passed
         if not passed:
-            assert "6999" in gate.reason and "7000" in gate.reason
+            assert "6999" in gate.reason
+            assert "7000" in gate.reason
 
     @pytest.mark.parametrize(("hidden", "passed"), [(8000, True), (8001, False)])
     def test_opacity_share(self, hidden, passed):
@@ -74,7 +75,8 @@ class TestGates:
         monkeypatch.setattr(check, "render_views", None)
         outcome = colour_check().check(ball(count=100), "a red ball")
         assert outcome.score is None
-        assert outcome.failed_gate is not None and outcome.failed_gate.startswith("min_gaussians: 100 Gaussians")
+        assert outcome.failed_gate is not None
+        assert outcome.failed_gate.startswith("min_gaussians: 100 Gaussians")
         assert outcome.parts == {"iqa": None, "alignment": 0.0, "ssim": 0.0, "lpips": None}
 
 
@@ -154,7 +156,9 @@ class TestScore:
     def test_a_right_prompt_scores_above_a_wrong_one(self):
         checking = colour_check()
         right, wrong = checking.check(ball("red"), "a red ball"), checking.check(ball("red"), "a blue ball")
-        assert right.score > 0.9 and wrong.score == 0.0 and wrong.parts["alignment"] < 0.3
+        assert right.score > 0.9
+        assert wrong.score == 0.0
+        assert wrong.parts["alignment"] < 0.3
         assert len(right.cosines) == 16
         assert right.views.shape == (16, 3, 518, 518)
 
@@ -188,7 +192,12 @@ class TestScore:
         checking = colour_check()
         picture = Image.new("RGB", (60, 60), "white")
         picture.paste((0, 0, 255), (15, 15, 45, 45))
-        asked = [(ball("red"), "a red ball"), (ball("blue"), picture), (ball("red"), picture), (ball("blue"), "blue")]
+        asked: list[tuple[Gaussians, str | Image.Image]] = [
+            (ball("red"), "a red ball"),
+            (ball("blue"), picture),
+            (ball("red"), picture),
+            (ball("blue"), "blue"),
+        ]
         together = checking.check_all(asked)
         assert [round(each.score, 6) for each in together] == [round(checking.check(*each).score, 6) for each in asked]
         assert [each.score > 0.9 for each in together] == [True, True, False, True]
@@ -204,7 +213,8 @@ class TestOutliers:
         values = torch.cat([torch.linspace(0.20, 0.26, 14), torch.tensor([0.02, 0.9])])
         kept = drop_outliers(values)
         assert len(kept) == 14
-        assert kept.min() == pytest.approx(0.20) and kept.max() == pytest.approx(0.26)
+        assert kept.min() == pytest.approx(0.20)
+        assert kept.max() == pytest.approx(0.26)
 
     def test_geometric_mean(self):
         assert geometric_mean(torch.tensor([1.0, 1.0, 0.5, 0.5])) == pytest.approx(math.sqrt(0.5))

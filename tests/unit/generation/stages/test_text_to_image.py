@@ -1,5 +1,6 @@
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -33,7 +34,8 @@ def test_loads_and_samples_without_network(mini_models, no_network):
     (image,) = load(mini_models).generate(["a red cube"], seeds=[1])
     assert image.shape == (3, choice.image_size, choice.image_size)
     assert image.dtype == torch.float32
-    assert image.min() >= 0 and image.max() <= 1
+    assert image.min() >= 0
+    assert image.max() <= 1
 
 
 def test_an_image_depends_on_prompt_and_seed_only(model):
@@ -55,7 +57,7 @@ def test_an_image_does_not_depend_on_the_others(model):
 def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     monkeypatch.setattr(text_cache, "KEPT", 2)
     model = load(mini_models)
-    encoded = []
+    encoded: list[Any] = []
     encode = model._pipe.encode_prompt
 
     def count(prompt=None, *rest, **more):
@@ -67,7 +69,8 @@ def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
     assert encoded == ["a", "b"]
     again = model.generate(["b", "a"], [1, 1])
     assert encoded == ["a", "b"]
-    assert torch.allclose(again[1], first[0], atol=1e-4) and torch.allclose(again[0], first[1], atol=1e-4)
+    assert torch.allclose(again[1], first[0], atol=1e-4)
+    assert torch.allclose(again[0], first[1], atol=1e-4)
     model.generate(["c", "d", "e"], [1, 1, 1])  # more than are kept
     model.generate(["d"], [1])
     assert encoded == ["a", "b", "c", "d", "e"]
@@ -90,7 +93,8 @@ def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
 def test_what_is_cut_by_open_clip_s_own_tokenizer_is_what_it_does_not_read(word):
     tokenizer = open_clip.get_tokenizer("convnext_large_d")  # the validators'
     whole, cut_one = " ".join([word + " x"] * 37 + ["x"]), " ".join([word + " x"] * 37 + ["x x"])
-    assert cut(tokenizer, whole) is None and cut(tokenizer, cut_one) == (77, 78)
+    assert cut(tokenizer, whole) is None
+    assert cut(tokenizer, cut_one) == (77, 78)
     assert torch.equal(tokenizer([whole]), tokenizer([cut_one]))
     assert int((tokenizer([whole]) == 49407).nonzero()[0, 1]) == 76  # the mark of the end, just inside
 
@@ -126,7 +130,8 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         pipe.transformer.single_transformer_blocks,
     ):
         linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
-        assert linears and all(isinstance(module, Linear4bit) for module in linears)
+        assert linears
+        assert all(isinstance(module, Linear4bit) for module in linears)
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
@@ -136,9 +141,14 @@ def test_a_resting_model_is_on_its_device_only_while_it_works(monkeypatch):
     resting = Resting(model, "cpu")
     at_rest, before = model.weight.data_ptr(), model.weight.detach().clone()
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
-    with pytest.raises(RuntimeError, match="out of memory"), resting.awake():
-        assert model.weight.data_ptr() != at_rest
-        raise RuntimeError("out of memory")
+
+    def work() -> None:
+        with resting.awake():
+            assert model.weight.data_ptr() != at_rest
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        work()
     assert model.weight.data_ptr() == at_rest
     assert torch.equal(model.weight, before)
 
@@ -147,7 +157,12 @@ def test_t5_is_awake_only_while_it_encodes(mini_models, monkeypatch):
     plain = load(mini_models).generate(["a red cube"], [1])[0]
     model = load(mini_models, t5_rests_on="cpu")
     moves: list[str] = []
-    monkeypatch.setattr(Resting, "awake", lambda resting: moves.append("awake") or contextlib.nullcontext())
+
+    def awake(resting: Resting) -> contextlib.nullcontext[None]:
+        moves.append("awake")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(Resting, "awake", awake)
     assert torch.allclose(model.generate(["a red cube"], [1])[0], plain, atol=1e-5)
     model.generate(["a red cube"], [2])  # known: it goes on resting
     assert moves == ["awake"]

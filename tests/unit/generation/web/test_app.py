@@ -116,7 +116,8 @@ def test_what_came_in_is_one_request_all_the_way() -> None:
         before = time.monotonic()
         assert service.generate("a red cube", seed=42).status_code == 200
         (text,) = service.pipeline.started
-        assert text.deadline is not None and before < text.deadline - TIMEOUT_S < time.monotonic()
+        assert text.deadline is not None
+        assert before < text.deadline - TIMEOUT_S < time.monotonic()
         assert replace(text, deadline=None) == Request(prompt="a red cube", seed=42, threshold=0.6)
         files, headers = {"prompt_image_file": ("a.png", png(mode="RGBA"), "image/png")}, {"X-Priority": "background"}
         assert service.client.post("/generate/", data={"seed": "7"}, files=files, headers=headers).status_code == 200
@@ -319,7 +320,8 @@ def test_openapi_describes_what_is_read_by_hand(service: Service) -> None:
 
 def test_the_docs_need_nothing_from_elsewhere(service: Service) -> None:
     page = service.client.get("/docs")
-    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.status_code == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
     assert not re.search(r"://|<script|<link|@import|url\(|(src|href|action)=.?//", page.text)
     assert "default-src 'none'" in page.headers["content-security-policy"]
     description = service.client.get("/openapi.json").json()
@@ -327,7 +329,8 @@ def test_the_docs_need_nothing_from_elsewhere(service: Service) -> None:
         assert path in page.text
         for operation in methods.values():
             assert all(html.escape(answer["description"]) in page.text for answer in operation["responses"].values())
-    assert 'action="/generate/"' in page.text and service.client.get("/redoc").status_code == 404
+    assert 'action="/generate/"' in page.text
+    assert service.client.get("/redoc").status_code == 404
 
 
 # ---- scoring ----
@@ -361,8 +364,8 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
 
 
 def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Service) -> None:
-    fields = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
-    both = {"generate_grid_preview": True, "generate_single_preview": True}
+    fields: dict[str, Any] = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
+    both: dict[str, Any] = {"generate_grid_preview": True, "generate_single_preview": True}
     for more, shown in (
         ({}, (None, None)),
         (both, (b64(b"one"), b64(b"four"))),
@@ -374,7 +377,7 @@ def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Servic
 
 
 def test_the_other_prompt_may_be_null(service: Service) -> None:
-    fields = {"data": b64(packed()), "compression": 2}
+    fields: dict[str, Any] = {"data": b64(packed()), "compression": 2}
     assert score(service, prompt="a red cube", prompt_image=None, **fields).status_code == 200
     assert score(service, "img", prompt=None, prompt_image=b64(png(9, 7)), **fields).status_code == 200
     error(score(service, prompt=None, prompt_image=b64(png(9, 7)), **fields), 422, "prompt")
@@ -426,7 +429,8 @@ def test_scoring_does_not_wait_for_generations(service: Service) -> None:
     wait_until(lambda: service.engine.active and service.engine.queue_depth == 1)
     body = {"prompt": "a", "data": b64(packed()), "compression": 2}
     assert service.client.post("/validate_txt_to_3d_ply/", json=body).json()["score"] == 0.8
-    assert service.engine.active and service.engine.queue_depth == 1
+    assert service.engine.active
+    assert service.engine.queue_depth == 1
     service.pipeline.go.set()
     for thread in threads:
         thread.join(30)

@@ -102,11 +102,17 @@ def test_the_time_left_is_null_until_it_was_measured() -> None:
 
 
 def test_a_pause_is_told_once_and_is_no_time_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, told = [0.0], []
+    now = [0.0]
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr(events_module.time, "monotonic", lambda: now[0])
     events = Events()
     publish = events.publish
-    monkeypatch.setattr(events, "publish", lambda *event: (told.append(event[2]), publish(*event)))
+
+    def publish_and_tell(following: events_module.Following, kind: str, about: dict[str, Any]) -> None:
+        told.append(about)
+        publish(following, kind, about)
+
+    monkeypatch.setattr(events, "publish", publish_and_tell)
 
     def run(request_id: str, pause: float, background: bool) -> None:
         with events.request(request_id, background) as following:
@@ -127,7 +133,8 @@ def test_a_pause_is_told_once_and_is_no_time_that_it_takes(monkeypatch: pytest.M
     assert told[0]["priority"] == "background"
     told.clear()
     run("third", 0.0, False)
-    assert told[2]["eta_seconds"] == 10.0 and told[0]["priority"] == "interactive"
+    assert told[2]["eta_seconds"] == 10.0
+    assert told[0]["priority"] == "interactive"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +202,7 @@ def test_an_id_is_one_request_at_a_time_and_free_afterwards() -> None:
 @pytest.mark.parametrize("request_id", ["", "a b", "x" * 65, "a/b", "<script>", "\u00e9"])
 def test_a_bad_id_is_refused(service: Service, request_id: str) -> None:
     refused = httpx.post(
-        service.url + "/generate/", data={"prompt": "a"}, headers={"X-Request-Id": request_id.encode()}
+        service.url + "/generate/", data={"prompt": "a"}, headers=[(b"X-Request-Id", request_id.encode())]
     )
     assert (refused.status_code, refused.json()["error"]["field"]) == (422, "X-Request-Id")
     assert "64" in refused.json()["error"]["limit"]
@@ -207,7 +214,8 @@ def test_a_bad_id_is_refused(service: Service, request_id: str) -> None:
 def test_a_request_that_does_not_come_is_not_waited_for_long(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events_module, "MAX_WAIT_S", 0.05)
     end = Follower(service, "/events/never").end()
-    assert end["outcome"] == "unknown" and "no request with this id" in end["reason"]
+    assert end["outcome"] == "unknown"
+    assert "no request with this id" in end["reason"]
 
 
 def test_listeners_are_limited_and_their_places_come_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +257,8 @@ async def test_a_slow_listener_loses_the_oldest_progress_and_no_end() -> None:
     assert len(got) == events_module.MAX_PENDING
     ends = [event for event in got if event.startswith("event: end")]
     assert len(ends) == 100
-    assert '"r999"' in got[-1] and not any('"r1"' in event for event in got)
+    assert '"r999"' in got[-1]
+    assert not any('"r1"' in event for event in got)
 
 
 def test_a_stalled_listener_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ def hub(tmp_path, monkeypatch):
 def test_every_entry_is_complete():
     for name, entry in REGISTRY.items():
         assert entry.name == name
-        assert entry.licence and (entry.size_gb is None or entry.size_gb > 0)
+        assert entry.licence
+        assert entry.size_gb is None or entry.size_gb > 0
         assert entry.repo and entry.files if entry.url is None else entry.url.startswith("https://") and entry.size
         assert entry.pinned or entry.revision == "main"
     assert REGISTRY["clip-convnext-large-d"].used_as(ClipUse).cosine_scale == 0.35
@@ -192,7 +193,8 @@ class TestCard:
         """A copy of the published files, on a disk of one's own: licence and use are the registry's."""
         choice = self.choice(tmp_path, {"of": "clip-convnext-large-d"})
         entry = lookup(choice)
-        assert entry.use == REGISTRY["clip-convnext-large-d"].use and entry.licence == "MIT"
+        assert entry.use == REGISTRY["clip-convnext-large-d"].use
+        assert entry.licence == "MIT"
         with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy its folder again"):
             local_folder(entry)
         (tmp_path / "open_clip_config.json").write_text("{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
@@ -90,7 +91,7 @@ async def test_the_miner_says_so_and_does_not_begin(
     file: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    file.write_text(content)
+    await asyncio.to_thread(file.write_text, content)
     miner = CompetitiveMiner(options("finney", tmp_path))
     assert await miner.run() == 1
     (line,) = [record.getMessage() for record in caplog.records]

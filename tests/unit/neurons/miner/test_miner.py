@@ -47,6 +47,7 @@ from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.dendrite import DateListener
 from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 from neurons.protocol import Feedback, ImageTask, PullTask, SubmitResults, Task, TextTask, signature_is_valid
+from tests.support.waiting import until
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")
 VALIDATORS = [
@@ -69,7 +70,7 @@ class FakeNetwork:
         self.repetitions: list[bool] = []  # which of the next submissions get feedback and nothing else
         self.on_date: DateListener = lambda *_: None
 
-    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:
+    async def call(self, target_axon: bt.AxonInfo, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
         uid = target_axon.port - 9000
         await asyncio.sleep(0)
         self.on_date(target_axon.hotkey, formatdate(time.time(), usegmt=True), time.time(), time.time())
@@ -163,9 +164,7 @@ class Bench:
             )
             self.workers.append(asyncio.create_task(worker.run()))
         self.manager.sync()
-        async with asyncio.timeout(10):
-            while not condition():
-                await asyncio.sleep(0.005)
+        await until(condition, 10)
 
     async def stop(self) -> None:
         await self.manager.close()
@@ -201,7 +200,7 @@ async def test_pull_generate_submit(bench: Bench, caplog: pytest.LogCaptureFixtu
         submission = by_task[task_id]
         assert submission.task is not None
         assert signature_is_valid(submission, submission.task.prompt, validator.hotkey, KEYPAIR.ss58_address)
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
     assert bench.manager.first_round_done.is_set()
     lines = [record.getMessage() for record in caplog.records]
     for expected in (
@@ -248,7 +247,8 @@ async def test_nothing_is_pulled_while_nobody_can_generate(bench: Bench) -> None
     bench.network.answers = {1: [task_for(1)]}
     await bench.run_until(lambda: True)
     await asyncio.sleep(0.05)
-    assert bench.network.pulls == [] and not bench.manager.first_round_done.is_set()
+    assert bench.network.pulls == []
+    assert not bench.manager.first_round_done.is_set()
     bench.generator.ready.set()
     await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
 
@@ -304,9 +304,7 @@ async def test_a_task_stays_open_while_the_service_is_gone(bench: Bench, monkeyp
     bench.network.answers = {1: [task_for(1), task_for(1)]}
     await bench.run_until(lambda: bench.totals["generation endpoint"] == 1)
     bench.generator.result = Generated(PLY, 0.76, "1", "")
-    async with asyncio.timeout(5):
-        while bench.totals["submission accepted"] == 0:
-            await asyncio.sleep(0.01)
+    await until(lambda: bench.totals["submission accepted"], 5)
     assert len(bench.network.submissions) == 1
 
 
@@ -352,7 +350,7 @@ async def test_submissions_are_repeated_until_answered(
     await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
     assert len(bench.network.submissions) == 3
     assert len({submission.signature for submission in bench.network.submissions}) == 3
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 async def test_a_refusal_is_final(bench: Bench, tmp_path: Path) -> None:
@@ -360,7 +358,7 @@ async def test_a_refusal_is_final(bench: Bench, tmp_path: Path) -> None:
     bench.network.answers = {1: [task_for(1)]}
     await bench.run_until(lambda: bench.totals["submission refused"] == 1)
     assert len(bench.network.submissions) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.fixture(autouse=True)
@@ -376,7 +374,7 @@ async def test_a_result_that_got_feedback_alone_is_not_made_again(bench: Bench, 
     assert [submission.task_id for submission in bench.network.submissions] == ["id-1", "id-1"]
     assert len(bench.generator.tasks) == 1
     assert sum(name.startswith("submission") for name in bench.totals) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("answer", [task_for(2), PullTask(cooldown_until=2**33, cooldown_violations=1)])
@@ -389,7 +387,7 @@ async def test_a_result_that_got_feedback_alone_is_forgotten_when_it_is_not_aske
     await asyncio.sleep(0.1)
     assert [task.id for task in bench.generator.tasks].count("id-1") == 1
     assert bench.spool.get(VALIDATORS[0].hotkey, TextTask(id="id-1", prompt="prompt 1")) is None
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 async def test_an_earlier_run_s_result_is_handed_in_when_its_validator_asks_for_it(tmp_path: Path) -> None:
@@ -401,7 +399,8 @@ async def test_an_earlier_run_s_result_is_handed_in_when_its_validator_asks_for_
     await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
     assert [submission.task_id for submission in bench.network.submissions] == ["old"]
     assert bench.network.pulls == [1]  # and for another task it waits for its cooldown
-    assert bench.generator.tasks == [] and list(tmp_path.iterdir()) == []
+    assert bench.generator.tasks == []
+    assert os.listdir(tmp_path) == []
     bench.generator.ready.set()
     await bench.stop()
 
@@ -418,7 +417,8 @@ async def test_what_is_not_answered_at_stop_stays_in_the_spool(tmp_path: Path, m
     task = TextTask(id="id-1", prompt="prompt 1")
     assert Spool(tmp_path).entries() == {VALIDATORS[0].hotkey: [task]}
     entry = Spool(tmp_path).get(VALIDATORS[0].hotkey, task)
-    assert entry is not None and spz.decompress(entry.result)
+    assert entry is not None
+    assert spz.decompress(entry.result)
 
 
 def test_spool_round_trip_and_hostile_ids(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_damaged_and_old_entries_are_dropped(tmp_path: Path) -> None:
     damaged.write_bytes(b"{}\nx")
     (tmp_path / "half.tmp").write_bytes(b"")
     assert spool.entries() == {}
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 async def test_a_full_disk_does_not_lose_the_submission(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +485,8 @@ async def ask_service(handler: Handler, task: Task) -> Generated:
     try:
         async with GenerationService(url) as service:
             generated = await service.generate(task, 5)
-            assert generated.endpoint == url and 0 < generated.seconds < 5
+            assert generated.endpoint == url
+            assert 0 < generated.seconds < 5
             return replace(generated, endpoint="", seconds=0.0)
     finally:
         await runner.cleanup()
@@ -496,7 +497,9 @@ async def test_a_generated_splat_comes_with_its_score() -> None:
         assert request.path == "/generate/"
         assert request.headers["X-Priority"] == "background"  # who asks in person goes first
         form = await request.post()
-        assert form["prompt"] == "größer" and form["seed"] == "5" and len(form) == 2
+        assert form["prompt"] == "größer"
+        assert form["seed"] == "5"
+        assert len(form) == 2
         return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "5"})
 
     assert await ask_service(handler, TextTask(id="1", prompt="größer")) == Generated(PLY, 0.76, "5", "")
@@ -565,13 +568,15 @@ async def test_a_failed_attempt_says_where_and_for_how_long() -> None:
 
     with pytest.raises(AttemptFailed) as failed:
         await ask_service(handler, TextTask(id="1", prompt="p"))
-    assert failed.value.endpoint.startswith("http://127.0.0.1:") and 0 < failed.value.seconds < 5
+    assert failed.value.endpoint.startswith("http://127.0.0.1:")
+    assert 0 < failed.value.seconds < 5
 
 
 async def test_an_image_task_is_uploaded() -> None:
     async def handler(request: web.Request) -> web.Response:
         upload = (await request.post())["prompt_image_file"]
-        assert isinstance(upload, web.FileField) and upload.file.read() == b"hi"
+        assert isinstance(upload, web.FileField)
+        assert upload.file.read() == b"hi"
         return web.Response(body=b"", headers={"X-Score": "nan", "X-Rejected": "gates"})
 
     assert await ask_service(handler, ImageTask(id="1", prompt="aGk=")) == Generated(b"", None, "?", "gates")
@@ -591,7 +596,8 @@ async def test_a_picture_in_which_nothing_was_found_is_given_up() -> None:
 async def test_base64_in_lines_is_a_picture() -> None:
     async def handler(request: web.Request) -> web.Response:
         upload = (await request.post())["prompt_image_file"]
-        assert isinstance(upload, web.FileField) and upload.file.read() == b"hi there"
+        assert isinstance(upload, web.FileField)
+        assert upload.file.read() == b"hi there"
         return web.Response(body=PLY)
 
     assert (await ask_service(handler, ImageTask(id="1", prompt="aGkg\r\ndGhlcmU=\n"))).ply == PLY
@@ -680,14 +686,12 @@ async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch)
     async with GenerationService(url) as service, asyncio.timeout(5):
         pool = GeneratorPool([service])
         watching = asyncio.create_task(pool.watch())
-        while asked < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: asked >= 3)
         assert not pool.ready.is_set()
         status = "ready"
         await pool.ready.wait()
         await runner.cleanup()
-        while pool.ready.is_set():
-            await asyncio.sleep(0.01)
+        await until(lambda: not pool.ready.is_set())
         watching.cancel()
 
 

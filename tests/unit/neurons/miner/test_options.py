@@ -44,7 +44,8 @@ def test_a_wallet_in_the_file_means_mining_for_real(file: Path) -> None:
     assert options.wallet_path == file.parent / "keys"
     assert options.validation_threshold == 0.7
     assert options.endpoints == ("http://10.0.0.2:10006", "http://10.0.0.3:10006")
-    assert options.blacklist[:2] == (180, 7) and len(options.blacklist) == 3
+    assert options.blacklist[:2] == (180, 7)
+    assert len(options.blacklist) == 3
     assert parse([]).network == "rehearsal"
 
 
@@ -103,6 +104,9 @@ def test_what_is_wrong_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as stop:
         parse(["--config-file", str(file)])
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1
+    assert stop.value.code == 2
+    assert len(error.splitlines()) == 1
     assert f"serve_miner_competitive: {file}: {said}" in error
-    assert "secret" not in error and "node" not in error and "abandon" not in error
+    assert "secret" not in error
+    assert "node" not in error
+    assert "abandon" not in error

@@ -61,8 +61,10 @@ def test_tasks_are_texts_and_pictures(clock: Clock) -> None:
     assert hand_in(rules, 0.9) == "accepted"
     clock.now += 300
     picture = rules.pull(MINER).task
-    assert text is not None and (text.type, text.prompt) == ("text", "a cube")
-    assert picture is not None and (picture.type, base64.b64decode(picture.prompt)) == ("image", b"PNG")
+    assert text is not None
+    assert (text.type, text.prompt) == ("text", "a cube")
+    assert picture is not None
+    assert (picture.type, base64.b64decode(picture.prompt)) == ("image", b"PNG")
     # Both survive in the state file.
     rules.restore(rules.saved())
     assert rules.pull(MINER).task == picture
@@ -144,9 +146,9 @@ def test_signatures() -> None:
     signature[5] ^= 1
     submission.signature = base64.b64encode(signature).decode()
     assert not signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
-    for nonsense in ("", "=?=?", "YWJj"):
+    for nonsense, message in (("", "Signature"), ("=?=?", "padding"), ("YWJj", "Signature")):
         submission.signature = nonsense
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=message):
             signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
 
 
@@ -199,7 +201,8 @@ def test_uids_and_prompts() -> None:
     assert len(prompts) >= 50
     assert all(1 <= len(prompt) <= 1024 for prompt in prompts)
     order = list(itertools.islice(shuffled(prompts, 1), len(prompts)))
-    assert sorted(order) == sorted(prompts) and order != list(itertools.islice(shuffled(prompts, 2), len(prompts)))
+    assert sorted(order) == sorted(prompts)
+    assert order != list(itertools.islice(shuffled(prompts, 2), len(prompts)))
 
 
 def test_a_fifth_of_the_tasks_are_pictures() -> None:

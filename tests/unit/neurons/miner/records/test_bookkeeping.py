@@ -20,7 +20,8 @@ from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.policy import EXPLORATION_INTERVAL_S
 from neurons.miner.validators.clock import steady_time
 from tests.support.ledger_events import NOW, one_task, validator, write
-from tests.support.miner_harness import StandInService, accepted, options, start_network, until
+from tests.support.miner_harness import StandInService, accepted, options, start_network
+from tests.support.waiting import until
 
 
 def free_port() -> int:
@@ -80,7 +81,8 @@ async def test_everything_that_happened_is_in_the_ledger(tmp_path: Path) -> None
 
     ledger = settings.ledger_of(network.miner_hotkey)
     found = standings.read(ledger, steady_time())
-    assert set(found) == {first.hotkey, second.hotkey} and unrewarding.pulls == 0
+    assert set(found) == {first.hotkey, second.hotkey}
+    assert unrewarding.pulls == 0
     with closing(sqlite3.connect(ledger)) as connection:
         pulls = dict(connection.execute("SELECT hotkey, count(*) FROM pulls GROUP BY hotkey"))
         generated = connection.execute("SELECT count(*) FROM generations WHERE outcome = 'generated'").fetchone()

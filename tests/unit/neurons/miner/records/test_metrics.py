@@ -112,9 +112,14 @@ def test_a_port_that_is_taken_is_a_log_line(metrics: Metrics, caplog: pytest.Log
 
 
 def test_only_this_machine_is_served(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = []
+    bound: list[tuple[str, int]] = []
     bind = socket.socket.bind
-    monkeypatch.setattr(socket.socket, "bind", lambda self, address: bound.append(address) or bind(self, address))
+
+    def recorded(self: socket.socket, address: tuple[str, int]) -> None:
+        bound.append(address)
+        bind(self, address)
+
+    monkeypatch.setattr(socket.socket, "bind", recorded)
     metrics.serve(0)
     assert [address[0] for address in bound] == ["127.0.0.1"]
 
@@ -137,7 +142,7 @@ def test_the_port_is_free_again_afterwards(metrics: Metrics) -> None:
     port = metrics.serve(0)
     assert port is not None
     metrics.close()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="refused"):
         scrape(port)
 
 

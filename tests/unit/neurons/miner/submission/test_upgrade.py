@@ -61,4 +61,5 @@ def test_the_ledger_of_the_first_release_goes_on(tmp_path: Path) -> None:
     connection = connect(path)
     found = standings(connection, WRITTEN_AT + 61.0, 14_400.0)
     connection.close()
-    assert found[HOTKEY].accepted == 1 and found[HOTKEY].mean_score == 0.75
+    assert found[HOTKEY].accepted == 1
+    assert found[HOTKEY].mean_score == 0.75

@@ -86,7 +86,7 @@ class Miner:
             self.requests += 1
             return await post(*arguments)  # type: ignore[arg-type]
 
-        self.dendrite._post = count  # type: ignore[method-assign]
+        self.dendrite._post = count  # type: ignore[assignment, method-assign]
 
     async def pull(self, validator: Validator) -> int:
         """The status of the answer."""
@@ -119,8 +119,9 @@ async def test_a_clock_that_is_set_changes_nothing(
     set_clock(monkeypatch, by)
     assert await miner.pull(validator) == await miner.pull(validator) == 200
     assert miner.requests == 3
-    nonces = [pull.dendrite.nonce for pull in validator.asked]  # type: ignore[union-attr]
-    assert nonces == sorted(set(nonces)) and nonces[2] - nonces[0] < 60e9
+    nonces = [int(pull.dendrite.nonce) for pull in validator.asked]  # type: ignore[union-attr, arg-type]
+    assert nonces == sorted(set(nonces))
+    assert nonces[2] - nonces[0] < 60e9
     assert len({pull.dendrite.uuid for pull in validator.asked}) == 1  # type: ignore[union-attr]
 
 
@@ -190,7 +191,8 @@ async def test_what_one_validator_refuses_is_no_business_of_the_others(
         (key,) = validator.axon.nonces
         validator.axon.nonces[key] += 3600 * 10**9
         assert await miner.pull(validator) == await miner.pull(other) == 200
-        assert len(other.axon.nonces) == 1 and len(validator.axon.nonces) == 2
+        assert len(other.axon.nonces) == 1
+        assert len(validator.axon.nonces) == 2
     finally:
         other.stop()
 

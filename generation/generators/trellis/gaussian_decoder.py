@@ -1,0 +1,183 @@
+"""From structured latents to Gaussians: a transformer whose attention stays within shifted windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from generation.generators.trellis.layers import (
+    BLOCK_EPS,
+    FeedForward,
+    SelfAttention,
+    plain_norm,
+    position_embedding,
+)
+from generation.generators.trellis.sparse import Level
+
+
+@dataclass(frozen=True)
+class RawGaussians:
+    """What the decoder says of each voxel's Gaussians, after activation; N of them, float32, in the model's own frame.
+
+    That frame is a cube of side 1 around the origin, its z up.
+    """
+
+    means: Tensor  # (N, 3)
+    colours: Tensor  # (N, 3) spherical harmonics of degree 0
+    scales: Tensor  # (N, 3) standard deviations
+    quats: Tensor  # (N, 4) w, x, y, z, not normalised
+    opacities: Tensor  # (N,) logits
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    rows: Tensor  # (W, L) tokens of each window; T: there is none
+    there: Tensor  # (W, 1, 1, L)
+
+
+class Windows:
+    """Tokens by the window that they are in, windows of alike numbers of tokens together."""
+
+    def __init__(self, level: Level, size: int, shift: int) -> None:
+        coords = (level.coords + shift) // size
+        device, total = coords.device, len(coords)
+        side = int(coords.max()) + 1
+        code = ((level.owners * side + coords[:, 0]) * side + coords[:, 1]) * side + coords[:, 2]
+        order = code.argsort(stable=True)
+        _, counts = code[order].unique_consecutive(return_counts=True)
+        starts = counts.cumsum(0) - counts
+        places = torch.empty(total, dtype=torch.int64, device=device)
+        self.buckets: list[_Bucket] = []
+        ends = [16]
+        while ends[-1] < int(counts.max()):
+            ends.append(2 * ends[-1])
+        laid = 0
+        for least, most in zip([0, *ends[:-1]], ends, strict=True):
+            (chosen,) = torch.nonzero((counts > least) & (counts <= most), as_tuple=True)
+            if not len(chosen):
+                continue
+            inside = torch.arange(most, device=device)
+            there = inside < counts[chosen, None]
+            rows = torch.where(there, F.pad(order, (0, 1))[(starts[chosen, None] + inside).clamp_max(total)], total)
+            places[rows[there]] = laid + torch.nonzero(there.flatten())[:, 0]
+            laid += rows.numel()
+            self.buckets.append(_Bucket(rows, there[:, None, None]))
+        self.places = places  # (T,) of each token among the buckets' rows
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, heads, D): each token sees those of its window."""
+        qkv = F.pad(torch.stack([q, k, v]), (0, 0, 0, 0, 0, 1))
+        seen = []
+        for bucket in self.buckets:
+            q, k, v = qkv[:, bucket.rows].transpose(2, 3)  # (W, heads, L, D) each
+            result = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.there)
+            seen.append(result.transpose(1, 2).flatten(0, 1))
+        return torch.cat(seen)[self.places]
+
+
+class WindowBlock(nn.Module):
+    def __init__(self, channels: int, heads: int, ratio: float, normalised: bool) -> None:
+        super().__init__()
+        self.attn = SelfAttention(channels, heads, normalised)
+        self.mlp = FeedForward(channels, ratio)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        seen = windows.attend(*self.attn.project(plain_norm(x, BLOCK_EPS).to(x.dtype)))
+        x = x + self.attn.to_out(seen.flatten(1))
+        return x + self.mlp(plain_norm(x, BLOCK_EPS).to(x.dtype))
+
+
+def perturbation(count: int, voxel_size: float) -> Tensor:
+    """(count, 3) where a voxel's Gaussians are before the decoder moves them: a Hammersley set in the cell, before
+    the tanh that ends at ``voxel_size`` cells."""
+
+    def inverse(base: int, number: int) -> float:
+        value, share = 0.0, 1.0 / base
+        while number:
+            value += number % base * share
+            number, share = number // base, share / base
+        return value
+
+    points = torch.tensor([[i / count, inverse(2, i), inverse(3, i)] for i in range(count)])
+    return torch.atanh((2 * points - 1) / voxel_size)
+
+
+class GaussianDecoder(nn.Module):
+    """Latents of voxels to Gaussians, under the authors' names and options."""
+
+    offset_perturbation: Tensor
+
+    def __init__(
+        self,
+        resolution: int,
+        model_channels: int,
+        latent_channels: int,
+        num_blocks: int,
+        num_heads: int,
+        representation_config: Mapping[str, Any],
+        mlp_ratio: float = 4,
+        window_size: int = 8,
+        qk_rms_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resolution, self.window_size = resolution, window_size
+        self.each = int(representation_config["num_gaussians"])
+        self._about = representation_config
+        self.input_layer = nn.Linear(latent_channels, model_channels)
+        self.blocks = nn.ModuleList(
+            WindowBlock(model_channels, num_heads, mlp_ratio, qk_rms_norm) for _ in range(num_blocks)
+        )
+        self.out_layer = nn.Linear(model_channels, 14 * self.each)
+        self.register_buffer("offset_perturbation", perturbation(self.each, float(representation_config["voxel_size"])))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        first = self.blocks[0]
+        assert isinstance(first, WindowBlock)
+        return first.attn.to_out.weight.dtype
+
+    @property
+    def torso(self) -> list[nn.Module]:
+        """The parts that are computed in half precision where the checkpoint says so."""
+        return [self.blocks]
+
+    def forward(self, x: Tensor, level: Level) -> list[RawGaussians]:
+        """Of each sample, from the latents (T, C) of all samples' voxels."""
+        h = self.input_layer(x) + position_embedding(level.coords, self.input_layer.out_features)
+        h = h.to(self._dtype)
+        windows = [Windows(level, self.window_size, shift) for shift in (0, self.window_size // 2)]
+        for number, block in enumerate(self.blocks):
+            h = block(h, windows[number % 2])
+        raw = self.out_layer(plain_norm(h))
+        samples = zip(raw.split(level.lengths), level.coords.split(level.lengths), strict=True)
+        return [self._gaussians(features, coords) for features, coords in samples]
+
+    def _gaussians(self, features: Tensor, coords: Tensor) -> RawGaussians:
+        about, each = self._about, self.each
+        rates = about["lr"]
+        names = ("_xyz", "_features_dc", "_scaling", "_rotation", "_opacity")
+        columns = features.split([3 * each, 3 * each, 3 * each, 4 * each, each], dim=1)
+        moved, colours, scales, quats, opacities = (
+            (column * rates[name]).view(len(coords), each, -1) for name, column in zip(names, columns, strict=True)
+        )
+        if about["perturb_offset"]:
+            moved = moved + self.offset_perturbation
+        offsets = moved.tanh() / self.resolution * 0.5 * about["voxel_size"]
+        means = ((coords + 0.5) / self.resolution)[:, None] + offsets - 0.5
+        bias = float(about["scaling_bias"])
+        spread = F.softplus(scales + bias + math.log(-math.expm1(-bias)))
+        least, opaque = float(about["3d_filter_kernel_size"]), float(about["opacity_bias"])
+        identity = quats.new_tensor([1.0, 0.0, 0.0, 0.0])
+        return RawGaussians(
+            means=means.flatten(0, 1),
+            colours=colours.flatten(0, 1),
+            scales=(spread.square() + least**2).sqrt().flatten(0, 1),
+            quats=(quats + identity).flatten(0, 1),
+            opacities=(opacities + math.log(opaque / (1 - opaque))).flatten(),
+        )

@@ -1,0 +1,291 @@
+"""TRELLIS as a generator: a picture's features, a structure, its latents, their Gaussians."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generation.accelerate.offload import Resting
+from generation.accelerate.pinned import send
+from generation.generators.base import Checkpoint, CutoutFrame, NoSplat, Parts, Subject, Work
+from generation.generators.trellis.condition import Condition
+from generation.generators.trellis.layers import FlowBlock, FlowBlocks, Memory
+from generation.generators.trellis.options import TrellisOptions
+from generation.generators.trellis.sampler import Step, schedule
+from generation.generators.trellis.sparse import Voxels
+from generation.generators.trellis.splats import capped, sharpened, to_gaussians
+from generation.generators.trellis.weights import Networks
+from generation.splats.gaussians import Gaussians
+
+Velocities = list[tuple[Tensor, Tensor | None]]
+
+#: its authors scale the object's longer side to 1 / 1.2 of the picture's
+BORDER = 1 - 1 / 1.2
+
+
+def load(options: TrellisOptions, parts: Parts) -> Trellis:
+    """Raises WeightsError when a checkpoint can not be used."""
+    networks = parts.load("trellis", load_networks)
+    return Trellis(networks, parts.load("dinov2", load_condition), options, parts.device)
+
+
+def load_networks(checkpoint: Checkpoint) -> Networks:
+    return Networks.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
+
+
+def load_condition(checkpoint: Checkpoint) -> Condition:
+    return Condition.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
+
+
+class Making:
+    """One splat in the making."""
+
+    def __init__(self, cutout: Tensor, structure: Tensor, generator: torch.Generator, steps: int) -> None:
+        self.cutout = cutout
+        self.structure = structure  # (structures, C, R, R, R) noise, less of it at each step
+        self.generator = generator
+        self.features: Tensor | None = None
+        self.memory: list[Memory] = []  # of the flow that it is in
+        self.voxels: Voxels | None = None
+        self.latents: Tensor | None = None  # (N, C), from when its voxels are known
+        self.step = 0  # of the flow that it is in
+        self._taken, self._steps = 0, steps  # steps of both flows, and how many there are
+        self._result: Gaussians | NoSplat | None = None
+
+    @property
+    def fraction(self) -> float:
+        return self._taken / self._steps
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None
+
+    def gaussians(self) -> Gaussians:
+        """Raises NoSplat: why there are none."""
+        if isinstance(self._result, NoSplat):
+            raise self._result
+        assert self._result is not None
+        return self._result
+
+    def take(self) -> None:
+        self.step += 1
+        self._taken += 1
+
+    def end(self, result: Gaussians | NoSplat) -> None:
+        self._result = result
+        self.memory, self.latents, self.voxels = [], None, None
+
+
+class Trellis:
+    """See ``generation.generators.base.Generator``. Works that are in the same flow share its steps."""
+
+    name = "trellis"
+
+    def __init__(self, networks: Networks, condition: Condition, options: TrellisOptions, device: str) -> None:
+        self._networks, self._condition, self._options, self._device = networks, condition, options, device
+        self.cutout: CutoutFrame | None = CutoutFrame(condition.size, BORDER)
+        o = options
+        self._structure_steps = schedule(o.structure_steps, o.structure_rescale, o.structure_interval)
+        self._slat_steps = schedule(o.slat_steps, o.slat_rescale, o.slat_interval)
+        self._resting: list[Resting] | None = None
+        self._joined: tuple[list[Voxels], int, Voxels, Voxels] | None = None
+
+    def picture_prompt(self, words: str) -> str:
+        return self._options.picture_prompt(words)
+
+    def encode(self, texts: Sequence[str]) -> None:
+        """It reads no words."""
+
+    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def prefetch(self, words: str, seed: int) -> Any:
+        return None
+
+    def rest(self) -> None:
+        if self._resting is None:
+            self._resting = [Resting(network, self._device) for network in self._all()]
+        for each in self._resting:
+            each.rest()
+
+    def wake(self) -> None:
+        for each in self._resting or ():
+            each.wake()
+
+    def _all(self) -> list[nn.Module]:
+        n = self._networks
+        return [self._condition, n.structure_flow, n.structure_decoder, n.slat_flow, n.gaussian_decoder]
+
+    @torch.no_grad()
+    def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
+        if not self._device.startswith("cuda"):
+            return
+        progress("compiling TRELLIS, or loading it from its cache")
+        compile_blocks(self._networks.structure_flow.blocks)
+        compile_blocks(self._networks.slat_flow.blocks)
+        size = self._condition.size
+        resolution = self._networks.slat_flow.resolution
+        axes = torch.arange(resolution, device=self._device) - resolution / 2
+        ball = torch.argwhere(
+            torch.cartesian_prod(axes, axes, axes).norm(dim=1).view([resolution] * 3) < resolution / 4
+        )
+        for count in sorted({1, min(2, most), most}):
+            progress(f"making {count} with TRELLIS, to warm up")
+            cutouts = torch.rand(count, 4, size, size, device=self._device)
+            works = [self.begin(Subject("", cutout, seed)) for seed, cutout in enumerate(cutouts)]
+            self._see(works)
+            for guided in range(count + 1):
+                self._velocities(works, [Step(1.0, 0.9, number < guided) for number in range(count)])
+            for work in works:
+                self._found(work, ball)
+            for guided in range(count + 1):
+                self._slat_velocities(works, [Step(1.0, 0.9, number < guided) for number in range(count)])
+            self._decode(works)
+
+    def begin(self, subject: Subject) -> Making:
+        """Noise comes from the CPU, the structures' first, as its authors draw it."""
+        assert subject.cutout is not None
+        flow = self._networks.structure_flow
+        generator = torch.Generator().manual_seed(subject.seed)
+        noise = torch.randn(self._options.structures, flow.channels, *[flow.resolution] * 3, generator=generator)
+        steps = len(self._structure_steps) + len(self._slat_steps)
+        return Making(subject.cutout, send(noise, self._device), generator, steps)
+
+    @torch.no_grad()
+    def tick(self, works: Sequence[Work]) -> None:
+        """One step of the flow that each work is in, with what comes before its first and after its last."""
+        own = [work for work in works if isinstance(work, Making)]
+        if fresh := [work for work in own if work.features is None]:
+            self._see(fresh)
+        in_structure = [work for work in own if work.latents is None]
+        in_latents = [work for work in own if work.latents is not None]
+        for inside, steps, flow in (
+            (in_structure, self._structure_steps, self._step_structures),
+            (in_latents, self._slat_steps, self._step_latents),
+        ):
+            # Those that are guided in this step come first: the flows want it so.
+            inside.sort(key=lambda work: not steps[work.step].guided)
+            if inside:
+                flow(inside, [steps[work.step] for work in inside])
+            for work in inside:
+                work.take()
+        if ready := [work for work in in_structure if work.step == len(self._structure_steps)]:
+            self._find_voxels(ready)
+        if ready := [work for work in in_latents if work.step == len(self._slat_steps)]:
+            self._decode(ready)
+
+    def _see(self, works: list[Making]) -> None:
+        features = self._condition(torch.stack([work.cutout for work in works]).to(self._device))
+        for work, seen in zip(works, features, strict=True):
+            work.features = seen
+            work.memory = self._networks.structure_flow.remember(seen)
+
+    def _step_structures(self, works: list[Making], steps: list[Step]) -> None:
+        for work, step, (led, unled) in zip(works, steps, self._velocities(works, steps), strict=True):
+            work.structure = step.apply(work.structure, led, unled, self._options.structure_guidance)
+
+    def _velocities(self, works: list[Making], steps: list[Step]) -> Velocities:
+        """Of structures, at the steps that the works are at; those that are guided come first."""
+        each, guided = self._options.structures, sum(step.guided for step in steps)
+        x = torch.cat([work.structure for work in works])
+        memories = [work.memory for work in works for _ in range(each)]
+        out = self._networks.structure_flow(x, self._times(steps, each), memories, guided * each)
+        return _pairs(out.split(each), len(works))
+
+    def _times(self, steps: list[Step], each: int) -> Tensor:
+        """Filled in on the device: a copy to it would wait for all that is under way."""
+        return torch.cat([torch.full((each,), 1000 * step.t, device=self._device) for step in steps])
+
+    def _find_voxels(self, works: list[Making]) -> None:
+        logits = self._networks.structure_decoder(torch.cat([work.structure for work in works]))
+        for work, own in zip(works, logits[:, 0].split(self._options.structures), strict=True):
+            found = [torch.argwhere(each > 0) if bool(each.isfinite().all()) else None for each in own]
+            counts = [0 if cells is None else len(cells) for cells in found]
+            usable = [(count, cells) for count, cells in zip(counts, found, strict=True) if cells is not None]
+            usable = [(count, cells) for count, cells in usable if 0 < count <= self._options.max_voxels]
+            if usable:
+                self._found(work, min(usable, key=lambda pair: pair[0])[1])
+            elif all(cells is None for cells in found):
+                work.end(NoSplat("structure: its values are not finite"))
+            elif not any(counts):
+                work.end(NoSplat("structure: it has no voxel"))
+            else:
+                least = min(count for count in counts if count)
+                work.end(NoSplat(f"structure: {least} voxels are over the limit of {self._options.max_voxels}"))
+
+    def _found(self, work: Making, cells: Tensor) -> None:
+        """Begin the second flow, on these voxels."""
+        flow = self._networks.slat_flow
+        assert work.features is not None
+        work.voxels = Voxels.of(cells, flow.resolution)
+        work.latents = send(torch.randn(len(cells), flow.channels, generator=work.generator), self._device)
+        work.memory = flow.remember(work.features)
+        work.step = 0
+
+    def _step_latents(self, works: list[Making], steps: list[Step]) -> None:
+        for work, step, (led, unled) in zip(works, steps, self._slat_velocities(works, steps), strict=True):
+            assert work.latents is not None
+            work.latents = step.apply(work.latents, led, unled, self._options.slat_guidance)
+
+    def _slat_velocities(self, works: list[Making], steps: list[Step]) -> Velocities:
+        """Of latents, as ``_velocities``."""
+        x = torch.cat([work.latents for work in works if work.latents is not None])
+        samples = [work.voxels for work in works if work.voxels is not None]
+        voxels, doubled = self._join(samples, sum(step.guided for step in steps))
+        out = self._networks.slat_flow(x, self._times(steps, 1), [work.memory for work in works], voxels, doubled)
+        return _pairs(out.split(doubled.fine.lengths), len(works))
+
+    def _join(self, samples: list[Voxels], guided: int) -> tuple[Voxels, Voxels]:
+        """All of them, and the same with the first ``guided`` once more; kept, for the next step often has the same."""
+        if self._joined is not None:
+            before, count, voxels, doubled = self._joined
+            if count == guided and len(before) == len(samples) and all(map(operator.is_, before, samples)):
+                return voxels, doubled
+        voxels = Voxels.join(samples)
+        doubled = Voxels.join([*samples, *samples[:guided]])
+        self._joined = (samples, guided, voxels, doubled)
+        return voxels, doubled
+
+    def _decode(self, works: list[Making]) -> None:
+        networks = self._networks
+        samples = [work.latents for work in works if work.latents is not None]
+        latents = torch.cat(samples) * networks.std + networks.mean
+        voxels, _ = self._join([work.voxels for work in works if work.voxels is not None], 0)
+        self._joined = None  # these are the last to need it
+        for work, raw in zip(works, networks.gaussian_decoder(latents, voxels.fine), strict=True):
+            gaussians = to_gaussians(raw)
+            if all(bool(field.isfinite().all()) for field in gaussians.tensors().values()):
+                work.end(sharpened(capped(gaussians, self._options.max_gaussians)))
+            else:
+                work.end(NoSplat("latents: they, or the Gaussians made of them, are not finite"))
+
+
+def _pairs(parts: Sequence[Tensor], works: int) -> Velocities:
+    """Each work's velocity with its picture, and that without, which the first works have."""
+    return list(zip_longest(parts[:works], parts[works:]))
+
+
+_PARTS = ("before", "between", "after")
+
+
+def compile_blocks(blocks: FlowBlocks) -> None:
+    """Have what is between attentions compiled, once for all blocks and numbers of tokens."""
+    torch._dynamo.config.recompile_limit = 128
+    for block in blocks:
+        for part in _PARTS:
+            setattr(block, part, partial(_compiled(part), block))
+
+
+def _compiled(part: str) -> Callable[..., Any]:
+    if part not in _COMPILED:
+        _COMPILED[part] = torch.compile(getattr(FlowBlock, part), fullgraph=True, dynamic=True)
+    return _COMPILED[part]
+
+
+_COMPILED: dict[str, Callable[..., Any]] = {}
