@@ -81,7 +81,8 @@ def test_several_candidates_give_one_splat_and_all_scores(service: Service) -> N
     scores = json.loads(response.headers["X-Scores"])
     assert response.status_code == 200
     assert [score for _, score in scores] == [0.7654] * 4
-    assert scores[0][0] == 42 and len({seed for seed, _ in scores}) == 4
+    assert scores[0][0] == 42
+    assert len({seed for seed, _ in scores}) == 4
     assert response.content == f"ply\na red cube {response.headers['X-Seed']}".encode()
     assert "X-Scores" not in service.generate(candidates=1).headers
     found = service.client.get("/metrics").text
