@@ -20,6 +20,8 @@ class Request:
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
+    candidates: int = 1  # made with other seeds, of which the best is the outcome
+    budget_seconds: float | None = None  # after which the best so far is the outcome
     # A person watches it: small pictures are told while it is made, and what is rejected comes all the same.
     watched: bool = False
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
@@ -55,6 +57,8 @@ class Report:
     rejected: str | None = None  # the reason, when it was
     text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
     device: str = ""  # that it ran on: the engine says
+    # of a request with several candidates: seed and score of each that came to a result, its own seed's first
+    candidates: list[tuple[int, float | None]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from common.log_lines import escape
 from generation.engine.engine import Engine
+from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Request
 from generation.web.events import Events
@@ -50,13 +51,14 @@ class Makers:
     def __init__(
         self,
         engine: Engine | Fleet,
+        candidates: Candidates,
         gallery: Gallery,
         events: Events,
         device: str,
         record: Callable[[Any, float], None],
     ) -> None:
         self.gallery = gallery
-        self._engine, self._events, self._device = engine, events, device
+        self._engine, self._candidates, self._events, self._device = engine, candidates, events, device
         self._record = record
         self._in_progress: dict[str, Making] = {}
 
@@ -113,7 +115,7 @@ class Makers:
                 following.progress(stage, fraction)
 
             try:
-                asset = await self._engine.generate(asked, progress)
+                asset = await self._candidates.generate(asked, progress)
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise
@@ -132,7 +134,7 @@ class Makers:
                     )
             report = asset.report
             result = Result(
-                **about | {"made_at": time.time()},
+                **about | {"made_at": time.time(), "seed": report.seed},
                 outcome="delivered" if report.rejected is None else "rejected",
                 reason=report.rejected,
                 score=report.score,
