@@ -193,6 +193,16 @@ class Engine:
             }
         ]
 
+    def spare(self, background: bool = False) -> int:
+        """How many more requests of this priority would take nobody's place: none waits, and where several run at
+        once, one place is left for the next that comes.
+        """
+        with self._changed:
+            if self.queue_depth or (background and self._urgent()):
+                return 0
+            running = sum(background or not each.request.background for each in self._active)
+            return max(0, self._at_once - running - (self._at_once > 1))
+
     def check_admission(self, background: bool = False) -> None:
         """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full.
 

@@ -114,6 +114,14 @@ class Fleet:
         """An entry for each engine, as an ``Engine`` has it."""
         return [each.health() for each in self._engines]
 
+    def spare(self, background: bool = False) -> int:
+        """As ``Engine.spare``, of all engines."""
+        if self._waiting:
+            return 0
+        engines = [each for each in self._engines if each.in_rotation and each.has_room(background)]
+        free = sum(each.capacity - (each.generations if background else each.interactive) for each in engines)
+        return max(0, free - any(each.capacity > 1 for each in engines))
+
     def check_admission(self, background: bool = False) -> None:
         """Raises Unavailable when ``generate`` would: with no engine ready, with the queue full."""
         self._check_room(sum(not place.is_call and place.background == background for place in self._waiting))

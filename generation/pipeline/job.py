@@ -52,7 +52,7 @@ class Job:
 
     def preview(self, stage: str, fraction: float, make: Callable[[], bytes]) -> None:
         """Tell what it looks like, where that is asked for. A picture that can not be made is left out."""
-        if self.request.preview and self.outcome is None:
+        if self.request.watched and self.outcome is None:
             with suppress(Exception):
                 self.progress(stage, fraction, make())
 

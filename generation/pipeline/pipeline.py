@@ -23,6 +23,7 @@ from generation.pipeline.job import Job, Progress
 from generation.schema.results import Asset, Cancelled, GateResult, Report, Request, Scores
 from generation.schema.score import in_words
 from generation.splats import ply
+from generation.splats.gaussians import Gaussians
 from generation.stages.background import BackgroundRemover, NothingInImage, recentre
 from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, to_tensor
 from generation.stages.self_check import preview as single_preview
@@ -456,15 +457,27 @@ class Pipeline:
         report.num_gaussians = len(gaussians)
         report.gates = check.gates
         if check.score is None:
-            job.reject(check.failed_gate or "not scored")
+            _reject(job, check.failed_gate or "not scored")
             return
         report.score, report.parts = min(1.0, check.score), check.parts  # limited as a validator's feedback is
         job.gaussians = fit_to_frame(gaussians)
         if report.score < request.threshold:
             shown = math.floor(report.score * 100) / 100  # never rounded up to the threshold
-            job.reject(f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
+            _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+
+def _reject(job: Job, reason: str) -> None:
+    """Of one that is watched there is a PLY all the same, where it can be drawn."""
+    job.reject(reason)
+    gaussians = job.gaussians
+    if job.request.watched and gaussians is not None and len(gaussians) and _is_finite(gaussians):
+        job.outcome = Asset(ply.write(gaussians), job.report, gaussians)
+
+
+def _is_finite(gaussians: Gaussians) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in vars(gaussians).values())
 
 
 def _mask(image: Image.Image | None) -> Tensor | None:

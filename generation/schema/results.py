@@ -20,7 +20,10 @@ class Request:
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
-    preview: bool = False  # whether small pictures of it are told while it is made
+    candidates: int = 1  # made with other seeds, of which the best is the outcome
+    budget_seconds: float | None = None  # after which the best so far is the outcome
+    # A person watches it: small pictures are told while it is made, and what is rejected comes all the same.
+    watched: bool = False
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
 
@@ -54,6 +57,8 @@ class Report:
     rejected: str | None = None  # the reason, when it was
     text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
     device: str = ""  # that it ran on: the engine says
+    # of a request with several candidates: seed and score of each that came to a result, its own seed's first
+    candidates: list[tuple[int, float | None]] = field(default_factory=list)
 
     @property
     def total_seconds(self) -> float:
@@ -63,7 +68,7 @@ class Report:
 
 @dataclass
 class Asset:
-    """A finished request. ``ply`` is empty when it was rejected; ``gaussians`` stay for a video."""
+    """A finished request. ``ply`` is empty when it was rejected, unless it is watched; ``gaussians``: for a video."""
 
     ply: bytes
     report: Report

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from common.log_lines import escape
 from common.version import VERSION
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
 from generation.schema.score import formula, shares
 from generation.settings import Settings
@@ -45,9 +46,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     started = time.monotonic()
     events = Events()
     metrics = Metrics(engine)
-    makers = Makers(
-        engine, Gallery(settings.gallery), events, settings.device, settings.validation_threshold, metrics.record
-    )
+    candidates = Candidates(engine)
+    makers = Makers(engine, candidates, Gallery(settings.gallery), events, settings.device, metrics.record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -122,8 +122,10 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         started = time.monotonic()
         engine.check_admission(following.background)
         asked = await intake.read_form(request, settings.validation_threshold, following.background)
-        following.queued(f"{request.url.path.strip('/')} {'text' if asked.image is None else 'image'}")
-        asset = await _while_connected(request, engine.generate(asked, following.progress))
+        kind = "text" if asked.image is None else "image"
+        several = "" if asked.candidates == 1 else ", best of several"
+        following.queued(f"{request.url.path.strip('/')} {kind}{several}")
+        asset = await _while_connected(request, candidates.generate(asked, following.progress))
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
@@ -269,10 +271,16 @@ def report_headers(report: Any) -> dict[str, str]:
         headers["X-Score"] = f"{report.score:.4f}"
         parts = {part: None if value is None else round(value, 4) for part, value in report.parts.items()}
         headers["X-Score-Parts"] = json.dumps(_jsonable(parts))
+    if report.candidates:
+        headers["X-Scores"] = json.dumps([[seed, _rounded(score)] for seed, score in report.candidates])
     if report.rejected is not None:
         reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
         headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")
     return headers
+
+
+def _rounded(score: float | None) -> float | None:
+    return None if score is None or not math.isfinite(score) else round(score, 4)
 
 
 def _jsonable(value: Any) -> Any:

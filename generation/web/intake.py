@@ -31,6 +31,8 @@ from generation.schema import results
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
+MAX_CANDIDATES = 64
+MAX_BUDGET_S = 1800.0
 MAX_REQUEST_ID_CHARACTERS = 64
 PRIORITIES = ("interactive", "background")
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
@@ -43,7 +45,7 @@ MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
 MAX_READ_S = 60.0  # for a whole body
 # Read past a limit so far before the answer: a client that still sends would see a reset connection instead of it.
 DRAIN_BYTES = 256 * 1024 * 1024
-FORM_FIELDS = ("prompt", "prompt_image_file", "seed")
+FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
 MAX_FIELDS = 16
 UTF8 = ("utf-8", "utf8", "us-ascii")  # charsets whose text is
 UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clients send for a file of any kind
@@ -126,6 +128,8 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
         raise HTTPException(400, error.message) from None
     try:
         prompt, picture, seed = await _check_form(form)
+        candidates = check_candidates(_text(form, "candidates"))
+        budget = check_budget(_text(form, "budget_seconds"))
     finally:
         await form.close()
     return results.Request(
@@ -135,6 +139,8 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
         seed=secrets.randbits(32) if seed is None else seed,
         threshold=threshold,
         background=background,
+        candidates=candidates,
+        budget_seconds=budget,
     )
 
 
@@ -243,6 +249,27 @@ def check_seed(text: str | None) -> int | None:
     if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > MAX_SEED:
         raise ApiError(422, "seed", f"not a whole number in 0..{MAX_SEED}: {escape(text[:32])}", f"0..{MAX_SEED}")
     return int(text)
+
+
+def check_candidates(text: str | None) -> int:
+    """1 when not given. Raises ApiError when it is no whole number from 1 to MAX_CANDIDATES."""
+    if text is None or not text.strip():
+        return 1
+    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not 1 <= int(text) <= MAX_CANDIDATES:
+        limit = f"1..{MAX_CANDIDATES}"
+        raise ApiError(422, "candidates", f"not a whole number in {limit}: {escape(text[:32])}", limit)
+    return int(text)
+
+
+def check_budget(text: str | None) -> float | None:
+    """Seconds; None when not given. Raises ApiError when it is no number over 0 and up to MAX_BUDGET_S."""
+    if text is None or not text.strip():
+        return None
+    number = re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?", text.strip())
+    if number and 0 < (seconds := float(text)) <= MAX_BUDGET_S:
+        return seconds
+    limit = f"over 0, up to {MAX_BUDGET_S:g}"
+    raise ApiError(422, "budget_seconds", f"not a number of seconds {limit}: {escape(text[:32])}", limit)
 
 
 def check_request_id(text: str | None) -> str:

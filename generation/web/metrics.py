@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 _STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 _REQUEST_BUCKETS_S = (1, 2, 3, 4, 5, 8, 15, 30, 60, 120, 240, 480, 900, 1800)
 _BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_CANDIDATE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_GAIN_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _MEMORY = {
     "used": "GPU memory that tensors take, after the latest tick",
     "peak": "The most GPU memory that tensors took so far",
@@ -96,6 +98,19 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._candidates = Histogram(
+            "generation_candidates",
+            "Candidates that came to a result, of requests for several",
+            buckets=_CANDIDATE_BUCKETS,
+            registry=self.registry,
+        )
+        self._gain = Histogram(
+            "generation_candidates_gain",
+            "By how much the best candidate's score is over that of the request's own seed",
+            buckets=_GAIN_BUCKETS,
+            registry=self.registry,
+        )
+
     def record(self, report: Any, seconds: float) -> None:
         """A request that came to a result, with its report and the time from its arrival."""
         self._request_s.labels(report.device).observe(seconds)
@@ -103,6 +118,12 @@ class Metrics:
             self._stage_s.labels(stage, report.device).observe(spent)
         if report.rejected is not None:
             self._rejections.labels(rejection(report), report.device).inc()
+
+        if report.candidates:
+            self._candidates.observe(len(report.candidates))
+            first = report.candidates[0][1]
+            if first is not None and report.score is not None:
+                self._gain.observe(report.score - first)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -59,7 +59,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {**COMMON, **_READING}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds; the generator's stage "
-        "has its name, such as `dreamgaussian`; the stage is `paused` while others go before it) and `end` "
+        "has its name, such as `dreamgaussian`; the stage is `paused` while others go before it, and `candidates` once "
+        "the first of several is done) and `end` "
         "(request_id, outcome, score, reason). Times are null until they were measured",
         "content": {"text/event-stream": {"schema": _EVENT}},
     },
@@ -76,6 +77,8 @@ _REPORT_HEADERS = {
     "X-Score": "the validators' final score, 0..1, that the threshold is for",
     "X-Score-Parts": "JSON: what it is made of: alignment, iqa, ssim, lpips; null for a part without weights",
     "X-Seed": "the seed: it gives the same splat again on a CPU; on a GPU it differs, for sums have no fixed order",
+    "X-Scores": "JSON, of several candidates: [seed, score] of each that came to a result, the request's own seed "
+    "first; null for a score that was not measured",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",
     "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
@@ -101,10 +104,24 @@ _PROMPT = {
 }
 _PICTURE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; instead of prompt"}
 _SEED = {"type": "integer", "minimum": 0, "maximum": intake.MAX_SEED, "description": "random when not given"}
+_CANDIDATES = {
+    "type": "integer",
+    "minimum": 1,
+    "maximum": intake.MAX_CANDIDATES,
+    "default": 1,
+    "description": "made with other seeds, where there is room beside other requests; the best by X-Score is returned",
+}
+_BUDGET = {
+    "type": "number",
+    "exclusiveMinimum": 0,
+    "maximum": intake.MAX_BUDGET_S,
+    "description": "of several candidates: after so many seconds the best so far is returned, or else the first",
+}
 
 
-_FORM_FIELDS = {"prompt": _PROMPT, "prompt_image_file": _PICTURE, "seed": _SEED}
-_TEXT_FIELDS = {"prompt": _PROMPT, "seed": _SEED}
+_MORE_FIELDS = {"seed": _SEED, "candidates": _CANDIDATES, "budget_seconds": _BUDGET}
+_FORM_FIELDS = {"prompt": _PROMPT, "prompt_image_file": _PICTURE, **_MORE_FIELDS}
+_TEXT_FIELDS = {"prompt": _PROMPT, **_MORE_FIELDS}
 
 
 _ONE = {"oneOf": [{"required": ["prompt"]}, {"required": ["prompt_image_file"]}]}

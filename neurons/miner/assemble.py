@@ -19,6 +19,7 @@ from neurons.miner.records.events import Event
 from neurons.miner.records.verdicts import PastSubmission
 from neurons.miner.submission.spool import Spool
 from neurons.miner.submission.submitter import Submitter, ValidatorCaller
+from neurons.miner.tasks.best_of import BestOf
 from neurons.miner.tasks.task_manager import AsyncTaskManager
 from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.blacklist import Blacklist
@@ -110,8 +111,10 @@ async def assemble(
         cooldowns=await books.cooldowns(),
         worth_asking_at=books.worth_asking_at,
     )
+    best_of = BestOf(options.best_of, pool, options.workers, now)
     workers = [
-        Worker(manager, pool, submitter, books.record, retries=options.retries, now=now) for _ in range(options.workers)
+        Worker(manager, pool, submitter, books.record, best_of=best_of, retries=options.retries, now=now)
+        for _ in range(options.workers)
     ]
     interval = REHEARSAL_SYNC_INTERVAL_S if options.network == REHEARSAL else SYNC_INTERVAL_S
     synchroniser = Synchroniser(fetch, hotkey, shown_network(options.network), directory, manager, blacklist, interval)

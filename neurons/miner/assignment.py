@@ -29,6 +29,7 @@ class Assignment:
     task: Task
     threshold: float
     pulled_at: float
+    free_until: float = 0.0  # holding it longer delays the validator's next task
     settled: asyncio.Future[float] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     def settle(self, ask_again_at: float) -> None:

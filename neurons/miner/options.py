@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from common.log_lines import quoted, shown_network
@@ -44,6 +44,20 @@ def _endpoint(value: Any) -> str:
     except ValueError as error:  # the text may hold a password
         raise ValueError(f"is no address: {error}") from error
     return value
+
+
+class _AutoOr(Whole):
+    """A whole number, or `auto`."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__(low, high)
+        self.limits = f"auto, or {self.limits}"
+
+    def from_text(self, text: str) -> Any:
+        return "auto" if text.strip() == "auto" else super().from_text(text)
+
+    def from_toml(self, value: Any) -> Any:
+        return value if value == "auto" else super().from_toml(value)
 
 
 def _blacklist_entry(value: Any) -> int | str:
@@ -95,7 +109,18 @@ class MinerTable:
         metavar="URL",
         secret=True,
     )
-    retries: int = setting(2, Whole(0, 10), "other seeds tried, in time, for a rejected result", metavar="N")
+    best_of: int | Literal["auto"] = setting(
+        "auto",
+        _AutoOr(1, 64),
+        "candidates of a task, of which the best is submitted, at most; auto: as many as cost no waiting",
+        metavar="N",
+    )
+    retries: int = setting(
+        2,
+        Whole(0, 10),
+        "other seeds tried, in time, for a rejected result when more candidates would cost",
+        metavar="N",
+    )
     blacklist: Collection[int | str] = setting(
         DEFAULT_BLACKLIST,
         Many(_blacklist_entry, "UIDs and hotkeys"),

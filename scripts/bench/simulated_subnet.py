@@ -18,6 +18,8 @@ import bittensor as bt
 import numpy as np
 
 from common import ply
+from generation.fleet.candidates import Candidates
+from generation.schema.results import Asset, Report, Request
 from neurons.chain import Metagraph, Neuron
 from neurons.defaults import REHEARSAL
 from neurons.miner.generation.service import Generated
@@ -175,21 +177,55 @@ def options_in(folder: Path) -> MinerOptions:
     )
 
 
+class StandInEngine:
+    """In the place of the service's engine: `seconds` for a candidate, `at_once` side by side, the others wait."""
+
+    def __init__(self, seconds: float, at_once: int) -> None:
+        self.generated = 0
+        self.busy_s = 0.0  # summed over the places
+        self._seconds = seconds
+        self._at_once = at_once
+        self._asked = 0
+        self._slots = asyncio.Semaphore(at_once)
+
+    def spare(self, background: bool) -> int:
+        return max(0, self._at_once - self._asked - (self._at_once > 1))
+
+    async def generate(self, request: Request, on_progress: Any = None) -> Asset:
+        self._asked += 1
+        try:
+            async with self._slots:
+                began = now()
+                try:
+                    await asyncio.sleep(self._seconds)
+                finally:
+                    self.busy_s += now() - began
+        finally:
+            self._asked -= 1
+        self.generated += 1
+        return Asset(SPLAT, Report(request.seed, score=SCORE, num_gaussians=3))
+
+
 class StandInService:
-    """A generation service: `seconds` for a task, `at_once` of them side by side, the others wait."""
+    """A generation service: the real one's candidates on a stand-in engine."""
 
     def __init__(self, seconds: float, at_once: int, endpoint: str = "http://stand-in") -> None:
         self.endpoint = endpoint
-        self.generated = 0
-        self._seconds = seconds
-        self._slots = asyncio.Semaphore(at_once)
+        self.engine = StandInEngine(seconds, at_once)
+        self._candidates = Candidates(self.engine)
+
+    @property
+    def generated(self) -> int:
+        return self.engine.generated
 
     async def health(self) -> str | None:
         return "ready"
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
         began = now()
-        async with self._slots:
-            await asyncio.sleep(self._seconds)
-        self.generated += 1
-        return Generated(SPLAT, 0.8, str(seed), "", self.endpoint, now() - began)
+        request = Request(
+            prompt="p", seed=seed, threshold=0.6, background=True, candidates=candidates, budget_seconds=budget
+        )
+        report = (await self._candidates.generate(request)).report
+        scores = tuple(score for _, score in report.candidates)
+        return Generated(SPLAT, SCORE, str(report.seed), "", self.endpoint, now() - began, scores=scores)

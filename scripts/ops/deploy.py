@@ -164,8 +164,8 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
     home = {**os.environ, "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     command = [sys.executable, __file__, *words, "--save", "--only-prepare"]
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
-    as_user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": groups}
-    if subprocess.run(command, cwd=caller, env=home, **as_user).returncode != 0:
+    prepared = subprocess.run(command, cwd=caller, env=home, user=user.pw_uid, group=user.pw_gid, extra_groups=groups)
+    if prepared.returncode != 0:
         raise Refused(f"it could not be prepared as {user.pw_name}: the reason is above")
     print("\n".join(systemd.install(deployment.names, user.pw_name)))
     print(f"Started. See: systemctl status '{systemd.unit('*')}', journalctl -f -u '{systemd.unit('*')}'")
@@ -176,7 +176,7 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
 
 def _save(given: Given, caller: Path) -> None:
     """In the environment's Python, which has what writes the file."""
-    command = [environment.PYTHON, __file__, *sys.argv[1:], "--only-save"]
+    command = [str(environment.PYTHON), __file__, *sys.argv[1:], "--only-save"]
     if Path(sys.executable) == environment.PYTHON:
         given.save()
     elif subprocess.run(command, cwd=caller).returncode != 0:

@@ -39,7 +39,17 @@ def main() -> None:
 
 def _compile(*arguments: str, given: str = "") -> None:
     variables = uv_variables({}, os.environ)
-    command = [UV, "pip", "compile", "--quiet", "--no-annotate", "--no-header", "--python-version", PYTHON, *arguments]
+    command = [
+        str(UV),
+        "pip",
+        "compile",
+        "--quiet",
+        "--no-annotate",
+        "--no-header",
+        "--python-version",
+        PYTHON,
+        *arguments,
+    ]
     if subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, input=given, text=True).returncode != 0:
         sys.exit("lock: uv could not resolve the packages: its reason is above")
 

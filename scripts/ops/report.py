@@ -23,6 +23,12 @@ empty            there was nothing worth submitting, which costs nothing
 refused          by the validator's server
 given up         the validator was out of reach
 unknown          the answer was lost, and the next one has not told (yet) what became of it
+
+A third one says what became of the time that costs nothing:
+
+candidates       of how many a result was the best, on average
+gain             by how much its score, the self-check's, is over that of its first candidate, on average
+busy             the share of the time in which the generation services had a task
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import matplotlib
 
@@ -85,12 +91,24 @@ class Report:
     standings: list[Standing]  # most accepted first
     accepted: Mapping[int, Sequence[tuple[float, float | None]]]  # UID -> (time, score)
     lost: Mapping[str, Sequence[float]]  # outcome -> times: what was made and not accepted
+    services: int = 0  # generation services that had a task
+
+    @property
+    def covered(self) -> float:
+        """Seconds of the window that the ledger covers."""
+        return self.until - max(self.since, self.until if self.begins is None else self.begins)
+
+    @property
+    def busy(self) -> float | None:
+        """The share of the time in which a generation service had a task; None without any."""
+        if not self.services or self.covered <= 0:
+            return None
+        return min(1.0, sum(each.gpu_s for each in self.standings) / (self.covered * self.services))
 
     @property
     def ceiling(self) -> float:
         """The most tasks that one validator can have given in the part of the window that the ledger covers."""
-        covered = self.until - max(self.since, self.until if self.begins is None else self.begins)
-        return max(covered / TASK_COOLDOWN_S, 1.0)
+        return max(self.covered / TASK_COOLDOWN_S, 1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     console.print(table(report))
     console.print(outcomes(report))
+    console.print(candidates(report))
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(report, args.plot)
     console.print(f"Plot: {args.plot}", highlight=False)
@@ -152,9 +171,12 @@ def read(path: Path, until: float, window: float) -> Report:
                 accepted[uids[row["hotkey"]]].append((row["at"], row["score"]))
             else:
                 lost[row["outcome"]].append(row["at"])
+        services = connection.execute(
+            "SELECT count(DISTINCT endpoint) FROM generations WHERE at > ? AND at <= ? AND seconds > 0", (since, until)
+        ).fetchone()[0]
         begins = connection.execute("SELECT min(at) FROM pulls").fetchone()[0]
     ranked = sorted(found.values(), key=lambda each: (-each.accepted, each.uid))
-    return Report(since, until, begins, ranked, accepted, lost)
+    return Report(since, until, begins, ranked, accepted, lost, services)
 
 
 def table(report: Report) -> Table:
@@ -180,6 +202,21 @@ def outcomes(report: Report) -> Table:
     result = _table(headers, footer, "What became of the results", None)
     for each in found:
         result.add_row(escape(_name(each)), *(f"{getattr(each, name)}" for name in _OUTCOMES))
+    return result
+
+
+def candidates(report: Report) -> Table:
+    """Of how many each result was the best, and what that gained."""
+    found = report.standings
+    footer = (
+        f"all {len(found)}",
+        _number(_mean([(each.candidates, each.submitted) for each in found]), 1),
+        _number(_mean([(each.gain, each.submitted) for each in found]), 3),
+    )
+    caption = None if report.busy is None else f"services busy: {_percent(report.busy)}"
+    result = _table(("validator", "candidates", "gain"), footer, "The best of several", caption)
+    for each in found:
+        result.add_row(escape(_name(each)), _number(each.candidates, 1), _number(each.gain, 3))
     return result
 
 
@@ -228,21 +265,26 @@ def _cells(each: Standing, ceiling: float) -> tuple[str, ...]:
 def _total(found: Sequence[Standing], ceiling: float) -> tuple[str, ...]:
     submitted, accepted = sum(each.submitted for each in found), sum(each.accepted for each in found)
     known = sum(each.known for each in found)
-    scored = [(each.mean_score, each.accepted) for each in found if each.mean_score is not None]
-    weights = sum(weight for _, weight in scored)
     rewards = [each.reward for each in found if each.reward is not None]
     return (
         f"all {len(found)}",
         f"{sum(each.tasks for each in found)}",
         f"{accepted}",
         _percent(accepted / known if known else None),
-        _number(sum(score * weight for score, weight in scored) / weights if weights else None, 2),
+        _number(_mean([(each.mean_score, each.accepted) for each in found]), 2),
         _number(sum(rewards) if rewards else None, 0),
         _number(sum(each.gpu_s for each in found) / submitted if submitted else None, 1),
         _percent(accepted / (ceiling * len(found)) if found else None),
         f"{sum(each.early for each in found)}",
         f"{sum(each.penalty_s for each in found) / 60:.0f}",
     )
+
+
+def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
+    """Of values with their weights, as far as they are known."""
+    known = [(value, weight) for value, weight in values if value is not None]
+    weights = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / weights if weights else None
 
 
 def _percent(share: float | None) -> str:
@@ -254,7 +296,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    style = {
+    style: Any = {  # of matplotlib's keys
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

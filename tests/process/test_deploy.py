@@ -151,7 +151,7 @@ def make_clone(path: Path) -> Clone:
 
 
 def install(path: Path, *extras: str) -> subprocess.CompletedProcess[str]:
-    command = [path / "scripts/install.sh", *(extras or ("miner", "service"))]
+    command = [str(path / "scripts/install.sh"), *(extras or ("miner", "service"))]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -90,10 +91,18 @@ class Painter:
             return None
         if job.request.prompt == "crash":
             return RuntimeError("the stage broke")
+        assert job.request.watched
         score = 0.3 if job.request.prompt == "poor" else 0.9
         report = Report(job.request.seed, score, {"alignment": score, "ssim": 0.8, "iqa": None}, num_gaussians=24_000)
         report.seconds = {"dreamgaussian": 1.5}
+        report.rejected = "score 0.30 is under the threshold 0.60" if score < job.request.threshold else None
         return Asset(self._ply, report)
+
+
+def keep(page: Any, name: str) -> None:
+    """A screenshot, for people, in the folder that STUDIO_SCREENSHOTS names."""
+    if folder := os.environ.get("STUDIO_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
 
 class Studio:
@@ -166,6 +175,7 @@ def test_a_prompt_becomes_a_splat_that_turns_and_is_downloaded(studio: Studio) -
     before = studio.pixels()
     assert studio.page.inner_text("#about b") == "a <b>red</b> ball"
     assert "0.900" in studio.page.inner_text("#about")
+    keep(studio.page, "make")
     (asked,) = studio.painter.asked
     assert (asked.prompt, asked.seed, asked.background) == ("a <b>red</b> ball", 7, False)
     box = studio.page.locator("#view").bounding_box()
@@ -225,6 +235,7 @@ def test_what_is_rejected_is_shown_with_its_reason(studio: Studio) -> None:
     until(lambda: len(studio.results()) == 2, "a second result")
     until(lambda: "failed" in studio.page.inner_text("#about"), "the failure on the page")
     studio.page.click("[data-show=rejected]")
+    keep(studio.page, "rejected")
     assert studio.page.locator("#results .caption").all_inner_texts() == ["poor\nrejected, 0.30"]
 
 
@@ -312,6 +323,10 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
             ["UID 1", "accepted", "0.910"], ["UID 1", "declined", "–"], ["UID 2", "accepted", "0.830"],
         ]  # fmt: skip
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        keep(page, "miner-on-a-phone")
+        page.set_viewport_size({"width": 1280, "height": 900})
+        keep(page, "miner")
+        page.set_viewport_size({"width": 390, "height": 800})
         page.click("#tab-make")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         metrics.close()

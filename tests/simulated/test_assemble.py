@@ -41,8 +41,8 @@ class Service(StandInService):
 
     score = 0.8
 
-    async def generate(self, task: Task, seed: int) -> Generated:
-        return replace(await super().generate(task, seed), score=self.score)
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
+        return replace(await super().generate(task, seed, *effort), score=self.score)
 
 
 class Run:
@@ -115,7 +115,7 @@ async def earlier_run(options: MinerOptions, events: Sequence[Event]) -> None:
 def test_what_is_under_way_at_a_stop_is_seen_through(tmp_path: Path) -> None:
     async def test() -> None:
         network = SimulatedNetwork([Behaviour(validation=5.0)], Limits())
-        async with mining(network, options_in(tmp_path)) as run:
+        async with mining(network, replace(options_in(tmp_path), best_of=1)) as run:
             await asyncio.sleep(GENERATION_S + 3)
             assert len(network.validators[0].held) == 1
             assert not run.of(Submission)
@@ -139,7 +139,7 @@ def test_what_is_in_generation_at_a_stop_is_handed_in(tmp_path: Path) -> None:
 
 def test_a_stop_does_not_wait_for_a_service_that_is_gone(tmp_path: Path) -> None:
     class Gone(Service):
-        async def generate(self, task: Task, seed: int) -> Generated:
+        async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
             raise EndpointUnavailable("gone", 200.0)
 
     async def test() -> None:
@@ -268,7 +268,7 @@ def test_so_many_other_seeds_are_tried(tmp_path: Path, retries: int) -> None:
         network = SimulatedNetwork([Behaviour()], Limits())
         service = Service(GENERATION_S, 4)
         service.score = 0.2
-        async with mining(network, replace(options_in(tmp_path), retries=retries), service) as run:
+        async with mining(network, replace(options_in(tmp_path), best_of=1, retries=retries), service) as run:
             await asyncio.sleep(100)
             assert run.of(Generation) == ["rejected"] * (retries + 1)
             assert run.of(Submission) == ["empty"]
@@ -293,7 +293,9 @@ def test_the_score_to_reach(tmp_path: Path, announced: float, own: float, score:
         network = SimulatedNetwork([Behaviour()], replace(Limits(), validation_threshold=announced))
         service = Service(GENERATION_S, 4)
         service.score = score
-        async with mining(network, replace(options_in(tmp_path), validation_threshold=own, retries=0), service) as run:
+        async with mining(
+            network, replace(options_in(tmp_path), validation_threshold=own, best_of=1, retries=0), service
+        ) as run:
             await asyncio.sleep(60)
             assert run.of(Generation) == [outcome]
 

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ class Service:
             raise self.status
         return self.status
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         self.asked.append(now())
         if self.fails_after is not None:
             await asyncio.sleep(self.fails_after)

@@ -80,13 +80,13 @@ class Books(MemoryBooks):
 class Miner:
     """The assembled parts, with what tests look at and change."""
 
-    def __init__(self, network: Network, folder: Path, services: Sequence[Any], retries: int = 2) -> None:
+    def __init__(self, network: Network, folder: Path, services: Sequence[Any], **options: Any) -> None:
         self.network = network
         self.books = Books()
         self.events = self.books.events
         self.blacklist_file = folder / "blacklist"
         self.blacklist = Blacklist((), self.blacklist_file)
-        self._options = replace(options_in(folder), spool=folder, retries=retries)
+        self._options = replace(options_in(folder), spool=folder, **options)
         self._services = services
         self.tasks: list[asyncio.Task[None]] = []
 
@@ -130,8 +130,8 @@ class Miner:
 
 
 @asynccontextmanager
-async def mining(network: Network, folder: Path, *services: Any, retries: int = 2):  # type: ignore[no-untyped-def]
-    miner = Miner(network, folder, services or [StandInService(20.0, 4)], retries)
+async def mining(network: Network, folder: Path, *services: Any, **options: Any):  # type: ignore[no-untyped-def]
+    miner = Miner(network, folder, services or [StandInService(20.0, 4)], **options)
     await miner.start()
     try:
         yield miner
@@ -252,7 +252,7 @@ def test_a_network_that_is_gone_for_a_minute_loses_nothing(tmp_path: Path) -> No
     async def test() -> None:
         network = Network(ALL_GOOD[:6], limits(60, 20))
         service = StandInService(5.0, 4)
-        async with mining(network, tmp_path, service) as miner:
+        async with mining(network, tmp_path, service, best_of=1) as miner:
             for _ in range(10):
                 await asyncio.sleep(90)
                 network.down = True
@@ -517,7 +517,7 @@ class Rejecting:
     async def health(self) -> str | None:
         return "ready"
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         self.seeds.append(seed)
         await asyncio.sleep(self.seconds)
         if len(self.seeds) <= self.rejections:
@@ -552,10 +552,10 @@ def test_a_rejected_result_is_tried_again_in_time(
 class Hanging(Rejecting):
     """As `Rejecting`, and then it does not answer any more."""
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         if len(self.seeds) == self.rejections:
             self.seconds = 1e6
-        return await super().generate(task, seed)
+        return await super().generate(task, seed, *effort)
 
 
 @pytest.mark.parametrize("rejections", [0, 1])
@@ -586,10 +586,10 @@ class Flaky(StandInService):
             raise EndpointUnavailable("gone")
         return "ready"
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
         if now() % 120 < 60:
             raise EndpointUnavailable("gone")
-        return await super().generate(task, seed)
+        return await super().generate(task, seed, *effort)
 
 
 def test_services_that_come_and_go_lose_no_task(tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ def _answered(synapse: Any, axon: int | None, dendrite: int) -> Any:
 class Service(StandInService):
     rejects = False
 
-    async def generate(self, task: Any, seed: int) -> Any:
-        generated = await super().generate(task, seed)
+    async def generate(self, task: Any, seed: int, *effort: Any) -> Any:
+        generated = await super().generate(task, seed, *effort)
         return replace(generated, ply=b"", rejected="score 0.2") if self.rejects else generated
 
 

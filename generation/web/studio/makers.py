@@ -17,8 +17,9 @@ from PIL import Image
 
 from common.log_lines import escape
 from generation.engine.engine import Engine
+from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
-from generation.schema.results import Asset, Request
+from generation.schema.results import Request
 from generation.web.events import Events
 from generation.web.intake import ApiError
 from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Result
@@ -50,15 +51,15 @@ class Makers:
     def __init__(
         self,
         engine: Engine | Fleet,
+        candidates: Candidates,
         gallery: Gallery,
         events: Events,
         device: str,
-        threshold: float,
         record: Callable[[Any, float], None],
     ) -> None:
         self.gallery = gallery
-        self._engine, self._events, self._device = engine, events, device
-        self._threshold, self._record = threshold, record
+        self._engine, self._candidates, self._events, self._device = engine, candidates, events, device
+        self._record = record
         self._in_progress: dict[str, Making] = {}
 
     @property
@@ -76,8 +77,7 @@ class Makers:
         """Begin to make it; its id, by which its events are told."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         making = Making(request_id, asked.prompt, asked.seed, time.time())
-        # All that was generated is shown, also what is not worth submitting: that is decided below.
-        work = self._make(making, replace(asked, threshold=0.0, preview=True))
+        work = self._make(making, replace(asked, watched=True))
         self._in_progress[request_id] = making
         making.task = asyncio.get_running_loop().create_task(work)
         making.task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
@@ -115,7 +115,7 @@ class Makers:
                 following.progress(stage, fraction)
 
             try:
-                asset = await self._engine.generate(asked, progress)
+                asset = await self._candidates.generate(asked, progress)
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise
@@ -125,7 +125,6 @@ class Makers:
                 self._keep(Result(**about, outcome="failed", reason=reason), files)
                 following.end("failed", reason)
                 return
-            self._judge(asset)
             self._record(asset.report, time.monotonic() - began)
             if asset.ply:
                 files[SPLAT] = asset.ply
@@ -135,7 +134,7 @@ class Makers:
                     )
             report = asset.report
             result = Result(
-                **about | {"made_at": time.time()},
+                **about | {"made_at": time.time(), "seed": report.seed},
                 outcome="delivered" if report.rejected is None else "rejected",
                 reason=report.rejected,
                 score=report.score,
@@ -145,11 +144,6 @@ class Makers:
             )
             self._keep(result, files)
             following.end(result.outcome, result.reason, result.score)
-
-    def _judge(self, asset: Asset) -> None:
-        report = asset.report
-        if report.rejected is None and report.score is not None and report.score < self._threshold:
-            report.rejected = f"score {report.score:.2f} is under the threshold {self._threshold:.2f}"
 
     def _keep(self, result: Result, files: dict[str, bytes]) -> None:
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from common.log_lines import quoted
 from neurons.miner.assignment import USEFUL_AGE_S
@@ -43,16 +44,20 @@ class Service(Protocol):
     async def health(self) -> str | None:
         """See GenerationService. Raises EndpointUnavailable."""
 
-    async def generate(self, task: Task, seed: int) -> Generated:
+    async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
         """See GenerationService. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
+
+
+_Ask = Callable[[Service], Coroutine[Any, Any, Generated]]
 
 
 class Pace:
     """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
 
-    `cost`: time in which it had any work, per finished task, whether it works on one at a time or on many.
+    `cost`: time in which it had any work, per finished candidate, whether it works on one at a time or on many.
     `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
-    and a longer one slowly, because the shortest is what a task takes without a wait.
+    and a longer one slowly, because the shortest is what a task takes without a wait. Several candidates of a task take
+    longer than one, so that they can only shorten it.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -70,17 +75,17 @@ class Pace:
         self._advance(1)
         return self._changed_at
 
-    def end(self, begun: float, finished: bool) -> None:
-        """`begun`: what `begin` returned. `finished`: it brought a result, which is what the averages are of."""
+    def end(self, begun: float, finished: int) -> None:
+        """`begun`: what `begin` returned. `finished`: how many candidates it brought, which the averages are of."""
         self._advance(-1)
         if finished:
             self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
-            self._finished = (1 - NEWEST_SHARE) * self._finished + 1
+            self._finished = (1 - NEWEST_SHARE) * self._finished + finished
             self._busy = 0.0
             self.cost = self._busy_sum / self._finished
             duration = self._changed_at - begun
             before = duration if self.duration is None else self.duration
-            self.duration = min(duration, before + NEWEST_SHARE * (duration - before))
+            self.duration = min(duration, before + NEWEST_SHARE * (duration - before) * (finished == 1))
 
     def _advance(self, change: int) -> None:
         now = self._now()
@@ -133,19 +138,42 @@ class GeneratorPool:
         rate = sum(1 / pace.cost for pace in paces if pace.cost)
         return max(*durations, tasks / rate if rate else 0.0)
 
+    def shortest_seconds(self) -> float | None:
+        """What one task takes at least, without a wait; None while nothing is measured."""
+        return min((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
+
+    def candidates_within(self, seconds: float, tasks: int) -> int:
+        """How many candidates each of `tasks` tasks can have within `seconds`, on whichever endpoint it comes to; 0 as
+        well while one of them is not measured.
+        """
+        paces = [endpoint.pace for endpoint in self._usable()]
+        if not paces or any(not pace.cost or pace.duration is None or pace.duration > seconds for pace in paces):
+            return 0
+        beside = math.ceil(max(tasks, 1) / len(paces))
+        return int(min(seconds / (pace.cost * beside) for pace in paces if pace.cost))
+
     async def watch(self) -> None:
         """Keeps up with the endpoints' health, for as long as it runs."""
         async with asyncio.TaskGroup() as group:
             for endpoint in self._endpoints:
                 group.create_task(self._watch(endpoint))
 
-    async def generate(self, task: Task, seed: int, patience: float = USEFUL_AGE_S) -> Generated:
-        """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds.
+    async def generate(
+        self,
+        task: Task,
+        seed: int,
+        patience: float = USEFUL_AGE_S,
+        candidates: int = 1,
+        budget: float | None = None,
+    ) -> Generated:
+        """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds. The
+        best of so many candidates as an endpoint makes within `budget` seconds.
 
         A frozen endpoint keeps the task while another one is asked for it too: the first answer counts. Raises
         GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
         """
         give_up_at = self._now() + patience
+        ask = partial(_ask, task=task, seed=seed, candidates=candidates, budget=budget)
         attempts: dict[asyncio.Task[Generated], _Endpoint] = {}
         failed: list[_Endpoint] = []
         failure: AttemptFailed | None = None
@@ -156,7 +184,7 @@ class GeneratorPool:
                     endpoint = self._least_busy(asked) if self._now() < give_up_at else None
                     if endpoint is not None:
                         begun = endpoint.pace.begin()
-                        attempt = asyncio.create_task(self._attempt(endpoint, task, seed, begun, give_up_at))
+                        attempt = asyncio.create_task(self._attempt(endpoint, ask, begun, give_up_at))
                         attempt.add_done_callback(partial(_end, endpoint.pace, begun))
                         attempts[attempt] = endpoint
                     elif failure is not None:
@@ -192,10 +220,10 @@ class GeneratorPool:
                 wait.cancel()
         return [attempt for attempt in attempts if attempt.done()]
 
-    async def _attempt(self, endpoint: _Endpoint, task: Task, seed: int, begun: float, give_up_at: float) -> Generated:
+    async def _attempt(self, endpoint: _Endpoint, ask: _Ask, begun: float, give_up_at: float) -> Generated:
         """One endpoint's answer; its failures are counted."""
         try:
-            generated = await self._generate(endpoint, task, seed, give_up_at)
+            generated = await self._generate(endpoint, ask, give_up_at)
         except EndpointUnavailable as error:
             # A service that says for how long it is busy has not failed.
             self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
@@ -206,10 +234,10 @@ class GeneratorPool:
         endpoint.failures = 0
         return generated
 
-    async def _generate(self, endpoint: _Endpoint, task: Task, seed: int, give_up_at: float) -> Generated:
+    async def _generate(self, endpoint: _Endpoint, ask: _Ask, give_up_at: float) -> Generated:
         """Gives up when the endpoint is gone, too, for a machine that vanished never closes the connection."""
         asked_at = self._now()
-        working = asyncio.ensure_future(endpoint.service.generate(task, seed))
+        working = asyncio.ensure_future(ask(endpoint.service))
         gone = asyncio.ensure_future(endpoint.gone.wait())
         try:
             await asyncio.wait((working, gone), timeout=give_up_at - asked_at, return_when=asyncio.FIRST_COMPLETED)
@@ -294,8 +322,13 @@ class GeneratorPool:
             self.ready.clear()
 
 
+async def _ask(service: Service, task: Task, seed: int, candidates: int, budget: float | None) -> Generated:
+    return await service.generate(task, seed, candidates, budget)
+
+
 def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:
-    pace.end(begun, finished=not attempt.cancelled() and attempt.exception() is None)
+    is_result = not attempt.cancelled() and attempt.exception() is None
+    pace.end(begun, finished=attempt.result().candidates if is_result else 0)
 
 
 def _set(event: asyncio.Event, value: bool) -> None:

@@ -79,6 +79,17 @@ class Generated:
     endpoint: str = ""
     seconds: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
+    scores: tuple[float | None, ...] = ()  # of several candidates, that of the seed asked for first
+
+    @property
+    def candidates(self) -> int:
+        """Of how many it is the best."""
+        return max(len(self.scores), 1)
+
+    @property
+    def first_score(self) -> float | None:
+        """That of the seed asked for."""
+        return self.scores[0] if self.scores else self.score
 
 
 def prompt_problem(prompt: str) -> str | None:
@@ -134,10 +145,17 @@ class GenerationService:
         except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError) as error:
             raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
 
-    async def generate(self, task: Task, seed: int) -> Generated:
-        """The splat of one task. Raises GenerationFailed, AttemptFailed or EndpointUnavailable."""
+    async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
+        """The splat of one task, the best of so many candidates that can be made within `budget` seconds.
+
+        Raises GenerationFailed, AttemptFailed or EndpointUnavailable.
+        """
         assert self._session is not None
         form, started = _form(task, seed), time.monotonic()
+        if candidates > 1:
+            form.add_field("candidates", str(candidates))
+            if budget is not None:
+                form.add_field("budget_seconds", f"{budget:.3f}")
 
         def failed(reason: str) -> AttemptFailed:
             return AttemptFailed(reason, self.endpoint, time.monotonic() - started)
@@ -167,6 +185,7 @@ class GenerationService:
                     self.endpoint,
                     time.monotonic() - started,
                     _parts(headers.get("X-Score-Parts")),
+                    _scores(headers.get("X-Scores"))[:candidates],
                 )
         except aiohttp.ConnectionTimeoutError as error:
             raise EndpointUnavailable(NO_CONNECTION) from error
@@ -218,6 +237,13 @@ def _parts(header: str | None) -> dict[str, float]:
         return {part: number for part in PARTS if (number := _score(str(values.get(part)))) is not None}
     except (ValueError, AttributeError, RecursionError):
         return {}
+
+
+def _scores(header: str | None) -> tuple[float | None, ...]:
+    try:
+        return tuple(_score(str(score)) for _, score in json.loads(header or "[]"))
+    except (ValueError, TypeError, RecursionError):
+        return ()
 
 
 def _score(header: str | None) -> float | None:

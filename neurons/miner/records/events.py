@@ -42,7 +42,10 @@ class Pull:
 
 @dataclass(frozen=True)
 class Generation:
-    """One attempt at one task, when it is over. A task that is tried with three seeds makes three events.
+    """One attempt at one task, when it is over. A task of which two attempts are rejected makes three events.
+
+    `candidates`: of how many it is the best, `first_score`: of the first. Candidates of several requests that led to
+    one result are one attempt, and `seconds` their sum.
 
     `seconds`: for how long the endpoint had the task, 0 where none had it. `score`: by the self-check, as the
     validators score. `size`: bytes of the packed result. `endpoint`: address of the service.
@@ -56,6 +59,8 @@ class Generation:
     size: int = 0
     endpoint: str = ""
     reason: str = ""
+    candidates: int = 1
+    first_score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ MAX_TEXT_CHARACTERS = 120
 MAX_NUMBER = 1e9
 MAX_SCORE = 3.0  # a cosine of 1, divided by 0.35
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _COMMON = "id INTEGER PRIMARY KEY, at REAL NOT NULL, uid INTEGER NOT NULL, hotkey TEXT NOT NULL"
 # `at` is in unix seconds, when the event was over; `seconds` says how long it took; `wait` is for how many seconds
 # after `at` the validator may not be asked again.
@@ -39,7 +39,7 @@ _SCHEMA = f"""
 CREATE TABLE pulls ({_COMMON}, outcome TEXT NOT NULL, seconds REAL, task_id TEXT, wait REAL, violations INTEGER,
     reason TEXT);
 CREATE TABLE generations ({_COMMON}, outcome TEXT NOT NULL, seconds REAL, task_id TEXT, kind TEXT, score REAL,
-    bytes INTEGER, endpoint TEXT, reason TEXT);
+    bytes INTEGER, endpoint TEXT, reason TEXT, candidates INTEGER, first_score REAL);
 CREATE TABLE submissions ({_COMMON}, outcome TEXT NOT NULL, seconds REAL, task_id TEXT, bytes INTEGER, score REAL,
     average_score REAL, accepted_in_window INTEGER, rating REAL, reward REAL, wait REAL, reason TEXT);
 CREATE INDEX pulls_at ON pulls (at);
@@ -55,10 +55,11 @@ OUTCOME_OF_VERSION_1 = """CASE
     WHEN outcome = 'failed' THEN CASE WHEN score > 0 THEN 'declined' ELSE 'broken' END
     WHEN outcome = 'unrated' THEN 'unknown'
     ELSE outcome END"""
-_MIGRATION = f"""
-UPDATE submissions SET outcome = {OUTCOME_OF_VERSION_1}, score = nullif(score, 0.0);
-PRAGMA user_version = 2;
-"""
+# What brings a file of each version to the next one.
+_MIGRATIONS = {
+    1: f"UPDATE submissions SET outcome = {OUTCOME_OF_VERSION_1}, score = nullif(score, 0.0);",
+    2: "ALTER TABLE generations ADD COLUMN candidates INTEGER; ALTER TABLE generations ADD COLUMN first_score REAL;",
+}
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 Value = str | float | None
@@ -224,7 +225,7 @@ class Ledger:
 def _begin(connection: sqlite3.Connection) -> str | None:
     """Makes the connection ready for writing; returns why the file can not be used. Raises sqlite3.Error."""
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, 1, SCHEMA_VERSION):
+    if not 0 <= version <= SCHEMA_VERSION:
         return f"version {version}, this miner writes {SCHEMA_VERSION}"
     check = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if check != "ok":
@@ -233,8 +234,9 @@ def _begin(connection: sqlite3.Connection) -> str | None:
         if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             return "not a ledger"
         connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    elif version == 1:
-        connection.executescript(f"BEGIN; {_MIGRATION} COMMIT;")
+    elif version < SCHEMA_VERSION:
+        steps = " ".join(_MIGRATIONS[step] for step in range(version, SCHEMA_VERSION))
+        connection.executescript(f"BEGIN; {steps} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
     # Readers and the writer do not wait for one another.
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
@@ -255,7 +257,9 @@ def _row(event: Event, now: float) -> Row:
     if isinstance(event, Generation):
         task = event.task
         score = _within(-MAX_SCORE, event.score, MAX_SCORE)
+        first = _within(-MAX_SCORE, event.first_score, MAX_SCORE)
         values = (*head, _text(task.id), task.type, score, event.size, _text(event.endpoint), reason)
+        values += (event.candidates, first)
         return _inserted("generations", now, values)
     wait = None if event.ask_again_at is None else _within(0.0, event.ask_again_at - now, MAX_NUMBER)
     if isinstance(event, Pull):

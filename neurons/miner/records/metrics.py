@@ -25,6 +25,8 @@ ACTIVITY = "/activity"
 # Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
+_CANDIDATE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+_GAIN_BUCKETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _SUBMISSION_BUCKETS_S = (0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 
 log = logging.getLogger(__name__)
@@ -139,6 +141,15 @@ class Metrics:
             buckets=_SUBMISSION_BUCKETS_S,
             registry=self.registry,
         )
+        self._candidates = Histogram(
+            "miner_candidates", "Of how many a result was the best", buckets=_CANDIDATE_BUCKETS, registry=self.registry
+        )
+        self._gain = Histogram(
+            "miner_candidates_gain",
+            "By how much a result's score, the self-check's, is over that of its task's first candidate",
+            buckets=_GAIN_BUCKETS,
+            registry=self.registry,
+        )
         self._unsettled: set[tuple[str, str]] = set()
         Gauge(
             "miner_submissions_unsettled",
@@ -156,6 +167,10 @@ class Metrics:
         elif isinstance(event, Generation):
             self._generations.labels(event.task.type, event.outcome).inc()
             self._generation_s.labels(event.task.type).observe(event.seconds)
+            if event.outcome == "generated":
+                self._candidates.observe(event.candidates)
+                if event.score is not None and event.first_score is not None:
+                    self._gain.observe(event.score - event.first_score)
         elif isinstance(event, Settlement):
             self._unsettled.discard((event.validator.hotkey, event.task_id))
             self._submissions.labels(uid, event.outcome).inc()

@@ -23,6 +23,8 @@ class Standing:
     `attempted` counts the tasks that a generation service spent time on. `early` are pulls that it answered with a
     cooldown. `gpu_s` is the generation services' time, rejected and failed attempts included. While a service has
     several tasks, each is charged an equal share of the time. `penalty_s` are the waits after results that it declined.
+    `candidates` is how many a result was the best of, and `gain` by how much its score, the self-check's, is over that
+    of the first; means over the results that were made.
     `mean_score` is of accepted results, for no other score is told. `reward` is what it last said: accepted results x
     rating, by its own count.
     """
@@ -45,6 +47,8 @@ class Standing:
     reward: float | None = None
     penalty_s: float = 0.0
     last_task_at: float | None = None
+    candidates: float | None = None
+    gain: float | None = None
 
     @property
     def known(self) -> int:
@@ -74,8 +78,13 @@ def connect(path: Path) -> sqlite3.Connection:
     """For reading alone; all queries see one state of the file. Raises sqlite3.Error, also when there is no file."""
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
     connection.row_factory = sqlite3.Row
-    if connection.execute("PRAGMA user_version").fetchone()[0] == 1:
-        # A miner of this version has not written in it yet.
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    # A miner of this version has not written in it yet.
+    if version in (1, 2):
+        connection.execute(
+            "CREATE TEMP VIEW generations AS SELECT *, NULL AS candidates, NULL AS first_score FROM main.generations"
+        )
+    if version == 1:
         columns = [row["name"] for row in connection.execute("PRAGMA table_info(submissions)")]
         columns[columns.index("outcome")] = f"{OUTCOME_OF_VERSION_1} AS outcome"
         columns[columns.index("score")] = "nullif(score, 0.0) AS score"
@@ -114,7 +123,9 @@ _SPENT = "outcome IN ('generated', 'rejected', 'failed') AND seconds > 0"
 _COUNTS = {
     "pulls": "count(DISTINCT CASE outcome WHEN 'task' THEN task_id END) AS tasks, "
     "sum(outcome = 'cooldown') AS early, max(CASE outcome WHEN 'task' THEN at END) AS last_task_at",
-    "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted",
+    "generations": f"count(DISTINCT CASE WHEN {_SPENT} THEN task_id END) AS attempted, "
+    "avg(CASE outcome WHEN 'generated' THEN candidates END) AS candidates, "
+    "avg(CASE outcome WHEN 'generated' THEN score - first_score END) AS gain",
     "submissions": "count(*) AS submitted, "
     + ", ".join(f"sum(outcome = '{outcome}') AS {outcome}" for outcome in get_args(SubmissionOutcome))
     + ", avg(CASE outcome WHEN 'accepted' THEN score END) AS mean_score, "

@@ -32,6 +32,8 @@ UNREGISTERED_S = (3500.0, 3700.0)
 UNREGISTERED_RETRY_S = 300.0
 # How often the policy is asked again about a validator that is not worth a pull.
 RECONSIDER_S = 60.0
+# No validator's throttle period is longer; whatever one says, no task is held longer for more candidates.
+MAX_THROTTLE_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class AsyncTaskManager:
         self._backing_off: dict[str, asyncio.Event] = {}
         self._asked: set[str] = set()
         self._gave_tasks: set[str] = set()
+        self._given: dict[str, tuple[str, float]] = {}  # hotkey -> its latest task, and when that was asked for first
         self.first_round_done = asyncio.Event()
         self.closed = False
         self.working: set[Assignment] = set()
@@ -151,6 +154,11 @@ class AsyncTaskManager:
         return len(self._backing_off)
 
     @property
+    def in_generation(self) -> int:
+        """Tasks that are worked on or wait for it."""
+        return len(self.working) + self.queued
+
+    @property
     def queued(self) -> int:
         """Tasks that wait for a worker."""
         return self._queue.qsize()
@@ -191,7 +199,7 @@ class AsyncTaskManager:
                     failures = refusals = 0
                     seconds = self._now() - sent
                     self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
-                    ask_again_at = await self._work_off(validator, response, place)
+                    ask_again_at = await self._work_off(validator, response, place, sent)
             finally:
                 place.leave()
 
@@ -240,7 +248,7 @@ class AsyncTaskManager:
         least, most = UNREGISTERED_S
         return hotkey not in self._gave_tasks and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
-    async def _work_off(self, validator: Neuron, response: PullTask, place: Place) -> float:
+    async def _work_off(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
         """Sees a pulled task through; returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
@@ -248,7 +256,12 @@ class AsyncTaskManager:
         shown = quoted(task.prompt) if task.type == "text" else f"image, {len(task.prompt)} characters"
         log.info("Task pulled from validator [%d]: %s, %s", validator.uid, quoted(task.id), shown)
         threshold = usable_threshold(response.validation_threshold, self._threshold)
-        assignment = Assignment(validator, task, threshold, self._now())
+        # The validator counts from when it gave the task first.
+        before, at = self._given.get(validator.hotkey, ("", sent))
+        self._given[validator.hotkey] = task.id, at if before == task.id else sent
+        free = min(max(response.throttle_period, 0), MAX_THROTTLE_S)
+        free_until = self._given[validator.hotkey][1] + free
+        assignment = Assignment(validator, task, threshold, self._now(), free_until)
         kept = await self._submitter.kept_result(validator, task)
         if kept is not None:
             place.leave()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from common import spz
@@ -16,6 +17,7 @@ from neurons.miner.generation.service import AttemptFailed, Generated, Generatio
 from neurons.miner.records.events import Generation, GenerationOutcome, Recorder
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks.admission import PLANNED_AGE_S
+from neurons.miner.tasks.best_of import BestOf, Round
 from neurons.miner.tasks.task_manager import AsyncTaskManager
 from neurons.miner.validators.clock import DEFAULT_PAUSE_S, steady_time
 from neurons.protocol import Task
@@ -32,12 +34,18 @@ class TaskLeft(Exception):
 class Generator(Protocol):
     """What a worker needs of a GeneratorPool."""
 
-    async def generate(self, task: Task, seed: int, patience: float) -> Generated:
-        """A splat within `patience` seconds. Raises GenerationFailed, AttemptFailed or ServiceUnavailable."""
+    async def generate(
+        self, task: Task, seed: int, patience: float, candidates: int, budget: float | None
+    ) -> Generated:
+        """The best of so many candidates, within `patience` seconds. Raises GenerationFailed, AttemptFailed or
+        ServiceUnavailable.
+        """
 
 
 class Worker:
-    """Takes assignments until the manager is closed. A rejected result is tried again up to `retries` times."""
+    """Takes assignments until the manager is closed. `retries`: how often a rejected result is tried again once that
+    costs something.
+    """
 
     def __init__(
         self,
@@ -46,6 +54,7 @@ class Worker:
         submitter: Submitter,
         record: Recorder,
         *,
+        best_of: BestOf,
         retries: int,
         now: Callable[[], float] = steady_time,
     ) -> None:
@@ -53,6 +62,7 @@ class Worker:
         self._generator = generator
         self._submitter = submitter
         self._record = record
+        self._best_of = best_of
         self._retries = retries
         self._now = now
 
@@ -70,23 +80,33 @@ class Worker:
                 if result is None:
                     assignment.settle(self._now() + DEFAULT_PAUSE_S)
             if result is not None:
+                self._best_of.submitted(assignment)
                 self._submitter.submit(assignment, result)
 
     async def _produce(self, assignment: Assignment) -> bytes:
         """The compressed splat, or b"" where none would be accepted. Raises TaskLeft.
 
-        A declined result costs ten minutes of cooldown, an empty one none.
+        A declined result costs ten minutes of cooldown, an empty one none. While none is fit, more candidates follow
+        for as long as that costs nothing, and then up to `retries` more attempts.
         """
-        for attempt in range(self._retries + 1):
+        made = retried = 0
+        planned = self._plan(assignment, made)
+        while True:
             started = self._now()
-            result, event = await self._attempt(assignment)
-            self._record(event)
+            result, event = await self._attempt(assignment, planned)
+            made += event.candidates
             uid = assignment.validator.uid
             if event.outcome == "generated":
-                log.info("Generated for validator [%d]: %d bytes in %.1f s", uid, event.size, event.seconds)
+                result, event = await self._better(assignment, result, event, made)
+                self._record(event)
+                of = f", the best of {event.candidates}" if event.candidates > 1 else ""
+                log.info("Generated for validator [%d]: %d bytes in %.1f s%s", uid, event.size, event.seconds, of)
                 return result
+            self._record(event)
+            planned = self._plan(assignment, made)
             in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
-            again = event.outcome != "given_up" and attempt < self._retries and in_time
+            again = event.outcome != "given_up" and (planned is not None or (retried < self._retries and in_time))
+            retried += planned is None
             stopping = again and self._manager.closed
             log.warning(
                 "%s for validator [%d]: %s; %s",
@@ -98,23 +118,56 @@ class Worker:
             if stopping:
                 raise TaskLeft("the miner stops")
             if not again:
-                break
-        return b""
+                return b""
 
-    async def _attempt(self, assignment: Assignment) -> tuple[bytes, Generation]:
-        """One generation, and what became of it: "given_up" when another attempt would end the same way."""
+    async def _better(
+        self, assignment: Assignment, result: bytes, event: Generation, made: int
+    ) -> tuple[bytes, Generation]:
+        """A fit result, or a better one if there is any among those that can be made in the time that costs nothing."""
+        while event.score is not None and not self._manager.closed:
+            planned = self._plan(assignment, made)
+            if planned is None:
+                break
+            try:
+                async with asyncio.timeout(planned.seconds):
+                    other, again = await self._attempt(assignment, planned, event.score)
+            except (TimeoutError, TaskLeft):  # what there is goes out
+                event = replace(event, seconds=event.seconds + planned.seconds)
+                break
+            if again.outcome not in ("generated", "rejected"):
+                self._record(again)
+                break
+            made += again.candidates
+            seconds, candidates = event.seconds + again.seconds, event.candidates + again.candidates
+            if other:
+                result, event = other, replace(again, first_score=event.first_score)
+            event = replace(event, seconds=seconds, candidates=candidates)
+        return result, event
+
+    def _plan(self, assignment: Assignment, made: int) -> Round | None:
+        return self._best_of.round(assignment, made, self._manager.in_generation)
+
+    async def _attempt(
+        self, assignment: Assignment, planned: Round | None, beat: float | None = None
+    ) -> tuple[bytes, Generation]:
+        """One request for candidates, and what became of it: "given_up" when another attempt would end the same way.
+
+        The result is b"" as well where its score does not `beat` another one's.
+        """
         validator, task = assignment.validator, assignment.task
 
         def over(outcome: GenerationOutcome, reason: str = "", size: int = 0) -> Generation:
             score = None if generated is None else generated.score
             seconds, endpoint = (0.0, "") if done is None else (done.seconds, done.endpoint)
-            return Generation(validator, task, outcome, seconds, score, size, endpoint, reason)
+            of = (1, None) if generated is None else (generated.candidates, generated.first_score)
+            return Generation(validator, task, outcome, seconds, score, size, endpoint, reason, *of)
 
         generated: Generated | None = None
         done: Generated | AttemptFailed | None = None  # by a service, which says how long it took
         try:
             patience = assignment.pulled_at + USEFUL_AGE_S - self._now()
-            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS), patience)
+            asked = (1, None) if planned is None else (planned.candidates, planned.budget)
+            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS), patience, *asked)
             if generated.score is not None:
                 seed = quoted(generated.seed)
                 alignment = generated.parts.get("alignment", generated.score)
@@ -125,6 +178,8 @@ class Worker:
             reason = _rejection(generated, assignment.threshold)
             if reason is not None:
                 return b"", over("rejected", reason)
+            if beat is not None and (generated.score is None or generated.score <= beat):
+                return b"", over("generated")
             result = await asyncio.to_thread(spz.compress, generated.ply)
             return result, over("generated", size=len(result))
         except GenerationFailed as error:

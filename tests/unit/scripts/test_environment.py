@@ -36,8 +36,7 @@ download.index-url='https://not.for.install/'
 
 def packages(name: str) -> dict[str, str]:
     """Name -> version of one lock."""
-    lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
-    return dict(re.match(r"([\w.-]+)==(\S+)", line).groups() for line in lines if "==" in line)  # type: ignore[union-attr]
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / f"requirements/{name}.txt").read_text(), re.MULTILINE))
 
 
 def test_uv_is_told_pips_indexes_proxy_and_certificates() -> None:

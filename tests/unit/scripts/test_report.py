@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from neurons.miner.records.events import Pull, Submission, SubmissionOutcome
+from neurons.miner.records.events import Generation, Pull, Submission, SubmissionOutcome
 from neurons.miner.records.ledger import Ledger
+from neurons.protocol import TextTask
 from scripts.ops import report
 from tests.support.ledger_events import NOW, one_task, validator, write
 
@@ -170,3 +171,19 @@ def test_hostile_text_is_shown_as_it_is(tmp_path: Path) -> None:
     """A hotkey is a stranger's text where the chain is not genuine."""
     write(tmp_path / "l", [(NOW, Pull(replace(validator(1), hotkey="[red]"), "task", 0.1))])
     assert ["1", "[red]"] in [line[:2] for line in printed(report.read(tmp_path / "l", NOW, 60.0))]
+
+
+def test_candidates_and_the_share_of_time_that_services_work_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "l"
+    events = [event for i in range(12) for event in one_task(1, NOW - 3600 + 300 * i, seconds=30.0)]
+    task = TextTask(id="t", prompt="a red cube")
+    done = Generation(validator(2), task, "generated", 60.0, 0.8, 10, "http://127.0.0.1:10006", "", 5, 0.7)
+    write(path, [*events, (NOW - 100, done)])
+    result = report.read(path, NOW, 3600.0)
+    assert result.busy == pytest.approx((12 * 30 + 60) / 3600)
+    output = io.StringIO()
+    Console(file=output, width=80).print(report.candidates(result))
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["1", "hotke", "1.0", "-"] in lines
+    assert ["2", "hotke", "5.0", "0.100"] in lines
+    assert "busy: 12 %" in output.getvalue()

@@ -14,8 +14,9 @@ export function showMiner(page, visible) {
   if (!visible) return;
   const update = async () => {
     try {
-      const answer = await fetch("miner");
+      const [answer, health] = await Promise.all([fetch("miner"), fetch("../health")]);
       const state = await answer.json();
+      if (answer.ok) state.engines = health.ok ? (await health.json()).engines : [];
       draw(page, answer.ok ? state : null, answer.ok ? "" : state.error?.message ?? `HTTP ${answer.status}`);
     } catch {
       draw(page, null, "The service does not answer.");
@@ -35,6 +36,7 @@ function draw(page, state, problem) {
     element("div", { className: "two" }, card("Accepted results, each 10 minutes", bars(state)), card("Scores of accepted results", dots(state))),
     card("Validators", validators(state)),
     element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
+    card("GPUs of this service", engines(state)),
     card("Results as they come", outcomes(state)));
   page.querySelector("#outcomes").scrollTop = scroll;
 }
@@ -97,6 +99,14 @@ function held(state) {
 
 function services(state) {
   return table([["address"], ["state"]], Object.entries(state.services).map(([name, up]) => [name, element("span", { className: up ? "delivered" : "failed" }, up ? "takes tasks" : "down")]), "None is known.");
+}
+
+function engines(state) {
+  const rows = state.engines.map((each) => {
+    const memory = each.memory ? Object.entries(each.memory).map(([name, value]) => `${name} ${typeof value === "number" ? number(value, 1) : value}`).join(", ") : "–";
+    return [each.device, each.name ?? "–", element("span", { className: each.status === "ready" ? "delivered" : "failed" }, each.status), String(each.active.length), memory];
+  });
+  return table([["device"], ["name"], ["state"], ["running", "n"], ["memory"]], rows, "None.");
 }
 
 function outcomes(state) {

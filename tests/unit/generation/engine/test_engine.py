@@ -412,6 +412,44 @@ def test_scoring_in_the_background_keeps_nobody_s_scoring_waiting() -> None:
             thread.join(PATIENCE_S)
 
 
+def test_a_client_that_hangs_up_stops_all_its_candidates() -> None:
+    with serving(max_batch=4) as service:
+        client = send_and_keep_open(service, "hold&candidates=3")
+        wait_until(lambda: len(service.engine.active) == 3)
+        client.close()
+        wait_until(lambda: len(service.pipeline.cancelled) == 3)
+        assert service.generate().status_code == 200
+
+
+def test_candidates_in_the_background_do_not_delay_a_person() -> None:
+    with serving(max_batch=2) as service:
+        form, headers = {"prompt": "hold", "candidates": "64"}, {"X-Priority": "background"}
+        many = in_background(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=60))
+        wait_until(lambda: service.engine.active)
+        for _ in range(3):
+            assert service.generate("a person's").status_code == 200
+        assert not any("a person's" in tick and "hold" in tick for tick in service.pipeline.ticks)
+        service.pipeline.go.set()
+        many[0].join(PATIENCE_S)
+        assert len(json.loads(many[1][0].headers["X-Scores"])) == 64
+
+
+def test_what_would_take_no_place_of_others() -> None:
+    with serving(max_batch=3) as service:
+        assert service.engine.spare() == 2
+        held = hold(service)
+        assert (service.engine.spare(), service.engine.spare(background=True)) == (1, 0)
+        service.pipeline.go.set()
+        held[0].join(PATIENCE_S)
+    with serving(max_batch=1) as service:
+        assert service.engine.spare(background=True) == 1
+        held = hold(service, "background")
+        wait_until(lambda: service.engine.spare(background=True) == 0)
+        assert service.engine.spare() == 1
+        service.pipeline.go.set()
+        held[0].join(PATIENCE_S)
+
+
 def test_a_client_that_hangs_up_while_it_sends_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as service:
         host, port = service.url.removeprefix("http://").split(":")

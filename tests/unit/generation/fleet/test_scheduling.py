@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from generation.engine.engine import StageFailed
+from generation.fleet.candidates import Candidates
 from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Report, Request
 from tests.support.fleet_harness import ask, fleet_of
@@ -164,3 +165,23 @@ async def test_an_engine_whose_process_ended_is_asked_no_more(tmp_path: Path) ->
     assert fleet.queue_depth == 1
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_candidates_spread_over_the_engines_and_leave_a_place(tmp_path: Path, monkeypatch: Any) -> None:
+    running: list[str] = []
+    go = asyncio.Event()
+
+    async def generate(remote: RemoteEngine, request: Request, on_progress: Any) -> Asset:
+        running.append(remote.device)
+        await go.wait()
+        return Asset(b"ply", Report(request.seed, score=0.7, num_gaussians=9000))
+
+    monkeypatch.setattr(RemoteEngine, "generate", generate)
+    fleet = ready(tmp_path, "first", "second", max_batch=2)
+    request = Request(prompt="p", seed=1, threshold=0.6, background=True, candidates=4)
+    asking = asyncio.create_task(Candidates(fleet).generate(request))
+    await settle()
+    assert sorted(running) in (["first", "first", "second"], ["first", "second", "second"])
+    assert fleet.spare(background=True) == 0
+    go.set()
+    assert len((await asking).report.candidates) == 4

@@ -75,6 +75,33 @@ def test_a_prompt_gives_a_ply_and_its_report(service: Service, path: str) -> Non
     assert "X-Rejected" not in response.headers
 
 
+def test_several_candidates_give_one_splat_and_all_scores(service: Service) -> None:
+    form = {"prompt": "a red cube", "seed": "42", "candidates": " 4 ", "budget_seconds": "1e2"}
+    response = service.client.post("/generate/", data=form)
+    scores = json.loads(response.headers["X-Scores"])
+    assert response.status_code == 200
+    assert [score for _, score in scores] == [0.7654] * 4
+    assert scores[0][0] == 42
+    assert len({seed for seed, _ in scores}) == 4
+    assert response.content == f"ply\na red cube {response.headers['X-Seed']}".encode()
+    assert "X-Scores" not in service.generate(candidates=1).headers
+    found = service.client.get("/metrics").text
+    assert "generation_candidates_sum 4.0" in found
+    assert "generation_candidates_gain_sum 0.0" in found
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("candidates", value) for value in ("0", "65", "-1", "1.5", "two", "1e1", "\u0661")]
+    + [("budget_seconds", value) for value in ("0", "0.0", "1800.1", "-1", "nan", "inf", "1e999", "1_0", "ten")],
+)
+def test_candidates_and_budget_have_limits(service: Service, field: str, value: str) -> None:
+    refused = service.generate(**{field: value})
+    assert refused.status_code == 422
+    assert refused.json()["error"]["field"] == field
+    assert "64" in str(refused.json()["error"]["limit"]) or "1800" in str(refused.json()["error"]["limit"])
+
+
 def test_multipart_works_and_a_missing_seed_is_drawn(service: Service) -> None:
     seeds = set()
     for _ in range(3):

@@ -40,6 +40,7 @@ from neurons.miner.submission import submitter
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks import task_manager
+from neurons.miner.tasks.best_of import BestOf
 from neurons.miner.tasks.task_manager import AsyncTaskManager
 from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.clock import ValidatorClocks
@@ -108,7 +109,13 @@ class FakeGenerator:
     def expected_seconds(self, tasks: int) -> float | None:
         return self.seconds_per_task and tasks * self.seconds_per_task
 
-    async def generate(self, task: Task, seed: int, patience: float) -> Generated:
+    def shortest_seconds(self) -> float | None:
+        return self.seconds_per_task
+
+    def candidates_within(self, seconds: float, tasks: int) -> int:
+        return 0
+
+    async def generate(self, task: Task, seed: int, patience: float, *effort: Any) -> Generated:
         assert 0 < patience <= USEFUL_AGE_S
         self.tasks.append(task)
         self.seeds.append(seed)
@@ -151,7 +158,10 @@ class Bench:
 
     async def run_until(self, condition: Callable[[], bool]) -> None:
         while len(self.workers) < 4:
-            worker = Worker(self.manager, self.generator, self.submitter, self.record, retries=self.retries)
+            best_of = BestOf(1, self.generator, 4, self.clocks.now)
+            worker = Worker(
+                self.manager, self.generator, self.submitter, self.record, best_of=best_of, retries=self.retries
+            )
             self.workers.append(asyncio.create_task(worker.run()))
         self.manager.sync()
         await until(condition, 10)
@@ -302,7 +312,7 @@ async def test_a_task_that_would_be_tried_again_stays_open_at_a_stop(bench: Benc
     bench.retries = 2
     began, go_on = asyncio.Event(), asyncio.Event()
 
-    async def generate(task: Task, seed: int, patience: float) -> Generated:
+    async def generate(task: Task, seed: int, patience: float, *effort: Any) -> Generated:
         began.set()
         await go_on.wait()
         return Generated(b"", 0.41, "1", "score 0.41 under 0.60")

@@ -61,13 +61,13 @@ def test_keeps_every_field(path: Path, started: Ledger) -> None:
         current_miner_reward=18150.0,
     )
     started.record(Pull(validator(1), "cooldown", 0.1, "", NOW + 60, 3, "too early"))
-    started.record(Generation(validator(1), task, "rejected", 18.5, 0.42, 0, "http://127.0.0.1:10006", "score"))
+    started.record(Generation(validator(1), task, "rejected", 18.5, 0.42, 0, "http://127.0.0.1:10006", "score", 7, 0.3))
     started.record(Submission(validator(1), "t", "accepted", 2.5, 7_000_000, feedback, NOW + 270))
     started.close()
     head = (1, NOW, 1, "hotkey1")
     assert rows(path, "pulls") == [(*head, "cooldown", 0.1, "", 60.0, 3, "too early")]
     assert rows(path, "generations") == [
-        (*head, "rejected", 18.5, "t", "text", 0.42, 0, "http://127.0.0.1:10006", "score")
+        (*head, "rejected", 18.5, "t", "text", 0.42, 0, "http://127.0.0.1:10006", "score", 7, 0.3)
     ]
     told = (0.71, 0.69, 12, 1512.5, 18150.0)
     assert rows(path, "submissions") == [(*head, "accepted", 2.5, "t", 7_000_000, *told, 270.0, "")]
@@ -162,7 +162,7 @@ def test_a_file_of_another_version_is_set_aside(path: Path, caplog: pytest.LogCa
         connection.execute("PRAGMA user_version = 99")
     write(path, one_task(2, NOW))
     assert rows(path, "pulls", "uid") == [(2,)]
-    assert "version 99, this miner writes 2" in caplog.text
+    assert f"version 99, this miner writes {ledgers.SCHEMA_VERSION}" in caplog.text
 
 
 def test_damaged_pages_are_found_at_the_start(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -306,7 +306,23 @@ def test_an_old_ledger_goes_on_in_today_s_words(path: Path) -> None:
     assert rows(path, "submissions", "task_id, outcome, score")[:-1] == OLD_OUTCOMES
     assert not path.with_name("ledger.sqlite.damaged").exists()
     with closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (ledgers.SCHEMA_VERSION,)
+
+
+def test_a_ledger_without_candidates_is_read_and_goes_on(path: Path) -> None:
+    write(path, one_task(1, NOW - 60))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            "ALTER TABLE generations DROP COLUMN candidates; ALTER TABLE generations DROP COLUMN first_score; "
+            "PRAGMA user_version = 2;"
+        )
+    (standing,) = standings.read(path, NOW).values()
+    assert (standing.submitted, standing.candidates, standing.gain) == (1, None, None)
+    task = TextTask(id="t", prompt="a red cube")
+    write(path, [(NOW, Generation(validator(1), task, "generated", 5.0, 0.8, candidates=4, first_score=0.7))])
+    (standing,) = standings.read(path, NOW).values()
+    assert standing.candidates == 4
+    assert standing.gain == pytest.approx(0.1)
 
 
 def test_an_old_ledger_is_read_in_today_s_words_before_a_miner_has_opened_it(tmp_path: Path) -> None:

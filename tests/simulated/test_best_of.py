@@ -1,0 +1,188 @@
+"""How many candidates a task gets, and that they cost nothing: the assembled miner in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neurons.miner.assemble import assemble
+from neurons.miner.generation.service import AttemptFailed, Generated
+from neurons.miner.records.events import Generation, Submission
+from neurons.miner.validators.blacklist import Blacklist
+from neurons.protocol import Task
+from neurons.rehearsal.rules import Limits
+from scripts.bench import virtual_time
+from scripts.bench.simulated_subnet import (
+    MINER,
+    SPLAT,
+    Behaviour,
+    MemoryBooks,
+    SimulatedNetwork,
+    StandInService,
+    options_in,
+)
+from scripts.bench.virtual_time import now
+
+HOUR_S = 3600.0
+THROTTLE_S = Limits().throttle_period
+
+
+class Service(StandInService):
+    """`scores` are what the next requests get, each with its own splat; an error is raised after `fails_after` s."""
+
+    def __init__(self, seconds: float, at_once: int = 1, scores: Sequence[float | Exception] = ()) -> None:
+        super().__init__(seconds, at_once)
+        self.scores = list(scores)
+        self.asked: list[tuple[float, int, float | None]] = []  # time, candidates, budget
+
+    async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
+        self.asked.append((now(), candidates, budget))
+        generated = await super().generate(task, seed, candidates, budget)
+        if not self.scores:
+            return generated
+        score = self.scores.pop(0)
+        if isinstance(score, Exception):
+            raise score
+        fit = score >= 0.6
+        return replace(generated, ply=SPLAT if fit else b"", score=score, rejected="" if fit else "too low", scores=())
+
+
+@dataclass
+class Run:
+    network: SimulatedNetwork
+    events: list[Any]
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def accepted(self) -> int:
+        return sum(each.accepted for each in self.network.validators)
+
+    @property
+    def held(self) -> list[float]:
+        return [seconds for each in self.network.validators for _, seconds in each.held]
+
+
+def mine(
+    folder: Path,
+    service: Service,
+    behaviours: Sequence[Behaviour] = (Behaviour(),) * 3,
+    seconds: float = HOUR_S,
+    **options: Any,
+) -> Run:
+    async def main() -> Run:
+        network, books = SimulatedNetwork(behaviours, Limits()), MemoryBooks()
+        miner = await assemble(
+            *(replace(options_in(folder), **options), MINER),
+            dendrite=network,
+            services=[service],
+            fetch=network.fetch,
+            blacklist=Blacklist(()),
+            books=books,
+            now=now,
+        )
+        miner.directory.update(network.metagraph())
+        miner.manager.sync()
+        parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
+        await asyncio.sleep(seconds)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, *parts, return_exceptions=True)
+        return Run(network, books.events)
+
+    return virtual_time.run(main())
+
+
+def test_candidates_take_no_task_and_no_penalty(tmp_path: Path) -> None:
+    one = mine(tmp_path / "1", Service(1.0), best_of=1)
+    auto = mine(tmp_path / "2", Service(1.0))
+    assert auto.accepted >= one.accepted
+    assert sum(each.violations for each in auto.network.validators) == 0
+    assert max(auto.held) <= THROTTLE_S
+    counts = [event.candidates for event in auto.of(Generation)]
+    assert sum(counts) / len(counts) > 5  # three tasks at once, of 26 s in all
+
+
+def test_best_of_one_asks_for_one(tmp_path: Path) -> None:
+    service = Service(1.0)
+    run = mine(tmp_path, service, best_of=1)
+    assert {(candidates, budget) for _, candidates, budget in service.asked} == {(1, None)}
+    assert len(service.asked) == len(run.of(Generation))
+    assert max(run.held) < 6  # three tasks came together
+
+
+@pytest.mark.parametrize("most", [2, 5])
+def test_a_limit_is_kept(tmp_path: Path, most: int) -> None:
+    run = mine(tmp_path, Service(1.0), [Behaviour()], best_of=most)
+    assert [event.candidates for event in run.of(Generation)[1:]] == [most] * (len(run.of(Generation)) - 1)
+
+
+def test_a_slow_generator_gets_one_candidate(tmp_path: Path) -> None:
+    run = mine(tmp_path, Service(20.0), [Behaviour()])
+    assert {event.candidates for event in run.of(Generation)} == {1}
+
+
+def test_what_a_validator_takes_for_a_submission_is_left_for_it(tmp_path: Path) -> None:
+    slow = Behaviour(validation=15.0)
+    one = mine(tmp_path / "1", Service(1.0), [slow], seconds=2 * HOUR_S, best_of=1)
+    auto = mine(tmp_path / "2", Service(1.0), [slow], seconds=2 * HOUR_S)
+    assert auto.accepted >= one.accepted - 1  # the first one was planned without knowing
+    assert all(held + slow.validation <= THROTTLE_S for held in auto.held[1:])
+    assert max(event.candidates for event in auto.of(Generation)) > 5
+
+
+def test_the_best_of_all_rounds_goes_out_once(tmp_path: Path) -> None:
+    service = Service(1.0, scores=[0.7, 0.8, 0.65, 0.9, 0.61, *[0.5] * 40])
+    run = mine(tmp_path, service, [Behaviour()], seconds=60.0)
+    (event,) = run.of(Generation)
+    assert (event.outcome, event.score, event.first_score) == ("generated", 0.9, 0.7)
+    assert event.candidates == len(service.asked)  # one a round, by this service's answers
+    assert [each.outcome for each in run.of(Submission)] == ["accepted"]
+
+
+def test_a_round_that_fails_loses_nothing(tmp_path: Path) -> None:
+    run = mine(tmp_path, Service(1.0, scores=[0.7, AttemptFailed("500")]), [Behaviour()], seconds=60.0)
+    assert [event.outcome for event in run.of(Generation)] == ["failed", "generated"]
+    assert [event.outcome for event in run.of(Submission)] == ["accepted"]
+
+
+def test_a_round_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
+    service = Service(1.0)
+    made = service.generate
+
+    async def generate(task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
+        if len(service.asked) == 1:
+            service.asked.append((now(), candidates, budget))
+            await asyncio.sleep(1000)
+        return await made(task, seed, candidates, budget)
+
+    service.generate = generate  # type: ignore[method-assign]
+    run = mine(tmp_path, service, [Behaviour()], seconds=60.0)
+    assert [event.outcome for event in run.of(Submission)] == ["accepted"]
+    assert max(run.held) <= THROTTLE_S
+
+
+def test_below_the_threshold_it_goes_on_while_that_is_free_and_then_counts(tmp_path: Path) -> None:
+    service = Service(1.0, scores=[0.5] * 1000)
+    run = mine(tmp_path, service, [Behaviour()], seconds=120.0, retries=2)
+    free = [at for at, _, _ in service.asked if at - service.asked[0][0] < THROTTLE_S - 5]
+    assert len(free) >= 5
+    assert len(service.asked) - len(free) <= 3
+    assert [event.outcome for event in run.of(Submission)] == ["empty"]
+    fit = mine(tmp_path / "2", Service(1.0, scores=[0.5] * 4 + [0.7] * 1000), [Behaviour()], seconds=60.0, retries=0)
+    assert [event.outcome for event in fit.of(Submission)] == ["accepted"]
+
+
+def test_tasks_that_come_together_share_the_time(tmp_path: Path) -> None:
+    """Twelve at once, and four workers: none is held longer than what is free."""
+    run = mine(tmp_path, Service(0.5), (Behaviour(),) * 12, seconds=1500.0)
+    assert max(run.held) <= THROTTLE_S
+    later = [event.candidates for event in run.of(Generation)[12:]]
+    assert sum(count > 1 for count in later) > 0.75 * len(later)
