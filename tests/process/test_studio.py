@@ -256,6 +256,14 @@ def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> Non
     until(lambda: studio.page.locator("#results button").count() == 2, "two in the gallery")
 
 
+def test_the_best_of_several_is_shown_with_all_scores(studio: Studio) -> None:
+    studio.page.select_option("#candidates", "4")
+    studio.make("a red ball")
+    (result,) = until(studio.results, "a result")
+    assert len({request.seed for request in studio.painter.asked}) == len(result["candidates"]) == 4
+    until(lambda: "0.90, 0.90, 0.90, 0.90" in studio.page.inner_text("#about"), "all scores on the page")
+
+
 def test_a_picture_is_dropped(studio: Studio) -> None:
     out = io.BytesIO()
     Image.new("RGB", (40, 30), (200, 30, 30)).save(out, "PNG")

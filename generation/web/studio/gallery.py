@@ -33,6 +33,7 @@ class Result(BaseModel):
     reason: str | None = None
     score: float | None = None
     parts: dict[str, float | None] = Field(default_factory=dict)
+    candidates: list[tuple[int, float | None]] = Field(default_factory=list)  # seed and score, where there were several
     num_gaussians: int = 0
     seconds: dict[str, float] = Field(default_factory=dict)  # per stage
     files: tuple[str, ...] = ()  # of those named above

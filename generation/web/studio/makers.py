@@ -107,7 +107,7 @@ class Makers:
         about: dict[str, Any] = {"id": request_id, "made_at": time.time(), "prompt": asked.prompt, "seed": asked.seed}
         files = {} if asked.image is None else {PICTURE: await asyncio.to_thread(_small, asked.image)}
         with self._events.request(request_id) as following:
-            following.queued(f"generate {kind}")
+            following.queued(f"generate {kind}{'' if asked.candidates == 1 else ', best of several'}")
 
             def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
                 if preview:
@@ -139,6 +139,7 @@ class Makers:
                 reason=report.rejected,
                 score=report.score,
                 parts=report.parts,
+                candidates=report.candidates,
                 num_gaussians=report.num_gaussians,
                 seconds=report.seconds,
             )

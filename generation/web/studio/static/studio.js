@@ -7,7 +7,7 @@ import { showMiner } from "./miner.js";
 const EXAMPLES = ["a red cube", "a blue chair", "a green mug", "a yellow house", "a purple mushroom", "a white rocket"];
 const STAGES = { receiving: "received", queued: "waiting", paused: "paused", text_to_image: "drawing the picture",
   background: "cutting it out", generate: "making the splat", dreamgaussian: "making the splat", lgm: "making the splat",
-  trellis: "making the splat", self_check: "scoring it" };
+  trellis: "making the splat", self_check: "scoring it", candidates: "making the others" };
 const PART_NAMES = { alignment: "alignment", iqa: "quality", ssim: "SSIM", lpips: "LPIPS" };
 
 const byId = (id) => document.getElementById(id);
@@ -81,11 +81,12 @@ async function health() {
 
 // ---- make -----------------------------------------------------------------------------------------------------------
 
-async function make(prompt, image, seed) {
+async function make(prompt, image, seed, candidates = "1") {
   const form = new FormData();
   if (image) form.set("prompt_image_file", image);
   else form.set("prompt", prompt);
   if (seed) form.set("seed", seed);
+  if (candidates !== "1") form.set("candidates", candidates);
   const { id, seed: given } = await (await ask("requests", { method: "POST", body: form })).json();
   making.set(id, { id, prompt: image ? null : prompt, seed: given, stage: "queued", fraction: 0, ...making.get(id), mine: true });
   drawProgress();
@@ -144,6 +145,7 @@ function facts(result) {
   return [
     ["Score", result.score === null ? null : result.score.toFixed(3)],
     ["Parts", parts || null],
+    ["All scores", result.candidates.length > 1 ? result.candidates.map(([, score]) => (score === null ? "–" : score.toFixed(2))).join(", ") : null],
     ["Gaussians", result.num_gaussians ? result.num_gaussians.toLocaleString("en") : null],
     ["Time", seconds ? `${seconds.toFixed(1)} s` : null],
     ["Seed", String(result.seed)],
@@ -308,7 +310,7 @@ function start() {
     event.preventDefault();
     byId("problem").textContent = "";
     const prompt = byId("prompt").value.trim() || (picture ? "" : byId("prompt").placeholder);
-    make(prompt, picture, byId("seed").value.trim()).catch(problem);
+    make(prompt, picture, byId("seed").value.trim(), byId("candidates").value).catch(problem);
   });
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); byId("form").requestSubmit(); }
