@@ -49,30 +49,31 @@ def look(judging: judge.Judge, views: torch.Tensor, spec: ObjectSpec) -> tuple[b
     return named == right, float(shape[right[0]] + colour[right[1]])
 
 
-def make(pipeline: Pipeline, judging: judge.Judge, spec: ObjectSpec, prompt: str, seed: int) -> dict[str, Any]:
-    """One candidate, and what is said of it."""
+def make(
+    pipeline: Pipeline, judging: judge.Judge, spec: ObjectSpec, prompt: str, seeds: list[int], device: str
+) -> list[dict[str, Any]]:
+    """Candidates that share their ticks, and what is said of each."""
     began = time.perf_counter()
-    job = pipeline.begin(Request(prompt=prompt, seed=seed, threshold=0.0))
-    while job.outcome is None:
-        pipeline.tick([job])
-    seconds = time.perf_counter() - began
-    picture = None
-    if job.image is not None:
-        clip = pipeline._self_check._text
-        picture = float(clip.embed(job.image[None])[0] @ clip.encode([prompt])[0])
-    row: dict[str, Any] = {"seed": seed, "seconds": seconds, "picture": picture}
-    if not isinstance(job.outcome, Asset) or not job.outcome.ply:
-        return row | {"score": 0.0, "passed": False, "named_right": False, "log_probability": None}
-    splat = ply.read(job.outcome.ply)
-    views = F.interpolate(all_round(splat).cpu(), size=judge.SIZE, mode="area")
-    named_right, log_probability = look(judging, views, spec)
-    score = job.outcome.report.score or 0.0
-    return row | {
-        "score": score,
-        "passed": score >= THRESHOLD,
-        "named_right": named_right,
-        "log_probability": log_probability,
-    }
+    jobs = [pipeline.begin(Request(prompt=prompt, seed=seed, threshold=0.0)) for seed in seeds]
+    while unfinished := [job for job in jobs if job.outcome is None]:
+        pipeline.tick(unfinished)
+    seconds = (time.perf_counter() - began) / len(jobs)
+    rows = []
+    for job in jobs:
+        picture = None
+        if job.image is not None:
+            clip = pipeline._self_check._text
+            picture = float(clip.embed(job.image[None])[0].float() @ clip.encode([prompt])[0].float())
+        row: dict[str, Any] = {"seed": job.request.seed, "seconds": seconds, "picture": picture}
+        if isinstance(job.outcome, Asset) and job.outcome.ply:
+            views = F.interpolate(all_round(ply.read(job.outcome.ply).to(device)).cpu(), size=judge.SIZE, mode="area")
+            row["named_right"], row["log_probability"] = look(judging, views, spec)
+            row["score"] = score = job.outcome.report.score or 0.0
+            row["passed"] = score >= THRESHOLD
+        else:
+            row |= {"score": 0.0, "passed": False, "named_right": False, "log_probability": None}
+        rows.append(row)
+    return rows
 
 
 def chosen(rows: list[list[dict[str, Any]]], count: int) -> dict[str, Table]:
@@ -132,10 +133,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--together", type=int, default=1, help="candidates at once (1 on a CPU)")
     parser.add_argument("--seconds", type=float, default=300.0, help="no prompt is begun later")
     args = parser.parse_args()
     settings = Settings.resolve({"profile": "tiny", "config": args.config})
-    pipeline, judging = assemble.load(settings, print), judge.load()
+    models = settings.models.model_copy(update={"max_batch": args.together})
+    pipeline = assemble.load(settings.model_copy(update={"models": models}), print, warm=args.together == 1)
+    judging = judge.load()
     rng = random.Random(0)
     rows: list[list[dict[str, Any]]] = []
     began = time.perf_counter()
@@ -143,7 +147,10 @@ def main() -> None:
         if time.perf_counter() - began > args.seconds:
             break
         prompt = caption(spec, rng, plain=True)
-        rows.append([make(pipeline, judging, spec, prompt, seed_of(SEED, number)) for number in range(CANDIDATES)])
+        seeds = [seed_of(SEED, number) for number in range(CANDIDATES)]
+        groups = [seeds[start : start + args.together] for start in range(0, CANDIDATES, args.together)]
+        made = [make(pipeline, judging, spec, prompt, group, settings.device) for group in groups]
+        rows.append([row for group in made for row in group])
         print(prompt, [round(each["score"], 2) for each in rows[-1]], flush=True)
         if len(rows) > 1:
             args.out.write_text(json.dumps({"summary": summary(rows), "rows": rows}, indent=1) + "\n")
