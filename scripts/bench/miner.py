@@ -83,6 +83,7 @@ class Case:
     ours: Speed
     validators: tuple[Behaviour, ...] = ALL_GOOD
     note: str = ""
+    apart: float = 0.0  # seconds from one validator's first task to the next one's, as after hours of uneven delays
 
     def __str__(self) -> str:
         return f"{self.cooldown:g}/{self.throttle:g} s" + (f", {self.note}" if self.note else "")
@@ -125,15 +126,22 @@ def cooldown_ceiling(case: Case, behaviour: Behaviour, seconds: float) -> int:
 
 FAST, SECONDS, SLOW = Speed(0.5, 1), Speed(2.8, 1), Speed(20.0, 1)
 BEST_OF_CASES = [
-    Case(300.0, 30.0, BASE, ours, validators, note)
+    Case(300.0, 30.0, BASE, ours, validators, note, apart)
     for ours in (FAST, SECONDS, SLOW, PROMISE)
-    for validators, note in ((ALL_GOOD, "all good"), (MIXED, "2 dead, 4 slow"))
+    for validators, note, apart in (
+        (ALL_GOOD, "all in step", 0.0),
+        (ALL_GOOD, "25 s apart", 25.0),
+        (MIXED, "2 dead, 4 slow", 0.0),
+    )
 ]
 
 
 def ceiling(case: Case, seconds: float) -> int:
     """What all cooldowns or the generators allow, whichever is less."""
-    cooldowns = sum(cooldown_ceiling(case, behaviour, seconds) for behaviour in case.validators)
+    cooldowns = sum(
+        cooldown_ceiling(case, behaviour, seconds - number * case.apart)
+        for number, behaviour in enumerate(case.validators)
+    )
     return min(cooldowns, case.ours.at_once * int(seconds // case.ours.seconds))
 
 
@@ -216,6 +224,8 @@ def simulate(case: Case, seconds: float, ours: bool, best_of: BestOf = "auto") -
         began = now()
         with tempfile.TemporaryDirectory() as folder:
             books = MemoryBooks()
+            for number, validator in enumerate(network.validators):
+                books.known_cooldowns[validator.hotkey] = began + number * case.apart
             miner = (
                 our_miner(network, service, Path(folder), best_of, books)
                 if ours

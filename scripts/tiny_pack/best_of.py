@@ -100,13 +100,15 @@ def early_look(rows: list[list[dict[str, Any]]]) -> dict[str, float]:
         after.append(max(each["score"] for each in half))
         whole.append(best["score"])
     correlation = [
-        float(np.corrcoef([each["picture"] for each in row], [each["score"] for each in row])[0, 1]) for row in rows
+        float(np.corrcoef([each["picture"] for each in row], [each["score"] for each in row])[0, 1])
+        for row in rows
+        if len({each["score"] for each in row}) > 1
     ]
     return {
         "winner_kept": float(np.mean(kept)),
         "best_score_of_the_kept_half": float(np.mean(after)),
         "best_score_of_all": float(np.mean(whole)),
-        "mean_correlation_of_picture_and_score": float(np.nanmean(correlation)),
+        "mean_correlation_of_picture_and_score": float(np.mean(correlation or [0.0])),
     }
 
 
