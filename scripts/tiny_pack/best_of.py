@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from generation.fleet.candidates import seed_of
+from generation.fleet.candidates import merit, seed_of
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Pipeline, Request
 from generation.settings import Settings
@@ -68,8 +68,8 @@ def make(
         if isinstance(job.outcome, Asset) and job.outcome.ply:
             views = F.interpolate(all_round(ply.read(job.outcome.ply).to(device)).cpu(), size=judge.SIZE, mode="area")
             row["named_right"], row["log_probability"] = look(judging, views, spec)
-            row["score"] = score = job.outcome.report.score or 0.0
-            row["passed"] = score >= THRESHOLD
+            report = job.outcome.report
+            row |= {"score": merit(report), "parts": report.parts, "passed": (report.score or 0.0) >= THRESHOLD}
         else:
             row |= {"score": 0.0, "passed": False, "named_right": False, "log_probability": None}
         rows.append(row)
