@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generation.accelerate import compiled, fused, group_norm, unet
-from generation.generators.dreamgaussian import MVDream
 from generation.generators.dreamgaussian.guidance.distillation import distil
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from scripts.bench import full_size
 from scripts.bench.guidance import step_inputs
 
@@ -62,12 +62,12 @@ def backward_convolutions(encoder: Any) -> Any:
     def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor | None, ...]:
         gradient, block = outward[0], ctx.block
         x, middle, *values = ctx.saved_tensors
-        first, second = (weights.there for weights in block.weights)
+        first, second = (weights.forward for weights in block.weights)
         inner = by_input(gradient, second, 1, middle)
-        inner = fused._back(inner, middle, fused.Statistics(*values[4:]), block.norms[1])
+        inner = fused._backward(inner, middle, fused.Statistics(*values[4:]), block.norms[1])
         outer = by_input(inner, first, 1, x)
-        around = gradient if block.shortcut is None else by_input(gradient, block.shortcut.there, 0, x)
-        return fused._back(outer, x, fused.Statistics(*values[:4]), block.norms[0], around), None, None
+        around = gradient if block.shortcut is None else by_input(gradient, block.shortcut.forward, 0, x)
+        return fused._backward(outer, x, fused.Statistics(*values[:4]), block.norms[0], around), None, None
 
     return mock.patch.object(fused._Residual, "backward", staticmethod(backward))
 

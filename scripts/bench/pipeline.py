@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from generation.generators.base import Subject
+from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.optimiser import DreamGaussian
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_options
@@ -124,11 +125,13 @@ def load(args: argparse.Namespace) -> tuple[Pipeline, Settings]:
 
 def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
     """The same models under another config for texts."""
-    other, of_texts = copy.copy(pipeline), sculptor(pipeline)
+    other: Any = copy.copy(pipeline)
+    of_texts = sculptor(pipeline)
     other._text = DreamGaussian(
         of_texts._guidance, options, of_texts._device, of_texts._remove_background, of_texts._image_guidance
     )
-    return other
+    result: Pipeline = other
+    return result
 
 
 def sculptor(pipeline: Pipeline) -> DreamGaussian:
@@ -142,9 +145,11 @@ def ultra_fast(pipeline: Pipeline) -> Pipeline:
     """The same models under the ultra-fast config, with fewer steps of FLUX."""
     kind = "tiny" if sculptor(pipeline)._options.init == "views" else "text"
     fast = with_options(pipeline, DreamGaussianOptions.load(CONFIGS / f"{kind}_mv_ultra_fast.yaml"))
-    fast._text_to_image = copy.copy(pipeline._text_to_image)
-    steps = min(ULTRA_STEPS, pipeline._text_to_image._options.steps)
-    fast._text_to_image._options = pipeline._text_to_image._options.model_copy(update={"steps": steps})
+    draws = pipeline._text_to_image
+    assert draws is not None
+    fast._text_to_image = fewer = copy.copy(draws)
+    steps = min(ULTRA_STEPS, draws._options.steps)
+    fewer._options = draws._options.model_copy(update={"steps": steps})
     return fast
 
 
@@ -225,6 +230,7 @@ def neighbours(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     """How far a scene among others is from the same one alone after one step: the share of values that differ by more
     than 0.001, by field. The first step of Adam is as long for the smallest gradient as for the largest."""
     dg = sculptor(pipeline)
+    assert dg.cutout is not None
     size = dg.cutout.size
     cutout = torch.rand(4, size, size, generator=torch.Generator().manual_seed(0))
     alone, *among = (dg.begin(Subject("a red cube", cutout, seed)) for seed in (0, *range(scenes)))
@@ -253,6 +259,7 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
         cpu.append(1e3 * (time.perf_counter() - begin))
         synchronise()
         wall.append(1e3 * (time.perf_counter() - begin))
+    assert isinstance(guidance, MVDream)
     graphs = capture_parts(guidance, scenes)
     result = {part: replayed_ms(graph) for part, graph in graphs.items()}
     guided = sum(result.values())
@@ -267,6 +274,7 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
 
 def trellis_parts(trellis: Trellis, works: int) -> dict[str, float]:
     """Milliseconds of each kind of tick of so many works together; with it, what is done before or after its step."""
+    assert trellis.cutout is not None
     size = trellis.cutout.size
     cutouts = torch.rand(works, 4, size, size, device=trellis._device)
     running = [trellis.begin(Subject("", cutout, seed)) for seed, cutout in enumerate(cutouts)]

@@ -66,10 +66,12 @@ def _drawn(kind: Any, device: str, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def like_a_surface(decoder: StructureDecoder, voxels: int = VOXELS) -> None:
     """Have voxels stand beside each other, as a shape's do, and so many of them."""
-    upsampling, last = decoder.blocks[-3].conv, decoder.out_layer[2]
+    blocks: Any = decoder.blocks
+    last: Any = decoder.out_layer[2]
+    upsampling = blocks[-3].conv
     eight = upsampling.weight.view(-1, 8, *upsampling.weight.shape[1:])  # for each voxel of the eight that one becomes
     eight.copy_(eight[:, :1] + 0.15 * eight)
-    for block in decoder.blocks[-2:]:
+    for block in blocks[-2:]:
         block.conv2.weight.mul_(0.1)
     centre = last.weight[:, :, 1, 1, 1].clone()
     last.weight.mul_(0.05)[:, :, 1, 1, 1] = centre

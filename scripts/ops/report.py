@@ -43,7 +43,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import matplotlib
 
@@ -296,7 +296,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def plot(report: Report, path: Path) -> None:
-    style = {
+    style: Any = {  # of matplotlib's keys
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -184,8 +184,8 @@ def distance(points: torch.Tensor, objects: Objects) -> tuple[torch.Tensor, torc
     fold = _nearer_fused if points.is_cuda else _nearer
     indices = torch.arange(objects.kind.shape[1], dtype=torch.int32, device=points.device)
     parts = (t.unbind(1) for t in (objects.rotation, objects.centre, objects.kind, objects.size))
-    for *part, index in zip(*parts, indices, strict=True):
-        best, nearest = fold(px, py, pz, *part, index, best, nearest)
+    for rotation, centre, kind, size, index in zip(*parts, indices, strict=True):
+        best, nearest = fold(px, py, pz, rotation, centre, kind, size, index, best, nearest)
     return best * (objects.scale * objects.stretch.amin(1))[:, None], nearest.long()
 
 

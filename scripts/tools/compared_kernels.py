@@ -8,6 +8,7 @@ A process of its own, run by test_fused.py: Triton decides when it is imported w
 from __future__ import annotations
 
 import sys
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from generation.accelerate.kernels.group_norm import backward_at_once, forward_a
 from generation.accelerate.kernels.normalise import Norm, add, add_and_measure, measure, normalise, normalise_backward
 from generation.accelerate.unet import compile_unet
 
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)
 DEVICE = sys.argv[1] if len(sys.argv) > 1 else "cpu"
 
 
@@ -113,7 +115,8 @@ def check_autoencoder() -> None:
         norm_num_groups=4,
         layers_per_block=2,
     )
-    vae = roughened(vae).to(DEVICE)
+    vae = roughened(vae)
+    vae.to(DEVICE)
     pixels = random(2, 3, 48, 40)  # of the two levels one is small
     outward = random(2, 8, 24, 20)
 
@@ -138,15 +141,16 @@ def check_unet() -> None:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    unet = roughened(unet).to(DEVICE).requires_grad_(False)
+    unet = roughened(unet)
+    unet.to(DEVICE).requires_grad_(False)
     latents, steps, text = random(4, 4, 40, 40), torch.full((4,), 3, device=DEVICE), random(4, 7, 32)
     before = unet(latents, steps, text).sample
-    compile_unet(unet.to(memory_format=torch.channels_last))
+    compile_unet(unet)
     with torch.compiler.set_stance("force_eager"):
         close("UNet", unet(latents, steps, text).sample, before, 1e-3)
 
 
-def roughened(model: torch.nn.Module) -> torch.nn.Module:
+def roughened(model: ModelT) -> ModelT:
     """No bias is zero, no scale is one."""
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)

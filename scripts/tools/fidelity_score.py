@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -411,7 +412,7 @@ def cost(ours: SelfCheck, weights: Path) -> None:
         for prompt in ("a red cube", picture):
             together: list[Any] = [(splat, prompt)] * count
             torch.cuda.reset_peak_memory_stats()
-            seconds = timed(lambda together=together: ours.check_all(together, fit=True))
+            seconds = timed(partial(ours.check_all, together, fit=True))
             kind = "text" if isinstance(prompt, str) else "picture"
             peak = torch.cuda.max_memory_allocated() / 1e9
             print(f"{count} x {kind}: {seconds:.3f} s, peak {peak:.2f} GB", flush=True)
@@ -433,7 +434,7 @@ def cost(ours: SelfCheck, weights: Path) -> None:
     resting = load_ours(weights, rests=True)
     print(f"resting: {(torch.cuda.memory_allocated() - before) / 1e9:.2f} GB held")
     for prompt in ("a red cube", picture):
-        seconds = timed(lambda prompt=prompt: resting.check_all([(splat, prompt)], fit=True))
+        seconds = timed(partial(resting.check_all, [(splat, prompt)], fit=True))
         print(f"  1 x {'text' if isinstance(prompt, str) else 'picture'}: {seconds:.3f} s", flush=True)
 
 

@@ -57,12 +57,12 @@ SLAT_FLOW = {
     "num_heads": 4, "mlp_ratio": 4, "patch_size": 2, "num_io_res_blocks": 2, "io_block_channels": [16],
     "pe_mode": "ape", "qk_rms_norm": True, "use_fp16": False,
 }  # fmt: skip
-GAUSSIANS = {
+GAUSSIANS: dict[str, Any] = {
     "lr": {"_xyz": 1.0, "_features_dc": 1.0, "_opacity": 1.0, "_scaling": 1.0, "_rotation": 0.1},
     "perturb_offset": True, "voxel_size": 1.5, "num_gaussians": 4, "2d_filter_kernel_size": 0.1,
     "3d_filter_kernel_size": 9e-4, "scaling_bias": 4e-3, "opacity_bias": 0.1, "scaling_activation": "softplus",
 }  # fmt: skip
-GAUSSIAN_DECODER = {
+GAUSSIAN_DECODER: dict[str, Any] = {
     "resolution": 16, "model_channels": 24, "latent_channels": 4, "num_blocks": 3, "num_heads": 3, "mlp_ratio": 4,
     "attn_mode": "swin", "window_size": 8, "use_fp16": False, "representation_config": GAUSSIANS,
 }  # fmt: skip
@@ -198,17 +198,18 @@ def authors(folder: Path) -> Iterator[Callable[[str], Any]]:
             memory_efficient_attention=attention, fmha=SimpleNamespace(BlockDiagonalMask=BlockDiagonalMask)
         )
         sparse = SimpleNamespace(SparseConvTensor=SparseConvTensor, SubMConv3d=SubMConv3d)
-        sys.modules["xformers"].ops = sys.modules["xformers.ops"] = operations
-        sys.modules["spconv"].pytorch = sys.modules["spconv.pytorch"] = sparse
-        sys.modules["easydict"].EasyDict = EasyDict
-        sys.modules["utils3d"].numpy = MagicMock(quaternion_to_matrix=_matrices, matrix_to_quaternion=_quaternions)
+        modules: dict[str, Any] = sys.modules
+        modules["xformers"].ops = modules["xformers.ops"] = operations
+        modules["spconv"].pytorch = modules["spconv.pytorch"] = sparse
+        modules["easydict"].EasyDict = EasyDict
+        modules["utils3d"].numpy = MagicMock(quaternion_to_matrix=_matrices, matrix_to_quaternion=_quaternions)
         for name in (name for name in stand_ins if name.startswith("trellis")):
             # Without what their __init__ imports, which is everything.
             package = sys.modules[name] = ModuleType(name)
             package.__path__ = [str(folder / name.replace(".", "/"))]
         gaussian = importlib.import_module("trellis.representations.gaussian.gaussian_model").Gaussian
         gaussian.__init__.__defaults__ = (*gaussian.__init__.__defaults__[:-1], "cpu")
-        sys.modules["trellis.representations"].Gaussian = gaussian
+        modules["trellis.representations"].Gaussian = gaussian
         try:
             yield importlib.import_module
         finally:

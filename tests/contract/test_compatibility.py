@@ -182,11 +182,12 @@ class PublicValidator:
             return synapse
 
         async def submit_results(synapse: submit_class) -> submit_class:  # type: ignore[valid-type]
-            self.submissions.append(synapse.model_copy())
-            synapse.results = synapse.signature = ""
+            given: Any = synapse
+            self.submissions.append(given.model_copy())
+            given.results = given.signature = ""
             feedback = {"task_fidelity_score": 0.75, "current_miner_reward": 0.02, "current_duel_rating": 1500.0}
             answer = submit_class(results="", submit_time=1, signature="", feedback=feedback)
-            synapse.feedback, synapse.cooldown_until = answer.feedback, 1_900_000_000
+            given.feedback, given.cooldown_until = answer.feedback, 1_900_000_000
             return synapse
 
         def blacklist(synapse: submit_class) -> Tuple[bool, str]:  # type: ignore[valid-type]  # noqa: UP006

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from scripts.tools.golden_weights import golden, weights
 from tests.support.fake_hub import Repository, serve
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOSE = {"atol": 1e-4, "rtol": 0.0}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 0.0}
 FULL = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "attention_resolutions": [4, 2, 1],
     "num_res_blocks": 2, "channel_mult": [1, 2, 4, 4], "num_head_channels": 64, "context_dim": 1024, "camera_dim": 16,
@@ -86,7 +87,7 @@ def test_unet(tmp_path, quiet):
 
 def epsilon(part: int, kind: type[nn.Module], was: float, becomes: float) -> Change:
     def change(*parts: nn.Module) -> None:
-        layers = [layer for layer in parts[part].modules() if isinstance(layer, kind) and layer.eps == was]
+        layers: list[Any] = [layer for layer in parts[part].modules() if isinstance(layer, kind) and layer.eps == was]
         assert layers
         for layer in layers:
             layer.eps = becomes
@@ -100,7 +101,7 @@ def no_attention_to_the_picture(unet: nn.Module, resampler: nn.Module) -> None:
             parameter.zero_()
 
 
-def views_one_by_one(unet: nn.Module, resampler: nn.Module) -> None:
+def views_one_by_one(unet: Any, resampler: nn.Module) -> None:
     for name, processor in unet.attn_processors.items():
         if ".attn1." in name:
             processor.views = 1
@@ -295,7 +296,7 @@ def test_downloaded_by_name_and_loaded_offline(folder, tmp_path, monkeypatch, no
     entry = REGISTRY["imagedream"]
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files |= {"unet/mv_unet.py": b"raise SystemExit", "README.md": b"#", "model_index.json": b"{}"}
-    with serve({entry.repo: Repository("d" * 40, files)}) as hub:
+    with serve({str(entry.repo): Repository("d" * 40, files)}) as hub:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         done = subprocess.run(
             [sys.executable, "-m", "scripts.ops.download_weights", "--only", "imagedream"],

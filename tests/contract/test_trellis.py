@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -329,7 +330,7 @@ class TestFiles:
 
     def test_half_precision_is_of_blocks_alone(self, folder):
         networks = Networks.load(folder, "cpu", torch.bfloat16)
-        flow = networks.slat_flow
+        flow: Any = networks.slat_flow
         assert flow.blocks[0].mlp.mlp[0].weight.dtype == flow.input_blocks[0].conv1.conv.weight.dtype == torch.bfloat16
         single = [flow.input_layer.weight, flow.blocks[0].norm2.weight, flow.blocks[0].self_attn.q_rms_norm.gamma]
         single += [flow.out_layer.weight, flow.t_embedder.mlp[0].weight, networks.structure_flow.pos_emb]

@@ -597,9 +597,12 @@ class TestOneFile:
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
         sent = []
         get = download.http_get
-        monkeypatch.setattr(
-            download, "http_get", lambda *a, headers, **k: sent.append(headers) or get(*a, headers=headers, **k)
-        )
+
+        def kept(*arguments: Any, headers: dict[str, str], **options: Any) -> None:
+            sent.append(headers)
+            get(*arguments, headers=headers, **options)
+
+        monkeypatch.setattr(download, "http_get", kept)
         self.fetch(entry)
         assert sent
         assert "authorization" not in {name.lower() for headers in sent for name in headers}

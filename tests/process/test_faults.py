@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,9 @@ class Stage:
     def accepted(self) -> int:
         return sum(sum(book.accepted.values()) for book in self.books)
 
+    def has_accepted(self, count: int) -> bool:
+        return self.accepted >= count
+
     async def all_done(self) -> None:
         """No new tasks; waits until the assigned ones are handed in."""
         for book in self.books:
@@ -207,7 +211,7 @@ async def test_killed_at_random_moments_over_200_tasks(tmp_path: Path) -> None:
         await scene.miner.start()
         while scene.accepted < 200:
             before = scene.accepted
-            await until(lambda before=before: scene.accepted > before, 60)  # it works again
+            await until(partial(scene.has_accepted, before + 1), 60)  # it works again
             await asyncio.sleep(randomness.uniform(0, 4))
             scene.miner.kill()
             kills += 1
@@ -224,11 +228,11 @@ async def test_the_service_is_killed_and_comes_back(tmp_path: Path) -> None:
         await scene.miner.start()
         for _ in range(3):
             before = scene.accepted
-            await until(lambda before=before: scene.accepted >= before + 10, 60)
+            await until(partial(scene.has_accepted, before + 10), 60)
             await scene.service.kill()
             await asyncio.sleep(2)
             await scene.service.start()
-        await until(lambda before=scene.accepted: scene.accepted >= before + 10, 60)
+        await until(partial(scene.has_accepted, scene.accepted + 10), 60)
         await scene.all_done()
         await scene.miner.stop()
         scene.check(interruptions=3)
@@ -298,13 +302,13 @@ async def test_the_network_is_gone_for_a_while(tmp_path: Path) -> None:
         await scene.miner.start()
         for seconds in (1, 10):
             before = scene.accepted
-            await until(lambda before=before: scene.accepted >= before + 12, 90)
+            await until(partial(scene.has_accepted, before + 12), 90)
             for line in lines.values():
                 line.cut()
             await asyncio.sleep(seconds)
             for line in lines.values():
                 await line.connect()
-        await until(lambda before=scene.accepted: scene.accepted >= before + 12, 90)
+        await until(partial(scene.has_accepted, scene.accepted + 12), 90)
         await scene.all_done()
         await scene.miner.stop()
         for line in lines.values():

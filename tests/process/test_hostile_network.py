@@ -94,7 +94,7 @@ async def mine(tmp_path: Path, hostile: list[str]) -> Outcome:
             await asyncio.to_thread(network.__exit__)
     states = [validator.rules.miners[network.miner_hotkey] for validator in good]
     ports = {int(service.endpoint.rsplit(":", 1)[1])}
-    ports |= {validator.port for validator in (*network.validators, *network.hostile)}
+    ports |= {validator.port for validator in network.validators} | {validator.port for validator in network.hostile}
     return Outcome(
         after - before, sum(state.violations for state in states), network.hostile, network.miner_hotkey, ports
     )

@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -466,13 +467,15 @@ class TestResolve:
         machine(False, [])
         config = write(tmp_path, "iters: 7")
         resolved = Settings.resolve({"profile": "tiny", "config": str(config), "flux_steps": "2", "port": None})
-        assert (resolved.options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
+        options: Any = resolved.options
+        assert (options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
 
     def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
         machine(False, [])
-        assert Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options.max_gaussians == 9000
+        of_tiny: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
+        assert of_tiny.max_gaussians == 9000
         tiny = {"profile": "tiny", "config": CONFIGS / "tiny_mv_fast.yaml"}
-        resolved = Settings.resolve({**tiny, "max_gaussians": "9000"}).options
+        resolved: Any = Settings.resolve({**tiny, "max_gaussians": "9000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
         resolved = Settings.resolve({**tiny, "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)

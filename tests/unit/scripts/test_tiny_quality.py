@@ -70,15 +70,18 @@ def test_flaws_in_images_are_counted() -> None:
     flawed, share = flaws.in_images(rgb, alpha, other[:, :3] + 1 - other[:, 3:], other[:, 3:])
     counted = ((flawed - rgb).abs().amax(1) > 0.1).sum((1, 2)) / (alpha > 0.5).sum((1, 2, 3))
     assert torch.equal(share, counted)
-    assert flawed.min() >= 0 and flawed.max() <= 1
-    assert (share > 0.005).float().mean() > 0.7 and share.max() < 1.5
+    assert flawed.min() >= 0
+    assert flawed.max() <= 1
+    assert (share > 0.005).float().mean() > 0.7
+    assert share.max() < 1.5
 
 
 def test_distance_forgives_place_size_and_tint_and_nothing_else() -> None:
     exact = a_disc()
     moved = distances.distance(a_disc(0.52, (0.06, -0.04)), exact)
     tinted = distances.distance(a_disc(colour=(0.85, 0.24, 0.1)), exact)
-    assert moved.max() < 0.08 and tinted.max() < 0.03
+    assert moved.max() < 0.08
+    assert tinted.max() < 0.03
     blurred = distances.distance(F.avg_pool2d(exact, 7, 1, 3), exact)
     worse = distances.distance(F.avg_pool2d(exact, 15, 1, 7), exact)
     blue = distances.distance(a_disc(colour=(0.1, 0.2, 0.8)), exact)
@@ -104,8 +107,11 @@ def test_training_never_sees_the_shapes_of_the_test() -> None:
     rng = random.Random(0)
     seen = [results.training_spec(rng) for _ in range(5000)]
     unseen = {*results.UNSEEN, *results.CALIBRATION}
-    assert not {s.shape for s in seen} & unseen and not {s.base for s in seen} & unseen
-    assert not set(results.SEEN) & unseen and len(unseen) == 10 and len(results.UNSEEN) == 6
+    assert not {s.shape for s in seen} & unseen
+    assert not {s.base for s in seen} & unseen
+    assert not set(results.SEEN) & unseen
+    assert len(unseen) == 10
+    assert len(results.UNSEEN) == 6
     batches = results.unseen_batches(24, 8)
     for split, shapes in (("test", results.UNSEEN), ("calibration", results.CALIBRATION)):
         assert {w.shape for b in batches if b["split"] == split for w in b["wanted"]} == set(shapes)
@@ -122,9 +128,12 @@ def test_compositions_have_colours_and_room_for_them() -> None:
 def test_worth_falls_with_distance_and_with_a_flaws_share() -> None:
     worth = train_quality.worth_of_distance(torch.linspace(0, 2, 50), {"low": 0.15, "high": 0.45})
     assert float(worth[0]) == pytest.approx(train_quality.EXACT)
-    assert (worth.diff() <= 0).all() and worth[-1] < 0.1
+    assert (worth.diff() <= 0).all()
+    assert worth[-1] < 0.1
     share = train_quality.worth_of_share(torch.tensor([0.0, 0.02, 0.08, 0.3]))
-    assert share[0] == 1 and (share.diff() < 0).all() and share[-1] < 0.2
+    assert share[0] == 1
+    assert (share.diff() < 0).all()
+    assert share[-1] < 0.2
 
 
 def test_objective_pulls_the_better_one_up() -> None:
@@ -144,7 +153,8 @@ def test_the_packs_net_finds_a_flaw_in_eight_hundredths_of_the_pixels(kind: str)
     clean, flawed = (torch.stack(row.chunk(3, 2)) for row in rows.chunk(2, 1))
     quality = Quality(QualityNet.load(NET), "cpu")
     better, worse = (float(quality.score(views).mean()) for views in (clean, flawed))
-    assert better > 0.7 and better - worse > 0.15
+    assert better > 0.7
+    assert better - worse > 0.15
 
 
 def test_the_packs_net_is_small_and_named_as_published() -> None:

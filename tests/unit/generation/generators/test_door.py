@@ -61,12 +61,11 @@ def resolve(tmp_path: Path, mini_models: Path) -> Callable[..., Settings]:
 
 def made(settings: Settings, most: int = 4) -> tuple[Pipeline, Any, Any]:
     """The real pipeline around the generators of ``settings``, and these, for texts and for pictures."""
-    matting = WhiteIsBackground()
+    matting: Any = WhiteIsBackground()
     text, image = assemble.load_generators(settings, Parts({}, matting.remove, "cpu"))
     turns = settings.models.generators_rest_on == "cpu"
     painter: Any = Painter() if settings.options.draws else None
-    stages: Any = (painter, matting)
-    return Pipeline(*stages, text, image, colour_check(), "cpu", [], most, turns), text, image
+    return Pipeline(painter, matting, text, image, colour_check(), "cpu", [], most, turns), text, image
 
 
 def blue_square() -> Image.Image:

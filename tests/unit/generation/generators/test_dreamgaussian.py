@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -266,7 +267,8 @@ def options(**more) -> DreamGaussianOptions:
 
 
 def sculptor(**more) -> DreamGaussian:
-    return DreamGaussian(NoGuidance(), options(**more), "cpu", lambda images: sphere_views()[1])
+    guidance: Any = NoGuidance()
+    return DreamGaussian(guidance, options(**more), "cpu", lambda images: sphere_views()[1])
 
 
 def run(dg: DreamGaussian, seeds: list[int]) -> list[torch.Tensor]:
@@ -297,7 +299,8 @@ def test_a_scene_begun_before_its_picture_is_the_same(init: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu_nothing_waits_for_a_sketch() -> None:
-    dg = DreamGaussian(NoGuidance(), options(init="ball"), "cuda", lambda images: images)
+    guidance: Any = NoGuidance()
+    dg = DreamGaussian(guidance, options(init="ball"), "cuda", lambda images: images)
     try:
         torch.cuda.set_sync_debug_mode("error")
         dg.prefetch("a red square", 0)
@@ -395,7 +398,7 @@ class Asked(NoGuidance):
 @pytest.mark.parametrize("init", ["ball", "views"])
 def test_mvdream_is_not_asked_for_a_picture_s_missing_words(init: str) -> None:
     """What it draws around a picture is drawn with the picture in sight; scores by "" are none."""
-    guidance = Asked()
+    guidance: Any = Asked()
     dg = DreamGaussian(guidance, options(init=init, iters=2), "cpu", lambda images: sphere_views()[1])
     picture, words = dg.begin(Subject("", cutout(), 0)), dg.begin(Subject("a red square", cutout(), 0))
     assert [prompt for prompt, _ in guidance.prepared] == ["", "a red square, 3d asset"][init == "ball" :]

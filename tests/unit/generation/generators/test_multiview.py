@@ -134,7 +134,8 @@ def test_it_is_the_guidance_s_sampling(mini_models):
         folder, "cpu", torch.float32, steps=4, guidance_scale=3.0, front_azimuth=90.0, views=RINGS
     )
     guidance = MVDream.load(folder, "cpu", torch.float32, front_azimuth=90.0)
-    poses = orbit(*map(torch.tensor, zip(*RINGS, strict=True)), 2.5, 49.1, 8, 8).camera_to_world
+    elevations, azimuths = map(torch.tensor, zip(*RINGS, strict=True))
+    poses = orbit(elevations, azimuths, 2.5, 49.1, 8, 8).camera_to_world
     expected = guidance.sample(guidance.prepare("a cube", ""), poses, torch.Generator().manual_seed(1), 4, 3.0)
     assert torch.allclose(finish(draws, draws.begin(["a cube"], [None], [1]))[0], expected, atol=1e-5)
 
@@ -174,8 +175,14 @@ def test_ddim_is_diffusers(steps):
     schedule = Schedule.of(scheduler, steps, "cpu")
     noise = torch.randn(steps, 1, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     start = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    drawing, called = Drawing(start, torch.zeros(2, 1, 1), (), steps), []
-    sampler = Sampler(schedule, lambda both, t, words: called.append(t) or noise[drawing.at].flatten(0, 1))
+    drawing = Drawing(start, torch.zeros(2, 1, 1), (), steps)
+    called: list[torch.Tensor] = []
+
+    def known_noise(both: torch.Tensor, t: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        called.append(t)
+        return noise[drawing.at].flatten(0, 1)
+
+    sampler = Sampler(schedule, known_noise)
     expected = start
     for number, t in enumerate(scheduler.timesteps):
         expected = scheduler.step(noise[number, 0], t, expected).prev_sample

@@ -74,7 +74,7 @@ class TestMaking:
     def test_seed_and_picture_decide(self, folder):
         generator = trellis(folder)
         first, again, other = finished(generator, *(generator.begin(subject(seed)) for seed in (0, 0, 1)))
-        assert apart(first, again) == 0
+        assert apart(first, again) < 1e-5  # rounding: they are computed side by side
         assert len(first) != len(other)
         blank = generator.begin(Subject("", torch.zeros(4, 56, 56), 0))
         (of_another_picture,) = finished(generator, blank)
@@ -103,6 +103,7 @@ class TestMaking:
         cells = torch.argwhere(torch.rand(16, 16, 16, generator=torch.Generator().manual_seed(0)) > 0.9)
         work.features = torch.zeros(21, mini_trellis.WIDTH)
         generator._found(work, cells)
+        assert work.latents is not None
         assert torch.equal(work.latents, torch.randn(len(cells), 4))
 
     def test_of_several_structures_the_one_of_the_fewest_voxels(self, folder):
@@ -116,6 +117,7 @@ class TestMaking:
             logits = generator._networks.structure_decoder(work.structure)
         counts = (logits > 0).flatten(1).sum(1).tolist()
         assert len(set(counts)) == 3
+        assert work.voxels is not None
         assert work.voxels.fine.lengths == (min(counts),)
         (gaussians,) = finished(generator, work)
         assert len(gaussians) == 32 * min(counts)

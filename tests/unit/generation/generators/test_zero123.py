@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ class Sketch:
         return (images - self.level).square().flatten(1).mean(1).view(-1, self.views).sum(1)
 
 
-def sculptor(text: Sketch | None, image: Sketch | Zero123 | None, **more) -> DreamGaussian:
+def sculptor(text: Any, image: Any, **more) -> DreamGaussian:
     values = {"iters": 4, "ref_size": 32, "render_size": 32, "num_pts": 200, "elevation": -20}
     options = DreamGaussianOptions(**values | {"lambda_zero123": 2.0 if image else 0.0, "density_end_iter": 0} | more)
     return DreamGaussian(text, options, "cpu", lambda images: images[:, :1], image)

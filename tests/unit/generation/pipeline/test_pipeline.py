@@ -2,6 +2,7 @@ import io
 import logging
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,9 @@ def sculptor() -> Sculptor:
 
 @pytest.fixture
 def pipeline(sculptor) -> Pipeline:
-    return Pipeline(Painter(), WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 4)
+    painter: Any = Painter()
+    matting: Any = WhiteIsBackground()
+    return Pipeline(painter, matting, sculptor, sculptor, colour_check(), "cpu", [], 4)
 
 
 def ask(prompt: str | None, seed: int = 1, **more) -> Request:
@@ -162,13 +165,21 @@ def test_a_request_may_join_while_others_are_on_their_way(pipeline, sculptor):
     assert second.outcome.ply == alone
 
 
+def told(seen: list[Any], what: Any, result: Any) -> Any:
+    """``result``, and ``what`` is seen."""
+    seen.append(what)
+    return result
+
+
 class TestPausing:
     def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
         alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
-        paint, begin, painted, paused = Painter.paint, sculptor.begin, [], []
-        monkeypatch.setattr(Painter, "paint", lambda self, prompt: painted.append(prompt) or paint(self, prompt))
+        paint, begin = Painter.paint, sculptor.begin
+        painted: list[str] = []
+        paused: list[int] = []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: told(painted, prompt, paint(self, prompt)))
         # Somebody else comes while the first of two works is begun.
-        monkeypatch.setattr(sculptor, "begin", lambda subject: paused.append(1) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(paused, 1, begin(subject)))
         sculptor.batches.clear()
         seen: list[str] = []
         jobs = [
@@ -204,7 +215,8 @@ class TestPausing:
         assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
 
     def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
-        begin, paused = sculptor.begin, []
+        begin = sculptor.begin
+        paused: list[int] = []
         resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
         alone = pipeline.generate([ask("blue", seed=4)])[0].ply
         pipeline.tick([resting])
@@ -300,7 +312,7 @@ class TestFullMemory:
 
     def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
         begin, tries, others = sculptor.begin, [], [ask("red", seed=seed) for seed in (1, 2)]
-        finished = []
+        finished: list[Any] = []
 
         def full(subject: Subject) -> Scene:
             if subject.words == "red large":
@@ -393,9 +405,9 @@ class TestRejections:
 
 class TestImagePrompts:
     def test_skip_text_to_image_and_guide_without_words(self, pipeline, sculptor, monkeypatch):
-        prompts = []
+        prompts: list[str] = []
         begin = sculptor.begin
-        monkeypatch.setattr(sculptor, "begin", lambda subject: prompts.append(subject.words) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(prompts, subject.words, begin(subject)))
         picture = Image.new("RGB", (90, 60), "white")
         picture.paste((0, 0, 255), (20, 10, 70, 50))
         (asset,) = pipeline.generate([ask(None, image=picture)])
@@ -415,9 +427,9 @@ class TestImagePrompts:
 
     def test_what_the_sender_cut_out_is_not_matted(self, pipeline, sculptor, monkeypatch):
         """White on white, and half as transparent as glass: the alpha says where it is."""
-        cutouts = []
+        cutouts: list[torch.Tensor] = []
         begin = sculptor.begin
-        monkeypatch.setattr(sculptor, "begin", lambda subject: cutouts.append(subject.cutout) or begin(subject))
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(cutouts, subject.cutout, begin(subject)))
         monkeypatch.setattr(pipeline._background, "remove", None)
         monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
         for alpha in (255, 60):
@@ -497,7 +509,9 @@ class TestPreviews:
         for _, _, data in pictures:
             picture = Image.open(io.BytesIO(data)).convert("RGB")
             assert max(picture.size) <= 128
-            red, green, _ = picture.getpixel((picture.width // 2, picture.height // 2))
+            middle = picture.getpixel((picture.width // 2, picture.height // 2))
+            assert isinstance(middle, tuple)
+            red, green, _ = middle
             assert red > 150 > 60 > green
 
     @pytest.mark.parametrize("watched", [True, False])
@@ -592,6 +606,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
     monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
+    assert isinstance(asset, Asset)
     assert asset.ply
     assert list(asset.report.seconds) == STAGES
 
@@ -616,10 +631,12 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
     pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
     pipeline._warm_up_batches()  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
-    pipeline._background = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
+    matting: Any = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
+    pipeline._background = matting
     with caplog.at_level(logging.INFO):
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
-    assert not isinstance(first, Exception), first
+    assert isinstance(first, Asset), first
+    assert isinstance(second, Asset), second
     assert first.report.num_gaussians > 0
     assert list(first.report.seconds) == [*STAGES[:2], "dreamgaussian", STAGES[3]]
     assert first.ply == second.ply
@@ -628,12 +645,18 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
 
 class TestWords:
     def test_text_to_image_is_asked_by_the_template(self, sculptor, monkeypatch):
-        painter = Painter()
-        asked = []
-        monkeypatch.setattr(painter, "generate", lambda prompts, seeds: asked.extend(prompts) or [painter.paint("red")])
+        painter: Any = Painter()
+        matting: Any = WhiteIsBackground()
+        asked: list[str] = []
+
+        def generate(prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+            asked.extend(prompts)
+            return [painter.paint("red")]
+
+        monkeypatch.setattr(painter, "generate", generate)
         options = DreamGaussianOptions(elevation=-20, prompt_template="a {prompt}, {view}")
         monkeypatch.setattr(sculptor, "picture_prompt", options.picture_prompt)
-        pipeline = Pipeline(painter, WhiteIsBackground(), sculptor, sculptor, colour_check(), "cpu", [], 1)
+        pipeline = Pipeline(painter, matting, sculptor, sculptor, colour_check(), "cpu", [], 1)
         pipeline.generate([ask("red {view} ball")])
         assert asked == ["a red {view} ball, front view from slightly above"]
         assert painter.asked == asked[0]

@@ -27,14 +27,15 @@ class Multiplying:
 
     def tick(self, jobs: list[Job]) -> None:
         for job in jobs:
-            job.work = job.work or SimpleNamespace(iteration=0, done=False)
-            job.work.iteration += 1
-            side = job.work.iteration
+            work: Any = job.work or SimpleNamespace(iteration=0, done=False)
+            job.work = work
+            work.iteration += 1
+            side = work.iteration
             torch.full((side, side), 1.0).mm(torch.full((side, side), 2.0))
-            job.work.done = job.work.iteration == TICKS - 1
+            work.done = work.iteration == TICKS - 1
             if job.cancelled():
                 job.outcome = Cancelled("given up")
-            elif job.work.iteration == TICKS:
+            elif work.iteration == TICKS:
                 job.outcome = Asset(b"ply", job.report)
 
 
@@ -100,7 +101,7 @@ def test_the_first_request_is_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lasted", [3, FIRST_TICKS + 2])
 def test_a_first_request_that_is_given_up_is_traced_so_far(tmp_path: Path, lasted: int) -> None:
     path = tmp_path / "trace"  # compressed whatever its name
-    job = new_job(lambda: job.work.iteration == lasted)
+    job: Any = new_job(lambda: job.work.iteration == lasted)
     run(Traced(Multiplying(), path), job, lasted)
     assert ticks_in(path) == list(range(1, min(lasted, FIRST_TICKS) + 1))
 

@@ -80,7 +80,7 @@ def test_known_prompts_are_not_encoded_again(mini_models, monkeypatch):
 
 def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
     """The mini tokenizers have a token for each letter and read 16, with their marks; T5 has one for a word's start."""
-    models = Models.load(mini_models)
+    models: Any = Models.load(mini_models)
     entry = lookup(models.clip)
     check = SelfCheck(TextClip.load(local_folder(entry), models.clip, entry.used_as(ClipUse), "cpu"))
     mvdream = MVDream.load(local_folder(lookup(models.mvdream)), "cpu", torch.float32)
@@ -129,7 +129,7 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         pipe.transformer.transformer_blocks,
         pipe.transformer.single_transformer_blocks,
     ):
-        linears = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
+        linears: list[Any] = [module for module in part.modules() if isinstance(module, torch.nn.Linear)]
         assert linears
         assert all(isinstance(module, Linear4bit) for module in linears)
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)

@@ -42,7 +42,9 @@ def test_every_entry_is_complete():
         assert entry.size_gb is None or entry.size_gb > 0
         assert entry.repo and entry.files if entry.url is None else entry.url.startswith("https://") and entry.size
         assert entry.pinned or entry.revision == "main"
-    assert REGISTRY["clip-convnext-large-d"].used_as(ClipUse).cosine_scale == 0.35
+    use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
+    assert use is not None
+    assert use.cosine_scale == 0.35
 
 
 def test_unknown_name_lists_the_known_ones():
@@ -182,7 +184,9 @@ class TestCard:
 
     def test_is_read(self, tmp_path):
         entry = lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT", "cosine_scale": 0.7, "seed": 1}))
-        assert (entry.name, entry.licence, entry.used_as(ClipUse).cosine_scale) == ("small", "MIT", 0.7)
+        use = entry.used_as(ClipUse)
+        assert use is not None
+        assert (entry.name, entry.licence, use.cosine_scale) == ("small", "MIT", 0.7)
         assert local_folder(entry) == tmp_path
         assert not entry.pinned
 

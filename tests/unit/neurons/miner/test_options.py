@@ -44,7 +44,7 @@ def test_a_wallet_in_the_file_means_mining_for_real(file: Path) -> None:
     assert options.wallet_path == file.parent / "keys"
     assert options.validation_threshold == 0.7
     assert options.endpoints == ("http://10.0.0.2:10006", "http://10.0.0.3:10006")
-    assert options.blacklist[:2] == (180, 7)
+    assert tuple(options.blacklist)[:2] == (180, 7)
     assert len(options.blacklist) == 3
     assert parse([]).network == "rehearsal"
 
