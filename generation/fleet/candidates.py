@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from generation.engine.engine import TIMEOUT_S, OnProgress, Unavailable
-from generation.schema.results import Asset, Request
+from generation.schema.results import Asset, Report, Request
+from generation.schema.score import final_score
 
 #: How often it is looked whether there is room for another candidate, in seconds.
 LOOK_S = 0.1
@@ -66,7 +67,14 @@ class _Group:
 
 def _rank(asset: Asset) -> tuple[bool, float]:
     report = asset.report
-    return report.rejected is None, -1.0 if report.score is None else report.score
+    return report.rejected is None, merit(report)
+
+
+def merit(report: Report) -> float:
+    """What candidates are compared by: the final score, without its limit of 1; -1 where it was not measured."""
+    if report.score is None:
+        return -1.0
+    return max(report.score, final_score(report.parts)) if report.score >= 1.0 and report.parts else report.score
 
 
 class Candidates:

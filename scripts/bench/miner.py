@@ -5,7 +5,10 @@ network with delays. The sequential miner does what the subnet's base miner does
 validator in turn, waiting for everything, and 10 s of sleep when none is free. Ours is the real miner, put
 together as in production. Generators are stand-ins with a set duration and concurrency.
 
-    python -m scripts.bench.miner [--hours 4] [--case TEXT]
+    python -m scripts.bench.miner [--hours 4] [--case TEXT] [--best-of]
+
+With --best-of it compares our miner with one candidate a task and with as many as cost nothing, for generators of
+different speeds.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from neurons.miner.assemble import assemble
+from neurons.miner.records.events import Generation
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import PULL_TIMEOUT_S, SUBMIT_TIMEOUT_S, PullTask, make_submission
 from neurons.rehearsal.rules import Limits
@@ -47,6 +52,8 @@ SEQUENTIAL_SUBMIT_ATTEMPTS = 3
 SEQUENTIAL_SUBMIT_PAUSE_S = 10.0
 
 WARM_UP_S = 1200.0
+BestOf = int | Literal["auto"]
+BEST_OF: tuple[BestOf, ...] = (1, "auto")
 CLOCK_OFFSETS_S = (0.0, 0.4, -0.7, 1.5, -1.5, 2.6, -2.6, 3.7, -4.2, 5.0, -5.0, 3600.0)
 ALL_GOOD = tuple(Behaviour(clock_offset=offset) for offset in CLOCK_OFFSETS_S)
 # 2 of 12 never answer, 4 take 8 s to hand out a task and 45 s to validate a result.
@@ -76,6 +83,7 @@ class Case:
     ours: Speed
     validators: tuple[Behaviour, ...] = ALL_GOOD
     note: str = ""
+    apart: float = 0.0  # seconds from one validator's first task to the next one's, as after hours of uneven delays
 
     def __str__(self) -> str:
         return f"{self.cooldown:g}/{self.throttle:g} s" + (f", {self.note}" if self.note else "")
@@ -116,9 +124,24 @@ def cooldown_ceiling(case: Case, behaviour: Behaviour, seconds: float) -> int:
     return max(0, int((seconds - held) // cycle) + 1)
 
 
+FAST, SECONDS, SLOW = Speed(0.5, 1), Speed(2.8, 1), Speed(20.0, 1)
+BEST_OF_CASES = [
+    Case(300.0, 30.0, BASE, ours, validators, note, apart)
+    for ours in (FAST, SECONDS, SLOW, PROMISE)
+    for validators, note, apart in (
+        (ALL_GOOD, "all in step", 0.0),
+        (ALL_GOOD, "25 s apart", 25.0),
+        (MIXED, "2 dead, 4 slow", 0.0),
+    )
+]
+
+
 def ceiling(case: Case, seconds: float) -> int:
     """What all cooldowns or the generators allow, whichever is less."""
-    cooldowns = sum(cooldown_ceiling(case, behaviour, seconds) for behaviour in case.validators)
+    cooldowns = sum(
+        cooldown_ceiling(case, behaviour, seconds - number * case.apart)
+        for number, behaviour in enumerate(case.validators)
+    )
     return min(cooldowns, case.ours.at_once * int(seconds // case.ours.seconds))
 
 
@@ -152,15 +175,17 @@ async def _one_task(network: SimulatedNetwork, service: StandInService, validato
     return 0.0
 
 
-async def our_miner(network: SimulatedNetwork, service: StandInService, folder: Path) -> None:
+async def our_miner(
+    network: SimulatedNetwork, service: StandInService, folder: Path, best_of: BestOf, books: MemoryBooks
+) -> None:
     miner = await assemble(
-        options_in(folder),
+        replace(options_in(folder), best_of=best_of),
         MINER,
         dendrite=network,
         services=[service],
         fetch=network.fetch,
         blacklist=Blacklist(()),
-        books=MemoryBooks(),
+        books=books,
         now=now,
     )
     miner.directory.update(network.metagraph())
@@ -177,31 +202,44 @@ async def for_seconds(seconds: float, miner: Awaitable[None]) -> None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`accepted` is by validator; `longest_held`: seconds from task to result, once generators are measured."""
+    """`accepted` is by validator; held: seconds from task to result, once generators are measured."""
 
     accepted: tuple[int, ...]
     violations: int
     longest_held: float
+    mean_held: float
+    candidates: tuple[int, ...]  # of each task
+    busy: float  # the share of the time in which the generator works
 
     @property
     def total(self) -> int:
         return sum(self.accepted)
 
 
-def simulate(case: Case, seconds: float, ours: bool) -> Outcome:
+def simulate(case: Case, seconds: float, ours: bool, best_of: BestOf = "auto") -> Outcome:
     async def main() -> Outcome:
         network = SimulatedNetwork(case.validators, case.limits)
         speed = case.ours if ours else case.theirs
         service = StandInService(speed.seconds, speed.at_once)
         began = now()
         with tempfile.TemporaryDirectory() as folder:
-            miner = our_miner(network, service, Path(folder)) if ours else sequential_miner(network, service)
+            books = MemoryBooks()
+            for number, validator in enumerate(network.validators):
+                books.known_cooldowns[validator.hotkey] = began + number * case.apart
+            miner = (
+                our_miner(network, service, Path(folder), best_of, books)
+                if ours
+                else sequential_miner(network, service)
+            )
             await for_seconds(seconds, miner)
             held = [held for validator in network.validators for at, held in validator.held if at > began + WARM_UP_S]
             outcome = Outcome(
                 accepted=tuple(validator.accepted for validator in network.validators),
                 violations=sum(validator.violations for validator in network.validators),
                 longest_held=max(held, default=0.0),
+                mean_held=sum(held) / max(len(held), 1),
+                candidates=tuple(each.candidates for each in books.events if isinstance(each, Generation)),
+                busy=service.engine.busy_s / speed.at_once / seconds,
             )
             others = asyncio.all_tasks() - {asyncio.current_task()}
             for task in others:
@@ -221,13 +259,46 @@ def kept(case: Case, outcome: Outcome, seconds: float) -> str:
     return f"{sum(outcome.accepted[index] for index in good) / sum(alone.accepted[index] for index in good):.1%}"
 
 
+def compare_best_of(cases: list[Case], seconds: float) -> Table:
+    table = Table(title=f"Best of many: tasks accepted in {seconds / 3600:g} hours")
+    for name in ("generator", "validators", "best of"):
+        table.add_column(name)
+    for name in ("tasks", "ceiling", "share", "candidates", "least", "most", "held mean", "most", "violations", "busy"):
+        table.add_column(name, justify="right")
+    for case in cases:
+        for best_of in BEST_OF:
+            outcome = simulate(case, seconds, ours=True, best_of=best_of)
+            counts, allowed = outcome.candidates, ceiling(case, seconds)
+            table.add_row(
+                str(case.ours),
+                case.note,
+                str(best_of),
+                str(outcome.total),
+                str(allowed),
+                f"{outcome.total / allowed:.1%}",
+                f"{sum(counts) / len(counts):.1f}",
+                str(min(counts)),
+                str(max(counts)),
+                f"{outcome.mean_held:.1f}",
+                f"{outcome.longest_held:.1f}",
+                str(outcome.violations),
+                f"{outcome.busy:.0%}",
+            )
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=4.0)
     parser.add_argument("--case", default="", help="only cases whose description contains this")
+    parser.add_argument("--best-of", action="store_true", help="one candidate a task beside as many as cost nothing")
     args = parser.parse_args()
     logging.getLogger("neurons").setLevel(logging.CRITICAL)
     seconds = args.hours * 3600
+    if args.best_of:
+        cases = [case for case in BEST_OF_CASES if args.case in f"{case}, {case.ours}"]
+        Console(width=160).print(compare_best_of(cases, seconds))
+        return
     table = Table(title=f"Tasks accepted in {args.hours:g} hours from {len(CLOCK_OFFSETS_S)} validators")
     table.add_column("cooldown/throttle")
     table.add_column("generator of theirs, ours")

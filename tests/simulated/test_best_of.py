@@ -29,6 +29,7 @@ from scripts.bench.simulated_subnet import (
 from scripts.bench.virtual_time import now
 
 HOUR_S = 3600.0
+TWO_TASKS_S = 400.0
 THROTTLE_S = Limits().throttle_period
 
 
@@ -133,24 +134,25 @@ def test_what_a_validator_takes_for_a_submission_is_left_for_it(tmp_path: Path) 
     slow = Behaviour(validation=15.0)
     one = mine(tmp_path / "1", Service(1.0), [slow], seconds=2 * HOUR_S, best_of=1)
     auto = mine(tmp_path / "2", Service(1.0), [slow], seconds=2 * HOUR_S)
-    assert auto.accepted >= one.accepted - 1  # the first one was planned without knowing
-    assert all(held + slow.validation <= THROTTLE_S for held in auto.held[1:])
+    assert auto.accepted >= one.accepted
+    assert all(held + slow.validation <= THROTTLE_S for held in auto.held)
     assert max(event.candidates for event in auto.of(Generation)) > 5
 
 
 def test_the_best_of_all_rounds_goes_out_once(tmp_path: Path) -> None:
-    service = Service(1.0, scores=[0.7, 0.8, 0.65, 0.9, 0.61, *[0.5] * 40])
-    run = mine(tmp_path, service, [Behaviour()], seconds=60.0)
-    (event,) = run.of(Generation)
+    service = Service(1.0, scores=[0.61, 0.7, 0.8, 0.65, 0.9, 0.61, *[0.5] * 40])
+    run = mine(tmp_path, service, [Behaviour()], seconds=TWO_TASKS_S)
+    first, event = run.of(Generation)
+    assert first.candidates == 1  # what its validator takes for a submission is not known yet
     assert (event.outcome, event.score, event.first_score) == ("generated", 0.9, 0.7)
-    assert event.candidates == len(service.asked)  # one a round, by this service's answers
-    assert [each.outcome for each in run.of(Submission)] == ["accepted"]
+    assert event.candidates == len(service.asked) - 1  # one a round, by this service's answers
+    assert [each.outcome for each in run.of(Submission)] == ["accepted"] * 2
 
 
 def test_a_round_that_fails_loses_nothing(tmp_path: Path) -> None:
-    run = mine(tmp_path, Service(1.0, scores=[0.7, AttemptFailed("500")]), [Behaviour()], seconds=60.0)
-    assert [event.outcome for event in run.of(Generation)] == ["failed", "generated"]
-    assert [event.outcome for event in run.of(Submission)] == ["accepted"]
+    run = mine(tmp_path, Service(1.0, scores=[0.7, 0.7, AttemptFailed("500")]), [Behaviour()], seconds=TWO_TASKS_S)
+    assert [event.outcome for event in run.of(Generation)] == ["generated", "failed", "generated"]
+    assert [event.outcome for event in run.of(Submission)] == ["accepted"] * 2
 
 
 def test_a_round_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
@@ -158,26 +160,29 @@ def test_a_round_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
     made = service.generate
 
     async def generate(task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
-        if len(service.asked) == 1:
+        if len(service.asked) == 2:
             service.asked.append((now(), candidates, budget))
             await asyncio.sleep(1000)
         return await made(task, seed, candidates, budget)
 
     service.generate = generate  # type: ignore[method-assign]
-    run = mine(tmp_path, service, [Behaviour()], seconds=60.0)
-    assert [event.outcome for event in run.of(Submission)] == ["accepted"]
+    run = mine(tmp_path, service, [Behaviour()], seconds=TWO_TASKS_S)
+    assert len(service.asked) == 3
+    assert [event.outcome for event in run.of(Submission)] == ["accepted"] * 2
     assert max(run.held) <= THROTTLE_S
 
 
 def test_below_the_threshold_it_goes_on_while_that_is_free_and_then_counts(tmp_path: Path) -> None:
-    service = Service(1.0, scores=[0.5] * 1000)
-    run = mine(tmp_path, service, [Behaviour()], seconds=120.0, retries=2)
-    free = [at for at, _, _ in service.asked if at - service.asked[0][0] < THROTTLE_S - 5]
+    service = Service(1.0, scores=[0.7] + [0.5] * 1000)
+    run = mine(tmp_path, service, [Behaviour()], seconds=TWO_TASKS_S, retries=2)
+    second = [at for at, _, _ in service.asked[1:]]
+    free = [at for at in second if at - second[0] < THROTTLE_S - 5]
     assert len(free) >= 5
-    assert len(service.asked) - len(free) <= 3
-    assert [event.outcome for event in run.of(Submission)] == ["empty"]
-    fit = mine(tmp_path / "2", Service(1.0, scores=[0.5] * 4 + [0.7] * 1000), [Behaviour()], seconds=60.0, retries=0)
-    assert [event.outcome for event in fit.of(Submission)] == ["accepted"]
+    assert 1 <= len(second) - len(free) <= 3
+    assert [event.outcome for event in run.of(Submission)] == ["accepted", "empty"]
+    scores = [0.7] + [0.5] * 4 + [0.7] * 1000
+    fit = mine(tmp_path / "2", Service(1.0, scores=scores), [Behaviour()], seconds=TWO_TASKS_S, retries=0)
+    assert [event.outcome for event in fit.of(Submission)] == ["accepted"] * 2
 
 
 def test_tasks_that_come_together_share_the_time(tmp_path: Path) -> None:
@@ -185,4 +190,4 @@ def test_tasks_that_come_together_share_the_time(tmp_path: Path) -> None:
     run = mine(tmp_path, Service(0.5), (Behaviour(),) * 12, seconds=1500.0)
     assert max(run.held) <= THROTTLE_S
     later = [event.candidates for event in run.of(Generation)[12:]]
-    assert sum(count > 1 for count in later) > 0.75 * len(later)
+    assert sum(count > 1 for count in later) > 0.5 * len(later)

@@ -16,6 +16,7 @@ from neurons.miner.generation.pool import (
     FROZEN_AFTER,
     HEALTH_INTERVAL_S,
     GeneratorPool,
+    Pace,
     ServiceUnavailable,
 )
 from neurons.miner.generation.service import (
@@ -275,6 +276,36 @@ def test_a_faster_endpoint_gets_more() -> None:
         assert 50 <= len(first.asked) <= 68  # of 80; by their speed 60
 
     with_pool(test)
+
+
+def test_how_many_candidates_fit_is_known_from_what_they_took() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        assert pool.shortest_seconds() is None
+        assert pool.candidates_within(1000.0, 1) == 0
+        first.seconds, second.seconds = 2.0, 4.0
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
+        assert pool.shortest_seconds() == 2.0
+        assert pool.candidates_within(3.9, 1) == 0  # it may come to the second one
+        assert pool.candidates_within(8.0, 1) == pool.candidates_within(8.0, 2) == 2
+        assert pool.candidates_within(8.0, 4) == 1  # two on each
+
+    with_pool(test)
+
+
+def test_candidates_of_one_request_count_each() -> None:
+    pace = Pace(now)
+
+    async def main() -> None:
+        begun = pace.begin()
+        await asyncio.sleep(2.0)
+        pace.end(begun, 1)
+        begun = pace.begin()
+        await asyncio.sleep(8.0)
+        pace.end(begun, 8)
+        assert pace.duration == 2.0
+        assert pace.cost == pytest.approx((0.9 * 2 + 8) / (0.9 + 8))
+
+    virtual_time.run(main())
 
 
 def test_a_task_of_an_endpoint_that_is_gone_moves_on_at_once() -> None:

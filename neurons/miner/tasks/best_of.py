@@ -16,8 +16,6 @@ ROUND_S = 5.0
 TRANSFER_S = 0.5
 # A validator reckons in whole seconds.
 MARGIN_S = 1.0
-# What a submission takes, until the validator has answered one.
-FIRST_SUBMISSION_S = 3.0
 MAX_SUBMISSION_S = 60.0
 # Weight of a shorter submission in what the next one is expected to take. A longer one counts at once.
 SHORTER_SHARE = 0.3
@@ -65,9 +63,10 @@ class BestOf:
         """
         left = MAX_CANDIDATES if self._most is None else min(self._most - made, MAX_CANDIDATES)
         shortest = self._capacity.shortest_seconds()
-        if left <= 0 or self._most == 1 or shortest is None:
+        # Of a validator that has not answered a submission yet it is not known what time is free.
+        submission = self._submission_s.get(assignment.validator.hotkey)
+        if left <= 0 or self._most == 1 or shortest is None or submission is None:
             return None
-        submission = self._submission_s.get(assignment.validator.hotkey, FIRST_SUBMISSION_S)
         free = assignment.free_until - submission - MARGIN_S - self._now()
         free *= min(1.0, self._workers / max(tasks, 1))
         seconds = min(free, max(ROUND_S, 1.25 * shortest) + TRANSFER_S)

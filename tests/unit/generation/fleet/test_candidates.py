@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from generation.engine.engine import StageFailed, Unavailable
-from generation.fleet.candidates import LOOK_S, STAGE, Candidates, seed_of
+from generation.fleet.candidates import LOOK_S, STAGE, Candidates, merit, seed_of
 from generation.schema.results import Asset, Report, Request
 from scripts.bench import virtual_time
 
@@ -93,6 +93,16 @@ def test_the_best_is_returned_with_all_scores() -> None:
     assert engine.most == 3  # of four places: one is for the next request
     assert seconds < 2 * engine.seconds + 1
     assert all((each.candidates, each.budget_seconds) == (1, None) for each in engine.begun)
+
+
+def test_at_the_limit_of_the_score_what_it_is_made_of_decides() -> None:
+    def report(score: float | None, alignment: float) -> Report:
+        return Report(1, score=score, parts={"iqa": 1.0, "alignment": alignment, "ssim": 0.95, "lpips": 0.95})
+
+    assert merit(report(1.0, 1.3)) > merit(report(1.0, 1.2)) > 1.0
+    assert merit(report(0.9, 0.8)) == 0.9
+    assert merit(report(None, 0.8)) == -1.0
+    assert merit(Report(1, score=1.0)) == 1.0
 
 
 def test_of_rejected_ones_the_best_score_is_told() -> None:

@@ -506,6 +506,33 @@ async def test_a_generated_splat_comes_with_its_score() -> None:
 
 
 @pytest.mark.parametrize(
+    ("header", "scores"),
+    [
+        ("[[5, 0.7], [9, null], [3, 0.76]]", (0.7, None, 0.76)),
+        ("[[5, 0.7], [9, NaN], [3, 0.76], [4, 0.9]]", (0.7, None, 0.76)),  # no more than were asked for
+        ("[5, 0.7]", ()),
+        ("{", ()),
+        ("[" * 4000, ()),
+    ],
+)
+async def test_several_candidates_are_asked_for_and_their_scores_are_read(header: str, scores: Any) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        form = await request.post()
+        assert (form["seed"], form["candidates"], form["budget_seconds"]) == ("5", "3", "4.500")
+        return web.Response(body=PLY, headers={"X-Score": "0.76", "X-Seed": "3", "X-Scores": header})
+
+    runner, url = await serve(handler)
+    try:
+        async with GenerationService(url) as service:
+            generated = await service.generate(TextTask(id="1", prompt="p"), 5, 3, 4.5)
+    finally:
+        await runner.cleanup()
+    assert generated.scores == scores
+    assert generated.candidates == max(len(scores), 1)
+    assert generated.first_score == (scores[0] if scores else 0.76)
+
+
+@pytest.mark.parametrize(
     ("header", "parts"),
     [
         ('{"alignment": 0.81, "iqa": 0.75, "ssim": 0.9, "lpips": null}', {"iqa": 0.75, "alignment": 0.81, "ssim": 0.9}),
