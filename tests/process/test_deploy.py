@@ -325,7 +325,7 @@ def test_help_names_every_flag(clone: Clone) -> None:
     text = clone.run("deploy_competitive.sh", "--help").stdout
     for flag in ("flux-steps", "config", "validation-threshold", "port", "host", "workers", "profile", "network",
                  "wallet.name", "wallet.hotkey", "netuid", "blacklist", "blacklist-file", "help", "models", "gpus",
-                 "allowed-hosts", "max-gaussians", "memory-class", "retries", "min-reward", "metrics-port",
+                 "allowed-hosts", "max-gaussians", "memory-class", "best-of", "retries", "min-reward", "metrics-port",
                  "generation.endpoint"):  # fmt: skip
         assert f"--{flag}" in text
 
