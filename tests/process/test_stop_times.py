@@ -28,7 +28,7 @@ from scripts.ops.processes import STOP_S
 from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
-MINER = bt.Keypair.create_from_uri("//miner")
+MINER = bt.Keypair.create_from_seed("0x" + "5a" * 32)  # type: ignore[arg-type]  # a str, whatever its stub says
 VALIDATORS = [
     Neuron(uid, bt.Keypair.create_from_uri(f"//validator{uid}").ss58_address, "8.8.8.8", 9000 + uid, 1e4, True)
     for uid in (1, 2)
