@@ -146,7 +146,7 @@ def test_signatures() -> None:
     signature[5] ^= 1
     submission.signature = base64.b64encode(signature).decode()
     assert not signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
-    for nonsense, message in (("", "Signature"), ("=?=?", "padding"), ("YWJj", "Signature")):
+    for nonsense, message in (("", "signature"), ("=?=?", "padding"), ("YWJj", "signature")):
         submission.signature = nonsense
         with pytest.raises(ValueError, match=message):
             signature_matches(submission, TASK, VALIDATOR, KEYPAIR.ss58_address)
