@@ -63,7 +63,7 @@ def test_arguments_and_results(monkeypatch):
 
 def test_missing_gsplat_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gsplat", None)
-    with pytest.raises(ImportError, match="scripts/install.sh gpu"):
+    with pytest.raises(ImportError, match=r"scripts/install\.sh gpu"):
         wrapper.rasterize(scene(1, 1), orbit(0.0, 0.0, 2.0, 49.1, 8, 8), 8, 8, torch.ones(1, 3))
 
 
