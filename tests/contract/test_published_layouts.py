@@ -168,8 +168,8 @@ def test_weights_of_another_model_are_named(published, tmp_path, mini_models):
 
 def test_the_full_profiles_models_are_those_that_were_served():
     full = Models.load(ROOT / "configs" / "models_full.yaml")
-    # The score's further parts are in test_score, alexnet's address is in test_download; LGM's, ImageDream's and TRELLIS's
-    # files have tests of their own.
+    # The score's further parts are in test_score, alexnet's address is in test_download; LGM's, ImageDream's and
+    # TRELLIS's files have tests of their own.
     assert {choice.model for stage, choice in full.stages.items() if stage not in full.optional} == {
         *NAMES, "lgm-big", "imagedream", "trellis-image-large", "dinov2-with-registers-large"
     }  # fmt: skip
