@@ -11,6 +11,6 @@ scripts/install.sh --dev
 .venv/bin/ruff check .
 .venv/bin/lint-imports
 .venv/bin/mypy
-.venv/bin/python -m pytest -m "not slow"
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 .venv/bin/python -m pytest -m slow
 .venv/bin/python test_competitive.py
