@@ -134,7 +134,7 @@ def test_it_stops_in_good_order_on_sigterm(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     models = tmp_path / "models.yaml"
-    names = ("text_to_image", "background", "mvdream", "clip")
+    names = ("text_to_image", "background", "mvdream", "lgm", "clip")
     sizes = {"text_to_image": ", image_size: 64", "background": ", image_size: 64"}
     models.write_text("".join(f"{name}: {{model: ./nowhere{sizes.get(name, '')}}}\n" for name in names))
     log = tmp_path / "log"
