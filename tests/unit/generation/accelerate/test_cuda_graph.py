@@ -48,6 +48,8 @@ def test_normalisation_from_channels_is_group_normalisation(shape):
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_normalisation_from_channels_far_from_zero(compiles):
     """The mean of the squares less the square of the mean is off by 0.04 here."""
+    if compiles and " " in sys.prefix:
+        pytest.skip("torch's compiler for CPUs does not find its headers in a folder with a space")
     torch.manual_seed(0)
     plain = torch.nn.GroupNorm(4, 16)
     x = 300 + torch.randn(2, 16, 64, 64)
