@@ -324,6 +324,8 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         assert "5Hot on finney, subnet 17" in page.inner_text("#miner")
         assert "clock is 9 s ahead of the validators" in page.inner_text("#miner")
         assert "No generation service can take a task" in page.inner_text("#miner")
+        validators = page.locator("table").first.locator("tbody tr").all_inner_texts()
+        assert [row.split("\t")[6:8] for row in validators] == [["1.0", "–"]] * 2
         rows = page.locator("#outcomes tbody tr").all_inner_texts()
         assert sorted(row.split("\t")[1:4] for row in rows) == [
             ["UID 1", "accepted", "0.910"], ["UID 1", "declined", "–"], ["UID 2", "accepted", "0.830"],

@@ -66,6 +66,8 @@ class Activity:
                     "mean_score": each.mean_score,
                     "reward": each.reward,
                     "unknown": each.unknown,
+                    "candidates": each.candidates,
+                    "gain": each.gain,
                 }
             query = "SELECT at, uid, outcome, score, seconds FROM submissions WHERE at > ? AND at <= ? ORDER BY at DESC"
             outcomes = [dict(row) for row in ledger.execute(query, (now - WINDOW_S, now))]
@@ -74,7 +76,7 @@ class Activity:
             by_uid.setdefault(uid, {})
         nothing = {
             "hotkey": "", "accepted": 0, "submitted": 0, "declined": 0, "early": 0, "mean_score": None,
-            "reward": None, "unknown": 0,
+            "reward": None, "unknown": 0, "candidates": None, "gain": None,
         }  # fmt: skip
         validators = [
             {"uid": uid, **nothing, **each, "cooldown": max(0.0, moment.cooldowns.get(uid, 0.0))}

@@ -88,9 +88,9 @@ function validators(state) {
     const bar = element("div", { className: "bar" }, element("i", {}));
     bar.firstChild.style.width = `${Math.min(100, ((each.cooldown ?? 0) / 300) * 100)}%`;
     const left = element("div", { className: "row" }, bar, each.cooldown ? duration(each.cooldown) : "free");
-    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.declined), number(each.early)];
+    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.candidates, 1), number(each.gain, 3), number(each.declined), number(each.early)];
   });
-  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
+  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["candidates", "n"], ["gain", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
 }
 
 function held(state) {
