@@ -164,7 +164,7 @@ def flux_generation(service: Service) -> str:
 
 def background_removal(service: Service) -> str:
     seconds = service.seconds("background")
-    service.seconds("dreamgaussian")  # had the remover found no object, there would have been nothing to go on with
+    service.seconds(service.about["generators"]["text"]["name"])  # without an object there is nothing to go on with
     return f"object found and cut out in {seconds:.2f} s"
 
 
