@@ -39,10 +39,8 @@ class Making:
     id: str
     prompt: str | None
     seed: int
-    began_at: float  # unix seconds
     task: asyncio.Task[None] | None = None
     preview: bytes = b""  # a WEBP of it so far
-    previews: int = 0  # how many there were
 
 
 class Makers:
@@ -76,7 +74,7 @@ class Makers:
     def start(self, asked: Request) -> str:
         """Begin to make it; its id, by which its events are told."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-        making = Making(request_id, asked.prompt, asked.seed, time.time())
+        making = Making(request_id, asked.prompt, asked.seed)
         work = self._make(making, replace(asked, watched=True))
         self._in_progress[request_id] = making
         making.task = asyncio.get_running_loop().create_task(work)
@@ -111,7 +109,7 @@ class Makers:
 
             def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
                 if preview:
-                    making.preview, making.previews = preview, making.previews + 1
+                    making.preview = preview
                 following.progress(stage, fraction)
 
             try:

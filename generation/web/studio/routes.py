@@ -68,17 +68,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
     async def requests() -> dict[str, Any]:
         """What is in progress, and what was made."""
         return {
-            "threshold": threshold,
-            "in_progress": [
-                {
-                    "id": each.id,
-                    "prompt": each.prompt,
-                    "seed": each.seed,
-                    "began_at": each.began_at,
-                    "previews": each.previews,
-                }
-                for each in makers.in_progress
-            ],
+            "in_progress": [{"id": each.id, "prompt": each.prompt, "seed": each.seed} for each in makers.in_progress],
             "results": [as_json(each) for each in makers.gallery.results()],
         }
 
