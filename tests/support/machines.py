@@ -12,13 +12,15 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 PREFIX = "machines"
-SHM = "384m"
+SHM = "640m"
 REAPER = "trap 'exit 0' TERM; while :; do sleep 3600 & wait; done"
 
 
@@ -92,22 +94,20 @@ class Machine:
         pid = self._unshare.pid
         return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
 
-    def command(self, *words: str, environment: Mapping[str, str] | None = None) -> list[str]:
+    def command(self, *words: str, cwd: Path = Path("/"), environment: Mapping[str, str] | None = None) -> list[str]:
         """To run here what is to run there."""
         variables = {"HOME": str(self.home), **(environment or {})}
-        enter = ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--uts", "--ipc", "--wdns=/"]
+        enter = ["nsenter", f"--target={self._first}", "--net", "--mount", "--pid", "--uts", "--ipc", f"--wdns={cwd}"]
         return [*enter, "env", *(f"{key}={value}" for key, value in variables.items()), *words]
 
-    def run(
-        self, *words: str, timeout: float = 60, environment: Mapping[str, str] | None = None, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        command = self.command(*words, environment=environment)
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    def run(self, *words: str, timeout: float = 60, **place: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(self.command(*words, **place), capture_output=True, text=True, timeout=timeout)
 
-    def start(
-        self, *words: str, environment: Mapping[str, str] | None = None, **options: Any
-    ) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(self.command(*words, environment=environment), **options)
+    def start(self, *words: str, stdout: Any = None, **place: Any) -> subprocess.Popen[bytes]:
+        command = self.command(*words, **place)
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=stdout, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent
+        )
 
     def cut(self) -> None:
         """Pulls its network cable: nothing that was sent arrives, and nobody is told."""
@@ -118,13 +118,12 @@ class Machine:
 
     def kill(self) -> None:
         if self._unshare is not None:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):
-                os.kill(int(self._first), signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._unshare.wait(10)
-            self._unshare.kill()
+            first = Path("/proc", self._first)
+            self._unshare.kill()  # and the first process with it
             self._unshare.wait()
             self._unshare = None
+            while first.exists():
+                time.sleep(0.01)
 
 
 class Network:
@@ -170,3 +169,21 @@ def _sweep() -> None:
         pid = path.name.split("-")[1]
         if pid.isdecimal() and not Path("/proc", pid).exists():
             subprocess.run(["ip", "netns", "delete", path.name], capture_output=True)
+
+
+def clone(root: Path, to: Path) -> None:
+    """A copy of the project, whose environment has the packages of the one that this runs in."""
+    private = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "run", "logs", "__pycache__", ".*_cache")
+    shutil.copytree(root, to, ignore=private)
+    packages = Path(sysconfig.get_path("purelib"))
+    inside = to / ".venv" / packages.relative_to(sys.prefix)
+    inside.parent.mkdir(parents=True)
+    inside.symlink_to(packages)
+    shutil.copy(Path(sys.prefix, "pyvenv.cfg"), to / ".venv/pyvenv.cfg")
+    (to / ".venv/bin").mkdir()
+    (to / ".venv/bin/python").symlink_to(Path(sys.executable).resolve())
+    marks = (
+        "from scripts.ops import environment as e\n"
+        "for extra in ('miner', 'service', 'cluster'): e._mark(extra).write_text(e._key())"
+    )
+    subprocess.run([to / ".venv/bin/python", "-c", marks], cwd=to, check=True)
