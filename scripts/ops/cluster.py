@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.settings import Switch, Words, setting
+from generation.fleet.ray_environment import ENGINE
+from generation.schema.hosts import parse_address
 from scripts.ops import probe
 from scripts.ops.processes import Refused
 
@@ -39,19 +41,12 @@ PORTS = {
 #: For the pictures and splats that are on their way, in bytes; it lies in /dev/shm.
 STORE = 512 << 20
 SHM = Path("/dev/shm")
+NET = Path("/sys/class/net")
 REACH_S = 5.0
 START_S = 90.0
 _PRIVATE = [ipaddress.ip_network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
 _TLS = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
 _SIOCGIFADDR = 0x8915
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """``HOST:PORT``; an IPv6 address stands in brackets. Raises ValueError."""
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):([0-9]{1,5})", text)
-    if found is None or not 0 < int(found[2]) < 1 << 16:
-        raise ValueError("must be HOST:PORT, as 10.0.0.1:6379")
-    return found[1].strip("[]"), int(found[2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +58,7 @@ class ClusterTable:
     )
     join: str = setting(
         "",
-        Words(parse_address),
+        Words(lambda text: text and parse_address(text), "a host and a port, as 10.0.0.1:6379"),
         "give this machine's GPUs to the cluster whose head is there, and start nothing else",
         flags=("--join",),
         metavar="HOST:PORT",
@@ -127,7 +122,7 @@ def _is_private(host: str) -> bool:
 def _is_wireguard(interface: str) -> bool:
     """In the kernel's words; Tailscale's is WireGuard in a program of its own."""
     try:
-        kind = Path("/sys/class/net", interface or "-", "uevent").read_text()
+        kind = (NET / (interface or "-") / "uevent").read_text()
     except OSError:
         return False
     return "DEVTYPE=wireguard\n" in kind or interface.startswith("tailscale")
@@ -173,15 +168,14 @@ def check_shared_memory() -> None:
 
 def ray_arguments(head: tuple[str, int], own: str, is_head: bool, engines: int) -> list[str]:
     """For ``ray start``. ``engines``: those on the CPU that this machine offers beside its GPUs, which Ray finds."""
-    host, port = head
-    place = [f"--port={port}", "--include-dashboard=false", "--no-monitor"]
+    place = [f"--port={head[1]}", "--include-dashboard=false", "--no-monitor"]
     return [
         *("start", "--block", "--disable-usage-stats", "--include-log-monitor=false"),
-        *(["--head", *place] if is_head else [f"--address={f'[{host}]' if ':' in host else host}:{port}"]),
+        *(["--head", *place] if is_head else [f"--address={head[0]}:{head[1]}"]),
         f"--node-ip-address={own}",
         f"--object-store-memory={STORE}",
         *(f"{flag}={number}" for flag, number in PORTS.items()),
-        *([f'--resources={{"engine": {engines}}}'] if engines else []),
+        *([f'--resources={{"{ENGINE}": {engines}}}'] if engines else []),
     ]
 
 

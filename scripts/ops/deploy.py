@@ -22,6 +22,7 @@ from common.log_lines import shown_network
 from common.settings import CommandLine, Given
 from generation.arguments import TABLES as SERVICE_TABLES
 from generation.fleet import ray_environment
+from generation.schema.hosts import parse_address
 from neurons.miner.options import TABLES as MINER_TABLES
 from scripts.ops import cluster, environment, probe, processes, systemd
 from scripts.ops.processes import ROOT, RUN, Refused
@@ -135,7 +136,7 @@ class _Cluster:
             self.address = service.cluster
         else:
             self.address = f"{cluster.own_address(None)}:{cluster.HEAD_PORT}"
-        self.place = cluster.parse_address(self.address)
+        self.place = parse_address(self.address)
         host = self.place[0]
         self.own = host if table.head else cluster.own_address(host)
 
