@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from generation.engine.engine import StageFailed
-from generation.fleet import remote
+from generation.fleet import process, remote
 from generation.fleet.fleet import Fleet
 from generation.fleet.messages import Start
 from generation.fleet.worker import LogForwarder, _lost_device
@@ -290,7 +290,7 @@ def alive(pid: int) -> bool:
 
 def test_a_process_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    assert process._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    assert remote._environment("cpu")["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    assert process._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    assert process._environment("cpu")["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
