@@ -112,6 +112,12 @@ class Deployment:
         ]
 
 
+    def places(self) -> int:
+        """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
+        if self.cluster is not None:
+            return probe.MAX_WORKERS
+        return probe.workers_for([self.url, *self.others])
+
     def variables(self, name: str) -> Mapping[str, str]:
         """The environment of one process. Raises Refused."""
         return self.cluster.variables() if name == "ray" and self.cluster is not None else os.environ
@@ -220,7 +226,7 @@ def _prepare(given: Given, deployment: Deployment, caller: Path) -> None:
     if joined is not None:
         joined.check(deployment.profile == "tiny")
         if joined.is_head and cluster.make_token(joined.token):
-            print(f"Made the cluster's token. Each machine that joins needs it: scp -p {joined.token} MACHINE:")
+            print(f"Made the cluster's token, {joined.token}")
         joined.variables()  # refuses a token that is not good
     extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
     environment.ensure([*environment.PLAIN, *extras, *(["cluster"] if joined is not None else [])])
@@ -301,6 +307,7 @@ def _start(deployment: Deployment) -> None:
         _started(deployment, "ray", joined.wait)
         if not joined.is_head:
             return
+        print(_how_to_join(joined), flush=True)
     (RUN / "url").write_text(f"{url}\n")
     print(f"Starting the generation service on {url} ...", flush=True)
     _started(deployment, "generation_service", lambda pid: probe.wait_for_service(url, pid))
@@ -311,7 +318,7 @@ def _start(deployment: Deployment) -> None:
     print("Starting the miner ...", flush=True)
     status = RUN / "miner.status"
     status.unlink(missing_ok=True)
-    deployment.workers = deployment.workers or probe.workers_for([url, *deployment.others])
+    deployment.workers = deployment.workers or deployment.places()
     (RUN / "workers").write_text(f"{deployment.workers}\n")
     _started(deployment, "miner", lambda pid: probe.wait_for_file(status, pid, START_S, status=True))
 
@@ -359,12 +366,19 @@ def _summarise(deployment: Deployment) -> None:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
     print("Next:")
     if joined is not None:
-        print(f"  ./deploy_competitive.sh --join {joined.address}   on each machine with {joined.token}, same mode there")
+        print(_how_to_join(joined))
     print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
     print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
     print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
     print("  ./test_competitive.py        check everything")
     print("  ./stop_competitive.sh        stop everything")
+
+
+def _how_to_join(head: _Cluster) -> str:
+    return (
+        f"  ./deploy_competitive.sh --join {head.address}   on each other machine, once it has a copy of the token\n"
+        f"  {head.token} in the same place and with the same mode (scp -p)"
+    )
 
 
 def _short(path: Path) -> Path:

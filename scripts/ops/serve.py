@@ -24,7 +24,7 @@ def command(deployment: deploy.Deployment, name: str) -> list[str]:
     """What to run. For the miner it waits for the generation service, whose places it has to know."""
     if name == "miner" and deployment.workers is None:
         _wait_for(deployment.url)
-        deployment.workers = probe.workers_for([deployment.url, *deployment.others])
+        deployment.workers = deployment.places()
     return [str(environment.PYTHON), "-m", processes.MODULES[name], *deployment.arguments(name)]
 
 
