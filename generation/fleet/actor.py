@@ -45,7 +45,7 @@ class Mailbox:
         self._outgoing: deque[bytes] = deque()
         self._state = b""
         self._changed, self._new_state = asyncio.Event(), asyncio.Event()
-        self._collected = threading.Event()
+        self._flushing: list[threading.Event] = []
         self.on_message: Callable[[Any], object] = lambda message: None
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
@@ -67,13 +67,15 @@ class Mailbox:
 
     def flush(self, timeout: float) -> None:
         """Wait until all has arrived. Not on the asyncio thread."""
-        self._loop.call_soon_threadsafe(self._collected.clear)
-        self._collected.wait(timeout)
+        arrived = threading.Event()
+        self._loop.call_soon_threadsafe(self._flushing.append, arrived)
+        arrived.wait(timeout)
 
     async def collect(self) -> list[bytes]:
         """Messages that have not been collected yet, in their order, waited for. A call says that the last arrived."""
         if not self._outgoing:
-            self._collected.set()
+            for arrived in self._flushing:
+                arrived.set()
             self._changed.clear()
             await self._changed.wait()
         parcel = [self._outgoing.popleft()]

@@ -97,6 +97,11 @@ def load(settings: Any, progress: Callable[[str], None]) -> Pipeline:
     return Pipeline()
 
 
+def resolve(settings: Any) -> Any:
+    """On a cluster's machine."""
+    return settings
+
+
 def pid(pipeline: Pipeline) -> int:
     return os.getpid()
 
