@@ -122,7 +122,7 @@ class Machine:
             self._unshare.kill()  # and the first process with it
             self._unshare.wait()
             self._unshare = None
-            while first.exists():
+            while first.exists() and "Z" not in (first / "stat").read_text().rpartition(")")[2]:
                 time.sleep(0.01)
 
 
