@@ -90,7 +90,7 @@ class _Waiting:
         self.interactive: deque[Any] = deque()
         self.background: deque[Any] = deque()
 
-    def like(self, background: bool) -> deque[Any]:
+    def of(self, background: bool) -> deque[Any]:
         return self.background if background else self.interactive
 
     def __len__(self) -> int:
@@ -198,7 +198,7 @@ class Engine:
         once, one place is left for the next that comes.
         """
         with self._changed:
-            if self.queue_depth or (background and self._urgent()):
+            if self.queue_depth or (background and self._has_interactive_work()):
                 return 0
             running = sum(background or not each.request.background for each in self._active)
             return max(0, self._at_once - running - (self._at_once > 1))
@@ -208,7 +208,7 @@ class Engine:
 
         As many may wait in the background, and take no place from the others.
         """
-        self._check_room(self._generations.like(background))
+        self._check_room(self._generations.of(background))
 
     def _check_room(self, queue: deque[Any]) -> None:
         if self.status == "loading":
@@ -229,7 +229,7 @@ class Engine:
         """
         request = replace(request, deadline=None if request.background else time.monotonic() + TIMEOUT_S)
         job = _Generation(request, on_progress)
-        queue = self._generations.like(request.background)
+        queue = self._generations.of(request.background)
         self._check_room(queue)
         self.totals["requests"] += 1
         started = time.monotonic()
@@ -265,7 +265,7 @@ class Engine:
 
         Raises as ``generate`` does, and what ``function`` raises when that is a ValueError: its verdict on the input.
         """
-        queue = self._calls.like(background)
+        queue = self._calls.of(background)
         self._check_room(queue)
         deadline = None if background else time.monotonic() + TIMEOUT_S
         return await self._outcome(_Call(function, deadline), queue)
@@ -305,7 +305,7 @@ class Engine:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
         running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
-        while (work := self._next(pipeline.limit.now)) is not None:
+        while (work := self._next_work(pipeline.limit.current)) is not None:
             call, admitted = work
             self._step_began = time.monotonic()
             if call is not None:
@@ -320,7 +320,7 @@ class Engine:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
+    def _next_work(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
         """A call, and the generations that may join now, with ``fitting`` in memory at once. Waits when nothing runs.
 
         None when stopping.
@@ -337,15 +337,15 @@ class Engine:
                 running, waiting = self._active, self._generations.background
             admitted = [waiting.popleft() for _ in range(min(self._at_once - len(running), len(waiting)))]
             self._active = self._active + admitted
-            calls = self._calls.interactive or (() if self._urgent() else self._calls.background)
+            calls = self._calls.interactive or (() if self._has_interactive_work() else self._calls.background)
             return (calls.popleft() if calls else None), admitted
 
-    def _urgent(self) -> bool:
+    def _has_interactive_work(self) -> bool:
         """Whether there is a generation that a person waits for, so that the background is to be left alone."""
         return bool(self._generations.interactive) or any(not each.request.background for each in self._active)
 
     def _is_paused(self, generation: _Generation) -> bool:
-        return generation.request.background and (bool(self._calls.interactive) or self._urgent())
+        return generation.request.background and (bool(self._calls.interactive) or self._has_interactive_work())
 
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:

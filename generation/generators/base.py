@@ -112,7 +112,7 @@ class Generator(Protocol):
         """Words of subjects to come: encoded together they cost the time of one. Only a saving; may do nothing."""
         ...
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
         """Of each model that reads only the beginning of it: tokens that it reads, and of how many."""
         ...
 
@@ -136,14 +136,14 @@ class Generator(Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Take the networks off the GPU until ``wake``, into pinned memory; works stay. Without effect when they are.
+    def offload(self) -> None:
+        """Take the networks off the GPU until ``onload``, into pinned memory; works stay. Without effect when they are.
 
         Called on small cards only, where another generator has the turn.
         """
         ...
 
-    def wake(self) -> None:
+    def onload(self) -> None:
         """Bring the networks back. Without effect when they are there."""
         ...
 

@@ -67,7 +67,7 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     ]
     progress("compiling the rasteriser, or loading it from its cache")
     warm_up(device)
-    take_turns = models.generators_rest_on == "cpu"
+    take_turns = models.offload_generators
     pipeline = Pipeline(text_to_image, background, text, image, self_check, device, about, models.max_batch, take_turns)
     if warm:
         pipeline.warm_up(progress)
@@ -85,8 +85,8 @@ def load_generators(settings: Settings, parts: Parts) -> tuple[Generator, Genera
             made.append(made[0])
             continue
         made.append(kinds.load(options, parts))
-        if settings.models.generators_rest_on == "cpu":
-            made[-1].rest()
+        if settings.models.offload_generators:
+            made[-1].offload()
     text, image = made
     return text, image
 

@@ -12,7 +12,7 @@ import torch
 log = logging.getLogger("generation.pipeline.batch_limit")
 
 #: how many requests must go well, one after the other, before one more at once is tried
-GOOD_BEFORE_MORE = 20
+SUCCESSES_BEFORE_MORE = 20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,26 +40,28 @@ class BatchLimit:
     """How many may run together now: from 1 to ``most``."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self.now = most
-        self._good = 0
+        self.maximum = most
+        self.current = most
+        self._successes = 0
 
     def out_of_memory(self, together: int) -> None:
         """``together`` at once were too many: half of them from now on."""
-        self.now = max(1, min(self.now, together // 2))
-        self._good = 0
-        log.warning("Out of GPU memory with %d at once; at most %d from now on", together, self.now)
+        self.current = max(1, min(self.current, together // 2))
+        self._successes = 0
+        log.warning("Out of GPU memory with %d at once; at most %d from now on", together, self.current)
 
-    def went_well(self) -> None:
+    def succeeded(self) -> None:
         """A request came to its result. After GOOD_BEFORE_MORE in a row there may be one more at once."""
-        if self.now == self.most:
+        if self.current == self.maximum:
             return
-        self._good += 1
-        if self._good >= GOOD_BEFORE_MORE:
-            self.now += 1
-            self._good = 0
+        self._successes += 1
+        if self._successes >= SUCCESSES_BEFORE_MORE:
+            self.current += 1
+            self._successes = 0
             log.info(
-                "Enough GPU memory for the last %d requests; at most %d at once from now on", GOOD_BEFORE_MORE, self.now
+                "Enough GPU memory for the last %d requests; at most %d at once from now on",
+                SUCCESSES_BEFORE_MORE,
+                self.current,
             )
 
 
@@ -71,7 +73,7 @@ def in_batches(limit: BatchLimit, items: Sequence[T], work: Callable[[list[T]], 
     """
     results: list[R] = []
     while len(results) < len(items):
-        batch = list(items[len(results) : len(results) + limit.now])
+        batch = list(items[len(results) : len(results) + limit.current])
         try:
             results += work(batch)
         except Exception as error:

@@ -36,10 +36,10 @@ class Job:
     work_began: float = 0.0  # on time.perf_counter()
     ticks: int = 0  # of its work
     shown: int = -1  # the latest preview of its work
-    alone: bool = False  # a tick together with others failed: whose fault it was is unknown
+    isolated: bool = False  # a tick together with others failed: whose fault it was is unknown
     gaussians: Gaussians | None = None
-    behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
-    put_back: bool = False  # it has had that chance
+    waits_for: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
+    retried: bool = False  # it has had that chance
     outcome: Asset | Exception | None = None
 
     def advance(self, stage: str, fraction: float) -> None:
@@ -57,16 +57,16 @@ class Job:
                 self.progress(stage, fraction, make())
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         # Those that are done are let go, or their works would stay in memory that this one needs.
-        self.behind = [other for other in self.behind if other.outcome is None]
-        return bool(self.behind)
+        self.waits_for = [other for other in self.waits_for if other.outcome is None]
+        return bool(self.waits_for)
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """It is paused: neither that nor what it takes is in the times of its report."""
         if self.paused_at is None:
             self.paused_at = time.perf_counter()
-        self.wanted("paused")
+        self.is_wanted("paused")
 
     def resume(self) -> None:
         if self.paused_at is not None:
@@ -76,7 +76,7 @@ class Job:
     def begin(self, work: Work) -> None:
         self.work, self.ticks = work, 0
 
-    def give_up_work(self) -> None:
+    def discard_work(self) -> None:
         """It begins again later, with nothing of it in memory until then."""
         self.work, self.gaussians = None, None
 
@@ -84,7 +84,7 @@ class Job:
         self.report.rejected = reason
         self.outcome = Asset(b"", self.report, self.gaussians)
 
-    def wanted(self, stage: str) -> bool:
+    def is_wanted(self, stage: str) -> bool:
         """Whether there is a stage to do for it; without, it has its outcome."""
         if self.outcome is not None:
             return False

@@ -64,7 +64,7 @@ class Pipeline:
         self._background = background
         self._text, self._image = text, image
         self._take_turns = take_turns
-        self._awake: Generator | None = None  # which of them, where they take turns
+        self._loaded: Generator | None = None  # which of them, where they take turns
         self._self_check = self_check
         self._device = device
         #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
@@ -79,11 +79,11 @@ class Pipeline:
             return
         torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
         for generator in self._generators():
-            self._give_turn(generator)
-            generator.warm_up(self.limit.most, progress)
+            self._bring_onto_device(generator)
+            generator.warm_up(self.limit.maximum, progress)
         if self._text_to_image is not None:
             progress("compiling text to image, or loading it from its cache")
-            self._text_to_image.warm_up(self.limit.most)
+            self._text_to_image.warm_up(self.limit.maximum)
         progress("looking for the fastest kernels of background removal and self-check")
         self._warm_up_batches()
         progress("making a first splat of a text and of a picture, to warm up")
@@ -105,10 +105,10 @@ class Pipeline:
                 work(len(batch))
                 return batch
 
-            for count in range(self.limit.most, 0, -1):
+            for count in range(self.limit.maximum, 0, -1):
                 in_batches(self._stage_limits[stage], list(range(count)), each)
-        self._give_turn(self._text)
-        for count in range(1, self.limit.most + 1):
+        self._bring_onto_device(self._text)
+        for count in range(1, self.limit.maximum + 1):
             texts = [f"{number} of {count}" for number in range(count)]
             self._text.encode(texts)
             self._self_check.encode(texts)
@@ -131,19 +131,19 @@ class Pipeline:
         on: they go on in a later tick, where they are.
         """
         paused = [job for job in jobs if job.paused()]
-        paused += self._without_turn([job for job in jobs if job not in paused and not job.waits])
-        running = [job for job in jobs if job not in paused and not job.waits]
+        paused += self._waiting_for_device([job for job in jobs if job not in paused and not job.is_waiting])
+        running = [job for job in jobs if job not in paused and not job.is_waiting]
         for job in jobs:
             if job in paused:
-                job.rest()
-            elif job.waits:
-                job.wanted("queued")
+                job.pause()
+            elif job.is_waiting:
+                job.is_wanted("queued")
             else:
                 job.resume()
-        for stages in (self._to_works, self._through_works, self._to_results):
+        for stages in (self._prepare_works, self._tick_works, self._check_results):
             stages([job for job in running if not job.paused()])
-        self._put_back(running, paused)
-        self._count_good(running)
+        self._retry_out_of_memory(running, paused)
+        self._count_successes(running)
 
     def _generator(self, job: Job) -> Generator:
         return self._text if job.request.image is None else self._image
@@ -156,18 +156,18 @@ class Pipeline:
         groups = [(each, [job for job in jobs if self._generator(job) is each]) for each in self._generators()]
         return [(generator, own) for generator, own in groups if own]
 
-    def _give_turn(self, generator: Generator) -> None:
+    def _bring_onto_device(self, generator: Generator) -> None:
         """Have it on the device, where generators take turns there."""
-        if self._take_turns and self._awake is not generator:
-            self._awake = None
+        if self._take_turns and self._loaded is not generator:
+            self._loaded = None
             for other in self._generators():  # also one that was left half awake when memory was full
                 if other is not generator:
-                    other.rest()
+                    other.offload()
             release_cache()
-            generator.wake()
-            self._awake = generator
+            generator.onload()
+            self._loaded = generator
 
-    def _without_turn(self, jobs: list[Job]) -> list[Job]:
+    def _waiting_for_device(self, jobs: list[Job]) -> list[Job]:
         """Those that must leave the device to another generator: that of the first job, which joined before them.
 
         So one goes on until those that joined before the other's first are done, and none waits for ever.
@@ -175,10 +175,10 @@ class Pipeline:
         if not self._take_turns or not jobs:
             return []
         turn = self._generator(jobs[0])
-        self._give_turn(turn)
+        self._bring_onto_device(turn)
         return [job for job in jobs if self._generator(job) is not turn]
 
-    def _to_works(self, running: list[Job]) -> None:
+    def _prepare_works(self, running: list[Job]) -> None:
         fresh = [job for job in running if job.work is None]
         shown = [job for job in fresh if self._generator(job).cutout is not None]  # the others need no picture
         self._note_cuts(fresh)
@@ -202,22 +202,22 @@ class Pipeline:
             if not job.paused():
                 self._begin([job])
 
-    def _through_works(self, running: list[Job]) -> None:
+    def _tick_works(self, running: list[Job]) -> None:
         self._tick([job for job in running if job.outcome is None and job.work is not None])
         self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
-    def _to_results(self, running: list[Job]) -> None:
+    def _check_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
 
-    def _count_good(self, running: list[Job]) -> None:
+    def _count_successes(self, running: list[Job]) -> None:
         """Requests that came to a result, for the limits of all stages that they went through."""
         for job in running:
             for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
-                self._stage_limits.get(stage, self.limit).went_well()
+                self._stage_limits.get(stage, self.limit).succeeded()
 
-    def _put_back(self, running: list[Job], paused: list[Job]) -> None:
+    def _retry_out_of_memory(self, running: list[Job], paused: list[Job]) -> None:
         """Let those for which memory was full beside others try once more when the others are done.
 
         Not behind those that are paused for them: these give up their works, and begin them again.
@@ -225,14 +225,14 @@ class Pipeline:
         full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
         going_on = [job for job in running if job.outcome is None]
         for job in full:
-            if job.put_back or (len(running) == 1 and not paused):
+            if job.retried or (len(running) == 1 and not paused):
                 continue
             for other in paused:
-                other.give_up_work()
+                other.discard_work()
             if paused:
                 release_cache()
-            job.give_up_work()
-            job.outcome, job.put_back, job.behind = None, True, list(going_on)
+            job.discard_work()
+            job.outcome, job.retried, job.waits_for = None, True, list(going_on)
             going_on.append(job)  # of several, one after the other
             if len(running) > 1:
                 self.limit.out_of_memory(len(running))
@@ -243,7 +243,7 @@ class Pipeline:
         They go through it together, as many as fit into memory. When that fails, whose fault it was is unknown, so each
         does it by itself.
         """
-        jobs = [job for job in jobs if job.wanted(stage)]
+        jobs = [job for job in jobs if job.is_wanted(stage)]
         started = time.perf_counter()
         done: list[tuple[Job, T]] = []
         try:
@@ -360,8 +360,8 @@ class Pipeline:
             with suppress(Exception):  # what can not be read fails in its stage, and is told then
                 drawn = {}
                 if self._text.cutout is not None and self._text_to_image is not None:
-                    drawn = self._text_to_image.cut(self._text.picture_prompt(prompt))
-                job.report.text_cut = drawn | self._text.cut(prompt) | self._self_check.cut(prompt)
+                    drawn = self._text_to_image.truncation(self._text.picture_prompt(prompt))
+                job.report.text_cut = drawn | self._text.truncation(prompt) | self._self_check.truncation(prompt)
             if job.report.text_cut:
                 tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
                 log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
@@ -400,10 +400,10 @@ class Pipeline:
             except Exception as error:
                 job.outcome = error
         for generator, own in self._by_generator(unfinished):
-            together = [job for job in own if not job.alone]
-            room = self.limit.now
+            together = [job for job in own if not job.isolated]
+            room = self.limit.current
             groups = [together[start : start + room] for start in range(0, len(together), room)]
-            groups += [[job] for job in own if job.alone]
+            groups += [[job] for job in own if job.isolated]
             for group in groups:
                 if not self._tick_group(generator, group):
                     release_cache()  # here the exception is gone, and with it what its frames held
@@ -434,7 +434,7 @@ class Pipeline:
                 self.limit.out_of_memory(len(group))
             else:
                 for job in group:
-                    job.alone = True
+                    job.isolated = True
             return False
         for job in group:
             job.ticks += 1

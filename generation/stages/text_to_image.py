@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from generation.accelerate.compiled import compile_autoencoder
-from generation.accelerate.offload import Resting
+from generation.accelerate.offload import Offloaded
 from generation.accelerate.quantise import quantise_linears
-from generation.accelerate.text_cache import TextCache, cut
+from generation.accelerate.text_cache import TextCache, truncation
 from generation.schema.options import TextToImageModel
 from generation.weights.strict import load_model
 
@@ -27,7 +27,7 @@ class TextToImage:
         self._device = device
         self._texts = TextCache(self._encode)
         #: T5, where it is on the device only while it encodes prompts that are not known
-        self._resting = Resting(pipe.text_encoder_2, device) if options.t5_rests_on == "cpu" else None
+        self._offloaded = Offloaded(pipe.text_encoder_2, device) if options.offload_t5 else None
 
     @classmethod
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
@@ -89,10 +89,10 @@ class TextToImage:
         ).images
         return list(images.float().clamp(0, 1))
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, prompt: str) -> dict[str, tuple[int, int]]:
         """Of each encoder that reads only the beginning of it: tokens that it reads, and of how many."""
-        t5 = cut(self._pipe.tokenizer_2, prompt, self._options.max_sequence_length)
-        found = {"text_to_image CLIP": cut(self._pipe.tokenizer, prompt), "text_to_image T5": t5}
+        t5 = truncation(self._pipe.tokenizer_2, prompt, self._options.max_sequence_length)
+        found = {"text_to_image CLIP": truncation(self._pipe.tokenizer, prompt), "text_to_image T5": t5}
         return {name: tokens for name, tokens in found.items() if tokens}
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class TextToImage:
         return words, pooled
 
     def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        with self._resting.awake() if self._resting else nullcontext():
+        with self._offloaded.on_device() if self._offloaded else nullcontext():
             words, pooled, _ = self._pipe.encode_prompt(
                 prompts, None, self._device, max_sequence_length=self._options.max_sequence_length
             )

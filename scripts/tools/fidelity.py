@@ -291,14 +291,14 @@ class Comparison:
                     )
                     for wanted in ("latent", "numpy")
                 )  # fmt: skip
-            drawer = kind.load(folder, "cpu", torch.float32, front_azimuth=90.0, steps=5, guidance_scale=scale)
+            multiview = kind.load(folder, "cpu", torch.float32, front_azimuth=90.0, steps=5, guidance_scale=scale)
         views = torch.from_numpy(images)[[1, 2, 3, 0]].permute(0, 3, 1, 2)  # as LGM's infer.py puts them
-        (drawing,) = drawer.begin([words], [cutout], [5])
-        while not drawing.done:
-            drawer.step([drawing])
+        (sampling,) = multiview.begin([words], [cutout], [5])
+        while not sampling.done:
+            multiview.step([sampling])
         what = f"{kind.__name__}, 5 steps"
-        self.add(f"{what}: latents of 4 views (ashawkey/mvdream_diffusers)", latents[[1, 2, 3, 0]], drawing.latents)
-        self.add(f"{what}: the views of 256 pixels, in LGM's order", views, drawer.views([drawing])[0])
+        self.add(f"{what}: latents of 4 views (ashawkey/mvdream_diffusers)", latents[[1, 2, 3, 0]], sampling.latents)
+        self.add(f"{what}: the views of 256 pixels, in LGM's order", views, multiview.views([sampling])[0])
         tensors = {"latents": latents[[1, 2, 3, 0]], "small": F.avg_pool2d(views, 16)}
         self.golden(f"{name}_views", tensors, config=config, shapes=shapes(pipe.unet))
 

@@ -272,9 +272,9 @@ class Trellis:
             pairs: list[tuple[Tensor, Tensor]] = []
             for small in (False, True):
                 theirs, flow = self._pair(theirs, StructureFlow, STRUCTURE_FLOW, "structure_flow", small)
-                led, unled = theirs(x, t, features), theirs(x, t, torch.zeros_like(features))
-                mine = flow(x, t, [flow.remember(each) for each in features], guided=2)
-                pairs.append((torch.cat([led, unled]), mine))
+                conditional, unconditional = theirs(x, t, features), theirs(x, t, torch.zeros_like(features))
+                mine = flow(x, t, [flow.project_context(each) for each in features], guided=2)
+                pairs.append((torch.cat([conditional, unconditional]), mine))
             self._add(
                 "TRELLIS structure flow, 2 samples with and without a picture", "structure_flow", pairs,
                 {"x": x, "t": t, "features": features}, config=STRUCTURE_FLOW, shapes=shapes(theirs),
@@ -306,10 +306,12 @@ class Trellis:
             for small in (False, True):
                 theirs, flow = self._pair(theirs, SlatFlow, SLAT_FLOW, "slat_flow", small)
                 sparse = _sparse(get, x, cells)
-                led, unled = (theirs(sparse, t, c).feats for c in (features, torch.zeros_like(features)))
-                memories = [flow.remember(each) for each in features]
-                mine = flow(x, t, memories, Voxels.join(voxels), Voxels.join(voxels + voxels))
-                pairs.append((torch.cat([led, unled]), mine))
+                conditional, unconditional = (
+                    theirs(sparse, t, c).feats for c in (features, torch.zeros_like(features))
+                )
+                contexts = [flow.project_context(each) for each in features]
+                mine = flow(x, t, contexts, Voxels.join(voxels), Voxels.join(voxels + voxels))
+                pairs.append((torch.cat([conditional, unconditional]), mine))
             what = f"TRELLIS SLAT flow, {len(cells[0])} and {len(cells[1])} voxels with and without a picture"
             tensors = {"x": x, "t": t, "features": features, "cells_0": cells[0], "cells_1": cells[1]}
             self._add(what, "slat_flow", pairs, tensors, config=SLAT_FLOW, shapes=shapes(theirs))
@@ -482,15 +484,15 @@ def sample(
     flow: Any, noise: Tensor, features: Tensor, steps: int, guidance: float, voxels: Voxels | None = None
 ) -> Tensor:  # fmt: skip
     """A flow from noise to its end for one picture's features (1, S, C)."""
-    memory, x = flow.remember(features[0]), noise
+    context, x = flow.project_context(features[0]), noise
     for step in schedule(steps, RESCALE, INTERVAL):
         t = torch.tensor([1000 * step.t])
         if voxels is None:
-            v = flow(x, t, [memory], guided=int(step.guided))
+            v = flow(x, t, [context], guided=int(step.guided))
         else:
-            v = flow(x, t, [memory], voxels, Voxels.join([voxels] * (1 + step.guided)))
-        led, unled = v.chunk(2) if step.guided else (v, None)
-        x = step.apply(x, led, unled, guidance)
+            v = flow(x, t, [context], voxels, Voxels.join([voxels] * (1 + step.guided)))
+        conditional, unconditional = v.chunk(2) if step.guided else (v, None)
+        x = step.apply(x, conditional, unconditional, guidance)
     return x
 
 

@@ -24,7 +24,7 @@ class Pipeline:
     """
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
-    limit = SimpleNamespace(now=64)  # what memory allows
+    limit = SimpleNamespace(current=64)  # what memory allows
 
     def begin(
         self,
