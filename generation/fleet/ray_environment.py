@@ -30,6 +30,8 @@ _SETTINGS = {
     "RAY_health_check_failure_threshold": "4",
     # Without its head a machine ends after so long, and its keeper joins it to the next one.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # The fleet runs elsewhere what a machine leaves; nothing would end sooner for the wait.
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_prestart_worker_first_driver": "0",  # processes that no engine would use
 }
 
