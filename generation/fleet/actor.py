@@ -13,8 +13,11 @@ import platform
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Any
+
+import psutil
 
 from common.version import VERSION
 from generation.engine.engine import describe
@@ -28,13 +31,13 @@ PARCEL_BYTES = 1 << 20
 
 
 @cache
-def code() -> dict[str, str]:
-    """What must be the same where the service is and where the engine is, by name."""
+def software() -> str:
+    """What must be the same where the service is and where the engine is, in words."""
     digest = hashlib.sha256()
     for folder in ("common", "generation"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return {"version": VERSION, "code": digest.hexdigest()[:12], "Python": platform.python_version()}
+    return f"version {VERSION} with code {digest.hexdigest()[:12]} on Python {platform.python_version()}"
 
 
 class Mailbox:
@@ -98,9 +101,9 @@ class EngineActor:
         self._mailbox: Mailbox
         self._work: asyncio.Task[None]
 
-    async def code(self) -> dict[str, str]:
-        """As the function."""
-        return code()
+    async def about(self) -> tuple[str, int]:
+        """Its software, and its process."""
+        return software(), os.getpid()
 
     async def begin(self, data: bytes) -> None:
         """``data`` is a pickled ``Resolve``. Returns at once; what comes of it is collected."""
@@ -113,6 +116,7 @@ class EngineActor:
 
     async def _run(self, message: Resolve) -> None:
         try:
+            await _end_of(message.after)
             settings = await asyncio.to_thread(message.function)
             self._mailbox.send(Resolved(settings))
             await EngineProcess(self._mailbox, Start(settings, message.loader)).run()
@@ -129,3 +133,11 @@ class EngineActor:
 
     async def state(self) -> bytes:
         return await self._mailbox.state()
+
+
+async def _end_of(process: int | None) -> None:
+    """Only then is its GPU's memory free. Ray tells of an end when it has asked for it."""
+    with suppress(psutil.NoSuchProcess):
+        before = None if process is None else psutil.Process(process)
+        while before is not None and before.is_running() and before.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(0.05)

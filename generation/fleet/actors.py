@@ -8,10 +8,11 @@ import pickle
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from generation.fleet import remote
-from generation.fleet.actor import code
+from generation.fleet.actor import software
 from generation.fleet.cluster import Cluster, Machine, in_words
 from generation.fleet.fleet import LOADER, Fleet
 from generation.fleet.messages import Broken, Resolve, Resolved
@@ -30,16 +31,16 @@ class ActorLink:
 
     def __init__(self, actor: Any, first: Resolve) -> None:
         self.cause = ""  # of the end, in words
+        self.process: int | None = None
         self._actor, self._first = actor, first
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._work: asyncio.Task[None]
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
         async def work() -> None:
-            theirs = await self._actor.code.remote()
-            if different := [f"{name} {theirs.get(name)}, here {ours}" for name, ours in code().items()
-                             if theirs.get(name) != ours]:  # fmt: skip
-                on_message(Broken(f"it is not the same software as this service: {'; '.join(different)}"))
+            theirs, self.process = await self._actor.about.remote()
+            if theirs != software():
+                on_message(Broken(f"its machine has {theirs}, and this service is {software()}"))
                 return
             await self._actor.begin.remote(pickle.dumps(self._first))
             async with asyncio.TaskGroup() as group:
@@ -95,12 +96,13 @@ class ActorEngine(RemoteEngine):
         super().__init__(device, machine.address, 1, changed)
         self._cluster, self._machine, self._first, self._accept = cluster, machine, first, accept
         self._actor: Any = None
-        self._ours: ActorLink
+        self._ours: ActorLink | None = None
 
     def _launch(self) -> ActorLink:
         self._set("loading", f"waiting for {'a GPU' if self._machine.has_gpu else 'a place'} on {self.machine}")
         self._actor = self._cluster.begin(self._machine)
-        self._ours = ActorLink(self._actor, self._first)
+        before = self._ours.process if self._ours is not None else None
+        self._ours = ActorLink(self._actor, replace(self._first, after=before))
         return self._ours
 
     def _has_ended(self) -> bool:
@@ -111,11 +113,11 @@ class ActorEngine(RemoteEngine):
         with suppress(Exception):  # it is dead, or unknown: then its machine is cut off
             async with asyncio.timeout(remote.ENDING_S):
                 while True:
-                    await self._actor.code.remote()
+                    await self._actor.about.remote()
                     await asyncio.sleep(0.02)
 
     def _cause(self) -> str:
-        return self._ours.cause or "it ended"
+        return (self._ours is not None and self._ours.cause) or "it ended"
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Resolved) and not self._broken:
@@ -138,7 +140,7 @@ class ClusterFleet(Fleet):
         super().__init__({})
         self._max_queue = max_queue
         self._cluster, self._resolve, self._loader = cluster, resolve, loader
-        code()  # as it is now: what is on disk may change
+        software()  # as it is now: what is on disk may change
         self._machines: dict[Machine, list[ActorEngine]] = {}
         self._emptied = time.monotonic()
         self._looking: asyncio.Task[None]

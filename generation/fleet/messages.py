@@ -34,12 +34,13 @@ class Start:
 class Resolve:
     """The first message to an engine on another machine: ``function`` gives the settings that hold there.
 
-    ``threads`` is how many of the machine's CPU cores are the engine's.
+    ``threads`` is how many of the machine's CPU cores are the engine's; ``after`` the process that had its GPU before.
     """
 
     function: Callable[[], Any]
     loader: str
     threads: int
+    after: int | None = None
 
 
 @dataclass(frozen=True)
