@@ -1,4 +1,4 @@
-"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity.py) lies in tests/golden;
+"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity/) lies in tests/golden;
 ours must agree without it, and with a mistake in any convention it must not."""
 
 from __future__ import annotations
