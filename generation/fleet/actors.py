@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -16,10 +17,13 @@ from generation.fleet.actor import software
 from generation.fleet.cluster import Cluster, Machine, in_words
 from generation.fleet.fleet import LOADER, Fleet
 from generation.fleet.messages import Broken, Resolve, Resolved
+from generation.fleet.ray_environment import ENGINE
 from generation.fleet.remote import RemoteEngine
 
 #: Between looks at which machines there are.
 LOOK_S = 1.0
+#: The head says within so long which machines there are.
+HEAD_ANSWERS_S = 5.0
 #: Requests wait for so long for a machine to come when the last one is gone: its keeper starts it again.
 MACHINE_BACK_S = 120.0
 
@@ -99,7 +103,10 @@ class ActorEngine(RemoteEngine):
         self._ours: ActorLink | None = None
 
     def _launch(self) -> ActorLink:
-        self._set("loading", f"waiting for {'a GPU' if self._machine.has_gpu else 'a place'} on {self.machine}")
+        self._set(
+            "loading",
+            f"starting on {self.machine}, where it waits for a free {'GPU' if self._machine.has_gpu else ENGINE}",
+        )
         self._actor = self._cluster.begin(self._machine)
         before = self._ours.process if self._ours is not None else None
         self._ours = ActorLink(self._actor, replace(self._first, after=before))
@@ -165,28 +172,39 @@ class ClusterFleet(Fleet):
 
     async def _look(self) -> None:
         while True:
-            try:
-                now = await asyncio.to_thread(self._cluster.machines)
-            except Exception as error:
-                log.error("The cluster's head does not tell which machines there are: %s", in_words(error))
-            else:
-                for machine in self._machines.keys() - now:
-                    self._leave(machine)
-                for machine in now:
-                    if machine not in self._machines:
-                        self._join(machine)
+            for machine in self._machines.keys() - (now := await self._there()):
+                self._leave(machine)
+            for machine in now:
+                if machine not in self._machines:
+                    self._join(machine)
             if not self._engines:
                 self._hand_out()  # turns away those that have waited for too long
             await asyncio.sleep(LOOK_S)
 
+    async def _there(self) -> Collection[Machine]:
+        """The machines that there are now, or were when the head last answered."""
+        asked = asyncio.ensure_future(asyncio.to_thread(self._cluster.machines))
+        done, _ = await asyncio.wait([asked], timeout=HEAD_ANSWERS_S)
+        if not done:
+            log.error(
+                "The cluster's head has not answered for %.0f s; where it stays away, Ray ends this process",
+                HEAD_ANSWERS_S,
+            )
+        try:
+            return await asked
+        except Exception as error:
+            log.error("The cluster's head does not say which machines there are: %s", in_words(error))
+            return self._machines
+
     def _join(self, machine: Machine) -> None:
         log.info("Machine %s has joined, with %d engines", machine.address, machine.engines)
-        threads = max(1, machine.cores // machine.engines)
-        first = Resolve(self._resolve, self._loader, threads)
-        kind = "gpu" if machine.has_gpu else "cpu"
+        first = Resolve(self._resolve, self._loader, threads=max(1, machine.cores // machine.engines))
+        place = f"{machine.address}/{'gpu' if machine.has_gpu else 'cpu'}"
+        taken = {engine.device for engine in self._engines}  # by a machine that has not left yet, and is back
+        free = (name for number in itertools.count() if (name := f"{place}{number}") not in taken)
         self._machines[machine] = [
-            ActorEngine(f"{machine.address}/{kind}{number}", self._cluster, machine, first, self._check, self._hand_out)
-            for number in range(machine.engines)
+            ActorEngine(device, self._cluster, machine, first, self._check, self._hand_out)
+            for device in itertools.islice(free, machine.engines)
         ]
         for engine in self._machines[machine]:
             self._add(engine)

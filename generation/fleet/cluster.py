@@ -96,16 +96,21 @@ def connect(address: str, token_file: Path) -> Cluster:
         import ray  # reads the environment
     except ImportError as error:
         raise ClusterError("the package ray is not installed: it is in the extra [cluster]") from error
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")  # somebody listens there, and it may not be Ray
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
-    except ConnectionError as error:
-        raise ClusterError(
-            f"the Ray head at {address} does not let this service in: is its token that of {token_file}, and does Ray "
-            f"run on this machine too? {in_words(error)}"
-        ) from error
     except Exception as error:
-        raise ClusterError(f"the Ray cluster at {address} can not be joined: {in_words(error)}") from error
+        raise ClusterError(f"the Ray cluster at {address} can not be joined: {_refusal(error, token_file)}") from error
     return Cluster(ray)
+
+
+def _refusal(error: BaseException, token_file: Path) -> str:
+    text = f"{error} {error.__cause__ or ''}"
+    if "InvalidAuthToken" in text or "Unauthenticated" in text:
+        return f"its token is not the one in {token_file}"
+    if "No node info found" in text:
+        return "Ray does not run on this machine, which must be one of the cluster's"
+    return in_words(error.__cause__ or error)
 
 
 def _wait_for(address: str) -> None:
