@@ -57,7 +57,7 @@ class Pace:
     `cost`: time in which it had any work, per finished candidate, whether it works on one at a time or on many.
     `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
     and a longer one slowly, because the shortest is what a task takes without a wait. Several candidates of a task take
-    longer than one, at most as many times as long: they shorten it by the whole of their time, and lengthen it by a share.
+    longer than one, but at most as many times as long: they shorten it by their whole time, and lengthen it by a share.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:

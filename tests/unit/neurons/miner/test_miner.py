@@ -703,7 +703,7 @@ async def test_a_password_in_an_address_is_used_and_never_shown() -> None:
         assert await service.health() == "ready"
         assert service.endpoint == url
     await runner.cleanup()
-    assert seen == [aiohttp.BasicAuth("miner", "secret").encode()]
+    assert seen == [aiohttp.encode_basic_auth("miner", "secret")]
 
 
 async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
