@@ -97,6 +97,24 @@ def load(settings: Any, progress: Callable[[str], None]) -> Pipeline:
     return Pipeline()
 
 
+def resolve(settings: Any) -> Any:
+    """On a cluster's machine."""
+    return settings
+
+
+def resolve_there(settings: Any) -> Any:
+    """The same with what only that machine can say."""
+    return SimpleNamespace(**vars(settings), profile="tiny", memory_class="24 GB", process=os.getpid())
+
+
+def threads(pipeline: Pipeline) -> str:
+    return os.environ["OMP_NUM_THREADS"]
+
+
+def echo(pipeline: Pipeline, data: bytes) -> bytes:
+    return data
+
+
 def pid(pipeline: Pipeline) -> int:
     return os.getpid()
 
