@@ -10,7 +10,7 @@ from PIL import Image
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline
 from generation.splats import ply
-from tests.support.sculptor import STAGES, Scene, align, ask
+from tests.support.sculptor import STAGES, Scene, align, ask, told
 from tests.support.standins import Painter, WhiteIsBackground, ball, colour_check
 
 
@@ -34,6 +34,18 @@ def test_same_prompt_and_seed_same_splat(pipeline):
     together = pipeline.generate([ask("a blue ball", seed=4), ask("a red ball", seed=3)])
     assert together[1].ply == alone
     assert pipeline.generate([ask("a red ball", seed=4)])[0].ply != alone
+
+
+def test_each_picture_is_drawn_with_its_own_requests_seed(pipeline, monkeypatch):
+    drawn: list[list[tuple[str, int]]] = []
+    paint = pipeline._text_to_image.generate
+    monkeypatch.setattr(
+        pipeline._text_to_image,
+        "generate",
+        lambda texts, seeds: told(drawn, list(zip(texts, seeds, strict=True)), paint(texts, seeds)),
+    )
+    pipeline.generate([ask("red", seed=3), ask("blue", seed=4)])
+    assert drawn == [[("red", 3), ("blue", 4)]]
 
 
 def test_works_share_their_ticks(pipeline, sculptor):
