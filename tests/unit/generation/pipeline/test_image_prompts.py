@@ -62,5 +62,5 @@ class TestImagePrompts:
         for picture in (Image.new("RGBA", (40, 40)), Image.new("RGB", (40, 40), "white")):
             (asset,) = pipeline.generate([ask(None, image=picture)])
             assert asset.ply == b""
-            assert asset.report.num_gaussians == 0
+            assert asset.report.hopeless
         assert sculptor.batches == []
