@@ -1,0 +1,90 @@
+"""What is made of Ray's answers: machines and errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import exceptions
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+
+from generation.fleet import cluster
+from generation.fleet.cluster import Cluster, ClusterError, Machine, connect, in_words
+
+WORKER = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was "
+)
+NODE = "The actor died because its node has died. Node Id: ab12 "
+KILLED = "The actor is dead because it was killed by `ray.kill`."
+
+
+def died(cause: str) -> exceptions.ActorDiedError:
+    """As Ray makes them."""
+    return exceptions.ActorDiedError(
+        ActorDiedErrorContext(error_message=cause, class_name="EngineActor", pid=7, actor_id=bytes(16))
+    )
+
+
+class Ray:
+    """Says which nodes there are, as ``ray.nodes()``."""
+
+    def __init__(self, *nodes: dict[str, Any]) -> None:
+        self._nodes = nodes
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": str(number), "Alive": True, "NodeManagerAddress": f"10.0.0.{number}", **node}
+            for number, node in enumerate(self._nodes)
+        ]
+
+    def remote(self, actor: type) -> type:
+        return actor
+
+
+def test_a_machine_has_an_engine_for_each_gpu_or_as_many_as_it_declares() -> None:
+    ray = Ray(
+        {"Resources": {"CPU": 16.0, "GPU": 2.0, "engine": 3.0}},
+        {"Resources": {"CPU": 4.0, "engine": 1.0}},
+        {"Resources": {"CPU": 4.0}},
+        {"Resources": {"GPU": 1.0}, "Alive": False},
+    )
+    assert Cluster(ray).machines() == [
+        Machine("0", "10.0.0.0", engines=2, has_gpu=True, cores=16),
+        Machine("1", "10.0.0.1", engines=1, has_gpu=False, cores=4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (died(WORKER), "its process was killed or crashed"),
+        (died(NODE), "its machine has left the cluster"),
+        (died(KILLED), "it was killed"),
+        (exceptions.ActorUnavailableError("grpc: " * 99, b"x" * 16), "its machine does not answer"),
+        (exceptions.ActorUnschedulableError("the node is gone"), "its machine has left the cluster"),
+        (exceptions.RayTaskError("begin", "Traceback\n" * 50, ValueError("no\nsuch")), "ValueError: no such"),
+        (ConnectionError(), "ConnectionError"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_short_line(error: Exception, words: str) -> None:
+    assert in_words(error) == words
+
+
+def test_a_long_error_is_cut() -> None:
+    assert len(in_words(RuntimeError("word " * 1000))) < 310
+
+
+def test_no_token_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sent."""
+    monkeypatch.setattr(cluster, "_wait_for", lambda address: pytest.fail("it went on"))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    with pytest.raises(ClusterError, match=r"cluster_token_file: .*No such file"):
+        connect("127.0.0.1:1", tmp_path / "none")
+
+
+def test_where_nobody_listens_the_address_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "HEAD_S", 0.0)
+    with pytest.raises(ClusterError, match=r"no Ray head listens at 127\.0\.0\.1:1: .*refused"):
+        cluster._wait_for("127.0.0.1:1")
