@@ -17,16 +17,11 @@ class Offloaded:
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
-        """``model`` may be on any device, and is offloaded from now on. ``device`` is the one that it works on."""
+        """``device`` is the one that ``model`` works on. Until the first ``offload`` the model stays where it is."""
+        self._model = model
         self._device = torch.device(device)
-        pin = self._device.type == "cuda"
-        model.to(self._device)  # the buffers
         self._pinned: list[tuple[nn.Parameter, Tensor]] = []
-        for parameter in model.parameters():
-            copy = parameter.data.cpu()
-            self._pinned.append((parameter, copy.pin_memory() if pin else copy))
         self._is_loaded = True
-        self.offload()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -46,6 +41,14 @@ class Offloaded:
 
     def offload(self) -> None:
         """Free the device's copies. A CUDA graph that was captured before can not be replayed any more."""
+        if not self._pinned:
+            self._pin()
         self._is_loaded = False
         for parameter, pinned in self._pinned:
             parameter.data = pinned
+
+    def _pin(self) -> None:
+        self._model.to(self._device)  # the buffers
+        for parameter in self._model.parameters():
+            copy = parameter.data.cpu()
+            self._pinned.append((parameter, copy.pin_memory() if self._device.type == "cuda" else copy))

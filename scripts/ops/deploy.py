@@ -111,7 +111,6 @@ class Deployment:
             *("--workers", str(self.workers), "--status-file", "run/miner.status"),
         ]
 
-
     def places(self) -> int:
         """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
         if self.cluster is not None:
@@ -346,7 +345,9 @@ def _summarise(deployment: Deployment) -> None:
     pids = {name: processes.read_pid(name) for name in deployment.names}
     joined = deployment.cluster
     if joined is not None and not joined.is_head:
-        print(f"Running: Ray, which has joined {joined.address} from {joined.own} (PID {pids['ray']}), log: logs/ray.log")
+        print(
+            f"Running: Ray, which has joined {joined.address} from {joined.own} (PID {pids['ray']}), log: logs/ray.log"
+        )
         print("Next: the head's /health lists this machine's engines; ./stop_competitive.sh takes them away again")
         return
     workers = (RUN / "workers").read_text().strip()

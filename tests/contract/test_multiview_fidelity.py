@@ -1,4 +1,4 @@
-"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity.py) lies in tests/golden;
+"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity/) lies in tests/golden;
 ours must agree without it, and with a mistake in any convention it must not."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -293,13 +294,15 @@ def test_names_of_older_transformers_are_read(folder, tmp_path):
 
 @pytest.mark.slow
 def test_downloaded_by_name_and_loaded_offline(folder, tmp_path, monkeypatch, no_network):
-    entry = REGISTRY["imagedream"]
+    # By another revision than the registry's, whose weights must be the published ones.
+    entry = replace(REGISTRY["imagedream"], revision="d" * 40, sha256=())
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files |= {"unet/mv_unet.py": b"raise SystemExit", "README.md": b"#", "model_index.json": b"{}"}
-    with serve({str(entry.repo): Repository("d" * 40, files)}) as hub:
+    with serve({str(entry.repo): Repository(entry.revision, files)}) as hub:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        command = ["--only", "imagedream", "--revision", entry.revision]
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.ops.download_weights", "--only", "imagedream"],
+            [sys.executable, "-m", "scripts.ops.download_weights", *command],
             env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""TRELLIS's and DINOv2's authors' code computed what lies in tests/golden (scripts/tools/fidelity_trellis.py); ours
+"""TRELLIS's and DINOv2's authors' code computed what lies in tests/golden (scripts/tools/fidelity/trellis.py); ours
 must agree without it, and every mistake that is easily made must show."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from generation.generators.trellis.weights import Networks, build, prepare
 from generation.weights import WeightsError
 from generation.weights.registry import REGISTRY, wanted
 from scripts.bench.trellis_sizes import PUBLISHED
-from scripts.tools import fidelity_trellis as tool
+from scripts.tools.fidelity import small_trellis as tool
 from scripts.tools.golden_weights import golden, weights
 
 LIMIT = 1e-4

@@ -157,7 +157,10 @@ def test_requests_spread_over_both_machines(rig: Rig, service: Service) -> None:
     go, seeds = service.hold()
     go.touch()
     devices = [answer["device"] for answer in service.answers(seeds)]
-    assert {device: devices.count(device) >= 2 for device in devices} == {"10.77.0.2/cpu0": True, "10.77.0.3/cpu0": True}
+    assert {device: devices.count(device) >= 2 for device in devices} == {
+        "10.77.0.2/cpu0": True,
+        "10.77.0.3/cpu0": True,
+    }
 
 
 def test_a_killed_engine_loses_nothing_and_comes_back(rig: Rig, service: Service) -> None:

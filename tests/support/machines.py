@@ -172,7 +172,7 @@ def _sweep() -> None:
 
 
 def clone(root: Path, to: Path) -> None:
-    """A copy of the project with what is compiled in it, whose environment has the packages of the one that this runs in."""
+    """A copy of the project, with what is compiled in it. Its environment has the packages of this one."""
     private = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "run", "logs", ".*_cache")
     shutil.copytree(root, to, ignore=private)
     packages = Path(sysconfig.get_path("purelib"))

@@ -98,7 +98,7 @@ class Lgm:
         self._remove_background = remove_background
         self._rays = network.rays()
         self._pass = GraphedFunction(self._splats)
-        self._offloaded: Offloaded | None = None
+        self._offloaded = Offloaded(network, device)
         self.cutout = CutoutFrame(multiview.image_size, BORDER) if options.draws else None
 
     def picture_prompt(self, words: str) -> str:
@@ -118,14 +118,11 @@ class Lgm:
     def offload(self) -> None:
         self._multiview.offload()
         self._pass.forget()
-        if self._offloaded is None:
-            self._offloaded = Offloaded(self._network, self._device)
         self._offloaded.offload()
 
     def onload(self) -> None:
         self._multiview.onload()
-        if self._offloaded is not None:
-            self._offloaded.onload()
+        self._offloaded.onload()
 
     def encode(self, texts: Sequence[str]) -> None:
         self._multiview.encode([self._options.view_prompt(text) for text in texts])

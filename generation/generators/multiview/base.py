@@ -56,7 +56,7 @@ class MultiViewModel:
         self._latent_shape = (len(views), unet.config.out_channels, size, size)
         self._decode = GraphedFunction(self._images)
         self._networks = nn.ModuleList([unet, vae, words.encoder])
-        self._offloaded: Offloaded | None = None
+        self._offloaded = Offloaded(self._networks, unet.device)
         self._is_compiled = False
 
     def _begin(
@@ -109,7 +109,8 @@ class MultiViewModel:
             compile_unet(self._unet)
             # Not compiled: it works once a request, 18 ms for one object in its eager form (H200).
             self._vae.to(memory_format=torch.channels_last)
-            self._is_compiled, self._offloaded = True, None  # the UNet has other parameters now
+            self._is_compiled = True
+            self._offloaded = Offloaded(self._networks, self._unet.device)  # the UNet has other parameters now
         for size in compiled_sizes(most):
             progress(f"compiling {type(self).__name__} for {size} of {most} at once")
             self._capture_encoder(size)
@@ -121,14 +122,11 @@ class MultiViewModel:
         """Off the GPU until `onload`, into pinned memory; samplings stay."""
         for captured in self._captured():
             captured.forget()
-        if self._offloaded is None:
-            self._offloaded = Offloaded(self._networks, self._unet.device)
         self._offloaded.offload()
 
     def onload(self) -> None:
         """Bring the networks back."""
-        if self._offloaded is not None:
-            self._offloaded.onload()
+        self._offloaded.onload()
 
     def _noise(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
         return copy_async(torch.randn(tuple(shape), generator=generator), self._cameras.device)

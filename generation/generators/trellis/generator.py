@@ -93,7 +93,7 @@ class Trellis:
         o = options
         self._structure_steps = schedule(o.structure_steps, o.structure_rescale, o.structure_interval)
         self._slat_steps = schedule(o.slat_steps, o.slat_rescale, o.slat_interval)
-        self._offloaded: list[Offloaded] | None = None
+        self._offloaded = [Offloaded(network, device) for network in self._all()]
         self._joined: tuple[list[Voxels], int, Voxels, Voxels] | None = None
 
     def picture_prompt(self, words: str) -> str:
@@ -109,13 +109,11 @@ class Trellis:
         return None
 
     def offload(self) -> None:
-        if self._offloaded is None:
-            self._offloaded = [Offloaded(network, self._device) for network in self._all()]
         for each in self._offloaded:
             each.offload()
 
     def onload(self) -> None:
-        for each in self._offloaded or ():
+        for each in self._offloaded:
             each.onload()
 
     def _all(self) -> list[nn.Module]:

@@ -40,6 +40,8 @@ class _Clip:
         self._mean = torch.tensor(use.mean or own["mean"], device=device, dtype=self._dtype).view(1, 3, 1, 1)
         self._std = torch.tensor(use.std or own["std"], device=device, dtype=self._dtype).view(1, 3, 1, 1)
         self._offloaded = Offloaded(model, device) if offload else None
+        if self._offloaded:
+            self._offloaded.offload()
         self.use = use
 
     def _pixels(self, images: Tensor) -> Tensor:

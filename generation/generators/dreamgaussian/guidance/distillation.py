@@ -38,8 +38,8 @@ class Distillation:
         side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self._latent_shape = (vae.config.latent_channels, side, side)
         self._step = GraphedFunction(self._distil)
-        self._networks = nn.ModuleList([self._unet, self._vae])  # what rests; a subclass adds its own
-        self._offloaded: Offloaded | None = None
+        self._networks = nn.ModuleList([self._unet, self._vae])  # that are offloaded; a subclass adds its own
+        self._offloaded = Offloaded(self._networks, unet.device)
         self._is_compiled = False
 
     def _guided_noise(
@@ -85,7 +85,8 @@ class Distillation:
             compile_unet(self._unet)
             fuse_encoder(self._vae)
             compile_autoencoder(self._vae)
-            self._is_compiled, self._offloaded = True, None  # it has other parameters now
+            self._is_compiled = True
+            self._offloaded = Offloaded(self._networks, device)  # they have other parameters now
         condition = self._any_condition()
         for count in range(1, scenes + 1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
@@ -102,14 +103,11 @@ class Distillation:
     def offload(self) -> None:
         """See `Guidance.offload`."""
         self._step.forget()
-        if self._offloaded is None:
-            self._offloaded = Offloaded(self._networks, self._unet.device)
         self._offloaded.offload()
 
     def onload(self) -> None:
         """See `Guidance.onload`."""
-        if self._offloaded is not None:
-            self._offloaded.onload()
+        self._offloaded.onload()
 
     def _distil(
         self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float

@@ -135,10 +135,11 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
-def test_a_resting_model_is_on_its_device_only_while_it_works(monkeypatch):
+def test_an_offloaded_model_is_on_its_device_only_while_it_works(monkeypatch):
     """The moves alone: a copy stands for what is on a GPU."""
     model = torch.nn.Linear(3, 2)
     offloaded = Offloaded(model, "cpu")
+    offloaded.offload()
     pinned, before = model.weight.data_ptr(), model.weight.detach().clone()
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
 
