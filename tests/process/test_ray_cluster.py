@@ -117,8 +117,9 @@ async def test_settings_are_resolved_on_the_machine_and_shown(
 ) -> None:
     resolve = partial(fleet_standin.resolve_there, fleet_harness.settings(tmp_path))
     async with fleet_on(cluster, tmp_path, resolve) as fleet:
-        assert fleet.resolved is None
+        before = fleet.resolved
         await until(lambda: states(fleet) == ["ready"])
+        assert before is None
         assert fleet.resolved.process == await fleet.call(fleet_standin.pid) != os.getpid()
         assert fleet.health()[0]["memory_class"] == "24 GB"
         # Both of the machine's cores are its only engine's; Ray alone would say 1.

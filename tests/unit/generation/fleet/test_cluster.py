@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ray import exceptions
-from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.core.generated import common_pb2
 
 from generation.fleet import cluster
 from generation.fleet.cluster import Cluster, ClusterError, Machine, connect, in_words
@@ -22,9 +22,8 @@ KILLED = "The actor is dead because it was killed by `ray.kill`."
 
 def died(cause: str) -> exceptions.ActorDiedError:
     """As Ray makes them."""
-    return exceptions.ActorDiedError(
-        ActorDiedErrorContext(error_message=cause, class_name="EngineActor", pid=7, actor_id=bytes(16))
-    )
+    context: Any = common_pb2
+    return exceptions.ActorDiedError(context.ActorDiedErrorContext(error_message=cause, actor_id=bytes(16)))
 
 
 class Ray:
