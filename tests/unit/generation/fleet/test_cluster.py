@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from ray.core.generated import common_pb2
 from generation.fleet import cluster
 from generation.fleet.cluster import Cluster, ClusterError, Machine, connect, in_words
 
+ROOT = Path(__file__).resolve().parents[4]
 WORKER = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
     "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was "
@@ -87,3 +91,19 @@ def test_where_nobody_listens_the_address_is_named(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(cluster, "HEAD_S", 0.0)
     with pytest.raises(ClusterError, match=r"no Ray head listens at 127\.0\.0\.1:1: .*refused"):
         cluster._wait_for("127.0.0.1:1")
+
+
+def test_one_machine_is_served_where_ray_is_not_installed() -> None:
+    code = "import sys; sys.modules['ray'] = None; import generation.serve_competitive"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 4)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cluster, "_wait_for", lambda address: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"ray is not installed.*\[cluster\]"):
+        connect("127.0.0.1:1", token)
