@@ -1,4 +1,4 @@
-"""Messages between the service and an engine's process: pickled, over a socket of a connected pair."""
+"""Messages between the service and an engine, pickled; on one machine over a socket of a connected pair."""
 
 from __future__ import annotations
 
@@ -31,6 +31,19 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Resolve:
+    """The first message to an engine on another machine: ``function`` gives the settings that hold there.
+
+    ``threads`` is how many of the machine's CPU cores are the engine's; ``after`` the process that had its GPU before.
+    """
+
+    function: Callable[[], Any]
+    loader: str
+    threads: int
+    after: int | None = None
+
+
+@dataclass(frozen=True)
 class Generate:
     number: int
     request: Request
@@ -52,6 +65,13 @@ class Cancel:
 
 
 # ---- from the engine's process ----
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of an engine that was told to resolve them."""
+
+    settings: Any
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 GIB = 2**30
 
 Quantization = Literal["none", "nf4"]
-RestingPlace = Literal["gpu", "cpu"]
 
 
 class MemoryClass(BaseModel):
@@ -21,10 +20,9 @@ class MemoryClass(BaseModel):
     name: str = Field(min_length=1)
     least_gib: float = Field(ge=0, le=10_000)
     quantization: Quantization = "none"  # of FLUX's transformer and T5
-    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
-    self_check_rests_on: RestingPlace = "gpu"  # where the self-check's CLIPs are while they look at nothing
-    # where the generator of texts, or of pictures, is while the other one works; with "cpu" they take turns
-    generators_rest_on: RestingPlace = "gpu"
+    offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
+    offload_self_check: bool = False  # the self-check's CLIPs are in pinned memory while they look at nothing
+    offload_generators: bool = False  # of two generators one is on the GPU at a time: they take turns
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 

@@ -16,12 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
-from generation.schema.memory_class import MemoryClass, Quantization, RestingPlace
+from generation.schema.memory_class import MemoryClass, Quantization
 
 log = logging.getLogger("generation.schema.options")
 
 #: What memory classes say in place of the text_to_image stage.
-CLASS_KEYS = {"quantization", "t5_rests_on"}
+CLASS_KEYS = {"quantization", "offload_t5"}
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -112,7 +112,7 @@ class TextToImageModel(ModelChoice):
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
     quantization: Quantization = "none"  # of the transformer and T5
-    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
+    offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
 
     @property
     def precision(self) -> str:
@@ -148,8 +148,8 @@ class Models(Schema):
     image_clip: ModelChoice | None = None
     quality: ModelChoice | None = None
     lpips: ModelChoice | None = None
-    self_check_rests_on: RestingPlace = "gpu"  # where the two CLIPs are while they look at nothing
-    generators_rest_on: RestingPlace = "gpu"  # where one generator is while the other has work; "cpu": they take turns
+    offload_self_check: bool = False  # the two CLIPs are in pinned memory while they look at nothing
+    offload_generators: bool = False  # of two generators one is on the GPU at a time: they take turns
 
     @classmethod
     def load(cls, path: Path) -> Models:
@@ -182,14 +182,14 @@ class Models(Schema):
         """The same with what a memory class says."""
         if memory_class is None:
             return self
-        fitting = {"quantization": memory_class.quantization, "t5_rests_on": memory_class.t5_rests_on}
+        fitting = {"quantization": memory_class.quantization, "offload_t5": memory_class.offload_t5}
         text_to_image = self.text_to_image.model_copy(update=fitting)
         return self.model_copy(
             update={
                 "max_batch": memory_class.max_batch,
                 "text_to_image": text_to_image,
-                "self_check_rests_on": memory_class.self_check_rests_on,
-                "generators_rest_on": memory_class.generators_rest_on,
+                "offload_self_check": memory_class.offload_self_check,
+                "offload_generators": memory_class.offload_generators,
             }
         )
 

@@ -47,7 +47,15 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     events = Events()
     metrics = Metrics(engine)
     candidates = Candidates(engine)
-    makers = Makers(engine, candidates, Gallery(settings.gallery), events, settings.device, metrics.record)
+
+    def resolved() -> Settings:
+        """What the engines run with, which a cluster's service does not know before it has one."""
+        return (engine.resolved if isinstance(engine, Fleet) else None) or settings
+
+    def device() -> str:
+        return resolved().device
+
+    makers = Makers(engine, candidates, Gallery(settings.gallery), events, device, metrics.record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -99,7 +107,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             if not asset.ply:
                 return Response(b"", media_type="video/mp4", headers=headers)
             following.progress("video", 0.0)
-            film = partial(_film, data=asset.ply, device=settings.device)
+            film = partial(_film, data=asset.ply, device=device())
             frames = await _while_connected(request, engine.call(film, following.background))
             return Response(await asyncio.to_thread(_encode, frames), media_type="video/mp4", headers=headers)
 
@@ -163,7 +171,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         return {**_jsonable(asdict(scores)), **encoded}
 
     async def film_kept(data: bytes) -> bytes:
-        frames = await engine.call(partial(_film, data=data, device=settings.device), False)
+        frames = await engine.call(partial(_film, data=data, device=device()), False)
         return await asyncio.to_thread(_encode, frames)
 
     app.include_router(studio.router(makers, settings.validation_threshold, film_kept, settings.miner_url))
@@ -180,7 +188,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             "reason": engine.reason,
             "profile": settings.profile,
             "profile_reason": settings.profile_reason,
-            "device": settings.device,
+            "device": device(),
             "memory_class": settings.memory_class,
             "memory_reason": settings.memory_reason,
             "generators": {
@@ -189,9 +197,9 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             },
             "models": engine.models,
             "score": {
-                "formula": formula(settings.models.score_parts),
-                "shares": shares(settings.models.score_parts),
-                "missing": settings.missing,
+                "formula": formula(resolved().models.score_parts),
+                "shares": shares(resolved().models.score_parts),
+                "missing": resolved().missing,
             },
             "queue_depth": engine.queue_depth,
             "max_queue": settings.max_queue,

@@ -32,7 +32,7 @@ class StandIn:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.limit = SimpleNamespace(now=STAND_IN_BATCH)
+        self.limit = SimpleNamespace(current=STAND_IN_BATCH)
 
     def begin(self, request: Request, *_: Callable[..., object]) -> Any:
         return SimpleNamespace(request=request, ticks=0, outcome=None)

@@ -27,6 +27,8 @@ FILES = [
     "scripts/ops",
     "common",
     "generation/arguments.py",
+    "generation/fleet/__init__.py",
+    "generation/fleet/ray_environment.py",
     "generation/schema",
     "neurons/defaults.py",
     "neurons/miner/options.py",

@@ -58,7 +58,7 @@ class Painter:
     """Makes ``scene`` in a few ticks. Other prompts: "poor" scores 0.3, "hold" goes on until ``go``, "crash"."""
 
     models: list[dict[str, Any]] = []  # noqa: RUF012
-    limit = SimpleNamespace(now=8)
+    limit = SimpleNamespace(current=8)
 
     def __init__(self) -> None:
         self.go = threading.Event()

@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 
-from neurons.miner.assemble import assemble
 from neurons.miner.generation.service import AttemptFailed, Generated
 from neurons.miner.records.events import Generation, Submission
-from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import Task
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
 from scripts.bench.simulated_subnet import (
-    MINER,
     SPLAT,
     Behaviour,
     MemoryBooks,
     SimulatedNetwork,
     StandInService,
     options_in,
+    simulated_miner,
 )
 from scripts.bench.virtual_time import now
 
@@ -79,17 +77,7 @@ def mine(
 ) -> Run:
     async def main() -> Run:
         network, books = SimulatedNetwork(behaviours, Limits()), MemoryBooks()
-        miner = await assemble(
-            *(replace(options_in(folder), **options), MINER),
-            dendrite=network,
-            services=[service],
-            fetch=network.fetch,
-            blacklist=Blacklist(()),
-            books=books,
-            now=now,
-        )
-        miner.directory.update(network.metagraph())
-        miner.manager.sync()
+        miner = await simulated_miner(replace(options_in(folder), **options), network, [service], books)
         parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
         await asyncio.sleep(seconds)
         others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -16,7 +16,6 @@ import bittensor as bt
 import pytest
 
 from neurons.chain import Metagraph
-from neurons.miner.assemble import assemble
 from neurons.miner.assignment import USEFUL_AGE_S
 from neurons.miner.generation.service import EndpointUnavailable, Generated
 from neurons.miner.records.events import Event, Generation, Pull, Settlement, Submission
@@ -37,6 +36,7 @@ from scripts.bench.simulated_subnet import (
     SimulatedNetwork,
     StandInService,
     options_in,
+    simulated_miner,
 )
 from scripts.bench.virtual_time import now
 from tests.support.waiting import until
@@ -91,18 +91,8 @@ class Miner:
         self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        parts = await assemble(
-            *(self._options, MINER),
-            dendrite=self.network,
-            services=self._services,
-            fetch=self.network.fetch,
-            blacklist=self.blacklist,
-            books=self.books,
-            now=now,
-        )
+        parts = await simulated_miner(self._options, self.network, self._services, self.books, self.blacklist)
         self.directory, self.pool, self.manager = parts.directory, parts.pool, parts.manager
-        self.directory.update(self.network.metagraph())
-        self.manager.sync()
         running = [self.pool.watch, *(worker.run for worker in parts.workers)]
         self.tasks = [asyncio.create_task(keep_running("A part", part)) for part in running]
 

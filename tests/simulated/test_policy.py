@@ -12,15 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurons.miner.assemble import assemble
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event
 from neurons.miner.records.policy import EXPLORATION_INTERVAL_S, Policy
 from neurons.miner.records.standings import WINDOW_S, Standing, read
-from neurons.miner.validators.blacklist import Blacklist
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService, options_in
+from scripts.bench.simulated_subnet import (
+    MINER,
+    Behaviour,
+    SimulatedNetwork,
+    StandInService,
+    options_in,
+    simulated_miner,
+)
 from scripts.bench.virtual_time import now
 from tests.support.ledger_events import NOW
 
@@ -155,17 +160,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
         options = replace(options_in(folder), min_reward=least_reward, retries=0)
         books = PatientBooks(options.ledger_of(MINER.ss58_address), 0, least_reward, now)
         books.start()
-        miner = await assemble(
-            *(options, MINER),
-            dendrite=network,
-            services=[StandInService(60.0, 1)],
-            fetch=network.fetch,
-            blacklist=Blacklist(()),
-            books=books,
-            now=now,
-        )
-        miner.directory.update(network.metagraph())
-        miner.manager.sync()
+        miner = await simulated_miner(options, network, [StandInService(60.0, 1)], books)
         workers = (worker.run() for worker in miner.workers)
         parts = asyncio.gather(miner.pool.watch(), books.follow_standings(), *workers)
         with contextlib.suppress(TimeoutError):

@@ -13,7 +13,7 @@ import yaml
 from common.settings import settings_of
 from generation.arguments import TABLES as SERVICE_TABLES
 from neurons.miner.options import TABLES as MINER_TABLES
-from scripts.ops import deploy
+from scripts.ops import cluster, deploy
 from scripts.ops.processes import STOP_S
 from scripts.tools import api_reference, weights_reference
 
@@ -30,7 +30,7 @@ OTHERS = {
 }
 # In lines of the log, what stands there in place of a value.
 VALUES = r"…|\[X\]|\d+\.\d+|\b10006\b|score(?= …)|Address already in use|(?<=subnet )17|Wallet"
-FLAGS = {flag for each in settings_of({**SERVICE_TABLES, **MINER_TABLES}) for flag in each.flags}
+FLAGS = {flag for each in settings_of({**SERVICE_TABLES, **MINER_TABLES, **cluster.TABLES}) for flag in each.flags}
 SHARED_FLAGS = {"--config-file", "--save", "--version", "--help"}
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.accelerate.pinned import send
+from generation.accelerate.pinned import copy_async
 from generation.generators.base import CutoutFrame, Parts, RemoveBackground, Subject
 from generation.generators.dreamgaussian.adam import step_together
 from generation.generators.dreamgaussian.carve import carve
@@ -38,7 +38,7 @@ ZERO123_GUIDANCE = 5.0  # DreamGaussian's; its configs name the scale of MVDream
 BORDER = 0.2  # of the known view, which upstream's rasteriser and configs are made for
 
 
-class Sketch(NamedTuple):
+class SceneStart(NamedTuple):
     """What a scene begins with, whatever its picture shows. For one scene: its generator goes on."""
 
     generator: torch.Generator
@@ -90,26 +90,26 @@ class DreamGaussian:
         if self._image_guidance:
             self._image_guidance.warm_up(most * o.batch_size * self._views, ZERO123_GUIDANCE, progress)
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         for guidance in (self._guidance, self._image_guidance):
             if guidance is not None:
-                guidance.rest()
+                guidance.offload()
 
-    def wake(self) -> None:
+    def onload(self) -> None:
         for guidance in (self._guidance, self._image_guidance):
             if guidance is not None:
-                guidance.wake()
+                guidance.onload()
 
     def encode(self, texts: Sequence[str]) -> None:
         if self._guidance:
             o = self._options
             self._guidance.encode([*map(o.mvdream_prompt, texts), o.negative_prompt])
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
-        tokens = self._guidance.cut(self._options.mvdream_prompt(words)) if self._guidance else None
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
+        tokens = self._guidance.truncation(self._options.mvdream_prompt(words)) if self._guidance else None
         return {"mvdream": tokens} if tokens else {}
 
-    def prefetch(self, words: str, seed: int) -> Sketch:
+    def prefetch(self, words: str, seed: int) -> SceneStart:
         o = self._options
         generator = torch.Generator().manual_seed(seed)
         condition = None
@@ -117,9 +117,9 @@ class DreamGaussian:
         if self._guidance and (words or (o.init == "views" and not self._image_guidance)):
             condition = self._guidance.prepare(o.mvdream_prompt(words), o.negative_prompt)
         if o.init == "views" and condition is not None:
-            return Sketch(generator, condition)
+            return SceneStart(generator, condition)
         ball = self._ball(generator)
-        return Sketch(generator, condition, (ball, self._plan(self._reference().viewmats, generator)))
+        return SceneStart(generator, condition, (ball, self._plan(self._reference().viewmats, generator)))
 
     def begin(self, subject: Subject) -> Scene:
         o = self._options
@@ -236,11 +236,11 @@ class DreamGaussian:
         colours = torch.rand(n, 3, generator=generator) / 255
         spacing = BALL_RADIUS * (4 * math.pi / 3 / n) ** (1 / 3)
         ball = Gaussians(
-            means=send(means, device),
+            means=copy_async(means, device),
             quats=F.pad(torch.ones(n, 1, device=device), (0, 3)),
             log_scales=torch.full((n, 3), math.log(spacing), device=device),
             logit_opacities=torch.full((n,), math.log(0.1 / 0.9), device=device),
-            sh=send((colours / SH_C0)[:, None], device),
+            sh=copy_async((colours / SH_C0)[:, None], device),
         )
         return self._with_harmonics(ball)
 

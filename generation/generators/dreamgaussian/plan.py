@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generation.accelerate.pinned import send
+from generation.accelerate.pinned import copy_async
 from generation.generators.dreamgaussian.options import HIGHEST, DreamGaussianOptions
 from generation.generators.dreamgaussian.schedule import noise_level, render_size
 from generation.splats.cameras import Cameras, orbit
@@ -80,11 +80,11 @@ def draw_plan(
     intrinsics = {s: orbit(0.0, 0.0, o.radius, o.fovy, s, s).Ks.expand(viewmats.shape[1], 3, 3) for s in set(sizes)}
     return Plan(
         sizes=sizes,
-        viewmats=send(viewmats, device),
-        intrinsics={size: send(K.contiguous(), device) for size, K in intrinsics.items()},
-        backgrounds=send(backgrounds.contiguous(), device),
-        poses=send(novel.camera_to_world.view(o.iters, -1, 4, 4), device),
-        known=send(compared, device),
-        weights=send(weights, device),
-        noise_levels=send(levels, device),
+        viewmats=copy_async(viewmats, device),
+        intrinsics={size: copy_async(K.contiguous(), device) for size, K in intrinsics.items()},
+        backgrounds=copy_async(backgrounds.contiguous(), device),
+        poses=copy_async(novel.camera_to_world.view(o.iters, -1, 4, 4), device),
+        known=copy_async(compared, device),
+        weights=copy_async(weights, device),
+        noise_levels=copy_async(levels, device),
     )

@@ -2,6 +2,6 @@
 
 from generation.generators.multiview.imagedream import ImageDream
 from generation.generators.multiview.mvdream import MVDreamViews
-from generation.generators.multiview.sampling import Drawing
+from generation.generators.multiview.sampling import ViewSampling
 
-__all__ = ["Drawing", "ImageDream", "MVDreamViews"]
+__all__ = ["ImageDream", "MVDreamViews", "ViewSampling"]

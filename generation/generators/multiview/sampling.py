@@ -13,13 +13,13 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
-from generation.accelerate.pinned import send
+from generation.accelerate.cuda_graph import COMPILED_SIZES, GraphedFunction, split_batch
+from generation.accelerate.pinned import copy_async
 from generation.weights import WeightsError
 
 
 @dataclass(eq=False)
-class Drawing:
+class ViewSampling:
     """Views of one object on their way from noise."""
 
     latents: Tensor  # (V, C, h, w), float32
@@ -67,10 +67,10 @@ Frames = Callable[..., tuple[Tensor, Tensor]]
 
 #: From what the UNet sees (2, S * F, C, h, w), time steps (2, S * F) and words (S, 2, L, C) the guided noise
 #: (S * F, C, h, w).
-Guided = Callable[[Tensor, Tensor, Tensor], Tensor]
+GuidedNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def nothing_known(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+def views_only(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
     """`Frames` that are the views alone."""
     return latents.expand(2, *latents.shape), t[:, None].expand(2, *latents.shape[:2])
 
@@ -83,7 +83,7 @@ def known_frame(index: int) -> Frames:
     """
 
     def frames(latents: Tensor, t: Tensor, signal: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        both, at = (each.clone() for each in nothing_known(latents, t, signal))
+        both, at = (each.clone() for each in views_only(latents, t, signal))
         a = signal[:, 0]
         both[0, :, index] = a.sqrt() * known + (1 - a).sqrt() * noise
         both[1, :, index], at[1, :, index] = known, 0
@@ -92,8 +92,10 @@ def known_frame(index: int) -> Frames:
     return frames
 
 
-def guided(unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor, words: Tensor, scale: float) -> Tensor:
-    """`Guided`, by frames' `cameras` (S * F, 16): the noise without the words, plus `scale` times what they add."""
+def guided_noise(
+    unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor, words: Tensor, scale: float
+) -> Tensor:
+    """`GuidedNoise` with `cameras` (S * F, 16): the unconditional noise, plus `scale` times what the text adds."""
     words = words.to(unet.dtype)
     (noise,) = unet(
         both.flatten(0, 1).to(unet.dtype),
@@ -107,38 +109,38 @@ def guided(unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor,
 
 
 class Sampler:
-    """Advances drawings together."""
+    """Advances samplings together."""
 
-    def __init__(self, schedule: Schedule, guided: Guided, frames: Frames = nothing_known) -> None:
+    def __init__(self, schedule: Schedule, guided: GuidedNoise, frames: Frames = views_only) -> None:
         self.steps = len(schedule.t)
         self._schedule = schedule
         self._guided = guided
         self._frames = frames
-        self.captured = Captured(self._denoise)
+        self.captured = GraphedFunction(self._denoise)
 
-    def capture(self, drawing: Drawing, size: int) -> None:
-        """Compile and capture a step of so many drawings of this one's shape."""
-        self.captured.capture(*self._inputs([drawing] * size))
+    def capture(self, sampling: ViewSampling, size: int) -> None:
+        """Compile and capture a step of so many samplings of this one's shape."""
+        self.captured.capture(*self._inputs([sampling] * size))
 
     @torch.no_grad()
-    def step(self, drawings: Sequence[Drawing]) -> None:
+    def step(self, samplings: Sequence[ViewSampling]) -> None:
         """One denoising step of each; all or, when it fails, none of them. Raises ValueError for one that is done."""
-        if any(drawing.done for drawing in drawings):
-            raise ValueError("a drawing that is done has no further step")  # a GPU would not come back from it
+        if any(sampling.done for sampling in samplings):
+            raise ValueError("a sampling that is done has no further step")  # a GPU would not come back from it
         latents = []
-        for some in pieces(len(drawings)):
-            (after,) = self.captured(*self._inputs(drawings[some]))
+        for some in split_batch(len(samplings)):
+            (after,) = self.captured(*self._inputs(samplings[some]))
             latents += list(after.clone())
-        for drawing, after in zip(drawings, latents, strict=True):
-            drawing.latents, drawing.at = after, drawing.at + 1
+        for sampling, after in zip(samplings, latents, strict=True):
+            sampling.latents, sampling.at = after, sampling.at + 1
 
-    def _inputs(self, drawings: Sequence[Drawing]) -> list[Tensor]:
-        at = torch.tensor([drawing.at for drawing in drawings])
-        known = zip(*(drawing.known for drawing in drawings), strict=True)
+    def _inputs(self, samplings: Sequence[ViewSampling]) -> list[Tensor]:
+        at = torch.tensor([sampling.at for sampling in samplings])
+        known = zip(*(sampling.known for sampling in samplings), strict=True)
         return [
-            torch.stack([drawing.latents for drawing in drawings]),
-            send(at, self._schedule.t.device),
-            torch.stack([drawing.words for drawing in drawings]),
+            torch.stack([sampling.latents for sampling in samplings]),
+            copy_async(at, self._schedule.t.device),
+            torch.stack([sampling.words for sampling in samplings]),
             *(torch.stack(each) for each in known),
         ]
 
@@ -153,5 +155,5 @@ class Sampler:
 
 
 def compiled_sizes(most: int) -> list[int]:
-    """Of pieces that up to `most` drawings are cut into."""
+    """Sizes of the batches that up to `most` samplings are split into."""
     return [size for size in COMPILED_SIZES if size <= most]

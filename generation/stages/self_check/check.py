@@ -65,13 +65,13 @@ class SelfCheck:
     @classmethod
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
         """From the folders of ``clip`` and of what ``models`` has for the score beside it. Raises WeightsError."""
-        rests = models.self_check_rests_on == "cpu"
-        text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, rests)
+        offload = models.offload_self_check
+        text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, offload)
         image = quality = lpips = None
         if models.image_clip is not None:
             with naming(entries["image_clip"]):
                 use = entries["image_clip"].used_as(ClipUse)
-                image = ImageClip.load(folders["image_clip"], models.image_clip, use, device, rests)
+                image = ImageClip.load(folders["image_clip"], models.image_clip, use, device, offload)
         if models.quality is not None:
             with naming(entries["quality"]):
                 quality = Quality(QualityNet.load(folders["quality"]), device)
@@ -91,9 +91,9 @@ class SelfCheck:
         """Texts that splats will be compared with."""
         self._text.encode(prompts)
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, prompt: str) -> dict[str, tuple[int, int]]:
         """Where only the beginning of it is read: tokens that are, and of how many."""
-        tokens = self._text.cut(prompt)
+        tokens = self._text.truncation(prompt)
         return {"self_check": tokens} if tokens else {}
 
     @torch.no_grad()

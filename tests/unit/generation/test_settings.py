@@ -272,7 +272,7 @@ def test_what_only_looks_like_a_contradiction_loads(tmp_path, text):
     DreamGaussianOptions.load(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("line", ["max_batch: 2", "  quantization: nf4", "  t5_rests_on: cpu"])
+@pytest.mark.parametrize("line", ["max_batch: 2", "  quantization: nf4", "  offload_t5: true"])
 def test_what_memory_classes_say_is_not_said_beside_them(tmp_path, line):
     text = settings.PROFILES["full"].models.read_text()
     text = text.replace("  steps: 4\n", f"  steps: 4\n{line}\n") if line.startswith(" ") else f"{line}\n{text}"
@@ -362,9 +362,9 @@ class TestScoreParts:
     def test_small_cards_keep_the_clips_and_the_idle_generator_off_the_gpu(self):
         models = load_models(settings.PROFILES["full"].models)
         fitted = {each.name: models.fitted(each) for each in models.memory_classes}
-        places = {name: each.self_check_rests_on for name, each in fitted.items()}
-        assert places == {name: each.generators_rest_on for name, each in fitted.items()}
-        assert places == {"48gb": "gpu", "24gb": "cpu", "16gb": "cpu"}
+        offloaded = {name: each.offload_self_check for name, each in fitted.items()}
+        assert offloaded == {name: each.offload_generators for name, each in fitted.items()}
+        assert offloaded == {"48gb": False, "24gb": True, "16gb": True}
 
 
 class TestResolve:

@@ -14,7 +14,7 @@ import pytest
 from scripts.ops import deploy, environment, probe, serve, systemd
 from scripts.ops.processes import MODULES, Refused
 
-NAMES = ("generation_service", "rehearsal", "miner")
+NAMES = ("ray", "generation_service", "rehearsal", "miner")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_systemd_finds_no_fault_in_them(tmp_path: Path) -> None:
     for name, content in systemd.render(NAMES, root, getpass.getuser()).items():
         (tmp_path / name).write_text(content)
     units = sorted([*tmp_path.glob("*.service"), *tmp_path.glob("*.target")])
-    assert len(units) == 4
+    assert len(units) == 5
     checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
     (tmp_path / "competitive-miner.service").write_text("[Service]\nExecStart=/nowhere/python\nRestrat=always\n")
@@ -76,11 +76,12 @@ def test_what_systemd_starts_is_what_deploy_starts(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(probe, "health_of", lambda url: {"status": "ready", "engines": [{"at_once": 5}]})
     python = str(environment.PYTHON)
-    service = serve.command("generation_service")
+    deployment = deploy.Deployment(deploy.parse([], tmp_path))
+    service = serve.command(deployment, "generation_service")
     assert service[:3] == [python, "-m", MODULES["generation_service"]]
     assert service[3:5] == ["--port", "12345"]
     assert service[-2:] == ["--profile", "full"]
-    miner = serve.command("miner")
+    miner = serve.command(deployment, "miner")
     assert miner[:3] == [python, "-m", MODULES["miner"]]
     assert miner[miner.index("--workers") + 1] == "10"  # five places here and five far away
     assert miner[miner.index("--network") + 1] == "finney"

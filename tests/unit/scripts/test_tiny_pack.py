@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.tiny_pack import render
+from scripts.tiny_pack import matting_net, render
 from scripts.tiny_pack.captions import HELD_OUT, ObjectSpec, caption, evaluation_specs, sample_spec
 from scripts.tiny_pack.shapes import COLOURS, MAX_PRIMITIVES, SHAPES
 
@@ -81,3 +81,8 @@ def test_the_pack_is_small_and_every_model_has_a_card() -> None:
         assert "seed" in card
         assert card["steps"] > 0
     assert not [p for p in PACK.rglob("*.json") if "_name_or_path" in p.read_text()]
+
+
+def test_the_pack_ships_the_matting_net_that_is_trained() -> None:
+    """The pack's folder brings its own code, as RMBG-2.0's does; train_background copies it there."""
+    assert (PACK / "background" / "matting_net.py").read_text() == Path(matting_net.__file__).read_text()

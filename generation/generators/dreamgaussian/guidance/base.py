@@ -39,12 +39,12 @@ class Guidance(Protocol):
         """On a GPU, compile and capture `loss` for up to so many scenes at once, at this scale; else nothing."""
         ...
 
-    def rest(self) -> None:
-        """See `generation.generators.base.Generator.rest`."""
+    def offload(self) -> None:
+        """See `generation.generators.base.Generator.offload`."""
         ...
 
-    def wake(self) -> None:
-        """See `generation.generators.base.Generator.wake`."""
+    def onload(self) -> None:
+        """See `generation.generators.base.Generator.onload`."""
         ...
 
 
@@ -57,7 +57,7 @@ class TextGuidance(Guidance, Protocol):
         """Encode those that are not known yet together, so that `prepare` finds them."""
         ...
 
-    def cut(self, text: str) -> tuple[int, int] | None:
+    def truncation(self, text: str) -> tuple[int, int] | None:
         """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
         ...
 

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from generation.accelerate.compiled import compile_autoencoder
-from generation.accelerate.cuda_graph import Captured, pieces
-from generation.accelerate.offload import Resting
+from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.offload import Offloaded
 from generation.accelerate.unet import compile_unet
 
 # Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
@@ -37,9 +37,9 @@ class Distillation:
         self._alphas = scheduler.alphas_cumprod.to(unet.device)
         side = image_size // 2 ** (len(vae.config.block_out_channels) - 1)
         self._latent_shape = (vae.config.latent_channels, side, side)
-        self._step = Captured(self._distil)
-        self._networks = nn.ModuleList([self._unet, self._vae])  # what rests; a subclass adds its own
-        self._resting: Resting | None = None
+        self._step = GraphedFunction(self._distil)
+        self._networks = nn.ModuleList([self._unet, self._vae])  # that are offloaded; a subclass adds its own
+        self._offloaded = Offloaded(self._networks, unet.device)
         self._is_compiled = False
 
     def _guided_noise(
@@ -79,13 +79,14 @@ class Distillation:
         device = self._unet.device
         if device.type != "cuda":
             return
-        from generation.accelerate.fused import fuse  # needs Triton, which comes with torch for GPUs
+        from generation.accelerate.fused import fuse_encoder  # needs Triton, which comes with torch for GPUs
 
         if not self._is_compiled:  # another generator may share it
             compile_unet(self._unet)
-            fuse(self._vae)
+            fuse_encoder(self._vae)
             compile_autoencoder(self._vae)
-            self._is_compiled, self._resting = True, None  # it has other parameters now
+            self._is_compiled = True
+            self._offloaded = Offloaded(self._networks, device)  # they have other parameters now
         condition = self._any_condition()
         for count in range(1, scenes + 1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
@@ -99,24 +100,21 @@ class Distillation:
                 constants=(guidance_scale,),
             )
 
-    def rest(self) -> None:
-        """See `Guidance.rest`."""
+    def offload(self) -> None:
+        """See `Guidance.offload`."""
         self._step.forget()
-        if self._resting is None:
-            self._resting = Resting(self._networks, self._unet.device)
-        self._resting.rest()
+        self._offloaded.offload()
 
-    def wake(self) -> None:
-        """See `Guidance.wake`."""
-        if self._resting is not None:
-            self._resting.wake()
+    def onload(self) -> None:
+        """See `Guidance.onload`."""
+        self._offloaded.onload()
 
     def _distil(
         self, images: Tensor, camera_to_world: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Losses (S,), and their gradient by the images (S * views, 3, image_size, image_size)."""
         results = []
-        for scenes in pieces(len(t)):
+        for scenes in split_batch(len(t)):
             views = slice(scenes.start * self.views, scenes.stop * self.views)
             steps, added = t[scenes].repeat_interleave(self.views), noise[views].to(self._unet.dtype)
             a = self._alphas[steps].view(-1, 1, 1, 1).to(added)

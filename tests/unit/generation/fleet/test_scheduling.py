@@ -155,7 +155,7 @@ async def test_a_person_goes_before_what_waits_in_the_background_to_run_alone(tm
 async def test_an_engine_whose_process_ended_is_asked_no_more(tmp_path: Path) -> None:
     fleet = ready(tmp_path, "only")
     (engine,) = fleet._engines
-    engine._end_of_channel(asyncio.Event())
+    engine._end_of_link(asyncio.Event())
     assert engine.status == "ready"  # until its exit status is known
     with pytest.raises(NotSent):
         await engine.call(len)

@@ -422,26 +422,25 @@ def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
         while not scene.done:
             dg.tick([scene])
             if rests:
-                dg.rest()
-                dg.rest()
-                dg.wake()
-                dg.wake()
+                dg.offload()
+                dg.offload()
+                dg.onload()
+                dg.onload()
         return scene.gaussians().means.detach()
 
     assert torch.equal(result(rests=True), result(rests=False))
 
 
-def test_all_networks_of_a_guidance_rest(mini_models) -> None:
+def test_all_networks_of_a_guidance_are_offloaded(mini_models) -> None:
     for guidance in (
         MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32),
         Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False),
     ):
         parts = [part for part in vars(guidance).values() if isinstance(part, torch.nn.Module)]
         parameters = {id(p): p for part in parts for p in part.parameters()}.values()
-        guidance.rest()
-        at_rest = {id(p): p.data_ptr() for p in parameters}
-        guidance.wake()
-        guidance.rest()
-        assert all(p.data_ptr() == at_rest[id(p)] for p in parameters)
-        assert guidance._resting is not None
-        assert {id(p) for p, _ in guidance._resting._at_rest} == set(at_rest)
+        guidance.offload()
+        pinned = {id(p): p.data_ptr() for p in parameters}
+        guidance.onload()
+        guidance.offload()
+        assert all(p.data_ptr() == pinned[id(p)] for p in parameters)
+        assert {id(p) for p, _ in guidance._offloaded._pinned} == set(pinned)

@@ -12,7 +12,7 @@ from generation.generators.base import CutoutFrame, NoSplat, Subject
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import KINDS, Kind
 from generation.pipeline import assemble
-from generation.pipeline.batch_limit import GOOD_BEFORE_MORE
+from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Cancelled, Pipeline, Request
 from generation.settings import CONFIGS, Settings
 from generation.splats import ply
@@ -67,7 +67,7 @@ class Sculptor:
         if any("unreadable" in text for text in texts):
             raise ValueError("not words")
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
         return {"mvdream": (2, 4)} if "epic" in words else {}
 
     def prefetch(self, words: str, seed: int) -> list[tuple[str, int]]:
@@ -272,27 +272,27 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
         assert all(outcome.ply for outcome in outcomes)
         assert outcomes[0].ply == alone
-        assert pipeline.limit.now == 2
+        assert pipeline.limit.current == 2
         assert max(sculptor.batches) == 2
 
     def test_one_that_waits_lets_go_of_those_that_are_done(self, pipeline):
         first, second, waiting = (pipeline.begin(ask("red", seed=seed)) for seed in (1, 2, 3))
-        waiting.behind = [first, second]
+        waiting.waits_for = [first, second]
         first.outcome = Asset(b"ply", first.report)
-        assert waiting.waits
-        assert waiting.behind == [second]
+        assert waiting.is_waiting
+        assert waiting.waits_for == [second]
         second.outcome = RuntimeError("it fell over")
-        assert not waiting.waits
-        assert not waiting.behind
+        assert not waiting.is_waiting
+        assert not waiting.waits_for
 
     def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
         pipeline.limit.out_of_memory(4)
-        for _ in range(GOOD_BEFORE_MORE):
+        for _ in range(SUCCESSES_BEFORE_MORE):
             pipeline.generate([ask("red collapse")])  # each has begun a work
-        pipeline.generate([ask("red", seed=seed) for seed in range(GOOD_BEFORE_MORE - 1)])
-        assert pipeline.limit.now == 2
+        pipeline.generate([ask("red", seed=seed) for seed in range(SUCCESSES_BEFORE_MORE - 1)])
+        assert pipeline.limit.current == 2
         pipeline.generate([ask("red")])
-        assert pipeline.limit.now == 3
+        assert pipeline.limit.current == 3
 
     def test_pictures_are_made_fewer_at_once_and_works_are_not(self, pipeline, sculptor, monkeypatch):
         remove, sizes = pipeline._background.remove, []
@@ -307,7 +307,7 @@ class TestFullMemory:
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
         assert all(outcome.ply for outcome in outcomes)
         assert sizes == [1, 1, 1]
-        assert pipeline.limit.now == 4
+        assert pipeline.limit.current == 4
         assert max(sculptor.batches) == 3
 
     def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
@@ -338,7 +338,7 @@ class TestFullMemory:
             tick(scenes)
 
         monkeypatch.setattr(sculptor, "tick", full)
-        pipeline.limit.now = 1  # each is stepped by itself, with the other's scene in memory
+        pipeline.limit.current = 1  # each is stepped by itself, with the other's scene in memory
         jobs = [pipeline.begin(ask("red", seed=seed)) for seed in (1, 2)]
         for _ in range(100):
             if unfinished := [job for job in jobs if job.outcome is None]:

@@ -8,21 +8,21 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from generation.accelerate.cuda_graph import Captured, pieces
-from generation.accelerate.offload import Resting
-from generation.accelerate.pinned import send
+from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.offload import Offloaded
+from generation.accelerate.pinned import copy_async
 from generation.accelerate.unet import compile_unet
 from generation.generators.multiview.attention import camera_embedding
-from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, compiled_sizes
-from generation.generators.multiview.words import Words
+from generation.generators.multiview.sampling import Sampler, Schedule, ViewSampling, compiled_sizes
+from generation.generators.multiview.text_encoder import TextEncoder
 from generation.splats.cameras import orbit
 
 #: degrees of elevation (up) and of azimuth, each
-Places = Sequence[tuple[float, float]]
-AROUND: Places = ((0.0, 0.0), (0.0, 90.0), (0.0, 180.0), (0.0, 270.0))
+ViewAngles = Sequence[tuple[float, float]]
+FOUR_VIEWS: ViewAngles = ((0.0, 0.0), (0.0, 90.0), (0.0, 180.0), (0.0, 270.0))
 
 
-class Drawer:
+class MultiViewModel:
     """Draws views of each of several objects. An object's views depend on its words, picture and seed alone, up to
     rounding."""
 
@@ -33,10 +33,10 @@ class Drawer:
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        words: Words,
+        words: TextEncoder,
         scheduler: DDIMScheduler,
         front_azimuth: float,
-        views: Places,
+        views: ViewAngles,
         steps: int,
         negative_prompt: str,
         backdrop: Sequence[float],
@@ -54,51 +54,51 @@ class Drawer:
         self._schedule = Schedule.of(scheduler, steps, unet.device)
         size = unet.config.sample_size
         self._latent_shape = (len(views), unet.config.out_channels, size, size)
-        self._decode = Captured(self._images)
+        self._decode = GraphedFunction(self._images)
         self._networks = nn.ModuleList([unet, vae, words.encoder])
-        self._resting: Resting | None = None
+        self._offloaded = Offloaded(self._networks, unet.device)
         self._is_compiled = False
 
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
-    ) -> list[Drawing]:
+    ) -> list[ViewSampling]:
         raise NotImplementedError
 
-    def _finished(self, drawing: Drawing) -> Tensor:
+    def _final_latents(self, sampling: ViewSampling) -> Tensor:
         """Latents (V, C, h, w) that are to be shown."""
-        return drawing.latents
+        return sampling.latents
 
-    def _capture_pictures(self, size: int) -> None:
+    def _capture_encoder(self, size: int) -> None:
         """Capture what is done with so many pictures."""
 
-    def _captured(self) -> list[Captured]:
+    def _captured(self) -> list[GraphedFunction]:
         return [self._decode, self._sampler.captured]
 
     @torch.no_grad()
-    def begin(self, words: Sequence[str], cutouts: Sequence[Tensor | None], seeds: Sequence[int]) -> list[Drawing]:
-        """A drawing of each object, by its words ("": none), its cut-out (4, S, S), RGBA in 0..1, and its seed.
+    def begin(self, words: Sequence[str], cutouts: Sequence[Tensor | None], seeds: Sequence[int]) -> list[ViewSampling]:
+        """A sampling for each object, from its words ("": none), its cut-out (4, S, S), RGBA in 0..1, and its seed.
 
         Raises ValueError where this model needs a cut-out, and there is none.
         """
         return self._begin(words, cutouts, [torch.Generator().manual_seed(seed) for seed in seeds])
 
-    def step(self, drawings: Sequence[Drawing]) -> None:
+    def step(self, samplings: Sequence[ViewSampling]) -> None:
         """One denoising step of each, in one call of the UNet. When it fails they are as they were before."""
-        self._sampler.step(drawings)
+        self._sampler.step(samplings)
 
     @torch.no_grad()
-    def views(self, drawings: Sequence[Drawing]) -> Tensor:
+    def views(self, samplings: Sequence[ViewSampling]) -> Tensor:
         """What they show when they are done: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
-        latents = torch.stack([self._finished(drawing) for drawing in drawings])
-        return torch.cat([self._decode(latents[some])[0].clone() for some in pieces(len(drawings))])
+        latents = torch.stack([self._final_latents(sampling) for sampling in samplings])
+        return torch.cat([self._decode(latents[some])[0].clone() for some in split_batch(len(samplings))])
 
     def encode(self, texts: Sequence[str]) -> None:
         """Encode those that are not known yet together, so that `begin` finds them."""
         self._words.encode([*texts, self._negative_prompt])
 
-    def cut(self, text: str) -> tuple[int, int] | None:
+    def truncation(self, text: str) -> tuple[int, int] | None:
         """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
-        return self._words.cut(text)
+        return self._words.truncation(text)
 
     @torch.no_grad()
     def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
@@ -109,29 +109,27 @@ class Drawer:
             compile_unet(self._unet)
             # Not compiled: it works once a request, 18 ms for one object in its eager form (H200).
             self._vae.to(memory_format=torch.channels_last)
-            self._is_compiled, self._resting = True, None  # the UNet has other parameters now
+            self._is_compiled = True
+            self._offloaded = Offloaded(self._networks, self._unet.device)  # the UNet has other parameters now
         for size in compiled_sizes(most):
             progress(f"compiling {type(self).__name__} for {size} of {most} at once")
-            self._capture_pictures(size)
-            (drawing,) = self.begin([""], [torch.ones(4, self.image_size, self.image_size)], [0])
-            self._sampler.capture(drawing, size)
+            self._capture_encoder(size)
+            (sampling,) = self.begin([""], [torch.ones(4, self.image_size, self.image_size)], [0])
+            self._sampler.capture(sampling, size)
             self._decode.capture(torch.randn(size, *self._latent_shape, device=self._unet.device))
 
-    def rest(self) -> None:
-        """Off the GPU until `wake`, into pinned memory; drawings stay."""
+    def offload(self) -> None:
+        """Off the GPU until `onload`, into pinned memory; samplings stay."""
         for captured in self._captured():
             captured.forget()
-        if self._resting is None:
-            self._resting = Resting(self._networks, self._unet.device)
-        self._resting.rest()
+        self._offloaded.offload()
 
-    def wake(self) -> None:
+    def onload(self) -> None:
         """Bring the networks back."""
-        if self._resting is not None:
-            self._resting.wake()
+        self._offloaded.onload()
 
     def _noise(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-        return send(torch.randn(tuple(shape), generator=generator), self._cameras.device)
+        return copy_async(torch.randn(tuple(shape), generator=generator), self._cameras.device)
 
     def _over_backdrop(self, cutout: Tensor) -> Tensor:
         """(3, S, S) in 0..1, on the model's device."""

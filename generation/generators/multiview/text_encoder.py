@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.accelerate.pinned import send
-from generation.accelerate.text_cache import TextCache, cut
+from generation.accelerate.pinned import copy_async
+from generation.accelerate.text_cache import TextCache, truncation
 from generation.weights.strict import load_model
 
 
-class Words(TextCache[Tensor]):
+class TextEncoder(TextCache[Tensor]):
     """Text states (L, C) of texts, each encoded once."""
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
@@ -22,14 +22,14 @@ class Words(TextCache[Tensor]):
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Words:
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> TextEncoder:
         """From a folder's `text_encoder` and `tokenizer`. Raises WeightsError."""
         encoder = load_model(CLIPTextModel, folder / "text_encoder", dtype)
         return cls(encoder.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
-    def cut(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.cut`."""
-        return cut(self._tokenizer, text)
+    def truncation(self, text: str) -> tuple[int, int] | None:
+        """See `TextGuidance.truncation`."""
+        return truncation(self._tokenizer, text)
 
     def pair(self, text: str, negative: str) -> Tensor:
         """(2, L, C): of the negative text, then of the text."""
@@ -44,5 +44,5 @@ class Words(TextCache[Tensor]):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states = self.encoder(send(ids, self.encoder.device)).last_hidden_state
+        states = self.encoder(copy_async(ids, self.encoder.device)).last_hidden_state
         return [each.clone() for each in states]
