@@ -222,13 +222,12 @@ def by(made: list[dict[str, Any]], chooser: Path | None) -> Table:
     """What chooses: the final score as it was measured, or with another quality net in it."""
     if chooser is None:
         return np.array([[row["score"] for row in each["rows"]] for each in made])
-    iqa = quality(made, chooser)
-    return np.array(
-        [
-            [final_score(row["parts"] | {"iqa": own}) if "views" in row else 0.0 for row, own in zip(each["rows"], of, strict=True)]
-            for each, of in zip(made, iqa, strict=True)
-        ]
-    )  # fmt: skip
+    found = np.zeros((len(made), CANDIDATES))
+    for i, (each, own) in enumerate(zip(made, quality(made, chooser), strict=True)):
+        for k, row in enumerate(each["rows"]):
+            if "views" in row:
+                found[i, k] = final_score(row["parts"] | {"iqa": float(own[k])})
+    return found
 
 
 def told(made: list[dict[str, Any]], nets: list[Path], chooser: Path | None) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def _apart(at: float, period: float, gap: float, others: list[float]) -> float:
     if not others or gap <= 0 or distance(at) >= KEPT * gap:
         return at
     after = sorted((other - at) % period for other in others)
-    middles = [(one + other) / 2 for one, other in zip([after[-1] - period, *after], [*after, after[0] + period], strict=True)]
+    middles = [
+        (one + other) / 2 for one, other in zip([after[-1] - period, *after], [*after, after[0] + period], strict=True)
+    ]
     later = [at + moment for moment in sorted([*(each + gap for each in after), *middles]) if moment > 0]
     return next((moment for moment in later if distance(moment) >= ENOUGH * gap), at)
