@@ -6,11 +6,11 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from generation.engine.engine import describe
 from generation.fleet.ray_environment import ENGINE, environment
 from generation.schema.hosts import parse_address
 
@@ -128,20 +128,20 @@ def _wait_for(address: str) -> None:
 
 def in_words(error: BaseException) -> str:
     """One short line: Ray's own are pages, with hints for its users."""
-    kind = type(error).__name__
-    text = str(error)
-    causes: dict[str, Callable[[], str]] = {
-        "ActorUnschedulableError": lambda: "its machine has left the cluster, or has no such GPU",
-        "ActorUnavailableError": lambda: "its machine does not answer",
-    }
-    if kind in causes:
-        return causes[kind]()
-    if "node has died" in text or "node was terminated" in text or "NODE_DIED" in text:
+    kind, text = type(error).__name__, str(error)
+    if kind == "ActorUnschedulableError":
         return "its machine has left the cluster"
+    if kind == "ActorUnavailableError":
+        return "its machine does not answer"
     if kind == "ActorDiedError":
+        if "node has died" in text or "node was terminated" in text:
+            return "its machine has left the cluster"
         if "ray.kill" in text:
             return "it was killed"
         if "worker process has died" in text:
             return "its process was killed or crashed"
-    line = " ".join(text.split()) or kind
+    # What our own code raised there: Ray's text is its traceback, in colours.
+    cause = getattr(error, "cause", None)
+    line = describe(cause) if isinstance(cause, BaseException) else text or kind
+    line = " ".join(line.split())
     return line if len(line) <= MOST_WORDS else f"{line[:MOST_WORDS]} ..."

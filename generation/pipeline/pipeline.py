@@ -197,6 +197,8 @@ class Pipeline:
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
+                # How an object is looked for in a picture does not depend on the seed.
+                job.report.hopeless = job.request.image is not None
         for job in fresh:
             if not job.paused():
                 self._begin([job])

@@ -55,6 +55,7 @@ class Report:
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
     rejected: str | None = None  # the reason, when it was
+    hopeless: bool = False  # rejected for what does not depend on the seed
     text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
     device: str = ""  # that it ran on: the engine says
     # of a request with several candidates: seed and score of each that came to a result, its own seed's first

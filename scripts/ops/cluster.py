@@ -208,7 +208,9 @@ def wait_for_ray(out: Path, pid: int, token: Path) -> str | None:
         if ended and "InvalidAuthToken" in text:
             raise Refused(f"the head does not take this machine's token: copy the head's to {token}")
         if ended and (found := re.search(r"Version mismatch: (.+(?:\n .+)*)", text)):
-            raise Refused(f"all machines need the same Ray and Python, to the last number: {' '.join(found[1].split())}")
+            raise Refused(
+                f"all machines need the same Ray and Python, to the last number: {' '.join(found[1].split())}"
+            )
         if ended:
             return "Ray ended while it was starting"
         time.sleep(0.1)

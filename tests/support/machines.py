@@ -122,7 +122,7 @@ class Machine:
             self._unshare.kill()  # and the first process with it
             self._unshare.wait()
             self._unshare = None
-            while first.exists():
+            while first.exists() and "Z" not in (first / "stat").read_text().rpartition(")")[2]:
                 time.sleep(0.01)
 
 
@@ -172,8 +172,8 @@ def _sweep() -> None:
 
 
 def clone(root: Path, to: Path) -> None:
-    """A copy of the project, whose environment has the packages of the one that this runs in."""
-    private = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "run", "logs", "__pycache__", ".*_cache")
+    """A copy of the project, with what is compiled in it. Its environment has the packages of this one."""
+    private = shutil.ignore_patterns(".git", ".venv", ".cache", "data", "run", "logs", ".*_cache")
     shutil.copytree(root, to, ignore=private)
     packages = Path(sysconfig.get_path("purelib"))
     inside = to / ".venv" / packages.relative_to(sys.prefix)

@@ -25,7 +25,8 @@ GUIDE = (ROOT / "docs/DEPLOYMENT_GUIDE.md").read_text()
 CONFIG = (ROOT / "docs/PRODUCTION_CONFIG.md").read_text()
 # Other people's programs.
 OTHERS = {
-    *("apt", "btcli", "cd", "cp", "curl", "docker", "export", "git", "journalctl", "mv", "pip", "pm2", "prometheus"),
+    *("apt", "btcli", "cd", "cp", "curl", "docker", "export", "git", "iptables", "journalctl", "kubectl", "mv", "pip"),
+    *("pm2", "prometheus"),
     *("rm", "ssh", "sudo", "systemctl", "tail", "timedatectl", "useradd"),
 }
 # In lines of the log, what stands there in place of a value.

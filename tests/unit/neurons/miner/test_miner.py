@@ -613,11 +613,18 @@ async def test_a_picture_in_which_nothing_was_found_is_given_up() -> None:
     """How an object is looked for does not depend on the seed: another one would end the same way."""
 
     async def nothing(request: web.Request) -> web.Response:
-        return web.Response(body=b"", headers={"X-Num-Gaussians": "0", "X-Rejected": "no object in the image"})
+        return web.Response(body=b"", headers={"X-Hopeless": "1", "X-Rejected": "no object in the image"})
 
     with pytest.raises(GenerationFailed, match="no object in the image"):
         await ask_service(nothing, ImageTask(id="1", prompt="aGk="))
-    assert (await ask_service(nothing, TextTask(id="1", prompt="p"))).ply == b""  # another seed is another picture
+
+
+async def test_a_picture_of_which_one_seed_makes_nothing_is_tried_again() -> None:
+    async def too_many(request: web.Request) -> web.Response:
+        return web.Response(body=b"", headers={"X-Num-Gaussians": "0", "X-Rejected": "structure: too many voxels"})
+
+    generated = await ask_service(too_many, ImageTask(id="1", prompt="aGk="))
+    assert (generated.ply, generated.rejected) == (b"", "structure: too many voxels")
 
 
 async def test_base64_in_lines_is_a_picture() -> None:
@@ -696,7 +703,7 @@ async def test_a_password_in_an_address_is_used_and_never_shown() -> None:
         assert await service.health() == "ready"
         assert service.endpoint == url
     await runner.cleanup()
-    assert seen == [aiohttp.BasicAuth("miner", "secret").encode()]
+    assert seen == [aiohttp.encode_basic_auth("miner", "secret")]
 
 
 async def test_health_opens_and_closes_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
