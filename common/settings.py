@@ -270,10 +270,13 @@ class Given:
         return any((each.table, each.key) == (table, key) for each in self._merged)
 
     def flags(self, *tables: str) -> list[str]:
-        """The command line that gives all that was given for these tables, whatever gave it."""
+        """The command line that gives all that was given for these tables, whatever gave it.
+
+        Without what may hold a password: any user of the machine can read command lines. See `variable_of`.
+        """
         words = []
         for each in self._settings:
-            if each.table in tables and each in self._merged:
+            if each.table in tables and each in self._merged and not each.secret:
                 value = self._merged[each]
                 if isinstance(each.check, Many):
                     words += [each.flags[0], *map(str, value)]
@@ -284,6 +287,11 @@ class Given:
                 else:
                     words += [each.flags[0], str(value)]
         return words
+
+    def variable_of(self, table: str, key: str) -> str:
+        """The name of a setting's environment variable."""
+        (each,) = (each for each in self._settings if (each.table, each.key) == (table, key))
+        return each.variable
 
     def refuse(self, table: str, key: str, reason: str) -> NoReturn:
         """Ends the process with status 2 and one line about a value that passed its own check."""

@@ -197,6 +197,8 @@ class Pipeline:
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
+                # How an object is looked for in a picture does not depend on the seed.
+                job.report.hopeless = job.request.image is not None
         for job in fresh:
             if not job.paused():
                 self._begin([job])
@@ -360,7 +362,7 @@ class Pipeline:
                 continue
             with suppress(Exception):  # a prompt that can not be encoded fails in its stage
                 drawn = {}
-                if self._text.cutout is not None and self._text_to_image is not None:
+                if self._text_to_image is not None:
                     drawn = self._text_to_image.truncation(self._text.picture_prompt(prompt))
                 job.report.text_cut = drawn | self._text.truncation(prompt) | self._self_check.truncation(prompt)
             if job.report.text_cut:

@@ -281,6 +281,8 @@ def report_headers(report: Any) -> dict[str, str]:
         headers["X-Score-Parts"] = json.dumps(_jsonable(parts))
     if report.candidates:
         headers["X-Scores"] = json.dumps([[seed, _rounded(score)] for seed, score in report.candidates])
+    if report.hopeless:
+        headers["X-Hopeless"] = "1"
     if report.rejected is not None:
         reason = escape(report.rejected)[:MAX_REASON_CHARACTERS]
         headers["X-Rejected"] = reason.encode("ascii", "backslashreplace").decode("ascii")

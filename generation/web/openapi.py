@@ -83,6 +83,7 @@ _REPORT_HEADERS = {
     "X-Seconds": "JSON: seconds per stage",
     "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
     "X-Rejected": "why the body is empty, when it is",
+    "X-Hopeless": "1 when no other seed would change that, as with a picture that shows nothing",
 }
 
 

@@ -1,4 +1,4 @@
-"""What a download brought: the commit and every file's size and hash, written beside the files in the hub's cache."""
+"""The lock of a download: its commit and every file's size and hash, in the hub's cache beside the files."""
 
 from __future__ import annotations
 

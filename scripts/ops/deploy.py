@@ -19,7 +19,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.log_lines import shown_network
-from common.settings import CommandLine, Given
+from common.settings import PREFIX, CommandLine, Given
 from generation.arguments import TABLES as SERVICE_TABLES
 from generation.fleet import ray_environment
 from generation.schema.hosts import parse_address
@@ -70,6 +70,13 @@ class Deployment:
         self.url = f"http://{_reach(service.host)}:{service.port}"
         self.workers: int | None = miner.workers if given.has("miner", "workers") else None
         self.others: tuple[str, ...] = miner.endpoints if given.has("miner", "endpoints") else ()
+        # What may hold a password goes by the environment: any user of the machine can read command lines.
+        self._secrets = {
+            given.variable_of("network", "name"): self.network,
+            given.variable_of("miner", "endpoints"): " ".join(
+                url.replace(",", "%2C") for url in (self.url, *self.others)
+            ),
+        }
         self.logs = {
             "ray": Path("logs/ray.log"),
             "generation_service": service.log_file,
@@ -93,11 +100,11 @@ class Deployment:
     def flags(self) -> str:
         """All that it was asked for, to be compared; as a hash, for addresses may hold passwords."""
         place = self.cluster and [self.cluster.is_head, self.cluster.address, str(self.cluster.token)]
-        asked = json.dumps([self.profile, self.network, self._service, self._miner, place])
+        asked = json.dumps([self.profile, self._service, self._miner, self._secrets, place])
         return hashlib.sha256(asked.encode()).hexdigest()
 
     def arguments(self, name: str) -> list[str]:
-        """Of one process. The last of a flag's values holds; endpoints add up."""
+        """Of one process."""
         if name == "ray":
             assert self.cluster is not None
             return self.cluster.arguments(tiny=self.profile == "tiny")
@@ -106,10 +113,7 @@ class Deployment:
         if name == "rehearsal":
             scale = ("--time-scale", str(REHEARSAL_TIME_SCALE), "--endpoint", self.url, "--state", str(self.state))
             return ["--validators", str(LOOPBACK_VALIDATORS), *scale]
-        return [
-            *("--generation.endpoint", self.url, *self._miner, "--network", self.network),
-            *("--workers", str(self.workers), "--status-file", "run/miner.status"),
-        ]
+        return [*self._miner, "--workers", str(self.workers), "--status-file", "run/miner.status"]
 
     def places(self) -> int:
         """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
@@ -119,7 +123,9 @@ class Deployment:
 
     def variables(self, name: str) -> Mapping[str, str]:
         """The environment of one process. Raises Refused."""
-        return self.cluster.variables() if name == "ray" and self.cluster is not None else os.environ
+        if name == "ray" and self.cluster is not None:
+            return self.cluster.variables()
+        return os.environ | self._secrets if name == "miner" else os.environ
 
 
 class _Cluster:
@@ -240,6 +246,8 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
     if given.args.uninstall_service:
         print("\n".join(systemd.uninstall()))
         return
+    if variables := sorted(name for name, value in os.environ.items() if name.startswith(PREFIX) and value):
+        raise Refused(f"the units will not see {', '.join(variables)}: give that as flags, which are saved")
     user = systemd.check_can_install()
     with processes.lock():
         if any(processes.state(name) != "absent" for name in processes.MODULES):

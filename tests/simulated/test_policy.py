@@ -77,6 +77,13 @@ def test_slow_prompts_count_as_much_as_declined_results() -> None:
     assert abs(expected - as_much) < 0.01 * expected
 
 
+def test_candidates_made_in_free_time_make_nobody_dear() -> None:
+    many = replace(standing(16, 20, gpu_s=20 * 9 * TASK_S), candidates=9.0)
+    judged = Policy(0.0)
+    judged.update({"good": replace(GOOD, gpu_s=40 * 9 * TASK_S, candidates=9.0), "judged": many})
+    assert judged.expected_reward("judged") == pytest.approx(19 / 24 / TASK_S)
+
+
 def test_a_task_on_its_way_to_its_validator_makes_nobody_dear() -> None:
     """At the start of a miner there is little else: an hour of all validators was lost by one look at that moment."""
     first = replace(GOOD, attempted=1, submitted=1, accepted=1, gpu_s=TASK_S)

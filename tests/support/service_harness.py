@@ -67,6 +67,8 @@ class StandInPipeline:
             return Asset(
                 b"", Report(request.seed, score=0.21, rejected="CLIP score 0.21 is under 0.6 \u2014\nX-Evil: 1")
             )
+        if request.prompt == "nothing":
+            return Asset(b"", Report(request.seed, rejected="nothing stands out", hopeless=True))
         if request.prompt == "long":
             return Asset(b"ply", Report(request.seed, score=0.7, text_cut={"mvdream": (77, 90)}))
         if request.prompt == "hold" and not self.go.wait(0.005):
