@@ -11,7 +11,7 @@ from torch import Tensor
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import SH_C0, Gaussians
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 
 # Pixels. A tile's Gaussians are looked at for each of its pixels, so small ones, of which these scenes have many, waste
 # less in small tiles; and where most are in the middle of the picture, a GPU's processors share the work better.
@@ -69,7 +69,7 @@ def _rasterize(
         raise ImportError(
             "rasterising on a GPU needs gsplat, which is not installed: scripts/install.sh gpu"
         ) from error
-    kernels.load()
+    gsplat_build.load()
     sh = fields["sh"]
     degree: int | None = math.isqrt(sh.shape[-2]) - 1
     colours = sh
