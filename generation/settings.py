@@ -1,4 +1,4 @@
-"""What the service runs with, resolved from command line, config files and the machine.
+"""The service's settings, resolved from command line, config files and the machine.
 
 The files' own schema is ``generation.schema.options``.
 """
