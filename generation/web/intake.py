@@ -464,6 +464,7 @@ async def read_score_request(request: Request) -> ScoreRequest:
 
 
 def decode_base64(text: str, field: str) -> bytes:
+    """The bytes of a base64 field. Raises ApiError naming the field."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

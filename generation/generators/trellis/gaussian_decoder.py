@@ -82,6 +82,8 @@ class Windows:
 
 
 class WindowBlock(nn.Module):
+    """A transformer block over tokens (T, C) whose attention stays within windows."""
+
     def __init__(self, channels: int, heads: int, ratio: float, normalised: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(channels, heads, normalised)

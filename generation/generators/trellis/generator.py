@@ -36,10 +36,12 @@ def load(options: TrellisOptions, parts: Parts) -> Trellis:
 
 
 def load_networks(checkpoint: Checkpoint) -> Networks:
+    """TRELLIS's networks. Raises WeightsError."""
     return Networks.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
 def load_condition(checkpoint: Checkpoint) -> Condition:
+    """The image features' DINOv2. Raises WeightsError."""
     return Condition.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
