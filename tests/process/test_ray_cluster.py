@@ -183,6 +183,7 @@ async def test_an_actor_that_says_nothing_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As behind a cut cable."""
+    assert ActorEngine.silent_checks * remote.CHECK_S <= 20
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
     monkeypatch.setattr(remote, "ENDING_S", 0.1)
     monkeypatch.setattr(ActorEngine, "silent_checks", 3)
