@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # The generation service and the miner, from the same locks as ./deploy_competitive.sh. Targets: generation-cpu,
-# generation-cuda, miner. compose.yaml builds and starts them; docs/DEPLOYMENT_GUIDE.md tells how.
+# generation-cuda, cluster, miner. compose.yaml builds and starts them; docs/DEPLOYMENT_GUIDE.md tells how.
 
 FROM python:3.12-slim-bookworm AS base
 ARG UID=1000
@@ -35,6 +35,11 @@ USER miner
 ARG CUDA_ARCHITECTURES="8.6 8.9 9.0"
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf scripts/install.sh service gpu && rm -rf /tmp/uv
 RUN .venv/bin/python -m scripts.ops.build_gsplat --arch ${CUDA_ARCHITECTURES}
+
+FROM generation-cuda AS cluster
+# For configs/raycluster.yaml: Kubernetes starts Ray by its name, and the engines where Ray is.
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf scripts/install.sh service gpu cluster && rm -rf /tmp/uv
+ENV PATH=/app/.venv/bin:$PATH
 
 FROM base AS miner
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf scripts/install.sh miner && rm -rf /tmp/uv

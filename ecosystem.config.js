@@ -15,8 +15,9 @@ const app = (name, seconds, more = {}) => ({
 
 module.exports = {
   apps: [
-    app("generation_service", 28),
+    app("ray", 12, { stop_exit_codes: [0] }), // of a cluster; where the settings name none, it ends at once
+    app("generation_service", 28, { stop_exit_codes: [0] }),
     app("rehearsal", 12, { autorestart: false }), // it ends at once where the settings name a wallet
-    app("miner", 26),
+    app("miner", 26, { stop_exit_codes: [0] }),
   ],
 };

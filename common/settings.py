@@ -31,7 +31,7 @@ from common.log_lines import escape
 from common.version import VERSION
 
 #: All tables of the file. A process reads its own, and leaves the others to theirs.
-TABLES = ("network", "wallet", "score", "service", "miner")
+TABLES = ("network", "wallet", "score", "service", "miner", "cluster")
 PREFIX = "COMPETITIVE_"
 MAX_FILE_BYTES = 1 << 20
 MAX_SHOWN_CHARACTERS = 120
@@ -115,6 +115,20 @@ class Choice(Words):
     def _one_of(self, text: str) -> None:
         if text not in self.words:
             raise ValueError(f"must be {self.limits}")
+
+
+class Switch:
+    """On or off. Its flag takes no value and says on."""
+
+    limits = "true or false"
+
+    def from_text(self, text: str) -> bool:
+        return self.from_toml({"true": True, "false": False}.get(text.strip().lower()))
+
+    def from_toml(self, value: Any) -> bool:
+        if type(value) is not bool:
+            raise ValueError(f"must be {self.limits}")
+        return value
 
 
 class FilePath:
@@ -256,18 +270,28 @@ class Given:
         return any((each.table, each.key) == (table, key) for each in self._merged)
 
     def flags(self, *tables: str) -> list[str]:
-        """The command line that gives all that was given for these tables, whatever gave it."""
+        """The command line that gives all that was given for these tables, whatever gave it.
+
+        Without what may hold a password: any user of the machine can read command lines. See `variable_of`.
+        """
         words = []
         for each in self._settings:
-            if each.table in tables and each in self._merged:
+            if each.table in tables and each in self._merged and not each.secret:
                 value = self._merged[each]
                 if isinstance(each.check, Many):
                     words += [each.flags[0], *map(str, value)]
+                elif isinstance(each.check, Switch):
+                    words += [each.flags[0]] if value else []
                 elif str(value).startswith("-"):
                     words.append(f"{each.flags[0]}={value}")
                 else:
                     words += [each.flags[0], str(value)]
         return words
+
+    def variable_of(self, table: str, key: str) -> str:
+        """The name of a setting's environment variable."""
+        (each,) = (each for each in self._settings if (each.table, each.key) == (table, key))
+        return each.variable
 
     def refuse(self, table: str, key: str, reason: str) -> NoReturn:
         """Ends the process with status 2 and one line about a value that passed its own check."""
@@ -442,6 +466,10 @@ class CommandLine:
 
 
 def _add(group: argparse._ArgumentGroup, each: Setting) -> None:
+    dest = f"{each.table}.{each.key}"
+    if isinstance(each.check, Switch):
+        group.add_argument(*each.flags, dest=dest, action="store_const", const="true", help=each.help)
+        return
     choices = "|".join(getattr(each.check, "words", ()))
     metavar = each.metavar or choices or each.key.upper()
     default = f" (default: {each.default_is})" if each.default_is else ""
@@ -451,7 +479,7 @@ def _add(group: argparse._ArgumentGroup, each: Setting) -> None:
     limits = "" if choices or each.check.limits in (FilePath.limits, TEXT) else f"; {each.check.limits}"
     group.add_argument(
         *each.flags,
-        dest=f"{each.table}.{each.key}",
+        dest=dest,
         metavar=metavar,
         help=f"{each.help}{limits}{default}".replace("%", "%%"),
         **options,

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from common.settings import Choice, CommandLine, FilePath, Score, Whole, Words, setting, settings_of
-from generation.schema.hosts import parse_names
+from generation.schema.hosts import parse_address, parse_names
 from generation.schema.limits import MAX_GAUSSIANS, MIN_GAUSSIANS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,19 @@ class ServiceTable:
     )
     memory_class: str | None = setting(
         None, Words(_is_there), "a memory class of the models file", default_is="by the GPU's memory", metavar="NAME"
+    )
+    cluster: str = setting(
+        "",
+        Words(lambda text: text and parse_address(text), "a host and a port, as 10.0.0.1:6379"),
+        "work on all GPUs of the Ray cluster whose head listens there",
+        default_is="this machine's GPUs",
+        metavar="HOST:PORT",
+    )
+    cluster_token_file: Path = setting(
+        Path("~/.404gen/cluster_token"),
+        FilePath(),
+        "file of mode 0600 with the cluster's token",
+        metavar="PATH",
     )
     gpus: str = setting("all", Words(_is_gpus, _GPUS), "GPUs to work on", metavar="all|N,N")
     max_queue: int = setting(16, Whole(1, 10_000), "requests that may wait", metavar="N")

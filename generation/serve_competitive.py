@@ -6,18 +6,22 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from generation.arguments import COMMAND_LINE, TABLES, Arguments
+from generation.arguments import COMMAND_LINE, ROOT, TABLES, Arguments
 from generation.engine.engine import Engine
+from generation.fleet.actors import ClusterFleet
+from generation.fleet.cluster import ClusterError, connect
 from generation.fleet.fleet import Fleet
 from generation.logging_setup import setup_logging
 from generation.schema.options import SettingsError
 from generation.schema.score import formula
-from generation.settings import Settings
+from generation.settings import Settings, resolve_elsewhere
 from generation.web.app import create_app
 
 if TYPE_CHECKING:
@@ -61,6 +65,13 @@ def make_engine(settings: Settings) -> Engine | Fleet:
     return Engine(load, settings.max_queue, settings.models.max_batch, settings.device)
 
 
+def make_cluster_fleet(arguments: Arguments, values: Mapping[str, Any]) -> Fleet:
+    """An engine for each GPU of a Ray cluster. Raises ClusterError."""
+    joined = connect(arguments.cluster, arguments.cluster_token_file)
+    absolute = {key: value.absolute() if isinstance(value, Path) else value for key, value in values.items()}
+    return ClusterFleet(joined, partial(resolve_elsewhere, absolute, ROOT), arguments.max_queue)
+
+
 class Server(uvicorn.Server):
     """Ends the event streams before it waits for its open answers, which would never be done."""
 
@@ -70,6 +81,7 @@ class Server(uvicorn.Server):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until it is stopped. Returns the exit status."""
     given = COMMAND_LINE.parse(sys.argv[1:] if argv is None else argv)
     values = {key: value for table in TABLES for key, value in vars(given[table]).items() if given.has(table, key)}
     arguments = Arguments(**values)
@@ -94,13 +106,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         log.error("%s", error)
         return 2
+    try:
+        engine = make_cluster_fleet(arguments, values) if arguments.cluster else make_engine(settings)
+    except ClusterError as error:
+        log.error("%s", error)
+        return 1
     log.info("Profile %s: %s", settings.profile, settings.profile_reason)
     log.info("Memory class %s: %s", settings.memory_class or "none", settings.memory_reason)
     log.info("Score: %s", formula(settings.models.score_parts))
     for stage, reason in settings.missing.items():
         log.warning("The score goes without %s: %s", stage, reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
-    app = create_app(make_engine(settings), settings)
+    app = create_app(engine, settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):

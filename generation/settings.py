@@ -1,4 +1,4 @@
-"""What the service runs with, resolved from command line, config files and the machine.
+"""The service's settings, resolved from command line, config files and the machine.
 
 The files' own schema is ``generation.schema.options``.
 """
@@ -72,6 +72,8 @@ class Settings(Schema):
             arguments = checked(values or {})
         except ValueError as error:
             raise SettingsError(f"arguments: {error}") from error
+        if arguments.cluster:
+            return cls._of_cluster(arguments)
         gpus = _choose_gpus(arguments.gpus)
         memory = memory or gpu_memory(gpus)
         profile, reason, device = _choose_profile(arguments, memory)
@@ -84,6 +86,43 @@ class Settings(Schema):
         except ValueError as error:
             raise SettingsError(f"{models_file}: {error}") from error
         models, absent = _without_absent(models.fitted(memory_class))
+        return cls._of(
+            arguments,
+            models,
+            profile=profile,
+            profile_reason=reason,
+            device=device,
+            memory_class=memory_class.name if memory_class else None,
+            memory_reason=memory_reason,
+            gpus=gpus,
+            missing=absent,
+        )
+
+    @classmethod
+    def _of_cluster(cls, arguments: Arguments) -> Settings:
+        """The service's own, on a machine that needs no GPU and no weights: engines resolve theirs where they are.
+
+        A cluster's machines must make the same splats, so what is on one of them can not decide the profile.
+        """
+        for name, given in (("gpus", arguments.gpus != "all"), ("profile_trace", arguments.profile_trace is not None)):
+            if given:
+                raise SettingsError(f"{name}: is for one machine, not for a cluster")
+        profile: Literal["full", "tiny"] = "tiny" if arguments.profile == "tiny" else "full"
+        return cls._of(
+            arguments,
+            load_models(arguments.models or PROFILES[profile].models),
+            profile=profile,
+            profile_reason=f"profile {profile} asked for"
+            if arguments.profile == profile
+            else "a cluster's, if not tiny",
+            device="cluster",
+            memory_class=None,
+            memory_reason="each engine of the cluster has its own",
+            gpus=(),
+        )
+
+    @classmethod
+    def _of(cls, arguments: Arguments, models: Models, *, profile: Literal["full", "tiny"], **known: Any) -> Settings:
         generators = _Generators.load(profile, arguments)
         generators.needed(models)
         options, image_options = generators.text, generators.image
@@ -107,20 +146,27 @@ class Settings(Schema):
         }
         return cls(
             profile=profile,
-            profile_reason=reason,
-            device=device,
-            memory_class=memory_class.name if memory_class else None,
-            memory_reason=memory_reason,
             config=generators.config,
             options=options,
             image_config=generators.image_config,
             image_options=image_options,
             models=models,
-            gpus=gpus,
-            missing=absent,
             allowed_hosts=_allowed_hosts(arguments),
             **shared,
+            **known,
         )
+
+
+def resolve_elsewhere(values: Mapping[str, Any], root: Path) -> Settings:
+    """What the service's ``values`` come to on a machine of its cluster, where this is called. ``root`` is the folder
+    of the service's code: files in it are taken from here. Raises SettingsError.
+    """
+    own = {key: value for key, value in values.items() if key not in ("cluster", "cluster_token_file")}
+    own["profile"] = "tiny" if own.get("profile") == "tiny" else "full"
+    for key in ("config", "image_config", "models"):
+        if own.get(key) is not None and (path := Path(own[key]).absolute()).is_relative_to(root):
+            own[key] = ROOT / path.relative_to(root)
+    return Settings.resolve(own)
 
 
 def _allowed_hosts(arguments: Arguments) -> tuple[str, ...]:
@@ -175,13 +221,13 @@ def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["
     """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
-    from generation.splats.rasterize import kernels
+    from generation.splats.rasterize import gsplat_build
     from generation.weights import missing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def tiny(why: str) -> tuple[Literal["tiny"], str, str]:
-        if device == "cpu" or kernels.is_built():
+        if device == "cpu" or gsplat_build.is_built():
             return "tiny", why, device
         return "tiny", f"{why}; on the CPU, for gsplat is not built for the GPU", "cpu"
 

@@ -1,4 +1,4 @@
-"""Diffusers' autoencoder in the form of which torch.compile makes the fastest kernels, and what UNets share with it."""
+"""Rewrites diffusers' autoencoder for torch.compile: channels last, fused upsampling, compiled blocks; UNets, too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 class ChannelwiseGroupNorm(nn.Module):
     """Group normalisation from each channel's mean and variance.
 
-    With channels last, the pixels' channels are neighbours in memory: what goes over pixels reads all of it in order,
-    where what goes over the few channels of a group, as compilers write it, reads a quarter of each memory sector.
+    With channels last the channels of a pixel are neighbours in memory. A reduction over pixels reads memory in order.
+    A reduction over the few channels of a group, as compilers write it, uses a quarter of each memory sector.
     """
 
     def __init__(self, plain: nn.GroupNorm) -> None:
@@ -35,51 +35,53 @@ class ChannelwiseGroupNorm(nn.Module):
         return (wide * scale.view(channels) + shift.view(channels)).to(x.dtype)
 
 
-class Upsampling(nn.Module):
-    """Each pixel drawn as two by two, then a 3x3 convolution: together a transposed convolution with stride 2.
+class FusedUpsample(nn.Module):
+    """Nearest upsampling by 2 and a 3x3 convolution, as one transposed convolution with stride 2.
 
-    Of the nine pixels under the kernel four are different ones, and so are four of the products.
+    Of the nine pixels under the 3x3 kernel only four differ. So four products are enough.
     """
 
     def __init__(self, plain: Upsample2D) -> None:
         super().__init__()
         self.plain = plain
-        # (C, O, 4, 4): a pixel reaches those that it was drawn as, and their neighbours.
+        # (C, O, 4, 4): a pixel contributes to its own four pixels and to their neighbours.
         kernel = plain.conv.weight.detach().float().transpose(0, 1).flip(-2, -1)
         shifted = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]
         kernel = torch.stack(shifted).sum(0).to(plain.conv.weight.dtype)
         self.kernel = kernel.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        if output_size is not None:  # of an odd image
+        if output_size is not None:  # the image has an odd side
             result: Tensor = self.plain(x, output_size)
             return result
         return F.conv_transpose2d(x, self.kernel, self.plain.conv.bias, stride=2, padding=1)
 
 
 def compile_autoencoder(vae: AutoencoderKL, any_batch: bool = False) -> None:
-    """Bring an autoencoder into the form of which a compiler makes the fastest kernels, and let it, at the first call;
-    results stay, up to rounding. For each size of a batch, or with `any_batch` for one and for any other.
+    """Rewrite an autoencoder and compile its blocks at their first call. Results are the same up to rounding.
+
+    It is compiled for each batch size, or with ``any_batch`` once for one image and once for any larger batch.
     """
     for module in list(vae.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.GroupNorm):
                 setattr(module, name, ChannelwiseGroupNorm(child))
-    # One head of 512 channels: the backward pass of fused attention takes ten times what plain products take.
+    # With one head of 512 channels the backward pass of fused attention takes ten times as long as plain products.
     vae.set_attn_processor(AttnProcessor())
-    compile_parts(vae, (ResnetBlock2D, Attention), any_batch)
+    compile_blocks(vae, (ResnetBlock2D, Attention), any_batch)
 
 
-def compile_parts(model: nn.Module, kinds: tuple[type[nn.Module], ...], any_batch: bool = False) -> None:
-    """Channels last, upsampling in one, and modules of these kinds compiled one by one: those alike share what is made.
+def compile_blocks(model: nn.Module, block_types: tuple[type[nn.Module], ...], any_batch: bool = False) -> None:
+    """Make ``model`` channels last, fuse its upsampling, and compile each block of these types by itself.
 
-    To compile a whole UNet took two minutes for each batch size, and gains nothing more in a CUDA graph.
+    Blocks that are alike share the compiled code. Compiling a whole UNet took two minutes for each batch size, and
+    gains nothing more in a CUDA graph. ``any_batch``: see ``compile_autoencoder``.
     """
-    torch._dynamo.config.recompile_limit = 128  # of a block's code: for each of its widths and sizes
+    torch._dynamo.config.recompile_limit = 128  # one variant for each width and size of a block
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Upsample2D) and child.use_conv:
-                setattr(module, name, Upsampling(child))
-        if isinstance(module, kinds):
+                setattr(module, name, FusedUpsample(child))
+        if isinstance(module, block_types):
             module.compile(fullgraph=True, dynamic=None if any_batch else False)

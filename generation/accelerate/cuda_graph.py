@@ -1,6 +1,7 @@
-"""A guidance's step as compiled kernels in a CUDA graph, one for each number of scenes.
+"""Functions of tensors as CUDA graphs, one graph for each shape of the inputs.
 
-Launched one by one, the some thousand kernels of a step cost the CPU more time than they cost the GPU.
+A denoising step has about a thousand kernels. Launching them one by one takes the CPU longer than the GPU needs to run
+them.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# How many scenes the kernels are compiled for; other numbers are put together from these.
+#: Batch sizes that are compiled and captured, largest first. Other sizes are split into these.
 COMPILED_SIZES = (4, 2, 1)
 
 
-def pieces(scenes: int) -> list[slice]:
-    """`scenes` cut into as few pieces as the compiled sizes allow."""
-    cuts, start = [], 0
+def split_batch(count: int) -> list[slice]:
+    """Slices that cover ``range(count)``, as few as COMPILED_SIZES allow."""
+    slices, start = [], 0
     for size in COMPILED_SIZES:
-        while start + size <= scenes:
-            cuts.append(slice(start, start + size))
+        while start + size <= count:
+            slices.append(slice(start, start + size))
             start += size
-    return cuts
+    return slices
 
 
 class _Graph(NamedTuple):
@@ -31,20 +32,20 @@ class _Graph(NamedTuple):
     outputs: tuple[Tensor, ...]
 
 
-class Captured:
-    """Calls a function of tensors; for shapes that were captured, by replaying its kernels.
+class GraphedFunction:
+    """A function of tensors. For shapes that were captured, a call replays a CUDA graph.
 
-    The function must not wait for the device. Results are overwritten by the next call.
+    The function must not synchronise with the device. The next call overwrites the results.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
-        self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs of what is captured again when called
-        self._pool: Any = None  # of memory, for all graphs: they never run at the same time
+        self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs; captured again at the next call
+        self._pool: Any = None  # one memory pool for all graphs: they never run at the same time
 
     def capture(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> None:
-        """Compile what is to be compiled, and record the kernels for the shapes of `inputs`, which are kept."""
+        """Warm the function up, then capture it for the shapes of ``inputs``. The graph keeps ``inputs`` as its own."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
@@ -58,7 +59,10 @@ class Captured:
         self._graphs[_key(inputs, constants)] = _Graph(graph, inputs, outputs)
 
     def forget(self) -> None:
-        """Drop all graphs and their memory, for what they read is about to move. Each is captured again when called."""
+        """Drop all graphs and their memory, because the weights that they read are about to move.
+
+        Each is captured again at its next call.
+        """
         self._forgotten |= {key: graph.inputs for key, graph in self._graphs.items()}
         self._graphs.clear()
         self._pool = None

@@ -1,4 +1,4 @@
-"""Diffusers' autoencoder around the kernels of `normalise`, with fewer passes over images in between."""
+"""The encoder of diffusers' autoencoder, forward and backward, on our normalisation kernels."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from generation.accelerate.kernels.group_norm import backward_at_once, forward_at_once, is_small
-from generation.accelerate.kernels.normalise import (
+from generation.accelerate.kernels.group_norm import (
     Norm,
     Statistics,
     add,
-    add_and_measure,
-    measure,
+    add_with_statistics,
+    compute_statistics,
     normalise,
     normalise_backward,
 )
+from generation.accelerate.kernels.small_group_norm import backward_small, forward_small, is_small
 
 
-class Kernels(NamedTuple):
-    """Weights (O, C, k, k) of a convolution with stride 1, and those of the convolution that is its backward pass.
+class ConvWeights(NamedTuple):
+    """Weights (O, C, k, k) of a convolution with stride 1, and (C, O, k, k) of the convolution that is its gradient.
 
-    Channels last. Where channels are many, cuDNN has faster kernels for a convolution than for a gradient.
+    Channels last. With many channels cuDNN's kernels for a convolution are faster than those for its gradient.
     """
 
     forward: Tensor
     backward: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> Kernels:
+    def of(cls, weight: Tensor) -> ConvWeights:
         weight = weight.detach()
         both = weight, weight.flip(-2, -1).transpose(0, 1)
         return cls(*(each.contiguous(memory_format=torch.channels_last) for each in both))
 
 
-def fuse(vae: AutoencoderKL) -> None:
-    """Replace an autoencoder's encoder; results stay, up to rounding.
+def fuse_encoder(vae: AutoencoderKL) -> None:
+    """Replace an autoencoder's encoder by ``FusedEncoder``. Results are the same up to rounding.
 
-    Its parameters are frozen by it: gradients reach the input alone. Images must have even sides at all levels. Raises
-    ValueError for a block of another kind than Stable Diffusion's models have.
+    Parameters are frozen: only the input gets a gradient. Images must have even sides at all levels. Raises ValueError
+    for a block that Stable Diffusion's autoencoder does not have.
     """
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     vae.encoder = FusedEncoder(vae.encoder)
 
 
 class FusedEncoder(nn.Module):
-    """Takes images (N, C, H, W) to the moments of their latents, as diffusers' `Encoder` does.
+    """Images (N, C, H, W) to the moments of their latents, as diffusers' ``Encoder``.
 
-    Diffusers pads the image with a row and a column of zeros at the end before a convolution with stride 2. That costs
-    a copy in the forward pass and two in the backward pass. Here all is turned by 180 degrees: the image, the kernels
-    and the latents. Then the zeros come first, where a convolution pads by itself. A bias between residual blocks is
-    added in the next block, so it costs no pass of its own.
+    Before a convolution with stride 2 diffusers pads the image with zeros at the end. That costs a copy in the forward
+    pass and two in the backward pass. Here the image, the kernels and the latents are rotated by 180 degrees. Then the
+    zeros are at the start, where the convolution itself pads. A bias between residual blocks is added in the next
+    block, which saves a pass.
     """
 
     def __init__(self, plain: Encoder) -> None:
@@ -90,13 +90,13 @@ class FusedEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.first(image.flip(-2, -1).contiguous(memory_format=torch.channels_last))
-        measured: Statistics | None = None
+        known: Statistics | None = None
         for step in self.steps:
             if isinstance(step, ResidualBlock):
-                x, measured = step(x, measured)
+                x, known = step(x, known)
             else:
-                x, measured = step(x), None
-        result: Tensor = self.conv_out(self.norm_out(x, measured)).flip(-2, -1)
+                x, known = step(x), None
+        result: Tensor = self.conv_out(self.norm_out(x, known)).flip(-2, -1)
         return result
 
 
@@ -108,7 +108,7 @@ def _take_bias(convolution: nn.Conv2d) -> Tensor:
 
 
 def _norm_of(part: nn.Module) -> Norm | None:
-    """The normalisation that `part` begins with, where it can use statistics taken before. None for other parts."""
+    """The normalisation that ``part`` begins with, if it can take statistics computed before it. Otherwise None."""
     if isinstance(part, ResnetBlock2D):
         return _norm(part.norm1)
     return _norm(part) if isinstance(part, nn.GroupNorm) else None
@@ -119,10 +119,10 @@ def _norm(plain: nn.GroupNorm) -> Norm:
 
 
 class ResidualBlock(nn.Module):
-    """A `ResnetBlock2D` as Stable Diffusion's autoencoder has it, of x + `bias` (C,) where there is one.
+    """A ``ResnetBlock2D`` of Stable Diffusion's autoencoder, applied to x + ``bias`` (C,) if there is one.
 
-    Takes x and its statistics, where they are known, and returns its result with those for the norm that is
-    `following`.
+    Takes x (N, C, H, W) and its statistics if they are known. Returns the result, and the statistics for the
+    normalisation ``following`` it, if there is one.
     """
 
     def __init__(self, plain: ResnetBlock2D, bias: Tensor | None = None, following: Norm | None = None) -> None:
@@ -133,49 +133,49 @@ class ResidualBlock(nn.Module):
             raise ValueError(f"a residual block can not be fused: {', '.join(other) or plain}")
         self.norms = _norm(plain.norm1), _norm(plain.norm2)
         self.following = following
-        self.weights = Kernels.of(plain.conv1.weight), Kernels.of(plain.conv2.weight)
-        self.shortcut = None if plain.conv_shortcut is None else Kernels.of(plain.conv_shortcut.weight)
-        # Added in the two normalisations, and with the shortcut.
+        self.weights = ConvWeights.of(plain.conv1.weight), ConvWeights.of(plain.conv2.weight)
+        self.shortcut = None if plain.conv_shortcut is None else ConvWeights.of(plain.conv_shortcut.weight)
+        # Biases that the two normalisations add, and the one that is added with the shortcut.
         self.added, self.last = (bias, plain.conv1.bias.detach()), plain.conv2.bias.detach()
         if self.shortcut is not None:
             self.last = self.last + plain.conv_shortcut.bias.detach()
         if bias is not None:
             self.last = self.last + (bias if self.shortcut is None else self.shortcut.forward[..., 0, 0] @ bias)
 
-    def forward(self, x: Tensor, measured: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
+    def forward(self, x: Tensor, known: Statistics | None = None) -> tuple[Tensor, Statistics | None]:
         x = x.contiguous(memory_format=torch.channels_last)
-        result, *statistics = _Residual.apply(x, measured, self)
+        result, *statistics = _Residual.apply(x, known, self)
         return result, Statistics(*statistics) if statistics else None
 
 
 class Normalisation(nn.Module):
-    """Group normalisation of x, whose statistics may be known, then SiLU."""
+    """Group normalisation, then SiLU, of x (N, C, H, W), whose statistics may be known."""
 
     def __init__(self, plain: nn.GroupNorm) -> None:
         super().__init__()
         self.norm = _norm(plain)
 
-    def forward(self, x: Tensor, measured: Statistics | None = None) -> Tensor:
+    def forward(self, x: Tensor, known: Statistics | None = None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        result: Tensor = _Normalise.apply(x, measured, self.norm)
+        result: Tensor = _Normalise.apply(x, known, self.norm)
         return result
 
 
 class _Residual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, measured: Statistics | None, block: ResidualBlock) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, known: Statistics | None, block: ResidualBlock) -> tuple[Tensor, ...]:
         first, second = block.weights
-        normalised, outer = _forward(x, block.norms[0], block.added[0], measured)
+        normalised, outer = _forward(x, block.norms[0], block.added[0], known)
         middle = F.conv2d(normalised, first.forward, padding=1)
         normalised, inner = _forward(middle, block.norms[1], block.added[1])
         result = F.conv2d(normalised, second.forward, padding=1)
         ctx.save_for_backward(x, middle, *outer, *inner)
         ctx.block = block
         ctx.set_materialize_grads(False)
-        around = x if block.shortcut is None else F.conv2d(x, block.shortcut.forward)
+        residual = x if block.shortcut is None else F.conv2d(x, block.shortcut.forward)
         if block.following is None or is_small(result):
-            return (add(result, around, block.last),)
-        total, statistics = add_and_measure(result, around, block.last, block.following)
+            return (add(result, residual, block.last),)
+        total, statistics = add_with_statistics(result, residual, block.last, block.following)
         ctx.mark_non_differentiable(*statistics)
         return total, *statistics
 
@@ -187,14 +187,14 @@ class _Residual(torch.autograd.Function):
         inner = F.conv2d(gradient, second.backward, padding=1)
         inner = _backward(inner, middle, Statistics(*statistics[4:]), block.norms[1])
         outer = F.conv2d(inner, first.backward, padding=1)
-        around = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.backward)
-        return _backward(outer, x, Statistics(*statistics[:4]), block.norms[0], around), None, None
+        residual = gradient if block.shortcut is None else F.conv2d(gradient, block.shortcut.backward)
+        return _backward(outer, x, Statistics(*statistics[:4]), block.norms[0], residual), None, None
 
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, measured: Statistics | None, norm: Norm) -> Tensor:
-        result, statistics = _forward(x, norm, None, measured)
+    def forward(ctx: Any, x: Tensor, known: Statistics | None, norm: Norm) -> Tensor:
+        result, statistics = _forward(x, norm, None, known)
         ctx.save_for_backward(x, *statistics)
         ctx.norm = norm
         return result
@@ -205,15 +205,15 @@ class _Normalise(torch.autograd.Function):
         return _backward(outward[0], x, Statistics(*statistics), ctx.norm), None, None
 
 
-def _forward(
-    x: Tensor, norm: Norm, added: Tensor | None, measured: Statistics | None = None
-) -> tuple[Tensor, Statistics]:
-    """SiLU of the normalised x + `added` (C,), and its statistics, which may have been `measured` before."""
-    if measured is None and is_small(x):
-        return forward_at_once(x, norm, added)
-    statistics = measured or measure(x, norm, added)
+def _forward(x: Tensor, norm: Norm, added: Tensor | None, known: Statistics | None = None) -> tuple[Tensor, Statistics]:
+    """SiLU of the normalised x + ``added`` (C,), and the statistics of x, which may be ``known`` already."""
+    if known is None and is_small(x):
+        return forward_small(x, norm, added)
+    statistics = known or compute_statistics(x, norm, added)
     return normalise(x, statistics), statistics
 
 
-def _backward(gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, around: Tensor | None = None) -> Tensor:
-    return (backward_at_once if is_small(x) else normalise_backward)(gradient, x, statistics, norm, around)
+def _backward(
+    gradient: Tensor, x: Tensor, statistics: Statistics, norm: Norm, residual: Tensor | None = None
+) -> Tensor:
+    return (backward_small if is_small(x) else normalise_backward)(gradient, x, statistics, norm, residual)

@@ -1,6 +1,6 @@
-"""Group normalisation of channels-last images in few kernels, as a PyTorch operator that a compiler leaves whole.
+"""Group normalisation of channels-last images by our kernels, as a PyTorch custom operator: opaque to torch.compile.
 
-Where no gradient is wanted: for a UNet.
+Forward only, for UNets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: pixels of an image up to which one kernel is faster than two, which read it twice but in order
+#: Up to this many pixels of an image the single kernel for small images is faster than the two for large ones.
 ONE_KERNEL = 256
 
 
@@ -25,12 +25,12 @@ def group_norm(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Of x (N, C, H, W) + `added` (N, C) or (C,), channels last; with SiLU after it, if asked.
+    """Group normalisation of x (N, C, H, W) + ``added`` (N, C) or (C,), with SiLU if asked.
 
-    `weight` and `bias` (C,) of `groups` groups.
+    The result is channels last. ``weight`` and ``bias`` are (C,).
     """
     if x.is_cuda:
-        return _in_few_kernels(x, added, (weight, bias, groups, eps), silu)
+        return _by_kernels(x, added, (weight, bias, groups, eps), silu)
     shifted = x if added is None else x + added[..., None, None]
     result = F.group_norm(shifted, groups, weight, bias, eps)
     return (F.silu(result) if silu else result).contiguous(memory_format=torch.channels_last)
@@ -42,19 +42,19 @@ def _(x: Tensor, added: Tensor | None, weight: Tensor, *settings: Any) -> Tensor
     return x.new_empty(n, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
-def _in_few_kernels(x: Tensor, added: Tensor | None, norm: tuple[Tensor, Tensor, int, float], silu: bool) -> Tensor:
+def _by_kernels(x: Tensor, added: Tensor | None, norm: tuple[Tensor, Tensor, int, float], silu: bool) -> Tensor:
     # Triton comes with torch for GPUs
-    from generation.accelerate.kernels import normalise
-    from generation.accelerate.kernels.group_norm import normalise_at_once
+    from generation.accelerate.kernels.group_norm import Norm, compute_statistics, normalise
+    from generation.accelerate.kernels.small_group_norm import normalise_small
 
     x = x.contiguous(memory_format=torch.channels_last)
     if x.shape[2] * x.shape[3] <= ONE_KERNEL:
-        return normalise_at_once(x, normalise.Norm(*norm), added, silu)
-    return normalise.normalise(x, normalise.measure(x, normalise.Norm(*norm), added), silu)
+        return normalise_small(x, Norm(*norm), added, silu)
+    return normalise(x, compute_statistics(x, Norm(*norm), added), silu)
 
 
-class ImageNorm(nn.Module):
-    """In place of `plain`, followed by SiLU if asked."""
+class FusedGroupNorm(nn.Module):
+    """Replaces the ``nn.GroupNorm`` ``plain``, and the SiLU behind it if asked."""
 
     def __init__(self, plain: nn.GroupNorm, silu: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model that is on its GPU only while it works, so that others have its memory meanwhile."""
+"""Offloading: a model that is on its GPU only while it works, so that others can use that memory."""
 
 from __future__ import annotations
 
@@ -9,42 +9,46 @@ import torch
 from torch import Tensor, nn
 
 
-class Resting:
-    """Keeps a frozen model's parameters in pinned memory of the CPU, from where they come back at the bus's full speed.
+class Offloaded:
+    """A frozen model whose parameters stay in pinned memory of the CPU, and are copied to its device when it works.
 
-    They never change, so leaving the GPU is forgetting them there. Buffers, and the scales of 4-bit weights, stay.
+    The parameters never change. So offloading only drops the copies on the device. Buffers and the scales of 4-bit
+    weights stay there.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:
-        """`model` is anywhere, and rests from now on; `device` is where it works."""
+        """``device`` is the one that ``model`` works on. Until the first ``offload`` the model stays where it is."""
+        self._model = model
         self._device = torch.device(device)
-        pin = self._device.type == "cuda"
-        model.to(self._device)  # all that is no parameter
-        self._at_rest: list[tuple[nn.Parameter, Tensor]] = []
-        for parameter in model.parameters():
-            at_rest = parameter.data.cpu()
-            self._at_rest.append((parameter, at_rest.pin_memory() if pin else at_rest))
-        self._is_awake = True
-        self.rest()
+        self._pinned: list[tuple[nn.Parameter, Tensor]] = []
+        self._is_loaded = True
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """The model is on its device inside."""
+    def on_device(self) -> Iterator[None]:
+        """Within this context the model is on its device."""
         try:
-            self.wake()
+            self.onload()
             yield
         finally:
-            self.rest()
+            self.offload()
 
-    def wake(self) -> None:
-        """Bring it onto its device, unless it is there."""
-        if not self._is_awake:
-            for parameter, at_rest in self._at_rest:
-                parameter.data = at_rest.to(self._device, non_blocking=True)
-            self._is_awake = True
+    def onload(self) -> None:
+        """Copy the parameters to the device. Does nothing when they are there."""
+        if not self._is_loaded:
+            for parameter, pinned in self._pinned:
+                parameter.data = pinned.to(self._device, non_blocking=True)
+            self._is_loaded = True
 
-    def rest(self) -> None:
-        """Have it off its device. What was captured in a CUDA graph can not be replayed any more."""
-        self._is_awake = False
-        for parameter, at_rest in self._at_rest:
-            parameter.data = at_rest
+    def offload(self) -> None:
+        """Free the device's copies. A CUDA graph that was captured before can not be replayed any more."""
+        if not self._pinned:
+            self._pin()
+        self._is_loaded = False
+        for parameter, pinned in self._pinned:
+            parameter.data = pinned
+
+    def _pin(self) -> None:
+        self._model.to(self._device)  # the buffers
+        for parameter in self._model.parameters():
+            copy = parameter.data.cpu()
+            self._pinned.append((parameter, copy.pin_memory() if self._device.type == "cuda" else copy))

@@ -1,4 +1,4 @@
-"""Copies to a GPU that the CPU does not wait for."""
+"""Asynchronous copies to a GPU, through pinned memory."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 
-def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The CPU's `tensor` on `device`, when the GPU gets there.
+def copy_async(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of the CPU's ``tensor`` on ``device``. The CPU does not wait for the GPU.
 
-    From memory that is not pinned, PyTorch waits until the GPU has done all that it was asked for before.
+    From memory that is not pinned PyTorch would wait until the GPU has finished all earlier work.
     """
     if torch.device(device).type != "cuda":
         return tensor.to(device)

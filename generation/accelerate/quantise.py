@@ -11,10 +11,10 @@ from torch import nn
 
 
 def quantise_linears(model: nn.Module, device: str) -> None:
-    """Replace every linear layer in ``model`` by an NF4 one on ``device``, one after the other; the rest stays.
+    """Replace every linear layer in ``model`` by an NF4 one on ``device``, one after the other.
 
-    Four bits a weight and an eight-bit scale for each 64 of them; arithmetic is in the dtype that the layer had.
-    Raises ImportError without bitsandbytes.
+    A weight takes four bits, and each 64 weights an eight-bit scale. Arithmetic is in the dtype that the layer had.
+    Other layers stay as they are. Raises ImportError without bitsandbytes.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -22,13 +22,13 @@ def quantise_linears(model: nn.Module, device: str) -> None:
         raise ImportError(f"4-bit weights: {error}: scripts/install.sh gpu") from error
     linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear]
     while linears:
-        name, layer = linears.pop()  # popped: its 16-bit weights are free as soon as it is replaced
+        name, layer = linears.pop()  # popped, so that its 16-bit weights are freed when it is replaced
         dtype = layer.weight.dtype
         with torch.device("meta"):
             small = Linear4bit(
                 layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_storage=dtype
             )
-        # The bytes go by the name of the layer's own dtype: T5 casts its activations to what its weights say they are.
+        # quant_storage is the layer's dtype, because T5 casts its activations to the dtype of its weights.
         weight = Params4bit(layer.weight.data, quant_type="nf4", quant_storage=dtype, module=small)
         small.weight = weight.to(device)  # type: ignore[misc]  # quantises
         small.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(device), requires_grad=False)

@@ -1,5 +1,7 @@
-"""Texts encoded once: negative prompts are always the same, and prompts come back, with other seeds after a rejection,
-and from more than one validator."""
+"""A cache of encoded texts.
+
+Negative prompts are always the same. Prompts come back with other seeds after a rejection, and from several validators.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from typing import Any, Generic, TypeVar
 
 V = TypeVar("V")
 
-KEPT = 32  # of 2 MB each, on a GPU, for T5 at full size
+KEPT = 32  # texts; of 2 MB each, on a GPU, for T5 at full size
 
 
 class TextCache(Generic[V]):
-    """What `encode` makes of texts, one for each of a list; of the latest 32.
+    """Least-recently-used cache of what ``encode`` returns for texts, one value for each of a list.
 
-    Each must have its own memory: a view would keep that of all that were encoded with it.
+    Each value must have its own memory. A view would keep the memory of the whole batch.
     """
 
     def __init__(self, encode: Callable[[list[str]], Iterable[V]]) -> None:
@@ -22,22 +24,22 @@ class TextCache(Generic[V]):
         self._known: dict[str, V] = {}
 
     def encode(self, texts: Sequence[str]) -> list[V]:
-        """Of each; those that are new are encoded together, in the time of one."""
+        """The value of each text, in order. Those that are not cached are encoded in one batch."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
             self._known |= zip(new, self._encode(new), strict=True)
         for text in texts:
-            self._known[text] = self._known.pop(text)  # the last one used stands at the end
+            self._known[text] = self._known.pop(text)  # most recently used last
         found = [self._known[text] for text in texts]
         while len(self._known) > KEPT:
             del self._known[next(iter(self._known))]
         return found
 
 
-def cut(tokenizer: Any, text: str, most: int | None = None) -> tuple[int, int] | None:
-    """Tokens that are read and tokens of `text` when these are more; None when all are read.
+def truncation(tokenizer: Any, text: str, most: int | None = None) -> tuple[int, int] | None:
+    """(tokens that are read, tokens of ``text``) when the encoder truncates it; None when it reads all of it.
 
-    `tokenizer` is one of transformers or open_clip; `most` is what it is asked for, by default its own limit.
+    ``tokenizer`` is one of transformers or open_clip. ``most`` is the limit in tokens, by default the tokenizer's own.
     """
     most = most or getattr(tokenizer, "context_length", None) or tokenizer.model_max_length
     if hasattr(tokenizer, "clean_fn"):  # open_clip's

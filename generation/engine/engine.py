@@ -1,4 +1,4 @@
-"""Admission, batching, deadlines and cancellation. Owns the one thread that touches the models and their device."""
+"""Admission, continuous batching, deadlines, cancellation. Owns the only thread that uses the models and the device."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from generation.engine import gpu_memory
 from generation.schema.results import Asset, Request
 from generation.schema.score import in_words
 
-if TYPE_CHECKING:  # the real module brings torch, which takes seconds to import: only the engine thread does
+if TYPE_CHECKING:  # importing it imports torch, which takes seconds: only the engine thread does that
     from generation.pipeline.pipeline import Pipeline
 
 log = logging.getLogger("generation.engine")
 
-#: How long a request may take from its admission to its answer, in seconds. Longer than a full queue takes.
+#: seconds from a request's admission to its answer, at most; more than a full queue takes
 TIMEOUT_S = 1800.0
 LATE = f"no result within {TIMEOUT_S:.0f} s"
 LOADING_RETRY_S = 5
 
 T = TypeVar("T")
-#: Told the stage ("paused" while others go before it), and the share of it that is done. Called from any thread; must
-#: be quick and must not raise. Of a request that asks for previews, a third argument now and then: a WEBP of it.
+#: Called with the stage ("paused" while other requests go first) and its progress, 0..1; for a request that asks for
+#: previews sometimes with a WEBP as third argument. Called from any thread. It must return quickly and must not raise.
 OnProgress = Callable[..., None]
 
 
 class Unavailable(Exception):
-    """Not now. ``retry_after`` is when to try again, in seconds; None when that would not help."""
+    """The engine can not take the request now. ``retry_after``: seconds; None if a retry would not help."""
 
     def __init__(self, message: str, retry_after: int | None) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class DeadlineExceeded(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class _Job:
-    """Waits in a queue, then runs on the engine thread. Cancelling its future gives its place free."""
+    """Waits in a queue, then runs on the engine thread. Cancelling its future frees its place."""
 
     future: Future[Any] = field(default_factory=Future)
 
@@ -77,20 +77,20 @@ class _Generation(_Job):
 
 @dataclass(eq=False)
 class _Call(_Job):
-    """Something short, such as scoring: goes before waiting generations."""
+    """A short call, such as scoring. It runs before waiting generations."""
 
     function: Callable[[Pipeline], Any]
     deadline: float | None  # on time.monotonic()
 
 
 class _Waiting:
-    """Jobs of one kind that wait: those that a person waits for go before those in the background."""
+    """Two queues of jobs of one kind: interactive ones go before those in the background."""
 
     def __init__(self) -> None:
         self.interactive: deque[Any] = deque()
         self.background: deque[Any] = deque()
 
-    def like(self, background: bool) -> deque[Any]:
+    def of(self, background: bool) -> deque[Any]:
         return self.background if background else self.interactive
 
     def __len__(self) -> int:
@@ -101,13 +101,14 @@ class _Waiting:
 
 
 class Engine:
-    """Runs requests through a pipeline that it loads by itself, up to ``max_batch`` at once; one joins when one ends.
+    """Loads a pipeline and runs up to ``max_batch`` requests through it at once. They join and leave between ticks.
 
-    Requests are interactive, or in the background: these are paused, with what they have, while there are others.
+    Requests are interactive or in the background. Background requests are paused, and keep their state, while there are
+    interactive ones.
 
-    Every public method is for the asyncio thread. ``load`` is called on the engine thread with a function that takes
-    progress in words, and returns a ``generation.pipeline.pipeline.Pipeline`` or what has its methods. ``device`` is
-    where that pipeline works ("cpu", "cuda", "cuda:1").
+    All public methods are for the asyncio thread. ``load`` is called on the engine thread with a function that takes
+    progress as text. It returns a ``generation.pipeline.pipeline.Pipeline``, or an object with its methods. ``device``
+    is the pipeline's: "cpu", "cuda", "cuda:1".
     """
 
     def __init__(
@@ -122,9 +123,9 @@ class Engine:
         self.models: list[dict[str, Any]] = []
         self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
         self._device = "cuda:0" if device == "cuda" else device
-        self._device_name = ""  # known once the models are loaded, as the memory is
+        self._device_name = ""  # this and the memory are known once the models are loaded
         self._memory: dict[str, int] | None = None
-        self._ticks: Counter[int] = Counter()  # by the number of requests in them
+        self._ticks: Counter[int] = Counter()  # batch size -> number of ticks
         self._load = load
         self._max_queue, self._max_batch = max_queue, max_batch
         self._at_once = max_batch
@@ -133,15 +134,15 @@ class Engine:
         self._active: list[_Generation] = []
         self._changed = threading.Condition()
         self._stopping = False
-        self._mean_seconds = 30.0  # of a generation; follows what is measured
-        # A daemon: a stage that does not come back must not keep the process from exiting.
+        self._mean_seconds = 30.0  # of a generation: a moving average
+        # A daemon: a stage that hangs must not keep the process from exiting.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, timeout: float) -> None:
-        """Give up all requests and wait for the thread for at most ``timeout`` seconds."""
+        """Fail all requests with Unavailable, and wait up to ``timeout`` seconds for the thread."""
         with self._changed:
             self._stopping = True
             self.status, self.reason = "failed", "shutting down"
@@ -154,12 +155,12 @@ class Engine:
 
     @property
     def queue_depth(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._generations) + len(self._calls)
 
     @property
     def active(self) -> list[dict[str, Any]]:
-        """What runs now: seed, priority, stage ("paused" is one) and the share of the stage that is done."""
+        """The running requests: seed, priority, stage (or "paused") and the progress of the stage, 0..1."""
         return [
             {
                 "seed": job.request.seed,
@@ -171,12 +172,11 @@ class Engine:
         ]
 
     def health(self) -> list[dict[str, Any]]:
-        """One entry, of JSON's own types; where there are several engines, there is one for each.
+        """One entry per engine, of JSON types only.
 
-        ``memory`` is that of ``generation.engine.gpu_memory.measure`` after the latest tick, null on a CPU. ``ticks``
-        counts the ticks so far by the number of requests that shared them. ``at_once`` is how many requests may run
-        together now: fewer than it began with when memory was full. ``step_seconds`` is for how long the current tick
-        or call has been under way, null between them.
+        ``memory`` is from ``generation.engine.gpu_memory.measure`` after the latest tick, null on a CPU. ``ticks``
+        counts ticks by batch size. ``at_once`` is the current batch limit: it is lowered after an out-of-memory error.
+        ``step_seconds`` is the duration so far of the current tick or call, null between them.
         """
         return [
             {
@@ -194,21 +194,22 @@ class Engine:
         ]
 
     def spare(self, background: bool = False) -> int:
-        """How many more requests of this priority would take nobody's place: none waits, and where several run at
-        once, one place is left for the next that comes.
+        """How many more requests of this priority fit without delaying others.
+
+        0 while any request waits. If several can run at once, one place is kept free for the next arrival.
         """
         with self._changed:
-            if self.queue_depth or (background and self._urgent()):
+            if self.queue_depth or (background and self._has_interactive_work()):
                 return 0
             running = sum(background or not each.request.background for each in self._active)
             return max(0, self._at_once - running - (self._at_once > 1))
 
     def check_admission(self, background: bool = False) -> None:
-        """Raises Unavailable when ``generate`` would: while loading, after a failed load, with the queue full.
+        """Raises Unavailable when ``generate`` would: while loading, after a failed load, when the queue is full.
 
-        As many may wait in the background, and take no place from the others.
+        Interactive and background requests have queues of their own, each of the same length.
         """
-        self._check_room(self._generations.like(background))
+        self._check_room(self._generations.of(background))
 
     def _check_room(self, queue: deque[Any]) -> None:
         if self.status == "loading":
@@ -221,15 +222,14 @@ class Engine:
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
-        """Make a splat, within TIMEOUT_S from now: that is the request's deadline.
+        """Make a splat. An interactive request has a deadline TIMEOUT_S from now; a background request has none.
 
-        Cancelling the awaiting task frees the request's place and stops its work. In the background there is no
-        deadline: how long it may be paused is for whoever waits for it to say. Raises Unavailable, DeadlineExceeded and
-        StageFailed.
+        Cancelling the awaiting task frees the request's place and stops its work. Raises Unavailable, DeadlineExceeded
+        and StageFailed.
         """
         request = replace(request, deadline=None if request.background else time.monotonic() + TIMEOUT_S)
         job = _Generation(request, on_progress)
-        queue = self._generations.like(request.background)
+        queue = self._generations.of(request.background)
         self._check_room(queue)
         self.totals["requests"] += 1
         started = time.monotonic()
@@ -261,11 +261,11 @@ class Engine:
         return asset
 
     async def call(self, function: Callable[[Pipeline], T], background: bool = False) -> T:
-        """Run ``function(pipeline)`` on the engine thread, before generations of its priority.
+        """Run ``function(pipeline)`` on the engine thread, before waiting generations of its priority.
 
-        Raises as ``generate`` does, and what ``function`` raises when that is a ValueError: its verdict on the input.
+        Raises as ``generate`` does. A ValueError of ``function`` is raised as it is: it tells what the input lacks.
         """
-        queue = self._calls.like(background)
+        queue = self._calls.of(background)
         self._check_room(queue)
         deadline = None if background else time.monotonic() + TIMEOUT_S
         return await self._outcome(_Call(function, deadline), queue)
@@ -293,7 +293,7 @@ class Engine:
         try:
             pipeline = self._load(self._progress)
             self._device_name, self._memory = gpu_memory.device_name(self._device), gpu_memory.measure(self._device)
-        except BaseException as error:  # even a loader that calls sys.exit() must not end in silence
+        except BaseException as error:  # including SystemExit: a failed load must be logged
             log.exception("Loading failed")
             self.status, self.reason = "failed", f"loading failed: {describe(error)}"
             return
@@ -304,8 +304,8 @@ class Engine:
             if not self._stopping:
                 self.status, self.reason = "ready", "all models are loaded"
                 log.info("Ready")
-        running: list[tuple[_Generation, Any]] = []  # with the pipeline's jobs for them
-        while (work := self._next(pipeline.limit.now)) is not None:
+        running: list[tuple[_Generation, Any]] = []  # each with its job in the pipeline
+        while (work := self._next_work(pipeline.limit.current)) is not None:
             call, admitted = work
             self._step_began = time.monotonic()
             if call is not None:
@@ -314,43 +314,43 @@ class Engine:
             if running:
                 running = self._tick(pipeline, running)
             self._step_began = None
-            del work, call, admitted  # a finished image or splat must not live on while the thread waits
+            del work, call, admitted  # results must not stay in memory while the thread waits
 
     def _progress(self, text: str) -> None:
         self.reason = text
         log.info("Loading: %s", text)
 
-    def _next(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
-        """A call, and the generations that may join now, with ``fitting`` in memory at once. Waits when nothing runs.
+    def _next_work(self, fitting: int) -> tuple[_Call | None, list[_Generation]] | None:
+        """The next call, and the generations that join now, up to the batch limit ``fitting``. Waits while idle.
 
-        None when stopping.
+        None when the engine stops.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._stopping or self._calls or self._generations or self._active)
             if self._stopping:
                 return None
             self._at_once = min(self._max_batch, fitting)
-            # What is paused takes no place: the memory that it keeps is small beside what a tick needs.
+            # Paused generations do not count: their state is small beside the memory that a tick needs.
             running = [generation for generation in self._active if not generation.request.background]
             waiting = self._generations.interactive
             if not running and not waiting:
                 running, waiting = self._active, self._generations.background
             admitted = [waiting.popleft() for _ in range(min(self._at_once - len(running), len(waiting)))]
             self._active = self._active + admitted
-            calls = self._calls.interactive or (() if self._urgent() else self._calls.background)
+            calls = self._calls.interactive or (() if self._has_interactive_work() else self._calls.background)
             return (calls.popleft() if calls else None), admitted
 
-    def _urgent(self) -> bool:
-        """Whether there is a generation that a person waits for, so that the background is to be left alone."""
+    def _has_interactive_work(self) -> bool:
+        """Whether there is an interactive generation. Then the background is paused."""
         return bool(self._generations.interactive) or any(not each.request.background for each in self._active)
 
     def _is_paused(self, generation: _Generation) -> bool:
-        return generation.request.background and (bool(self._calls.interactive) or self._urgent())
+        return generation.request.background and (bool(self._calls.interactive) or self._has_interactive_work())
 
     def _run_call(self, pipeline: Any, job: _Call) -> None:
         try:
             outcome = job.function(pipeline)
-        except BaseException as error:  # as above, of a stage
+        except BaseException as error:  # including SystemExit, as above
             outcome = error
         _settle(job, outcome)
 
@@ -359,13 +359,13 @@ class Engine:
         return pipeline.begin(generation.request, generation.progress, generation.future.done, paused)
 
     def _tick(self, pipeline: Any, running: list[tuple[_Generation, Any]]) -> list[tuple[_Generation, Any]]:
-        """Those that go on afterwards."""
+        """One tick of the pipeline. Returns the generations that are not finished."""
         if stepped := [generation for generation, _ in running if not self._is_paused(generation)]:
             self._ticks[len(stepped)] += 1
         broken: BaseException | None = None
         try:
             pipeline.tick([job for _, job in running])
-        except BaseException as error:  # as above
+        except BaseException as error:  # including SystemExit, as above
             broken = error
         self._memory = gpu_memory.measure(self._device)
         going_on, done = [], []
@@ -379,23 +379,26 @@ class Engine:
                 done.append((generation, outcome))
         with self._changed:
             self._active = [generation for generation, _ in going_on]
-        for generation, outcome in done:  # only now: who has its answer may ask what runs
+        for (
+            generation,
+            outcome,
+        ) in done:  # after the update of _active: a client may ask for it as soon as it has its answer
             _settle(generation, outcome)
         return going_on
 
 
 def priority(background: bool) -> str:
-    """As clients name it."""
+    """The name of a priority in the API."""
     return "background" if background else "interactive"
 
 
 def describe(error: BaseException) -> str:
-    """An exception in a line."""
+    """An exception in one line."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _settle(job: _Generation | _Call, outcome: Any) -> None:
-    """Hand the outcome to whoever waits, if somebody still does."""
+    """Resolve the job's future with the outcome, unless it was cancelled."""
     if job.future.done():
         return
     if isinstance(outcome, BaseException):
@@ -406,7 +409,7 @@ def _settle(job: _Generation | _Call, outcome: Any) -> None:
             failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
             failure.__cause__ = outcome
             outcome = failure
-    with contextlib.suppress(InvalidStateError):  # cancelled in this moment
+    with contextlib.suppress(InvalidStateError):  # cancelled at this moment
         if isinstance(outcome, BaseException):
             job.future.set_exception(outcome)
         else:

@@ -1,18 +1,18 @@
-"""What a GPU's memory holds, as PyTorch's allocator counts it."""
+"""GPU memory in use, as counted by PyTorch's allocator."""
 
 from __future__ import annotations
 
 
 def measure(device: str) -> dict[str, int] | None:
-    """Bytes of ``device``: total of the card; used by tensors, now and at most; reserved from the driver for them.
+    """Bytes of ``device``: total, used by tensors now and at peak, reserved from the driver. None on a CPU.
 
-    None on a CPU. Takes microseconds and does not wait for the GPU: to be called between ticks.
+    Takes microseconds and does not synchronise with the GPU.
     """
     if not device.startswith("cuda"):
         return None
-    import torch  # seconds to import, and never needed on a CPU
+    import torch  # takes seconds to import, and is not needed on a CPU
 
-    if not torch.cuda.is_initialized():  # counting must not be what takes a GPU into use
+    if not torch.cuda.is_initialized():  # counting must not initialise CUDA
         return None
     counts = torch.cuda.memory_stats_as_nested_dict(device)  # one call; memory_allocated() and the like flatten it
     used, reserved = counts["allocated_bytes"]["all"], counts["reserved_bytes"]["all"]
@@ -25,7 +25,7 @@ def measure(device: str) -> dict[str, int] | None:
 
 
 def device_name(device: str) -> str:
-    """What the card calls itself."""
+    """The card's name, or "CPU"."""
     if not device.startswith("cuda"):
         return "CPU"
     import torch

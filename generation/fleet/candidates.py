@@ -61,8 +61,7 @@ class _Group:
         self.scores[number] = asset.report.score
         if self.best is None or _rank(asset) > _rank(self.best):
             self.best = asset
-        # Nothing was found in the picture that was sent. How it is looked for does not depend on the seed.
-        self.is_closed |= self.request.image is not None and asset.report.num_gaussians == 0
+        self.is_closed |= asset.report.hopeless
 
 
 def _rank(asset: Asset) -> tuple[bool, float]:

@@ -20,7 +20,7 @@ from generation.engine.engine import (
     StageFailed,
     Unavailable,
 )
-from generation.fleet.messages import Start
+from generation.fleet.process import ProcessEngine
 from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Request
 
@@ -31,6 +31,8 @@ MAX_RUNS = 3
 log = logging.getLogger("generation.fleet")
 
 T = TypeVar("T")
+#: Makes an engine of a device's name, its settings, the loader, and what to call when it joins or leaves the rotation.
+Form = Callable[[str, Any, str, Callable[[], None]], RemoteEngine]
 
 
 class _Place:
@@ -45,29 +47,29 @@ class _Place:
 
 
 class Fleet:
-    """Takes the place of an ``Engine``, over one worker process for each device.
+    """Takes the place of an ``Engine``, over several of them.
 
-    ``devices`` maps a device's name (see ``RemoteEngine``) to its ``generation.settings.Settings``. The workers get
-    these, and the loader ("module:function"). The first device's settings say how many requests may wait. All public
-    methods are for the asyncio thread, but for ``stop``.
+    ``devices`` maps a device's name (see ``ProcessEngine``) to its ``generation.settings.Settings``: each gets an
+    engine of the ``form``, which is given these, and the loader ("module:function"). The first device's settings say
+    how many requests may wait. All public methods are for the asyncio thread, but for ``stop``.
     """
 
-    def __init__(self, devices: Mapping[str, Any], loader: str = LOADER) -> None:
+    #: What the engines run with, where that is known only once one has been started; else None.
+    resolved: Any = None
+
+    def __init__(self, devices: Mapping[str, Any], loader: str = LOADER, form: Form = ProcessEngine) -> None:
         self.totals = dict.fromkeys(("requests", "delivered", "rejected", "failed", "cancelled", "refused"), 0)
-        self._engines = [
-            RemoteEngine(device, settings.models.max_batch, Start(settings, loader), self._hand_out)
-            for device, settings in devices.items()
-        ]
-        self._max_queue = next(iter(devices.values())).max_queue
+        self._engines = [form(device, settings, loader, self._hand_out) for device, settings in devices.items()]
+        self._max_queue = next((settings.max_queue for settings in devices.values()), 0)
         self._waiting: deque[_Place] = deque()
         self._calls: Counter[bool] = Counter()  # waiting and in flight, by whether they are in the background
         self._mean_seconds = 30.0  # of a generation; follows what is measured
         self._stopping = False
-        self._supervision: list[asyncio.Task[None]] = []
+        self._supervision: dict[RemoteEngine, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._supervision = [self._loop.create_task(each.supervise()) for each in self._engines]
+        self._supervision = {each: self._loop.create_task(each.supervise()) for each in self._engines}
 
     def stop(self, timeout: float) -> None:
         """Give up all requests and wait for the processes for at most ``timeout`` seconds. From another thread only."""
@@ -77,15 +79,27 @@ class Fleet:
     async def _stop(self) -> None:
         self._stopping = True
         self._turn_away()
-        for task in self._supervision:
+        for task in self._supervision.values():
             task.cancel()
-        await asyncio.gather(*self._supervision, return_exceptions=True)
+        await asyncio.gather(*self._supervision.values(), return_exceptions=True)
+
+    def _add(self, engine: RemoteEngine) -> None:
+        self._engines.append(engine)
+        self._supervision[engine] = self._loop.create_task(engine.supervise())
+
+    def _remove(self, engine: RemoteEngine, reason: str) -> None:
+        """Its requests run elsewhere."""
+        self._engines.remove(engine)
+        engine.end(reason)
+        task = self._supervision[engine]
+        task.cancel()
+        task.add_done_callback(lambda _: self._supervision.pop(engine))
 
     @property
     def status(self) -> str:
         """An engine that is ready is enough to be "ready", and one that loads for "loading"."""
         states = ["failed"] if self._stopping else [each.status for each in self._engines]
-        return next(status for status in ("ready", "loading", "failed") if status in states)
+        return next((status for status in ("ready", "loading", "failed") if status in states), "loading")
 
     @property
     def reason(self) -> str:
@@ -140,8 +154,10 @@ class Fleet:
     def _no_engine(self) -> Unavailable:
         if self._stopping:
             return Unavailable("the service is shutting down", None)
-        pause = min(each.next_start for each in self._engines) - time.monotonic()
-        return Unavailable(f"no engine works: {self.reason}", max(1, math.ceil(pause)))
+        pause = min((each.next_start for each in self._engines), default=math.inf) - time.monotonic()
+        return Unavailable(
+            f"no engine works: {self.reason}", LOADING_RETRY_S if pause == math.inf else max(1, math.ceil(pause))
+        )
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
         """As ``Engine.generate``."""
@@ -244,8 +260,12 @@ class Fleet:
             elif place.isolated and open_ones:
                 # The engine that will be free first takes nothing more, or it would never be free.
                 reserved.append(min(open_ones, key=lambda each: each.generations))
-        if not any(each.hopeful for each in self._engines):
+        if not self._can_wait():
             self._turn_away()
+
+    def _can_wait(self) -> bool:
+        """Whether there is an engine left to wait for."""
+        return any(each.hopeful for each in self._engines)
 
     def _turn_away(self) -> None:
         for place in self._waiting:

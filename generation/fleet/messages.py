@@ -1,4 +1,4 @@
-"""Messages between the service and an engine's process: pickled, over a socket of a connected pair."""
+"""Messages between the service and an engine, pickled; on one machine over a socket of a connected pair."""
 
 from __future__ import annotations
 
@@ -31,7 +31,22 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Resolve:
+    """The first message to an engine on another machine: ``function`` gives the settings that hold there.
+
+    ``threads`` is how many of the machine's CPU cores are the engine's; ``after`` the process that had its GPU before.
+    """
+
+    function: Callable[[], Any]
+    loader: str
+    threads: int
+    after: int | None = None
+
+
+@dataclass(frozen=True)
 class Generate:
+    """Make a splat."""
+
     number: int
     request: Request
     wants_progress: bool
@@ -48,10 +63,19 @@ class Call:
 
 @dataclass(frozen=True)
 class Cancel:
+    """Give up the request of this number."""
+
     number: int
 
 
 # ---- from the engine's process ----
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of an engine that was told to resolve them."""
+
+    settings: Any
 
 
 @dataclass(frozen=True)
@@ -64,6 +88,8 @@ class State:
 
 @dataclass(frozen=True)
 class Progress:
+    """A stage of a request has come to this fraction, 0..1."""
+
     number: int
     stage: str
     fraction: float
@@ -72,6 +98,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The result of a request."""
+
     number: int
     value: Any
 
@@ -87,6 +115,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Log:
+    """A log record for the service to write."""
+
     record: dict[str, Any]  # attributes of a logging.LogRecord
 
 

@@ -1,4 +1,4 @@
-"""A worker process as the service sees it: its requests, its supervision, its restarts."""
+"""An engine elsewhere as the service sees it: its requests, its supervision, its restarts."""
 
 from __future__ import annotations
 
@@ -6,42 +6,35 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from generation.engine.engine import LATE, DeadlineExceeded, OnProgress, StageFailed
 from generation.fleet.messages import (
     Broken,
     Call,
     Cancel,
-    Channel,
     Failure,
     Generate,
     Log,
     Outcome,
     Progress,
-    Start,
     State,
 )
 from generation.schema.results import Asset, Request
 
-#: Before a process that ended is started again, in seconds: doubled with each one in a row that answered nothing.
+#: Before an engine that ended is started again, in seconds: doubled with each one in a row that answered nothing.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-#: A process in rotation that says nothing for so long hangs, and is killed: a look every CHECK_S, so many in a row.
+#: Between looks at an engine's process.
 CHECK_S = 2.0
-SILENT_CHECKS = 30
 #: A step of an engine that takes so long will never end: its GPU hangs.
 STUCK_S = 120.0
 #: Neither will a start. The longest one known compiles for six minutes.
 LOADING_S = 1800.0
-#: What an idle process gets to end in when its socket closes.
+#: What an idle process gets to end in when its link closes.
 ENDING_S = 2.0
 
 log = logging.getLogger("generation.fleet.remote")
@@ -55,15 +48,37 @@ class NotSent(Exception):
     """The engine left the rotation before it was told of the request, which so can not be the cause."""
 
 
-class RemoteEngine:
+class NotStarted(Exception):
+    """The engine's process can not be started."""
+
+
+class Link(Protocol):
+    """What carries messages to an engine's process and back, in order."""
+
+    def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
+        """Both are called on any thread, ``on_end`` once, after the last message."""
+
+    def send(self, message: Any) -> None:
+        """Returns at once. Raises what pickle does when the message can not be pickled."""
+
+    def close(self) -> None:
+        """Nothing arrives any more, here or there."""
+
+
+class RemoteEngine(ABC):
     """Everything is done on the asyncio thread. ``changed`` is called when the engine joins or leaves the rotation.
 
-    ``device`` is "cuda:N" as this process counts its GPUs, and the only one that the engine's process will see; any
-    other name is a name and no more.
+    ``machine`` is where it runs, None for this one. What the forms of an engine differ in is how their process is
+    started, looked at and ended.
     """
 
-    def __init__(self, device: str, capacity: int, start: Start, changed: Callable[[], None]) -> None:
+    #: An engine in rotation that says nothing for so many looks in a row hangs, and is ended.
+    silent_checks: ClassVar[int]
+
+    def __init__(self, device: str, machine: str | None, capacity: int, changed: Callable[[], None]) -> None:
         self.device = device
+        self.machine = machine
+        self.memory_class: str | None = None
         self.models: list[dict[str, Any]] = []
         self.generations = self.calls = 0  # in flight; the fleet counts
         self.interactive = 0  # of the generations
@@ -73,13 +88,12 @@ class RemoteEngine:
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
         self.capacity = capacity
-        self._start = start
         self._changed = changed
         self._health: dict[str, Any] = {}  # as the engine's entry, but for the device
         self._set("loading", "starting")
         self._was_ready = self._answered = False  # since the worker's start
         self._lost = 0  # requests, with this worker
-        self._channel: Channel
+        self._link: Link | None = None
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
         self._heard = False
@@ -119,7 +133,8 @@ class RemoteEngine:
         return self.interactive < self.capacity and self.isolates != "interactive"
 
     def health(self) -> dict[str, Any]:
-        return {**self._health, "device": self.device}
+        own = {"device": self.device, "machine": self.machine, "memory_class": self.memory_class}
+        return {**self._health, **own}
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
         """As ``Engine.generate``, but raises EngineLost when the process ends first, and NotSent when it had."""
@@ -136,12 +151,13 @@ class RemoteEngine:
         if not self.in_rotation:
             raise NotSent(self.reason)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._channel.send(message)
+        assert self._link is not None
+        self._link.send(message)
         self._asked[message.number] = (future, on_progress)
         try:
             return await future
         except asyncio.CancelledError:
-            self._channel.send(Cancel(message.number))
+            self._link.send(Cancel(message.number))
             raise
         finally:
             del self._asked[message.number]
@@ -181,55 +197,58 @@ class RemoteEngine:
         """From a worker's start to its end. Returns the cause of the end in words."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         self._broken, self._ended = "", False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]
-            try:  # on this thread, with which the process will end: see generation.fleet.worker.die_with
-                process = subprocess.Popen(  # noqa: ASYNC220
-                    command, pass_fds=[number], stdin=subprocess.DEVNULL, env=_environment(self.device)
-                )
-            except OSError as error:
-                ours.close()
-                return f"its process can not be started: {error}"
-        self._channel = Channel(ours)
-        self._channel.start(
-            lambda message: loop.call_soon_threadsafe(self._take, message),
-            lambda: loop.call_soon_threadsafe(self._end_of_channel, ended),
-        )
-        self._channel.send(self._start)
         try:
-            await self._watch(process, ended)
+            link = self._link = self._launch()
+        except NotStarted as error:
+            return f"its process can not be started: {error}"
+        link.start(
+            lambda message: loop.call_soon_threadsafe(self._take, message),
+            lambda: loop.call_soon_threadsafe(self._end_of_link, ended),
+        )
+        try:
+            await self._watch(ended)
         finally:
-            await _uninterrupted(self._end(process, ended))
-        if self._broken:
-            return self._broken
-        if process.returncode < 0:
-            return f"its process was killed by {signal.Signals(-process.returncode).name}"
-        return f"its process ended with exit status {process.returncode}"
+            await _uninterrupted(self._end(link, ended))
+        return self._broken or self._cause()
 
-    def _end_of_channel(self, ended: asyncio.Event) -> None:
+    @abstractmethod
+    def _launch(self) -> Link:
+        """Begin to start a process for the engine. Raises NotStarted."""
+
+    @abstractmethod
+    def _has_ended(self) -> bool:
+        """Whether the process is known to have ended, though the link has not told."""
+
+    @abstractmethod
+    async def _finish(self) -> None:
+        """Wait until the process has ended, by force if need be: only then is its GPU's memory free."""
+
+    @abstractmethod
+    def _cause(self) -> str:
+        """Why the process has ended."""
+
+    def _end_of_link(self, ended: asyncio.Event) -> None:
         self._ended = True
         ended.set()
 
-    async def _end(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
-        self._channel.close()
+    async def _end(self, link: Link, ended: asyncio.Event) -> None:
+        link.close()
         await ended.wait()
-        await _finish(process)
+        await self._finish()
 
-    async def _watch(self, process: subprocess.Popen[bytes], ended: asyncio.Event) -> None:
+    async def _watch(self, ended: asyncio.Event) -> None:
         """Returns when the worker ends, says nothing for too long, or does not get ready."""
         silent, started = 0, time.monotonic()
-        while not ended.is_set() and process.poll() is None and silent < SILENT_CHECKS:
+        while not ended.is_set() and not self._has_ended() and silent < self.silent_checks:
             self._heard = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_S):
                     await ended.wait()
             silent = silent + 1 if self.status == "ready" and not self._heard else 0
             if self.status == "loading" and time.monotonic() - started > LOADING_S:
-                self._break(f"it was not ready after {LOADING_S:g} s, at: {self.reason}")
-        if silent == SILENT_CHECKS:
-            self._break(f"its process said nothing for {SILENT_CHECKS * CHECK_S:.0f} s")
+                self.end(f"it was not ready after {LOADING_S:g} s, at: {self.reason}")
+        if silent == self.silent_checks:
+            self.end(f"its process said nothing for {silent * CHECK_S:.0f} s")
 
     def _take(self, message: Any) -> None:
         if self._broken:
@@ -240,7 +259,7 @@ class RemoteEngine:
             self._health, self.models = message.health, message.models
             self.capacity = message.health["at_once"]
             if (message.health["step_seconds"] or 0.0) > STUCK_S:
-                self._break(f"a step has taken over {STUCK_S:g} s")
+                self.end(f"a step has taken over {STUCK_S:g} s")
                 return
             if joins:
                 self._was_ready = True
@@ -250,7 +269,7 @@ class RemoteEngine:
             record = logging.makeLogRecord({**message.record, "name": f"{name}[{self.device}]"})
             logging.getLogger(name).handle(record)
         elif isinstance(message, Broken):
-            self._break(message.reason)
+            self.end(message.reason)
         elif message.number in self._asked:
             future, on_progress = self._asked[message.number]
             if future.done():
@@ -264,12 +283,13 @@ class RemoteEngine:
             else:
                 future.set_exception(_failure(message))
 
-    def _break(self, reason: str) -> None:
+    def end(self, reason: str) -> None:
         """Leave the rotation at once: a process may take long to end, which is up to its supervisor."""
         self._broken = reason
         self._set("failed", reason)
         self._lose(reason)
-        self._channel.close()
+        if self._link is not None:
+            self._link.close()
         self._changed()
 
     def _set(self, status: str, reason: str) -> None:
@@ -291,16 +311,6 @@ def _failure(message: Failure) -> Exception:
     return DeadlineExceeded(LATE) if message.kind == "late" else StageFailed(message.message)
 
 
-def _environment(device: str) -> dict[str, str]:
-    """This process's own, with no GPU to be seen but ``device``."""
-    environment = dict(os.environ)
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(index)] if visible else index
-    return environment
-
-
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     """Await its end, and be cancelled only then."""
     task = asyncio.ensure_future(work)
@@ -309,12 +319,3 @@ async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await task
         raise
-
-
-async def _finish(process: subprocess.Popen[bytes]) -> None:
-    """Wait until it has ended, by force if need be: only then is its GPU's memory free."""
-    end = time.monotonic() + ENDING_S
-    while process.poll() is None:
-        if time.monotonic() >= end:
-            process.kill()
-        await asyncio.sleep(0.02)

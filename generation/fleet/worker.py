@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from common.log_lines import SingleLineFormatter
 from generation.engine.engine import DeadlineExceeded, Engine, describe
@@ -41,10 +41,23 @@ _PR_SET_PDEATHSIG = 1
 log = logging.getLogger("generation.fleet.worker")
 
 
+class ServiceEnd(Protocol):
+    """The engine's end of a link to the service: a ``Channel``, or what takes its place."""
+
+    def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
+        """Both are called on any thread."""
+
+    def send(self, message: Any) -> None:
+        """Returns at once, on any thread. Raises what pickle does when the message can not be pickled."""
+
+    def flush(self, timeout: float) -> None:
+        """Wait until all is sent."""
+
+
 class LogForwarder(logging.Handler):
     """Records go to the service, which writes its log alone. A traceback goes along as the text that it will be."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: ServiceEnd) -> None:
         super().__init__()
         self._channel = channel
         self._formatter = SingleLineFormatter()
@@ -61,7 +74,7 @@ class LogForwarder(logging.Handler):
 class EngineProcess:
     """Does what the messages ask for, on an ``Engine`` around the pipeline that the loader gives."""
 
-    def __init__(self, channel: Channel, start: Start) -> None:
+    def __init__(self, channel: ServiceEnd, start: Start) -> None:
         settings = start.settings
 
         def load(progress: Callable[[str], None]) -> Any:
@@ -81,7 +94,7 @@ class EngineProcess:
         self._channel.start(lambda message: loop.call_soon_threadsafe(self._take, message), lambda: os._exit(0))
         while True:
             if self._engine.status == "failed":
-                self._give_up(self._engine.reason)
+                await self._give_up(self._engine.reason)
             self._channel.send(State(self._engine.models, self._engine.health()[0]))
             await asyncio.sleep(STATE_INTERVAL_S)
 
@@ -115,12 +128,12 @@ class EngineProcess:
             self._channel.send(Failure(number, "input", str(error)))
         except Exception as error:
             if cause := _lost_device(error):
-                self._give_up(f"the device failed: {cause}")
+                await self._give_up(f"the device failed: {cause}")
             self._channel.send(Failure(number, "stage", str(error)))
 
-    def _give_up(self, reason: str) -> None:
+    async def _give_up(self, reason: str) -> None:
         self._channel.send(Broken(reason))
-        self._channel.flush(FLUSH_S)
+        await asyncio.to_thread(self._channel.flush, FLUSH_S)
         os._exit(1)  # a device thread that hangs, or CUDA's own clearing up, would only be in the way
 
 
@@ -152,6 +165,7 @@ def die_with(service: int) -> None:
 
 
 def main() -> None:
+    """Run the engine of this process until its socket ends."""
     die_with(int(sys.argv[2]))
     # Signals to the whole group or service unit: the service decides how long requests in flight may take.
     for stop in (signal.SIGINT, signal.SIGTERM):

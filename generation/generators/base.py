@@ -1,7 +1,8 @@
-"""What every 3D generator is to the pipeline.
+"""The protocol that every 3D generator keeps.
 
-A generator makes 3D Gaussians of words or of a cut-out picture. It knows nothing of HTTP, queues, retries, thresholds
-or other stages: drawing, matting, the check, batching, out-of-memory errors and cancellation are the pipeline's.
+A generator makes 3D Gaussians from a text or from a cut-out picture. It knows nothing of HTTP, queues, retries,
+thresholds or other stages. Text to image, matting, the self-check, batching, out-of-memory errors and cancellation are
+the pipeline's.
 
 To add one: a folder here with its options (a ``GeneratorOptions``, in a module without torch) and a function
 ``load(options, parts)``; an entry in ``kinds.KINDS``; its checkpoints in ``generation.weights.registry`` and in a
@@ -30,127 +31,127 @@ RemoveBackground = Callable[[Tensor], Tensor]
 
 
 class CutoutFrame(NamedTuple):
-    """How a generator wants its picture: the object in the middle of a transparent square."""
+    """The cut-out that a generator takes: the object centred in a transparent square."""
 
     size: int  # pixels of a side
-    border: float  # share of a side that the object's longer side leaves free
+    border: float  # share of a side that is empty, along the object's longer side
 
 
 class NoSplat(Exception):
-    """No splat can be made of a subject, though nothing failed. The words are the reason of the request's rejection."""
+    """No splat can be made from a subject, though nothing failed. Its message becomes the reason of the rejection."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What one splat is to be made of."""
+    """The input for one splat."""
 
-    words: str  # "" of a picture that was sent
-    cutout: Tensor | None  # (4, S, S) RGBA in 0..1, not premultiplied, in the generator's frame; None: words alone
+    words: str  # the text prompt; "" for an image prompt
+    cutout: Tensor | None  # (4, S, S) RGBA in 0..1, not premultiplied, in the generator's frame; None: text only
     seed: int  # 0..2**32 - 1
-    prefetched: Any = None  # what ``Generator.prefetch`` gave for these words and this seed; it is used once
+    prefetched: Any = None  # from ``Generator.prefetch`` for these words and this seed; used once
 
 
 class Work(Protocol):
-    """One splat in the making, with all its state: random generators of its own, tensors on the device."""
+    """One splat in progress, with all its state: its own random generators, its tensors on the device."""
 
     @property
     def fraction(self) -> float:
-        """How much of it is done, 0..1; never falls."""
+        """Progress, 0..1. Never decreases."""
         ...
 
     @property
     def done(self) -> bool:
-        """Whether the Gaussians are final; no tick comes any more."""
+        """Whether the Gaussians are final. Then it is ticked no more."""
         ...
 
     def gaussians(self) -> Gaussians:
-        """The result, on the device: y up, the front towards +z. To be asked for when it is ``done``.
+        """The result, on the device: y up, the front towards +z. Only called when the work is ``done``.
 
-        Raises NoSplat where there is none: the request is rejected then, for that reason.
+        Raises NoSplat if there is none. Then the request is rejected for that reason.
         """
         ...
 
 
 @runtime_checkable
 class Visible(Protocol):
-    """A ``Work`` that can be looked at while it is made."""
+    """A ``Work`` that can be rendered before it is done."""
 
     def so_far(self) -> Gaussians:
-        """As they are now, on the device; they may change with the next tick."""
+        """The current Gaussians, on the device. The next tick may change them."""
         ...
 
 
 class Generator(Protocol):
-    """A 3D method, loaded. All calls come from one thread, and most of what they do may still be under way on the GPU.
+    """A loaded 3D method. All calls come from one thread. They may return before the GPU has finished.
 
-    What comes of a subject depends on its words, its picture and its seed, up to rounding; never on what is made beside
-    it, before it, or with how many. So random numbers come from generators seeded for the work alone.
+    The result for a subject depends on its text, its picture and its seed only, up to rounding: not on other works, on
+    earlier ones, or on the batch size. So each work has its own seeded random generators.
     """
 
     @property
     def name(self) -> str:
-        """Of the stage, as reports, events and metrics call it: lower case, the same for all requests."""
+        """Name of the stage in reports, events and metrics: lower case, the same for all requests."""
         ...
 
     @property
     def cutout(self) -> CutoutFrame | None:
-        """The frame of its pictures; None where words alone are enough, and none is drawn for them."""
+        """The frame of its cut-outs. None if it takes texts directly; then no picture is drawn for them."""
         ...
 
     def picture_prompt(self, words: str) -> str:
-        """What text to image is asked for, where words become a picture."""
+        """The prompt for text to image, where a text becomes a picture first."""
         ...
 
     def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
-        """On a GPU, compile what can be, for up to ``most`` works at once; ``progress`` is told each step in words.
+        """On a GPU, compile and capture for up to ``most`` works at once. ``progress`` is called with a text per step.
 
-        The pipeline makes a whole splat afterwards. Does nothing on a CPU.
+        Afterwards the pipeline makes a whole splat. Does nothing on a CPU.
         """
         ...
 
     def encode(self, texts: Sequence[str]) -> None:
-        """Words of subjects to come: encoded together they cost the time of one. Only a saving; may do nothing."""
+        """Encode texts of coming subjects in one batch, which takes as long as one. An optimisation; may do nothing."""
         ...
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
-        """Of each model that reads only the beginning of it: tokens that it reads, and of how many."""
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
+        """For each model that truncates the text: name -> (tokens that it reads, tokens of the text)."""
         ...
 
     def prefetch(self, words: str, seed: int) -> Any:
-        """What can be done for one subject before there is a picture, while the GPU draws it; None if nothing.
+        """Whatever can be prepared before the picture exists, while the GPU draws it; None if nothing can.
 
-        It comes back as ``Subject.prefetched``, or is lost: ``begin`` must do without it as well, to the same result.
+        It is passed on as ``Subject.prefetched``, or dropped. ``begin`` must give the same result without it.
         """
         ...
 
     def begin(self, subject: Subject) -> Work:
-        """Start a work. What gains from being done for several at once belongs into the first ``tick`` instead."""
+        """Start a work. Whatever is faster in a batch belongs into the first ``tick`` instead."""
         ...
 
     def tick(self, works: Sequence[Work]) -> None:
-        """Bring all works, none of them done, one step on together: an iteration, a flow step, a whole pass.
+        """Advance all works, none of them done, by one step in one batch: an iteration, a flow step, a whole pass.
 
-        A step should take at most some tenths of a second: between two, requests join, leave, and are cancelled. When
-        it raises, the works may be half changed: they are thrown away, and begun again each alone, or fewer at once
-        when memory was full.
+        A step should take at most some tenths of a second. Requests join, leave and are cancelled between steps. When
+        it raises, the works may be inconsistent. They are discarded and begun again: in smaller batches after an
+        out-of-memory error, otherwise each alone.
         """
         ...
 
-    def rest(self) -> None:
-        """Take the networks off the GPU until ``wake``, into pinned memory; works stay. Without effect when they are.
+    def offload(self) -> None:
+        """Move the networks from the GPU into pinned memory, until ``onload``. Works stay. Idempotent.
 
-        Called on small cards only, where another generator has the turn.
+        Only called on small cards, when another generator needs the memory.
         """
         ...
 
-    def wake(self) -> None:
-        """Bring the networks back. Without effect when they are there."""
+    def onload(self) -> None:
+        """Move the networks back onto the GPU. Idempotent."""
         ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Files of a model, on this machine and whole, and how they are to be loaded."""
+    """The complete local files of a model, and how to load them."""
 
     folder: Path
     entry: Entry
@@ -159,13 +160,13 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of its weights."""
         dtype: torch.dtype = getattr(torch, self.choice.dtype)
         return dtype
 
 
 class Parts:
-    """What generators are made of: checkpoints, each loaded once whoever asks for it, and the shared matting."""
+    """What generators are built from: checkpoints, each loaded once, and the shared matting."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class Parts:
         device: str,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """``checkpoints``: those that the generators' options need, by name."""
+        """``checkpoints``: those that the generators' options need, by name. ``device``: such as "cpu" or "cuda:1"."""
         self.remove_background = remove_background
         self.device = device
         self._checkpoints = checkpoints
@@ -182,10 +183,10 @@ class Parts:
         self._loaded: dict[Hashable, Any] = {}
 
     def load(self, name: str, build: Callable[[Checkpoint], T]) -> T:
-        """What ``build`` makes of the checkpoint ``name``; the same object for the same two.
+        """``build(checkpoint)`` of the checkpoint ``name``. The same name and ``build`` give the same object.
 
-        So generators share a model by asking with the same module-level function or classmethod, and may change nothing
-        about it then. Raises WeightsError naming the checkpoint and what to do.
+        So generators share a model when they pass the same module-level function or classmethod. They must not modify
+        it then. Raises WeightsError naming the checkpoint and what to do.
         """
         if (name, build) not in self._loaded:
             checkpoint = self._checkpoints[name]

@@ -1,4 +1,4 @@
-"""Which generators there are: the only place that lists them. No torch."""
+"""The table of all generators: the only place that lists them. No torch."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A kind of generator. ``load`` is "module:function", called as function(options, parts) for a ``Generator``.
+    """A kind of generator. ``load`` is "module:function", called as function(options, parts); it gives a ``Generator``.
 
-    A name, since its module brings torch, which takes seconds to import.
+    It is a name, because importing the module would import torch, which takes seconds.
     """
 
     options: type[GeneratorOptions]
     load: str
 
 
-#: what a config says as ``generator`` -> the kind
+#: ``generator`` of a config -> the kind
 KINDS = {
     "dreamgaussian": Kind(DreamGaussianOptions, "generation.generators.dreamgaussian.optimiser:load"),
     "lgm": Kind(LgmOptions, "generation.generators.lgm.generator:load"),
     "trellis": Kind(TrellisOptions, "generation.generators.trellis.generator:load"),
 }
-#: of a config that does not say it, as those of upstream's DreamGaussian do not
+#: the kind of a config without ``generator``, such as those of upstream's DreamGaussian
 DEFAULT = "dreamgaussian"
 
 
 def load_options(path: Path) -> GeneratorOptions:
-    """A generator's config. Raises SettingsError naming the file, the key, the value and the limit."""
+    """Options from a generator's config. Raises SettingsError naming the file, the key, the value and the limit."""
     name = read_yaml(path).get("generator") or DEFAULT
     if not isinstance(name, str) or name not in KINDS:
         raise SettingsError(f"{path}: generator: {name!r}: must be one of {', '.join(KINDS)}")
@@ -44,7 +44,7 @@ def load_options(path: Path) -> GeneratorOptions:
 
 
 def load_models(path: Path) -> Models:
-    """A models file, whose checkpoints are all of some stage's or generator's. Raises SettingsError."""
+    """Read a models file. Raises SettingsError, also for a checkpoint that no stage and no generator has."""
     models = Models.load(path)
     known = {name for kind in KINDS.values() for name in kind.options.CHECKPOINTS}
     for name in models.of_generators:
@@ -54,6 +54,6 @@ def load_models(path: Path) -> Models:
 
 
 def load(options: GeneratorOptions, parts: Parts) -> Generator:
-    """The generator that ``options`` ask for, made of ``parts``. Raises WeightsError."""
+    """Build the generator of ``options`` from ``parts``. Raises WeightsError."""
     generator: Generator = pkgutil.resolve_name(KINDS[options.generator].load)(options, parts)
     return generator

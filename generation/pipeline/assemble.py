@@ -1,4 +1,4 @@
-"""From settings to a pipeline: which models are loaded, and which generators are made of them."""
+"""Builds the pipeline: loads the models that the settings need, and the generators."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from generation.weights.strict import naming
 
 
 def load(settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True) -> Pipeline:
-    """Load every model that ``settings`` need onto ``settings.device``; ``progress`` is told each step in words.
+    """Load every model that ``settings`` need onto ``settings.device``. ``progress`` is called with a text per step.
 
-    ``warm`` it up, too. Raises WeightsError when a checkpoint is missing or can not be used. Downloads nothing.
+    With ``warm`` the pipeline is warmed up, too. Downloads nothing. Raises WeightsError when a checkpoint is missing or
+    can not be used.
     """
     _quiet_libraries()
     models, device = settings.models, settings.device
@@ -67,7 +68,7 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     ]
     progress("compiling the rasteriser, or loading it from its cache")
     warm_up(device)
-    take_turns = models.generators_rest_on == "cpu"
+    take_turns = models.offload_generators
     pipeline = Pipeline(text_to_image, background, text, image, self_check, device, about, models.max_batch, take_turns)
     if warm:
         pipeline.warm_up(progress)
@@ -75,9 +76,9 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
 
 
 def load_generators(settings: Settings, parts: Parts) -> tuple[Generator, Generator]:
-    """The one for texts and the one for pictures; one for both where their options are the same. Raises WeightsError.
+    """The generators for texts and for pictures; the same object if their options are equal. Raises WeightsError.
 
-    Where they take turns both rest afterwards, so that they are never on the device together.
+    With ``offload_generators`` both are offloaded, so that they are never on the device together.
     """
     made: list[Generator] = []
     for options in (settings.options, settings.image_options):
@@ -85,14 +86,14 @@ def load_generators(settings: Settings, parts: Parts) -> tuple[Generator, Genera
             made.append(made[0])
             continue
         made.append(kinds.load(options, parts))
-        if settings.models.generators_rest_on == "cpu":
-            made[-1].rest()
+        if settings.models.offload_generators:
+            made[-1].offload()
     text, image = made
     return text, image
 
 
 def _quiet_libraries() -> None:
-    """No progress bars in the log, nor warnings that quote prompts."""
+    """Turn off progress bars, and warnings that quote prompts."""
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Fewer at once when the GPU's memory is full, and more again when it has not been for a while."""
+"""Batch limits: halved when the GPU is out of memory, raised again one by one after enough successes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 log = logging.getLogger("generation.pipeline.batch_limit")
 
-#: how many requests must go well, one after the other, before one more at once is tried
-GOOD_BEFORE_MORE = 20
+#: successful requests in a row before the limit is raised by one
+SUCCESSES_BEFORE_MORE = 20
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether a full GPU is behind ``error``: it, or one that it was raised from or while handling."""
+    """Whether ``error``, or one in its chain of causes and contexts, says that the GPU is out of memory."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):
             return True
-        # what comes from CUDA itself and not from torch's allocator, such as loading a kernel
+        # raised by CUDA itself and not by torch's allocator, for example while a kernel is loaded
         if isinstance(error, torch.AcceleratorError) and "out of memory" in str(error):
             return True
         error = error.__cause__ or error.__context__
@@ -31,47 +31,49 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def release_cache() -> None:
-    """Give back the memory that torch keeps for later use. No exception may be in handling: its frames hold tensors."""
+    """Empty torch's cache of free memory. Not while an exception is handled: its frames hold tensors."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing where there is no GPU
 
 
 class BatchLimit:
-    """How many may run together now: from 1 to ``most``."""
+    """How many may run in one batch: ``current``, from 1 to ``maximum``."""
 
     def __init__(self, most: int) -> None:
-        self.most = most
-        self.now = most
-        self._good = 0
+        self.maximum = most
+        self.current = most
+        self._successes = 0
 
     def out_of_memory(self, together: int) -> None:
-        """``together`` at once were too many: half of them from now on."""
-        self.now = max(1, min(self.now, together // 2))
-        self._good = 0
-        log.warning("Out of GPU memory with %d at once; at most %d from now on", together, self.now)
+        """A batch of ``together`` was too large. Limit batches to half of it."""
+        self.current = max(1, min(self.current, together // 2))
+        self._successes = 0
+        log.warning("Out of GPU memory with %d at once; at most %d from now on", together, self.current)
 
-    def went_well(self) -> None:
-        """A request came to its result. After GOOD_BEFORE_MORE in a row there may be one more at once."""
-        if self.now == self.most:
+    def succeeded(self) -> None:
+        """A request succeeded. After SUCCESSES_BEFORE_MORE in a row the limit is raised by one."""
+        if self.current == self.maximum:
             return
-        self._good += 1
-        if self._good >= GOOD_BEFORE_MORE:
-            self.now += 1
-            self._good = 0
+        self._successes += 1
+        if self._successes >= SUCCESSES_BEFORE_MORE:
+            self.current += 1
+            self._successes = 0
             log.info(
-                "Enough GPU memory for the last %d requests; at most %d at once from now on", GOOD_BEFORE_MORE, self.now
+                "Enough GPU memory for the last %d requests; at most %d at once from now on",
+                SUCCESSES_BEFORE_MORE,
+                self.current,
             )
 
 
 def in_batches(limit: BatchLimit, items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:
-    """``work`` on all items, in order, as many at once as ``limit`` lets; ``work`` gives one result for each.
+    """Results of ``work`` for all items, in order, in batches of at most ``limit``. ``work`` returns one per item.
 
-    A batch that runs out of memory is done again in smaller ones, so ``work`` must leave nothing half done.
-    Raises what ``work`` raises, an out-of-memory error only when it comes with one item alone.
+    A batch that runs out of memory is retried in smaller ones, so ``work`` must have no side effects when it fails.
+    Raises what ``work`` raises; an out-of-memory error only from a single item.
     """
     results: list[R] = []
     while len(results) < len(items):
-        batch = list(items[len(results) : len(results) + limit.now])
+        batch = list(items[len(results) : len(results) + limit.current])
         try:
             results += work(batch)
         except Exception as error:
@@ -80,5 +82,5 @@ def in_batches(limit: BatchLimit, items: Sequence[T], work: Callable[[list[T]], 
         else:
             continue
         limit.out_of_memory(len(batch))
-        release_cache()  # here the exception is gone, and with it what its frames held
+        release_cache()  # after the except block, so that the exception's frames hold no tensors
     return results

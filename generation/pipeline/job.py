@@ -1,4 +1,4 @@
-"""A request on its way through the pipeline."""
+"""A request in progress in the pipeline."""
 
 from __future__ import annotations
 
@@ -14,36 +14,38 @@ from generation.generators.base import Work
 from generation.schema.results import Asset, Cancelled, Report, Request
 from generation.splats.gaussians import Gaussians
 
-#: stage, and the share of it that is done; where the request asks for previews, a WEBP as well
+#: Called with the stage and its progress (0..1), and for a request that asks for previews with a WEBP as well.
 Progress = Callable[..., None]
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. It has an ``outcome`` when it is there."""
+    """The state of one request. When it is finished it has an ``outcome``."""
 
     request: Request
     progress: Progress
     cancelled: Callable[[], bool]
     report: Report
-    #: Whether something goes before it: then it is left alone between two stages or ticks, and keeps what it has.
+    #: Whether other requests go first. Then it is skipped between two stages or ticks, and keeps its state.
     paused: Callable[[], bool] = lambda: False
-    paused_at: float | None = None  # on time.perf_counter(), while it is
+    paused_at: float | None = None  # on time.perf_counter(); None while it is not paused
     image: Tensor | None = None  # (3, H, W) in 0..1
     cutout: Tensor | None = None  # (4, S, S) in 0..1, in its generator's frame
-    prefetched: Any = None  # by its generator, until the work begins
+    prefetched: Any = None  # from its generator, until the work begins
     work: Work | None = None
     work_began: float = 0.0  # on time.perf_counter()
-    ticks: int = 0  # of its work
-    shown: int = -1  # the latest preview of its work
-    alone: bool = False  # a tick together with others failed: whose fault it was is unknown
+    ticks: int = 0  # of its work so far
+    shown: int = -1  # number of the latest preview
+    isolated: bool = False  # a shared tick failed, and the culprit is unknown: from now on it is ticked alone
     gaussians: Gaussians | None = None
-    behind: list[Job] = field(default_factory=list)  # memory was full beside these: it waits until they are done
-    put_back: bool = False  # it has had that chance
+    waits_for: list[Job] = field(
+        default_factory=list
+    )  # it ran out of memory beside these: it is retried when they are done
+    retried: bool = False  # that retry happens once
     outcome: Asset | Exception | None = None
 
     def advance(self, stage: str, fraction: float) -> None:
-        """Tell how far it is. Raises Cancelled or TimeoutError when it is not wanted any more."""
+        """Report progress. Raises Cancelled, or TimeoutError when the deadline has passed."""
         if self.cancelled():
             raise Cancelled("the request was cancelled")
         if self.request.deadline is not None and time.monotonic() > self.request.deadline:
@@ -51,22 +53,22 @@ class Job:
         self.progress(stage, fraction)
 
     def preview(self, stage: str, fraction: float, make: Callable[[], bytes]) -> None:
-        """Tell what it looks like, where that is asked for. A picture that can not be made is left out."""
+        """Report a preview, if the request asks for them. If ``make`` fails there is none."""
         if self.request.watched and self.outcome is None:
             with suppress(Exception):
                 self.progress(stage, fraction, make())
 
     @property
-    def waits(self) -> bool:
-        # Those that are done are let go, or their works would stay in memory that this one needs.
-        self.behind = [other for other in self.behind if other.outcome is None]
-        return bool(self.behind)
+    def is_waiting(self) -> bool:
+        # Drops references to finished jobs: their works would hold memory that this one needs.
+        self.waits_for = [other for other in self.waits_for if other.outcome is None]
+        return bool(self.waits_for)
 
-    def rest(self) -> None:
-        """It is paused: neither that nor what it takes is in the times of its report."""
+    def pause(self) -> None:
+        """Pause. The time until ``resume`` does not count in the report."""
         if self.paused_at is None:
             self.paused_at = time.perf_counter()
-        self.wanted("paused")
+        self.is_wanted("paused")
 
     def resume(self) -> None:
         if self.paused_at is not None:
@@ -76,16 +78,16 @@ class Job:
     def begin(self, work: Work) -> None:
         self.work, self.ticks = work, 0
 
-    def give_up_work(self) -> None:
-        """It begins again later, with nothing of it in memory until then."""
+    def discard_work(self) -> None:
+        """Free the work's memory. It begins again later."""
         self.work, self.gaussians = None, None
 
     def reject(self, reason: str) -> None:
         self.report.rejected = reason
         self.outcome = Asset(b"", self.report, self.gaussians)
 
-    def wanted(self, stage: str) -> bool:
-        """Whether there is a stage to do for it; without, it has its outcome."""
+    def is_wanted(self, stage: str) -> bool:
+        """Whether ``stage`` should run for it. False when it has an outcome; cancellation and deadline are one."""
         if self.outcome is not None:
             return False
         try:

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Pipeline:
-    """All models of a profile, loaded, and the way through them. ``generation.pipeline.assemble`` loads them."""
+    """The loaded models, and the stages that each request goes through. ``generation.pipeline.assemble`` builds it."""
 
     def __init__(
         self,
@@ -51,39 +51,39 @@ class Pipeline:
         max_batch: int,
         take_turns: bool = False,
     ) -> None:
-        """``text`` makes splats of texts, ``image`` of pictures; they may be the same.
+        """``text`` is the generator for texts, ``image`` that for pictures; they may be the same object.
 
-        Without ``text_to_image``, ``text`` must be one that needs no picture; ``image`` may not be. When they
-        ``take_turns``, both rest at first, and one of them at a time is on the device.
+        Without ``text_to_image``, ``text`` must take texts directly. ``image`` must take pictures. With ``take_turns``
+        both are offloaded at first, and one at a time is on the device.
         """
-        #: how many requests may run together: fewer for a while when the GPU's memory was full
+        #: batch limit of the generators' ticks: lowered for a while after an out-of-memory error
         self.limit = BatchLimit(max_batch)
-        # A picture needs more memory in one stage than in another, and works are what fills it.
+        # The other stages have their own limits, because they need different amounts of memory per picture.
         self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
         self._text_to_image = text_to_image
         self._background = background
         self._text, self._image = text, image
         self._take_turns = take_turns
-        self._awake: Generator | None = None  # which of them, where they take turns
+        self._loaded: Generator | None = None  # the one on the device, if they take turns
         self._self_check = self_check
         self._device = device
-        #: name, revision, licence, precision, device of each, and whether the revision is a commit: for /health
+        #: for /health: name, revision (and whether it is a commit), licence, precision and device of each model
         self.models = models
 
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """On a GPU, compile what is compiled and make a first splat, so that no later one pays for what comes first.
+        """On a GPU, compile everything and make a first splat, so that requests do not pay for it. Else do nothing.
 
-        Raises what that fails with.
+        Raises any error of these.
         """
         if not self._device.startswith("cuda"):
             return
-        torch.backends.cudnn.benchmark = True  # shapes are few: the fastest algorithm for each is looked for
+        torch.backends.cudnn.benchmark = True  # few shapes: benchmark the algorithms for each
         for generator in self._generators():
-            self._give_turn(generator)
-            generator.warm_up(self.limit.most, progress)
+            self._bring_onto_device(generator)
+            generator.warm_up(self.limit.maximum, progress)
         if self._text_to_image is not None:
             progress("compiling text to image, or loading it from its cache")
-            self._text_to_image.warm_up(self.limit.most)
+            self._text_to_image.warm_up(self.limit.maximum)
         progress("looking for the fastest kernels of background removal and self-check")
         self._warm_up_batches()
         progress("making a first splat of a text and of a picture, to warm up")
@@ -98,17 +98,17 @@ class Pipeline:
                 raise outcome
 
     def _warm_up_batches(self) -> None:
-        """Each number of pictures and texts that may come at once: algorithms are chosen for one size of a batch."""
+        """Run each possible batch size once, because cuDNN chooses algorithms per batch size."""
         for stage, work in (("background", self._background.warm_up), ("self_check", self._self_check.warm_up)):
 
             def each(batch: list[int], work: Callable[[int], None] = work) -> list[int]:
                 work(len(batch))
                 return batch
 
-            for count in range(self.limit.most, 0, -1):
+            for count in range(self.limit.maximum, 0, -1):
                 in_batches(self._stage_limits[stage], list(range(count)), each)
-        self._give_turn(self._text)
-        for count in range(1, self.limit.most + 1):
+        self._bring_onto_device(self._text)
+        for count in range(1, self.limit.maximum + 1):
             texts = [f"{number} of {count}" for number in range(count)]
             self._text.encode(texts)
             self._self_check.encode(texts)
@@ -120,30 +120,30 @@ class Pipeline:
         cancelled: Callable[[], bool] = lambda: False,
         paused: Callable[[], bool] = lambda: False,
     ) -> Job:
-        """The request as a job for ``tick``. Every random number comes from generators seeded with its seed."""
+        """A job for ``tick``. All its random generators are seeded with the request's seed."""
         return Job(request, progress, cancelled, Report(request.seed), paused)
 
     def tick(self, jobs: list[Job]) -> None:
-        """Bring each job closer to its outcome: to a work at first, then by one of its ticks, then through the check.
+        """Advance each job: prepare its work, or tick the work once; then check the result if the work is done.
 
-        All works of a generator share its tick. Jobs may join and leave between ticks; a job's failure is its own, and
-        its outcome does not depend on the others. Those that are paused meanwhile are left alone, from the next stage
-        on: they go on in a later tick, where they are.
+        All works of a generator share one tick. Jobs may join and leave between ticks. A job's failure and outcome do
+        not depend on other jobs. A job that is paused meanwhile skips the remaining stages, and continues in a later
+        tick from where it is.
         """
         paused = [job for job in jobs if job.paused()]
-        paused += self._without_turn([job for job in jobs if job not in paused and not job.waits])
-        running = [job for job in jobs if job not in paused and not job.waits]
+        paused += self._waiting_for_device([job for job in jobs if job not in paused and not job.is_waiting])
+        running = [job for job in jobs if job not in paused and not job.is_waiting]
         for job in jobs:
             if job in paused:
-                job.rest()
-            elif job.waits:
-                job.wanted("queued")
+                job.pause()
+            elif job.is_waiting:
+                job.is_wanted("queued")
             else:
                 job.resume()
-        for stages in (self._to_works, self._through_works, self._to_results):
+        for stages in (self._prepare_works, self._tick_works, self._check_results):
             stages([job for job in running if not job.paused()])
-        self._put_back(running, paused)
-        self._count_good(running)
+        self._retry_out_of_memory(running, paused)
+        self._count_successes(running)
 
     def _generator(self, job: Job) -> Generator:
         return self._text if job.request.image is None else self._image
@@ -152,44 +152,43 @@ class Pipeline:
         return [self._text] if self._text is self._image else [self._text, self._image]
 
     def _by_generator(self, jobs: list[Job]) -> list[tuple[Generator, list[Job]]]:
-        """Each generator that has any of these, with them."""
+        """Each generator that has any of these jobs, with its jobs."""
         groups = [(each, [job for job in jobs if self._generator(job) is each]) for each in self._generators()]
         return [(generator, own) for generator, own in groups if own]
 
-    def _give_turn(self, generator: Generator) -> None:
-        """Have it on the device, where generators take turns there."""
-        if self._take_turns and self._awake is not generator:
-            self._awake = None
-            for other in self._generators():  # also one that was left half awake when memory was full
+    def _bring_onto_device(self, generator: Generator) -> None:
+        """If generators take turns, offload the other one and load this one."""
+        if self._take_turns and self._loaded is not generator:
+            self._loaded = None
+            for other in self._generators():  # also one that was partly loaded when memory was full
                 if other is not generator:
-                    other.rest()
+                    other.offload()
             release_cache()
-            generator.wake()
-            self._awake = generator
+            generator.onload()
+            self._loaded = generator
 
-    def _without_turn(self, jobs: list[Job]) -> list[Job]:
-        """Those that must leave the device to another generator: that of the first job, which joined before them.
+    def _waiting_for_device(self, jobs: list[Job]) -> list[Job]:
+        """The jobs that wait for the device, because the first job, the oldest, has it for the other generator.
 
-        So one goes on until those that joined before the other's first are done, and none waits for ever.
+        A generator keeps the device until all its jobs that are older than the other's first are done. So none starves.
         """
         if not self._take_turns or not jobs:
             return []
         turn = self._generator(jobs[0])
-        self._give_turn(turn)
+        self._bring_onto_device(turn)
         return [job for job in jobs if self._generator(job) is not turn]
 
-    def _to_works(self, running: list[Job]) -> None:
+    def _prepare_works(self, running: list[Job]) -> None:
         fresh = [job for job in running if job.work is None]
-        shown = [job for job in fresh if self._generator(job).cutout is not None]  # the others need no picture
-        self._note_cuts(fresh)
+        shown = [job for job in fresh if self._generator(job).cutout is not None]  # the others take texts directly
+        self._report_truncation(fresh)
         for job, image in self._run("text_to_image", [job for job in shown if job.image is None], self._draw):
             job.image = image
             if job.request.image is None:
                 job.preview("text_to_image", 1.0, partial(preview.of_image, image))
         if any(job.paused() for job in fresh):
             return
-        # Where the CPU would only wait, while the GPU draws and while it works on the first tick, it does what it can
-        # for later: texts are encoded, and what does not depend on the picture is prefetched.
+        # The GPU is still drawing here. Meanwhile the CPU encodes texts and prefetches what does not need the picture.
         for generator, jobs in self._by_generator(fresh):
             self._encode(generator.encode, jobs)
             self._prefetch(generator, jobs)
@@ -198,56 +197,58 @@ class Pipeline:
                 job.cutout = cutout
             else:
                 job.reject(str(cutout))
+                # How an object is looked for in a picture does not depend on the seed.
+                job.report.hopeless = job.request.image is not None
         for job in fresh:
             if not job.paused():
                 self._begin([job])
 
-    def _through_works(self, running: list[Job]) -> None:
+    def _tick_works(self, running: list[Job]) -> None:
         self._tick([job for job in running if job.outcome is None and job.work is not None])
         self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
-    def _to_results(self, running: list[Job]) -> None:
+    def _check_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             self._deliver(job, check)
 
-    def _count_good(self, running: list[Job]) -> None:
-        """Requests that came to a result, for the limits of all stages that they went through."""
+    def _count_successes(self, running: list[Job]) -> None:
+        """Count finished requests for the batch limits of all stages that they went through."""
         for job in running:
             for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
-                self._stage_limits.get(stage, self.limit).went_well()
+                self._stage_limits.get(stage, self.limit).succeeded()
 
-    def _put_back(self, running: list[Job], paused: list[Job]) -> None:
-        """Let those for which memory was full beside others try once more when the others are done.
+    def _retry_out_of_memory(self, running: list[Job], paused: list[Job]) -> None:
+        """Retry jobs that ran out of memory beside others, once, when the others are done.
 
-        Not behind those that are paused for them: these give up their works, and begin them again.
+        They do not wait for paused jobs. Those discard their works and begin them again.
         """
         full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
         going_on = [job for job in running if job.outcome is None]
         for job in full:
-            if job.put_back or (len(running) == 1 and not paused):
+            if job.retried or (len(running) == 1 and not paused):
                 continue
             for other in paused:
-                other.give_up_work()
+                other.discard_work()
             if paused:
                 release_cache()
-            job.give_up_work()
-            job.outcome, job.put_back, job.behind = None, True, list(going_on)
-            going_on.append(job)  # of several, one after the other
+            job.discard_work()
+            job.outcome, job.retried, job.waits_for = None, True, list(going_on)
+            going_on.append(job)  # several are retried one after the other
             if len(running) > 1:
                 self.limit.out_of_memory(len(running))
 
     def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
-        """The stage's result for each job that it could be done for; timed. The others have their outcome.
+        """Run a stage, in batches that fit into memory. Returns the jobs that succeeded, with their results.
 
-        They go through it together, as many as fit into memory. When that fails, whose fault it was is unknown, so each
-        does it by itself.
+        When a batch fails, each job is retried alone, to isolate the one that causes it. A job that fails has the error
+        as its outcome. The time goes into the jobs' reports.
         """
-        jobs = [job for job in jobs if job.wanted(stage)]
+        jobs = [job for job in jobs if job.is_wanted(stage)]
         started = time.perf_counter()
         done: list[tuple[Job, T]] = []
         try:
-            with record_function(stage):  # its name in a trace
+            with record_function(stage):  # a named range in profiler traces
                 done = list(zip(jobs, in_batches(self._stage_limits.get(stage, self.limit), jobs, work), strict=True))
         except Exception as error:
             alone = jobs if len(jobs) > 1 else []
@@ -272,9 +273,9 @@ class Pipeline:
         progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
         cancelled: Callable[[int], bool] = lambda index: False,
     ) -> list[Asset | Exception]:
-        """One outcome for each request, in order: an asset (which may be a rejection), or what went wrong with it.
+        """The outcome of each request, in order: an asset, which may be a rejection, or an exception.
 
-        ``progress`` and ``cancelled`` get the request's index first.
+        ``progress`` and ``cancelled`` get the request's index as first argument.
         """
         jobs = [
             self.begin(request, partial(progress, index), partial(cancelled, index))
@@ -287,9 +288,9 @@ class Pipeline:
     def validate(
         self, ply_data: bytes, prompt: str | Image.Image, single: bool = False, grid: bool = False, above: float = 0.6
     ) -> Scores:
-        """Score a splat as the validators' service does; previews are for scores over ``above``.
+        """Score a splat as the validators' service does. Previews are made for scores above ``above``.
 
-        Raises ValueError when the PLY can not be read.
+        Raises ValueError when the PLY can not be parsed.
         """
         check = self._self_check.check(ply.read(ply_data).to(self._device), prompt)
         score, views = check.score or 0.0, check.views
@@ -305,7 +306,7 @@ class Pipeline:
         )
 
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
-        """The reference images (3, H, W) in 0..1: drawn for the prompts, or those that were sent."""
+        """The reference images (3, H, W) in 0..1: drawn from text prompts, or the image prompts."""
         requests = [job.request for job in jobs]
         written = [(self._text.picture_prompt(r.prompt), r.seed) for r in requests if r.prompt is not None]
         drawn: Iterator[Tensor] = iter(())
@@ -321,9 +322,9 @@ class Pipeline:
         return images
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
-        """The cut-outs (4, S, S) in 0..1 of images, each in its generator's frame; those of one size together.
+        """The cut-outs (4, S, S) in 0..1, each in its generator's frame. Images of one size are matted in one batch.
 
-        The alpha of a picture that was sent with one is its mask, as in DreamGaussian.
+        An image prompt with an alpha channel is not matted: alpha is its mask, as in DreamGaussian.
         """
         alphas: dict[Job, Tensor] = {}
         for job in jobs:
@@ -346,22 +347,24 @@ class Pipeline:
         return cutouts
 
     def _encode(self, encode: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
-        """Encode the prompts of jobs before they are needed: together, in the time of one."""
+        """Encode the jobs' prompts in one batch, before they are needed."""
         prompts = [job.request.prompt for job in jobs if job.outcome is None]
         if texts := [prompt for prompt in prompts if prompt]:
-            with suppress(Exception):  # whose fault it was is unknown: each encodes its own when it is needed
+            with suppress(
+                Exception
+            ):  # the culprit is unknown: each job encodes its own prompt later, and fails by itself
                 encode(texts)
 
-    def _note_cuts(self, jobs: list[Job]) -> None:
-        """Tell which models will read only the beginning of a prompt."""
+    def _report_truncation(self, jobs: list[Job]) -> None:
+        """Report which models truncate a prompt."""
         for job in jobs:
             if (prompt := job.request.prompt) is None or job.report.text_cut:
                 continue
-            with suppress(Exception):  # what can not be read fails in its stage, and is told then
+            with suppress(Exception):  # a prompt that can not be encoded fails in its stage
                 drawn = {}
-                if self._text.cutout is not None and self._text_to_image is not None:
-                    drawn = self._text_to_image.cut(self._text.picture_prompt(prompt))
-                job.report.text_cut = drawn | self._text.cut(prompt) | self._self_check.cut(prompt)
+                if self._text_to_image is not None:
+                    drawn = self._text_to_image.truncation(self._text.picture_prompt(prompt))
+                job.report.text_cut = drawn | self._text.truncation(prompt) | self._self_check.truncation(prompt)
             if job.report.text_cut:
                 tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
                 log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
@@ -369,11 +372,11 @@ class Pipeline:
     def _prefetch(self, generator: Generator, jobs: list[Job]) -> None:
         for job in jobs:
             if job.outcome is None and job.prefetched is None:
-                with suppress(Exception):  # it fails again when the work begins, and is told then
+                with suppress(Exception):  # it will fail again when the work begins
                     job.prefetched = generator.prefetch(job.request.prompt or "", job.request.seed)
 
     def _begin(self, jobs: list[Job]) -> None:
-        """Begin each one's work, by itself."""
+        """Begin each job's work, alone."""
 
         def begin(batch: list[Job]) -> list[Work]:
             return [self._generator(job).begin(_subject(job)) for job in batch]
@@ -384,7 +387,7 @@ class Pipeline:
                 job.begin(work)
 
     def _tick(self, jobs: list[Job]) -> None:
-        """One tick of every work that is not done, in one call for each generator; Gaussians of those that are."""
+        """Tick every work that is not done, in one call per generator. Take the Gaussians of those that are done."""
         unfinished = []
         for job in jobs:
             assert job.work is not None
@@ -400,29 +403,29 @@ class Pipeline:
             except Exception as error:
                 job.outcome = error
         for generator, own in self._by_generator(unfinished):
-            together = [job for job in own if not job.alone]
-            room = self.limit.now
+            together = [job for job in own if not job.isolated]
+            room = self.limit.current
             groups = [together[start : start + room] for start in range(0, len(together), room)]
-            groups += [[job] for job in own if job.alone]
+            groups += [[job] for job in own if job.isolated]
             for group in groups:
                 if not self._tick_group(generator, group):
-                    release_cache()  # here the exception is gone, and with it what its frames held
+                    release_cache()  # after the except block: the exception's frames held tensors
                     self._begin(group)
         for job in jobs:
             job.report.seconds[self._generator(job).name] = time.perf_counter() - job.work_began
 
     def _preview(self, job: Job, work: Work) -> None:
-        """What a work looks like so far, some times on its way."""
+        """Report a preview of a work, at preview.STEPS points of its progress."""
         step = int(work.fraction * preview.STEPS)
         if isinstance(work, Visible) and not work.done and step > max(job.shown, 0):
             job.shown = step
             job.preview(self._generator(job).name, work.fraction, lambda: preview.of_gaussians(work.so_far()))
 
     def _tick_group(self, generator: Generator, group: list[Job]) -> bool:
-        """One tick of these works. False when it failed for several, so that they must begin again.
+        """Tick these works together. False when that failed for several, and their works must begin again.
 
-        They may be half changed then. When memory was full, fewer share a tick from now on; for any other reason whose
-        fault it was is unknown, and each goes on by itself.
+        A failed tick leaves works inconsistent. After an out-of-memory error the batch limit is lowered. After any
+        other error the culprit is unknown, so each job is ticked alone from now on.
         """
         try:
             generator.tick([job.work for job in group if job.work is not None])
@@ -434,7 +437,7 @@ class Pipeline:
                 self.limit.out_of_memory(len(group))
             else:
                 for job in group:
-                    job.alone = True
+                    job.isolated = True
             return False
         for job in group:
             job.ticks += 1
@@ -459,17 +462,17 @@ class Pipeline:
         if check.score is None:
             _reject(job, check.failed_gate or "not scored")
             return
-        report.score, report.parts = min(1.0, check.score), check.parts  # limited as a validator's feedback is
+        report.score, report.parts = min(1.0, check.score), check.parts  # capped as in a validator's feedback
         job.gaussians = fit_to_frame(gaussians)
         if report.score < request.threshold:
-            shown = math.floor(report.score * 100) / 100  # never rounded up to the threshold
+            shown = math.floor(report.score * 100) / 100  # rounded down: it must not look like the threshold
             _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
 
 
 def _reject(job: Job, reason: str) -> None:
-    """Of one that is watched there is a PLY all the same, where it can be drawn."""
+    """Reject a job. A watched one gets its PLY all the same, if its values are finite."""
     job.reject(reason)
     gaussians = job.gaussians
     if job.request.watched and gaussians is not None and len(gaussians) and _is_finite(gaussians):
@@ -481,7 +484,7 @@ def _is_finite(gaussians: Gaussians) -> bool:
 
 
 def _mask(image: Image.Image | None) -> Tensor | None:
-    """The alpha (1, H, W) in 0..1 of a picture in which anything is transparent."""
+    """The alpha (1, H, W) in 0..1 of a picture; None if no pixel is transparent."""
     if image is None or not image.has_transparency_data:
         return None
     alpha = np.array(image.convert("RGBA").getchannel("A"))
@@ -489,6 +492,6 @@ def _mask(image: Image.Image | None) -> Tensor | None:
 
 
 def _subject(job: Job) -> Subject:
-    """What its work is made of. What was prefetched goes with it: it can be used once."""
+    """The input of the job's work. ``prefetched`` is handed over, because it can be used once."""
     prefetched, job.prefetched = job.prefetched, None
     return Subject(job.request.prompt or "", job.cutout, job.request.seed, prefetched)

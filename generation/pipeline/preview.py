@@ -1,4 +1,4 @@
-"""Small pictures of a request in progress, for who watches it being made."""
+"""Small pictures of a request in progress."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 
 SIDE = 128  # pixels
-STEPS = 8  # previews of one splat while it is made
+STEPS = 8  # previews of one splat in progress
 
 
 def of_image(image: Tensor) -> bytes:
-    """WEBP of a picture (3, H, W) in 0..1, at most SIDE high and wide."""
+    """WEBP of a picture (3, H, W) in 0..1, scaled down to at most SIDE pixels."""
     scale = SIDE / max(image.shape[1:])
     if scale < 1:
         size = [max(1, round(side * scale)) for side in image.shape[1:]]
@@ -29,7 +29,7 @@ def of_image(image: Tensor) -> bytes:
 
 
 def of_gaussians(gaussians: Gaussians) -> bytes:
-    """WEBP of their front, on white."""
+    """WEBP of the front view on white, SIDE x SIDE pixels."""
     with torch.no_grad():
         camera = orbit(ELEVATION, 0.0, RADIUS, FOVY, SIDE, SIDE)
         rgb, _, _ = rasterize(gaussians.detach(), camera, SIDE, SIDE, torch.ones(3, device=gaussians.means.device))

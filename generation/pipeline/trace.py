@@ -1,4 +1,4 @@
-"""``--profile-trace``: what the CPU and the GPU did for the first request, for chrome://tracing or ui.perfetto.dev."""
+"""``--profile-trace``: a PyTorch profiler trace of the first request, for chrome://tracing or ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from generation.pipeline import assemble
 from generation.pipeline.job import Job
 from generation.settings import Settings
 
-#: The first holds all stages before the work, the others one tick of it each, and the next are like them: left out
-#: until the last, with the self-check, they keep the file within some ten megabytes.
+#: Ticks that are traced. The first has all stages before the generator. The following are alike, so only these are
+#: traced, and the last one with the self-check: the file stays at about ten megabytes.
 FIRST_TICKS = 10
 
 log = logging.getLogger("generation.pipeline.trace")
 
 
 def load(settings: Settings, progress: Callable[[str], None]) -> Any:
-    """The pipeline of these settings; with ``profile_trace`` in them, one whose first request is traced.
+    """The pipeline of these settings. With ``profile_trace`` in them its first request is traced.
 
-    Raises OSError when there can be no folder for the trace.
+    Raises OSError when the trace's folder can not be created, and what ``assemble.load`` raises.
     """
     if settings.profile_trace is None:
         return assemble.load(settings, progress)
@@ -39,7 +39,7 @@ class Traced:
 
     def __init__(self, pipeline: Any, path: Path) -> None:
         self._pipeline, self._path = pipeline, path
-        self._first: Job | None = None  # while it is traced
+        self._first: Job | None = None  # None unless it is being traced
         self._ticks = 0
         self._profile: profile | None = None
         self._collecting = True
@@ -68,7 +68,7 @@ class Traced:
         finally:
             if over:
                 self._write(self._profile)
-                self._profile = self._first = None  # with its work, it would stay in memory
+                self._profile = self._first = None  # the job would hold its work in memory
 
     def _collect(self, running: profile, collecting: bool) -> None:
         if collecting != self._collecting:
@@ -76,7 +76,7 @@ class Traced:
             self._collecting = collecting
 
     def _write(self, running: profile) -> None:
-        """A trace that can not be had is a line in the log: the request goes on without."""
+        """Write the trace. A failure is logged only: the request goes on."""
         started = time.monotonic()
         part = self._path.with_name(self._path.name + ".part.json.gz")  # PyTorch compresses by the name
         try:

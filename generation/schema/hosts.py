@@ -48,3 +48,13 @@ def is_wildcard(host: str) -> bool:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of "HOST:PORT". Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError("must be a host and a port, as 10.0.0.1:6379")
+    if not 0 < int(port) < 65536:
+        raise ValueError("must have a port in 1..65535")
+    return host, int(port)

@@ -1,4 +1,4 @@
-"""What a GPU's memory allows: the classes of a models file, and which of them a card belongs to."""
+"""Memory classes of a models file, and the choice of one by the GPU's memory."""
 
 from __future__ import annotations
 
@@ -10,29 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field
 GIB = 2**30
 
 Quantization = Literal["none", "nf4"]
-RestingPlace = Literal["gpu", "cpu"]
 
 
 class MemoryClass(BaseModel):
-    """What runs on a GPU that has at least ``least_gib`` of memory (2^30 bytes, as torch counts them)."""
+    """How models run on a GPU with at least ``least_gib`` of memory (2^30 bytes, as torch counts them)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str = Field(min_length=1)
     least_gib: float = Field(ge=0, le=10_000)
     quantization: Quantization = "none"  # of FLUX's transformer and T5
-    t5_rests_on: RestingPlace = "gpu"  # where T5 is while it encodes nothing
-    self_check_rests_on: RestingPlace = "gpu"  # where the self-check's CLIPs are while they look at nothing
-    # where the generator of texts, or of pictures, is while the other one works; with "cpu" they take turns
-    generators_rest_on: RestingPlace = "gpu"
+    offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
+    offload_self_check: bool = False  # the self-check's CLIPs are in pinned memory while they look at nothing
+    offload_generators: bool = False  # of two generators one is on the GPU at a time: they take turns
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 
 def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | None) -> tuple[MemoryClass | None, str]:
-    """The class and why: the one that is wanted by name, else the most demanding that ``memory`` bytes are enough for.
+    """The class, and why: the one named ``wanted``, else the largest that fits into ``memory`` bytes.
 
-    None where there is nothing to choose: no classes, or no GPU (``memory`` is None).
-    Raises ValueError when the wanted class does not exist, or none is small enough.
+    None without classes or without a GPU (``memory`` is None). Raises ValueError when the wanted class does not exist,
+    or none fits.
     """
     if wanted is not None:
         for each in classes:

@@ -11,23 +11,25 @@ from torch import Tensor
 from transformers import T5EncoderModel
 
 from generation.accelerate.compiled import compile_autoencoder
-from generation.accelerate.offload import Resting
+from generation.accelerate.offload import Offloaded
 from generation.accelerate.quantise import quantise_linears
-from generation.accelerate.text_cache import TextCache, cut
+from generation.accelerate.text_cache import TextCache, truncation
 from generation.schema.options import TextToImageModel
 from generation.weights.strict import load_model
 
 
 class TextToImage:
-    """A loaded FLUX pipeline and the way it is asked."""
+    """A loaded FLUX pipeline."""
 
     def __init__(self, pipe: FluxPipeline, options: TextToImageModel, device: str) -> None:
         self._pipe = pipe
         self._options = options
         self._device = device
         self._texts = TextCache(self._encode)
-        #: T5, where it is on the device only while it encodes prompts that are not known
-        self._resting = Resting(pipe.text_encoder_2, device) if options.t5_rests_on == "cpu" else None
+        #: T5, if it is on the device only while it encodes prompts that are not cached
+        self._offloaded = Offloaded(pipe.text_encoder_2, device) if options.offload_t5 else None
+        if self._offloaded:
+            self._offloaded.offload()
 
     @classmethod
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
@@ -54,11 +56,10 @@ class TextToImage:
 
     @torch.no_grad()
     def warm_up(self, max_batch: int) -> None:
-        """Compile the transformer's and the autoencoder's blocks on a GPU, and run each batch size once, so that no
-        request waits for it.
+        """On a GPU, compile the blocks of transformer and autoencoder, and run each batch size up to ``max_batch``.
 
-        Blocks of one kind share what is compiled: once for one image, once for any other number of them (once for each
-        number would reach torch's limit of 8 variants with four). Layers in 4 bits are left as they are.
+        Blocks that are alike share compiled code. It is compiled once for one image and once for any larger batch:
+        once for each size would reach torch's limit of 8 variants with four images. 4-bit layers are not compiled.
         """
         if self._pipe.device.type != "cuda":
             return
@@ -76,9 +77,9 @@ class TextToImage:
         its prompt and seed only, up to rounding.
         """
         options = self._options
-        words, pooled = self._embed(prompts)
+        states, pooled = self._embed(prompts)
         images = self._pipe(  # type: ignore[operator]
-            prompt_embeds=words,
+            prompt_embeds=states,
             pooled_prompt_embeds=pooled,
             width=options.image_size,
             height=options.image_size,
@@ -89,20 +90,20 @@ class TextToImage:
         ).images
         return list(images.float().clamp(0, 1))
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
-        """Of each encoder that reads only the beginning of it: tokens that it reads, and of how many."""
-        t5 = cut(self._pipe.tokenizer_2, prompt, self._options.max_sequence_length)
-        found = {"text_to_image CLIP": cut(self._pipe.tokenizer, prompt), "text_to_image T5": t5}
+    def truncation(self, prompt: str) -> dict[str, tuple[int, int]]:
+        """For each text encoder that truncates the prompt: (tokens that it reads, tokens of the prompt)."""
+        t5 = truncation(self._pipe.tokenizer_2, prompt, self._options.max_sequence_length)
+        found = {"text_to_image CLIP": truncation(self._pipe.tokenizer, prompt), "text_to_image T5": t5}
         return {name: tokens for name, tokens in found.items() if tokens}
 
     def _embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings of T5 (B, max_sequence_length, width) and of CLIP (B, width), on the device."""
-        words, pooled = (torch.stack(each) for each in zip(*self._texts.encode(prompts), strict=True))
-        return words, pooled
+        states, pooled = (torch.stack(each) for each in zip(*self._texts.encode(prompts), strict=True))
+        return states, pooled
 
     def _encode(self, prompts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        with self._resting.awake() if self._resting else nullcontext():
-            words, pooled, _ = self._pipe.encode_prompt(
+        with self._offloaded.on_device() if self._offloaded else nullcontext():
+            states, pooled, _ = self._pipe.encode_prompt(
                 prompts, None, self._device, max_sequence_length=self._options.max_sequence_length
             )
-        return [(of_t5.clone(), of_clip.clone()) for of_t5, of_clip in zip(words, pooled, strict=True)]
+        return [(of_t5.clone(), of_clip.clone()) for of_t5, of_clip in zip(states, pooled, strict=True)]

@@ -83,10 +83,12 @@ _REPORT_HEADERS = {
     "X-Seconds": "JSON: seconds per stage",
     "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
     "X-Rejected": "why the body is empty, when it is",
+    "X-Hopeless": "1 when no other seed would change that, as with a picture that shows nothing",
 }
 
 
 def results(media_type: str, text: str) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route that returns a splat or a video."""
     headers = {name: {"description": meaning, "schema": _TEXT} for name, meaning in _REPORT_HEADERS.items()}
     binary = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     result = {"description": f"{text}, or an empty body", "content": binary, "headers": headers}

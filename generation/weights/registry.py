@@ -1,11 +1,12 @@
-"""Which checkpoints exist: where each comes from, at which revision, how large, under which licence.
+"""The registry of checkpoints: source, revision, size and licence of each.
 
 Most are repositories of the Hugging Face hub, one is a file at an address of its own, with its SHA-256.
 
 Revisions are commit hashes that at least two public projects name. Where none was found the entry says ``main`` and
 ``pinned`` is False: the download script then records the commit that it got (``generation.weights.lock``), and later
-starts take that one. Sizes are what the hub or public records of a download say, of the files that are used; None where
-neither was found (the download script asks the hub).
+starts take that one. Files whose SHA-256 is on public record are held to it, pinned or not. Sizes are what the hub or
+public records of a download say, of the files that are used; None where neither was found (the download script asks the
+hub).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class MissingWeights(WeightsError):
 
 
 class Use:
-    """What must be known of a kind of checkpoint beside its files. Each kind has a class of its own."""
+    """Base of what must be known to use a checkpoint beside its files. Each kind has its own subclass."""
 
 
 U = TypeVar("U", bound=Use)
@@ -40,9 +41,9 @@ U = TypeVar("U", bound=Use)
 
 @dataclass(frozen=True)
 class MultiViewUse(Use):
-    """How a multi-view model is told of cameras."""
+    """The camera convention of a multi-view model."""
 
-    front_azimuth: float = 0.0  # degrees: from where it saw its objects' fronts in training
+    front_azimuth: float = 0.0  # degrees: azimuth of the front view in its training data
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Entry:
     size: int = 0  # bytes of that file; its revision is its SHA-256
     folder: Path | None = None
     files: tuple[str, ...] = ()  # glob patterns of the repository's files that are used, each matching something
-    sha256: tuple[tuple[str, str], ...] = ()  # of some of them at this revision, where public records have it
+    sha256: tuple[tuple[str, str], ...] = ()  # of some of them, where public records have it
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
     use: Use | None = None  # of the checkpoint's kind, where that has one
 
     def used_as(self, kind: type[U]) -> U | None:
-        """Its ``use`` where that is of this kind."""
+        """Its ``use`` if it is of this kind, else None."""
         return self.use if isinstance(self.use, kind) else None
 
     @property
@@ -110,6 +111,14 @@ _TRELLIS = {
     "ss_dec_conv3d_16l8_fp16": "1c76d4a40519aa2d711cc263a8404105231ac26db31d946bed48b84fee79009a",
     "slat_flow_img_dit_L_64l8p2_fp16": "693fb2a58ad497bd222007301eeec49d14d60f8c12d2f2f00c221fa747b4c66c",
     "slat_dec_gs_swin8_B_64l8gs32_fp16": "38c84bcef5ce0af1f48b1b5558dabc7575a13346043c41a7e0610f1fa619a161",
+}
+_LGM = "model_fp16_fixrot.safetensors"
+# ImageDream's weights, with their SHA-256; text encoder and VAE are those of Stable Diffusion 2.1.
+_IMAGEDREAM = {
+    "unet/diffusion_pytorch_model": "28d8b241a54125fa0a041c1818a5dcdb717e6f5270eea1268172acd3ab0238e0",
+    "vae/diffusion_pytorch_model": "3e4c08995484ee61270175e9e7a072b66a6e4eeb5f0c266667fe1f45b90daf9a",
+    "text_encoder/model": "bc1827c465450322616f06dea41596eac7d493f4e95904dcb51f0fc745c4e13f",
+    "image_encoder/model": "2a56cfd4ffcf40be097c430324ec184cc37187f6dafef128ef9225438a3c03c4",
 }
 
 REGISTRY = {
@@ -165,7 +174,8 @@ REGISTRY = {
             revision="main",
             licence="MIT",
             size_gb=0.83,
-            files=("model_fp16_fixrot.safetensors",),
+            files=(_LGM,),
+            sha256=((_LGM, "744d6324656342c64f871308e73db97f0eb51858d94329b30090e986a6d050ab"),),
         ),
         Entry(
             name="imagedream",
@@ -182,6 +192,7 @@ REGISTRY = {
                 "feature_extractor/*",
                 "scheduler/*",
             ),
+            sha256=tuple((f"{part}.safetensors", digest) for part, digest in _IMAGEDREAM.items()),
             use=MultiViewUse(front_azimuth=90.0),  # LGM has its front view there under ImageDream
         ),
         Entry(

@@ -20,6 +20,7 @@ from neurons.miner.records.verdicts import PastSubmission
 from neurons.miner.submission.spool import Spool
 from neurons.miner.submission.submitter import Submitter, ValidatorCaller
 from neurons.miner.tasks.best_of import BestOf
+from neurons.miner.tasks.phases import Phases
 from neurons.miner.tasks.task_manager import AsyncTaskManager
 from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.blacklist import Blacklist
@@ -99,6 +100,7 @@ async def assemble(
     spool = Spool(options.spool_of(hotkey))
     history = await books.submissions()
     submitter = Submitter(dendrite, directory, clocks, keypair, spool, books.record, history)
+    best_of = BestOf(options.best_of, pool, options.workers, now)
     manager = AsyncTaskManager(
         dendrite,
         directory,
@@ -110,8 +112,8 @@ async def assemble(
         threshold=options.validation_threshold,
         cooldowns=await books.cooldowns(),
         worth_asking_at=books.worth_asking_at,
+        phases=Phases(best_of.free_seconds),
     )
-    best_of = BestOf(options.best_of, pool, options.workers, now)
     workers = [
         Worker(manager, pool, submitter, books.record, best_of=best_of, retries=options.retries, now=now)
         for _ in range(options.workers)

@@ -117,14 +117,14 @@ ONE_KERNEL = ((group_norm, "ONE_KERNEL", 0),)
 TIME = ((unet, "TimeProjections", _TimeOneByOne),)
 BIASES = ((unet, "_take_biases_of_upsampling", lambda _: None),)
 TEXT = ((unet, "TextProjections", _Nothing),)
-UPSAMPLING = ((compiled, "Upsampling", lambda plain: plain),)
+UPSAMPLING = ((compiled, "FusedUpsample", lambda plain: plain),)
 PROJECTIONS = ((unet, "_join_projections", lambda _: None),)
-BLOCKS = ((unet, "_is_usual", lambda _: False), (unet, "ImageNorm", plain_norm))
+BLOCKS = ((unet, "_is_usual", lambda _: False), (unet, "FusedGroupNorm", plain_norm))
 SMALL = (*ONE_KERNEL, *TIME, *BIASES)
 
 
 def only_compiled(model: Any) -> None:
-    compiled.compile_parts(model, (compiled.ResnetBlock2D, unet.Transformer2DModel))
+    compiled.compile_blocks(model, (compiled.ResnetBlock2D, unet.Transformer2DModel))
 
 
 UNET: dict[str, tuple[tuple[Any, str, Any], ...]] = {
@@ -191,7 +191,7 @@ def guidance_on(device: str) -> MVDream:
 def encoder_ms(device: str, changes: Any, counts: list[int]) -> dict[int, tuple[float, Tensor]]:
     """By the number of scenes: one forward and backward pass, and the gradient by the images."""
     guidance = guidance_on(device)
-    fused.fuse(guidance._vae)
+    fused.fuse_encoder(guidance._vae)
     return _encoder_ms(guidance, changes, counts)
 
 

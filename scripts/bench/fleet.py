@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from generation.fleet.fleet import Fleet
+from generation.fleet.fleet import Fleet, Form
+from generation.fleet.process import ProcessEngine
 from generation.schema.results import Asset, Report, Request
 
 PROMPTS = ("a red cube", "a blue chair", "a green mug", "a yellow house", "a purple mushroom", "a white rocket")
@@ -32,7 +33,7 @@ class StandIn:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.limit = SimpleNamespace(now=STAND_IN_BATCH)
+        self.limit = SimpleNamespace(current=STAND_IN_BATCH)
 
     def begin(self, request: Request, *_: Callable[..., object]) -> Any:
         return SimpleNamespace(request=request, ticks=0, outcome=None)
@@ -75,9 +76,11 @@ async def finish(fleet: Fleet, requests: int, in_flight: int) -> float:
     return time.perf_counter() - began
 
 
-async def measure(devices: list[str], settings: Any, loader: str, requests: int, in_flight: int) -> float:
+async def measure(
+    devices: list[str], settings: Any, loader: str, requests: int, in_flight: int, form: Form = ProcessEngine
+) -> float:
     """Requests an hour on these devices, warm."""
-    fleet = Fleet(dict.fromkeys(devices, settings), loader)
+    fleet = Fleet(dict.fromkeys(devices, settings), loader, form)
     began = time.perf_counter()
     fleet.start()
     try:

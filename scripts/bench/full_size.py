@@ -49,7 +49,7 @@ from generation.generators.dreamgaussian.guidance.zero123 import CAMERA_NUMBERS,
 from generation.generators.kinds import load_models, load_options
 from generation.generators.lgm.network import BIG, LGM
 from generation.generators.multiview import ImageDream, MVDreamViews, image_prompt
-from generation.generators.multiview.words import Words
+from generation.generators.multiview.text_encoder import TextEncoder
 from generation.generators.trellis.condition import Condition
 from generation.generators.trellis.weights import Networks
 from generation.pipeline.assemble import load_generators
@@ -170,7 +170,7 @@ def mvdream_views(device: str, dtype: torch.dtype = torch.float16, **options: An
     with on(device, dtype):
         unet = UNet2DConditionModel(**unet_config(MVDREAM_UNET))
         vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
-    return MVDreamViews(unet, vae, Words(text, _clip_tokenizer()), _scheduler(), **options)
+    return MVDreamViews(unet, vae, TextEncoder(text, _clip_tokenizer()), _scheduler(), **options)
 
 
 def imagedream(device: str, dtype: torch.dtype = torch.float16, **options: Any) -> ImageDream:
@@ -184,7 +184,7 @@ def imagedream(device: str, dtype: torch.dtype = torch.float16, **options: Any) 
             patch_size=14, hidden_act="gelu",
         )  # fmt: skip
         tower = CLIPVisionModel(vision)
-    words = Words(text, _clip_tokenizer())
+    words = TextEncoder(text, _clip_tokenizer())
     return ImageDream(unet, resampler, vae, words, tower, CLIPImageProcessor(), _scheduler(), **options)
 
 
@@ -250,7 +250,7 @@ def matting(device: str, image_size: int, dtype: torch.dtype = torch.float16) ->
     return BackgroundRemover(net.requires_grad_(False).to(device, dtype).eval(), image_size)
 
 
-def self_check(device: str, rests: bool = False) -> SelfCheck:
+def self_check(device: str, offload: bool = False) -> SelfCheck:
     """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
     text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
@@ -267,8 +267,8 @@ def self_check(device: str, rests: bool = False) -> SelfCheck:
     for each in (model, tower, net):
         each.eval().requires_grad_(False)
     return SelfCheck(
-        TextClip(model, tokenizer, text, device, rests),
-        ImageClip(tower, image, device, rests),
+        TextClip(model, tokenizer, text, device, offload),
+        ImageClip(tower, image, device, offload),
         Quality(net, device),
         Lpips(_NoTrainLpips(net="alex", pnet_rand=True), device),
         device,
@@ -304,8 +304,8 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     text, image = load_generators(settings, RandomParts(models, background.remove, device, progress))
-    checking = self_check(device, models.self_check_rests_on == "cpu")
-    turns = models.generators_rest_on == "cpu"
+    checking = self_check(device, models.offload_self_check)
+    turns = models.offload_generators
     pipeline = Pipeline(text_to_image, background, text, image, checking, device, [], models.max_batch, turns)
     if warm:
         pipeline.warm_up(progress)

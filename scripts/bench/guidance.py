@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from generation.accelerate.compiled import compile_autoencoder
-from generation.accelerate.cuda_graph import Captured
-from generation.accelerate.fused import fuse
+from generation.accelerate.cuda_graph import GraphedFunction
+from generation.accelerate.fused import fuse_encoder
 from generation.accelerate.unet import compile_unet
 from generation.generators.dreamgaussian.guidance.distillation import distil
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
@@ -46,7 +46,7 @@ def main() -> None:
         torch._dynamo.reset()
         guidance = full_size.mvdream("cuda")
         if form == "fused":
-            fuse(guidance._vae)
+            fuse_encoder(guidance._vae)
         if form != "plain":
             compile_unet(guidance._unet)
             compile_autoencoder(guidance._vae)
@@ -104,7 +104,7 @@ def capture_parts(guidance: MVDream, scenes: int) -> dict[str, Any]:
 
 
 def capture(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
-    captured = Captured(function)
+    captured = GraphedFunction(function)
     captured.capture(*inputs)
     (graph,) = captured._graphs.values()
     return graph

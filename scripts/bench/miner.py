@@ -27,9 +27,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from neurons.miner.assemble import assemble
 from neurons.miner.records.events import Generation
-from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import PULL_TIMEOUT_S, SUBMIT_TIMEOUT_S, PullTask, make_submission
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
@@ -42,6 +40,7 @@ from scripts.bench.simulated_subnet import (
     SimulatedValidator,
     StandInService,
     options_in,
+    simulated_miner,
 )
 from scripts.bench.virtual_time import now
 
@@ -178,18 +177,7 @@ async def _one_task(network: SimulatedNetwork, service: StandInService, validato
 async def our_miner(
     network: SimulatedNetwork, service: StandInService, folder: Path, best_of: BestOf, books: MemoryBooks
 ) -> None:
-    miner = await assemble(
-        replace(options_in(folder), best_of=best_of),
-        MINER,
-        dendrite=network,
-        services=[service],
-        fetch=network.fetch,
-        blacklist=Blacklist(()),
-        books=books,
-        now=now,
-    )
-    miner.directory.update(network.metagraph())
-    miner.manager.sync()
+    miner = await simulated_miner(replace(options_in(folder), best_of=best_of), network, [service], books)
     await asyncio.gather(miner.pool.watch(), *(worker.run() for worker in miner.workers))
 
 

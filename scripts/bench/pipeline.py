@@ -59,7 +59,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     started = time.perf_counter()
     pipeline, settings = load(args)
-    most = min(args.in_flight, pipeline.limit.most)
+    most = min(args.in_flight, pipeline.limit.maximum)
     say(
         f"{device_name(settings.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores; "
         f"config {settings.config.name}"
@@ -98,7 +98,7 @@ def main() -> None:
         figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
-        say(f"at once by the end: {pipeline.limit.now} of {pipeline.limit.most}")
+        say(f"at once by the end: {pipeline.limit.current} of {pipeline.limit.maximum}")
     if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}

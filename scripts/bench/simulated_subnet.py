@@ -1,7 +1,7 @@
 """A subnet in virtual time: validators that keep the rehearsal's rules, behind a network with delays, and generators.
 
 `SimulatedNetwork` takes the place of the miner's dendrite, `StandInService` that of a generation service,
-`MemoryBooks` that of its ledger.
+`MemoryBooks` that of its ledger. `simulated_miner` assembles the real miner around them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from generation.fleet.candidates import Candidates
 from generation.schema.results import Asset, Report, Request
 from neurons.chain import Metagraph, Neuron
 from neurons.defaults import REHEARSAL
+from neurons.miner.assemble import Books, Miner, assemble
+from neurons.miner.generation.pool import Service
 from neurons.miner.generation.service import Generated
 from neurons.miner.options import MinerOptions
 from neurons.miner.records.events import Event
 from neurons.miner.records.verdicts import PastSubmission
+from neurons.miner.validators.blacklist import Blacklist
 from neurons.miner.validators.dendrite import DateListener
 from neurons.protocol import PullTask, SubmitResults, Task
 from neurons.rehearsal.network import load_prompts, shuffled
@@ -229,3 +232,26 @@ class StandInService:
         report = (await self._candidates.generate(request)).report
         scores = tuple(score for _, score in report.candidates)
         return Generated(SPLAT, SCORE, str(report.seed), "", self.endpoint, now() - began, scores=scores)
+
+
+async def simulated_miner(
+    options: MinerOptions,
+    network: SimulatedNetwork,
+    services: Sequence[Service],
+    books: Books,
+    blacklist: Blacklist | None = None,
+) -> Miner:
+    """The assembled miner on this network, by its virtual clock. It knows the validators; no part runs yet."""
+    miner = await assemble(
+        options,
+        MINER,
+        dendrite=network,
+        services=services,
+        fetch=network.fetch,
+        blacklist=blacklist or Blacklist(()),
+        books=books,
+        now=now,
+    )
+    miner.directory.update(network.metagraph())
+    miner.manager.sync()
+    return miner

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from generation.generators.multiview import ImageDream, MVDreamViews
-from generation.generators.multiview.drawer import Drawer
+from generation.generators.multiview.base import MultiViewModel
 
 KINDS = ("imagedream", "mvdream")
 REPEATS = 5
@@ -42,15 +42,15 @@ def main() -> None:
         if not args.tiny:
             torch._dynamo.reset()
             torch.cuda.reset_peak_memory_stats()
-        drawer = small(kind, args.steps) if args.tiny else full(kind, args.steps)
+        multiview = small(kind, args.steps) if args.tiny else full(kind, args.steps)
         expected: dict[int, Tensor] = {}
         for form in ("eager", "captured"):
             if form == "captured":
                 started = time.perf_counter()
-                drawer.warm_up(max(args.objects), say)
+                multiview.warm_up(max(args.objects), say)
                 say(f"{kind}: warmed up in {time.perf_counter() - started:.0f} s")
             for count in args.objects:
-                found, latents = measure(drawer, count, args.steps)
+                found, latents = measure(multiview, count, args.steps)
                 before = expected.setdefault(count, latents)
                 found["apart"] = float((latents - before).abs().max() / before.std())
                 figures[f"{kind}, {form}, {count}"] = found
@@ -61,20 +61,20 @@ def main() -> None:
         if not args.tiny:
             figures[f"{kind}, peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
             say(f"{kind}: peak of GPU memory {figures[f'{kind}, peak GiB']:.1f} GiB in tensors")
-        del drawer
+        del multiview
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 
 
-def full(kind: str, steps: int) -> Drawer:
+def full(kind: str, steps: int) -> MultiViewModel:
     from scripts.bench import full_size
 
     make = full_size.imagedream if kind == "imagedream" else full_size.mvdream_views
-    drawer: Drawer = make("cuda", steps=steps)
-    return drawer
+    multiview: MultiViewModel = make("cuda", steps=steps)
+    return multiview
 
 
-def small(kind: str, steps: int) -> Drawer:
+def small(kind: str, steps: int) -> MultiViewModel:
     tiny = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
     if kind == "mvdream":
         return MVDreamViews.load(tiny / "mvdream", "cpu", torch.float32, steps=steps)
@@ -96,33 +96,33 @@ def small(kind: str, steps: int) -> Drawer:
 
 
 @torch.no_grad()
-def measure(drawer: Drawer, count: int, steps: int) -> tuple[dict[str, float], Tensor]:
+def measure(multiview: MultiViewModel, count: int, steps: int) -> tuple[dict[str, float], Tensor]:
     """Milliseconds, medians, and the latents after two steps."""
     generator = torch.Generator().manual_seed(0)
-    cutouts = [torch.rand(4, drawer.image_size, drawer.image_size, generator=generator) for _ in range(count)]
-    device = drawer._cameras.device
+    cutouts = [torch.rand(4, multiview.image_size, multiview.image_size, generator=generator) for _ in range(count)]
+    device = multiview._cameras.device
     cutouts = [cutout.to(device) for cutout in cutouts]
     words, seeds = [""] * count, list(range(count))
-    found = {"begin": timed(lambda: drawer.begin(words, cutouts, seeds))}
-    drawings = drawer.begin(words, cutouts, seeds)
+    found = {"begin": timed(lambda: multiview.begin(words, cutouts, seeds))}
+    samplings = multiview.begin(words, cutouts, seeds)
     for _ in range(2):
-        drawer.step(drawings)
-    latents = torch.stack([drawing.latents for drawing in drawings]).float()
-    others = drawer.begin(words, cutouts, seeds)
+        multiview.step(samplings)
+    latents = torch.stack([sampling.latents for sampling in samplings]).float()
+    others = multiview.begin(words, cutouts, seeds)
 
     def step() -> None:
-        for drawing in others:
-            drawing.at = 1  # to be measured it is never done
-        drawer.step(others)
+        for sampling in others:
+            sampling.at = 1  # to be measured it is never done
+        multiview.step(others)
 
     found["step"] = timed(step)
-    found["images"] = timed(lambda: drawer.views(drawings))
+    found["images"] = timed(lambda: multiview.views(samplings))
 
     def all_of_it() -> None:
-        drawings = drawer.begin(words, cutouts, seeds)
+        samplings = multiview.begin(words, cutouts, seeds)
         for _ in range(steps):
-            drawer.step(drawings)
-        drawer.views(drawings)
+            multiview.step(samplings)
+        multiview.views(samplings)
 
     found["all"] = timed(all_of_it, repeats=1)
     return found, latents

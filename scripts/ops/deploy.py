@@ -12,17 +12,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.log_lines import shown_network
-from common.settings import CommandLine, Given
+from common.settings import PREFIX, CommandLine, Given
 from generation.arguments import TABLES as SERVICE_TABLES
+from generation.fleet import ray_environment
+from generation.schema.hosts import parse_address
 from neurons.miner.options import TABLES as MINER_TABLES
-from scripts.ops import environment, probe, processes, systemd
+from scripts.ops import cluster, environment, probe, processes, systemd
 from scripts.ops.processes import ROOT, RUN, Refused
 
 PROGRAM = "deploy_competitive.sh"
@@ -38,7 +40,7 @@ def parse(arguments: Sequence[str], caller: Path) -> Given:
         PROGRAM,
         "From a fresh machine to a running miner. Running it again is quick and changes nothing; "
         "./stop_competitive.sh stops it.",
-        {**SERVICE_TABLES, **MINER_TABLES},
+        {**SERVICE_TABLES, **MINER_TABLES, **cluster.TABLES},
         default_file=ROOT / "competitive.toml",
         files_must_exist=True,
     )
@@ -68,7 +70,15 @@ class Deployment:
         self.url = f"http://{_reach(service.host)}:{service.port}"
         self.workers: int | None = miner.workers if given.has("miner", "workers") else None
         self.others: tuple[str, ...] = miner.endpoints if given.has("miner", "endpoints") else ()
+        # What may hold a password goes by the environment: any user of the machine can read command lines.
+        self._secrets = {
+            given.variable_of("network", "name"): self.network,
+            given.variable_of("miner", "endpoints"): " ".join(
+                url.replace(",", "%2C") for url in (self.url, *self.others)
+            ),
+        }
         self.logs = {
+            "ray": Path("logs/ray.log"),
             "generation_service": service.log_file,
             "rehearsal": Path("logs/rehearsal.log"),
             "miner": miner.log_file,
@@ -78,24 +88,97 @@ class Deployment:
         if miner.metrics_port and not given.has("service", "miner_url"):
             self._service += ["--miner-url", f"http://127.0.0.1:{miner.metrics_port}"]
         self._miner = given.flags("network", "wallet", "miner", "score")
-        self.names = ("generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
+        self.cluster = _Cluster(given) if given["cluster"].head or given["cluster"].join else None
+        #: Also one whose Ray others start here.
+        self.needs_ray = self.cluster is not None or bool(service.cluster)
+        ray = [] if self.cluster is None else ["ray"]
+        if self.cluster is not None and not self.cluster.is_head:
+            self.names: tuple[str, ...] = ("ray",)
+            return
+        if self.cluster is not None:
+            self._service += ["--cluster", self.cluster.address]
+        self.names = (*ray, "generation_service", *(["rehearsal"] if self.rehearsed else []), "miner")
 
     def flags(self) -> str:
         """All that it was asked for, to be compared; as a hash, for addresses may hold passwords."""
-        asked = json.dumps([self.profile, self.network, self._service, self._miner])
+        place = self.cluster and [self.cluster.is_head, self.cluster.address, str(self.cluster.token)]
+        asked = json.dumps([self.profile, self._service, self._miner, self._secrets, place])
         return hashlib.sha256(asked.encode()).hexdigest()
 
     def arguments(self, name: str) -> list[str]:
-        """Of one process. The last of a flag's values holds; endpoints add up."""
+        """Of one process."""
+        if name == "ray":
+            assert self.cluster is not None
+            return self.cluster.arguments(tiny=self.profile == "tiny")
         if name == "generation_service":
             return [*self._service, "--profile", self.profile]
         if name == "rehearsal":
             scale = ("--time-scale", str(REHEARSAL_TIME_SCALE), "--endpoint", self.url, "--state", str(self.state))
             return ["--validators", str(LOOPBACK_VALIDATORS), *scale]
-        return [
-            *("--generation.endpoint", self.url, *self._miner, "--network", self.network),
-            *("--workers", str(self.workers), "--status-file", "run/miner.status"),
-        ]
+        return [*self._miner, "--workers", str(self.workers), "--status-file", "run/miner.status"]
+
+    def places(self) -> int:
+        """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
+        if self.needs_ray:
+            return probe.MAX_WORKERS
+        return probe.workers_for([self.url, *self.others])
+
+    def variables(self, name: str) -> Mapping[str, str]:
+        """The environment of one process. Raises Refused."""
+        if name == "ray" and self.cluster is not None:
+            return self.cluster.variables()
+        return os.environ | self._secrets if name == "miner" else os.environ
+
+
+class _Cluster:
+    """What this machine is in a cluster. Raises Refused."""
+
+    def __init__(self, given: Given) -> None:
+        table, service = given["cluster"], given["service"]
+        self.is_head: bool = table.head
+        self.token: Path = service.cluster_token_file.expanduser()
+        if table.head and table.join:
+            given.refuse("cluster", "join", "a machine is a cluster's head, or joins one")
+        if service.gpus != "all":
+            given.refuse(
+                "service", "gpus", "a cluster takes all GPUs that Ray finds; CUDA_VISIBLE_DEVICES hides others from it"
+            )
+        if not table.head:
+            self.address: str = table.join
+        elif service.cluster:
+            self.address = service.cluster
+        else:
+            self.address = f"{cluster.own_address(None)}:{cluster.HEAD_PORT}"
+        self.place = parse_address(self.address)
+        host = self.place[0]
+        self.own = host if table.head else cluster.own_address(host)
+
+    def check(self, tiny: bool) -> None:
+        """Before anything is installed, what can not work. Prints what it found. Raises Refused."""
+        found = cluster.check_network(self.own, None if self.is_head else self.place[0])
+        cluster.check_shared_memory()
+        if not (self.is_head or tiny or environment.has_gpu()):
+            raise Refused(
+                "this machine has no GPU to give (nvidia-smi lists none). With --profile tiny it gives an engine on "
+                "its CPU"
+            )
+        print(f"Cluster network: {found}")
+        first, last = min(self.place[1], *cluster.PORTS.values()), cluster.PORTS["--max-worker-port"]
+        print(f"  Ray listens on every interface: let nobody but the cluster's machines reach ports {first} to {last}")
+
+    def variables(self) -> dict[str, str]:
+        """For Ray. Raises Refused where the token is not good."""
+        try:
+            return ray_environment.environment(self.token)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+
+    def arguments(self, tiny: bool) -> list[str]:
+        on_cpu = 0 if self.is_head or not tiny or environment.has_gpu() else 1
+        return cluster.ray_arguments(self.place, self.own, self.is_head, on_cpu)
+
+    def wait(self, pid: int) -> str | None:
+        return cluster.wait_for_ray(RUN / "ray.out", pid, self.token)
 
 
 def _reach(host: str) -> str:
@@ -128,7 +211,11 @@ def deploy(given: Given, caller: Path) -> None:
             print("Already running; nothing to do.")
             _summarise(deployment)
             return
-        problem = probe.check_port(deployment.host, deployment.port)
+        problem = None
+        if "generation_service" in deployment.names:
+            problem = probe.check_port(deployment.host, deployment.port)
+        if deployment.cluster is not None:
+            problem = problem or cluster.check_ports(deployment.cluster.place, deployment.cluster.is_head)
         if problem:
             raise Refused(problem)
         _prepare(given, deployment, caller)
@@ -141,12 +228,18 @@ def deploy(given: Given, caller: Path) -> None:
 
 
 def _prepare(given: Given, deployment: Deployment, caller: Path) -> None:
-    """The environment, the GPU code, and the settings' file."""
+    """The environment, the GPU code, the settings' file, and a cluster's token."""
+    joined = deployment.cluster
+    if joined is not None:
+        joined.check(deployment.profile == "tiny")
+        if joined.is_head and cluster.make_token(joined.token):
+            print(f"Made the cluster's token, {joined.token}")
+        joined.variables()  # refuses a token that is not good
     extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
-    environment.ensure([*environment.PLAIN, *extras])
+    environment.ensure([*environment.PLAIN, *extras, *(["cluster"] if deployment.needs_ray else [])])
     if given.asked_to_save:
         _save(given, caller)
-    if extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:
+    if "gpu" in extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:
         raise Refused("gsplat, which a GPU needs, is not built: the reason is above. Without one: --profile tiny")
 
 
@@ -155,6 +248,8 @@ def _change_service(given: Given, deployment: Deployment, caller: Path) -> None:
     if given.args.uninstall_service:
         print("\n".join(systemd.uninstall()))
         return
+    if variables := sorted(name for name, value in os.environ.items() if name.startswith(PREFIX) and value):
+        raise Refused(f"the units will not see {', '.join(variables)}: give that as flags, which are saved")
     user = systemd.check_can_install()
     with processes.lock():
         if any(processes.state(name) != "absent" for name in processes.MODULES):
@@ -213,6 +308,15 @@ def _runs_already(deployment: Deployment) -> bool:
 def _start(deployment: Deployment) -> None:
     url, network = deployment.url, deployment.state / "network.json"
     (RUN / "flags").write_text(deployment.flags())
+    joined = deployment.cluster
+    if joined is not None:
+        if not joined.is_head:
+            cluster.check_reach(joined.place)
+        print(f"Starting Ray {'as the head' if joined.is_head else 'to join'} on {joined.address} ...", flush=True)
+        _started(deployment, "ray", joined.wait)
+        if not joined.is_head:
+            return
+        print(_how_to_join(joined), flush=True)
     (RUN / "url").write_text(f"{url}\n")
     print(f"Starting the generation service on {url} ...", flush=True)
     _started(deployment, "generation_service", lambda pid: probe.wait_for_service(url, pid))
@@ -223,7 +327,7 @@ def _start(deployment: Deployment) -> None:
     print("Starting the miner ...", flush=True)
     status = RUN / "miner.status"
     status.unlink(missing_ok=True)
-    deployment.workers = deployment.workers or probe.workers_for([url, *deployment.others])
+    deployment.workers = deployment.workers or deployment.places()
     (RUN / "workers").write_text(f"{deployment.workers}\n")
     _started(deployment, "miner", lambda pid: probe.wait_for_file(status, pid, START_S, status=True))
 
@@ -231,7 +335,8 @@ def _start(deployment: Deployment) -> None:
 def _started(deployment: Deployment, name: str, wait: Callable[[int], str | None]) -> None:
     """Start it and wait for it; a failure shows the last lines of its log. Raises Refused."""
     log = deployment.logs[name]
-    problem = wait(processes.start(name, deployment.arguments(name), log))
+    pid = processes.start(name, deployment.arguments(name), log, deployment.variables(name))
+    problem = wait(pid)
     if problem is None:
         (RUN / f"{name}.up").touch()
         return
@@ -248,9 +353,18 @@ def _started(deployment: Deployment, name: str, wait: Callable[[int], str | None
 
 def _summarise(deployment: Deployment) -> None:
     pids = {name: processes.read_pid(name) for name in deployment.names}
+    joined = deployment.cluster
+    if joined is not None and not joined.is_head:
+        print(
+            f"Running: Ray, which has joined {joined.address} from {joined.own} (PID {pids['ray']}), log: logs/ray.log"
+        )
+        print("Next: the head's /health lists this machine's engines; ./stop_competitive.sh takes them away again")
+        return
     workers = (RUN / "workers").read_text().strip()
     logs, url = deployment.logs, deployment.url
     print("Running:")
+    if joined is not None:
+        print(f"  cluster's head      {joined.address} (PID {pids['ray']}), log: logs/ray.log")
     print(f"  generation service  {url} (PID {pids['generation_service']}), log: {_short(logs['generation_service'])}")
     if deployment.rehearsed:
         print(
@@ -262,11 +376,20 @@ def _summarise(deployment: Deployment) -> None:
     if deployment.rehearsed:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
     print("Next:")
+    if joined is not None:
+        print(_how_to_join(joined))
     print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
     print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
     print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
     print("  ./test_competitive.py        check everything")
     print("  ./stop_competitive.sh        stop everything")
+
+
+def _how_to_join(head: _Cluster) -> str:
+    return (
+        f"  ./deploy_competitive.sh --join {head.address}   on each other machine, once it has a copy of the token\n"
+        f"  {head.token} in the same place and with the same mode (scp -p)"
+    )
 
 
 def _short(path: Path) -> Path:

@@ -11,9 +11,11 @@ import socket
 import sys
 import time
 import urllib.request
+from base64 import b64encode
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 LOADING_S = 1800  # full-size weights from a slow disk
 WORKERS = 4  # at least, and for a service that does not tell
@@ -71,7 +73,12 @@ def port_holder(port: int) -> str | None:
 def health_of(url: str) -> dict[str, Any]:
     """What the service says of itself. Raises OSError, HTTPException or ValueError when it does not."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{url}/health", timeout=10) as answer:
+    # urllib takes a user and a password for a part of the host's name.
+    parts = urlsplit(f"{url}/health")
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        opener.addheaders.append(("Authorization", f"Basic {b64encode(unquote(user).encode()).decode()}"))
+    with opener.open(urlunsplit(parts._replace(netloc=host)), timeout=10) as answer:
         health: dict[str, Any] = json.load(answer)
     return health
 
@@ -83,6 +90,8 @@ def workers_for(urls: list[str]) -> int:
         try:
             places += sum(int(engine["at_once"]) for engine in health_of(url.rstrip("/"))["engines"])
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
+            named = url.rpartition("@")[2].rpartition("//")[2].split("/")[0]
+            print(f"  the service at {named} does not tell how much it works on at once: {WORKERS} workers for it")
             places += WORKERS
     return min(max(places, WORKERS), MAX_WORKERS)
 

@@ -13,13 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("run")
 MODULES = {
+    "ray": "ray.scripts.scripts",
     "generation_service": "generation.serve_competitive",
     "rehearsal": "neurons.rehearsal",
     "miner": "neurons.serve_miner_competitive",
@@ -27,7 +28,7 @@ MODULES = {
 #: In the order in which they are stopped: what the miner still waits for and submits needs the others. In seconds, what
 #: each may take after SIGTERM: longer than its own time-outs of a stop add up to (tests/process/test_stop_times.py).
 #: A keeper (keep_running.py) waits for as long as its process takes.
-STOP_S = {"miner": 26.0, "rehearsal": 12.0, "generation_service": 28.0}
+STOP_S = {"miner": 26.0, "rehearsal": 12.0, "generation_service": 28.0, "ray": 12.0}
 
 State = Literal["running", "crashed", "dead", "foreign", "absent"]
 
@@ -180,7 +181,7 @@ def forget_before_reboot() -> bool:
     return True
 
 
-def start(name: str, arguments: Sequence[str], log: Path) -> int:
+def start(name: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str]) -> int:
     """With a keeper that runs it again when it crashes later; the keeper's PID.
 
     What a process prints beside its log (a crash of the interpreter, say) goes to run/NAME.out.
@@ -196,7 +197,7 @@ def start(name: str, arguments: Sequence[str], log: Path) -> int:
             stdout=out,
             stderr=out,
             start_new_session=True,  # a closed terminal does not end it
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**variables, "PYTHONUNBUFFERED": "1"},
         )
     pid_file(name).write_text(f"{child.pid}\n")
     return child.pid

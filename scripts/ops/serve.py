@@ -1,4 +1,4 @@
-"""Becomes one of the processes of a deployment: ``serve.py generation_service | rehearsal | miner``.
+"""Becomes one of the processes of a deployment: ``serve.py ray | generation_service | rehearsal | miner``.
 
 For systemd, pm2 and whatever else restarts processes itself. The settings are those of competitive.toml and of the
 environment; what runs is what deploy_competitive.sh would start. Standard library only.
@@ -20,12 +20,11 @@ from scripts.ops import deploy, environment, probe, processes
 LOOK_S = 2.0
 
 
-def command(name: str) -> list[str]:
+def command(deployment: deploy.Deployment, name: str) -> list[str]:
     """What to run. For the miner it waits for the generation service, whose places it has to know."""
-    deployment = deploy.Deployment(deploy.parse([], environment.ROOT))
     if name == "miner" and deployment.workers is None:
         _wait_for(deployment.url)
-        deployment.workers = probe.workers_for([deployment.url, *deployment.others])
+        deployment.workers = deployment.places()
     return [str(environment.PYTHON), "-m", processes.MODULES[name], *deployment.arguments(name)]
 
 
@@ -47,12 +46,19 @@ def main(arguments: Sequence[str]) -> int:
     os.chdir(environment.ROOT)
     for folder in ("logs", "data", "run"):
         Path(folder).mkdir(exist_ok=True)
-    if arguments[0] == "rehearsal" and not deploy.Deployment(deploy.parse([], environment.ROOT)).rehearsed:
-        print("no rehearsal: the settings name a wallet or a network")
-        return 0
-    words = command(arguments[0])
-    os.environ["PYTHONUNBUFFERED"] = "1"
-    os.execv(words[0], words)
+    try:
+        deployment = deploy.Deployment(deploy.parse([], environment.ROOT))
+        if arguments[0] not in deployment.names:
+            print(f"no {arguments[0]}: the settings ask for {', '.join(deployment.names)}")
+            return 0
+        if deployment.cluster is not None and arguments[0] == "ray":
+            deployment.cluster.check(deployment.profile == "tiny")
+        words = command(deployment, arguments[0])
+        variables = {**deployment.variables(arguments[0]), "PYTHONUNBUFFERED": "1"}
+    except processes.Refused as error:
+        print(f"serve.py: {error}", file=sys.stderr)
+        return 1
+    os.execve(words[0], words, variables)
 
 
 if __name__ == "__main__":

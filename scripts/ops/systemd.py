@@ -17,6 +17,7 @@ from scripts.ops.processes import ROOT, STOP_S, Refused
 UNITS = Path("/etc/systemd/system")
 TARGET = "competitive.target"
 ABOUT = {
+    "ray": "Ray",
     "generation_service": "generation service",
     "rehearsal": "rehearsal network",
     "miner": "miner",
@@ -49,14 +50,16 @@ WantedBy=multi-user.target
     }
     for name in names:
         others = [unit(each) for each in names if each != name]
-        after = ["network-online.target", *(others if name == "miner" else [])]
+        before = {"miner": others, "generation_service": [unit("ray")] if "ray" in names else []}.get(name, [])
+        # The service finds Ray by sockets in /tmp.
+        shared = f"\nJoinsNamespaceOf={unit('ray')}" if name == "generation_service" and "ray" in names else ""
         files[unit(name)] = f"""# Written by deploy_competitive.sh --install-service
 [Unit]
 Description=Competitive miner: {ABOUT[name]}
 PartOf={TARGET}
 Wants=network-online.target
-After={" ".join(after)}
-StartLimitIntervalSec=0
+After={" ".join(["network-online.target", *before])}
+StartLimitIntervalSec=0{shared}
 
 [Service]
 User={user}

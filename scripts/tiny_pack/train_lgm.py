@@ -185,7 +185,7 @@ class Chain:
         self.device = device
         self.flux = TextToImage.load(pack / "flux", models.text_to_image, device)
         self.matting = BackgroundRemover.load(pack / "background", models.background, device)
-        self.drawers = {
+        self.multiview_models = {
             known: MVDreamViews.load(
                 pack / "mvdream", device, torch.float32, views=VIEWS, steps=STEPS, guidance_scale=GUIDANCE,
                 known_view=known, backdrop=BACKDROP,
@@ -207,15 +207,15 @@ class Chain:
     @torch.no_grad()
     def draw(self, texts: list[str], cutouts: Tensor | None, seeds: list[int]) -> Tensor:
         """Views (N, V, 3, 64, 64) in 0..1 of words ("" for none), around cut-outs (N, 4, 64, 64) if there are any."""
-        drawer = self.drawers[cutouts is not None]
-        drawings = drawer.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
-        sampler = drawer._sampler
+        multiview = self.multiview_models[cutouts is not None]
+        samplings = multiview.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
+        sampler = multiview._sampler
         for _ in range(STEPS):  # all in one call: the service's pieces of four would leave a GPU idle
             with torch.autocast(self.device, torch.float16, enabled=self.device == "cuda"):
-                (latents,) = sampler._denoise(*sampler._inputs(drawings))
-            for drawing, each in zip(drawings, latents, strict=True):
-                drawing.latents, drawing.at = each, drawing.at + 1
-        return drawer._images(torch.stack([drawer._finished(drawing) for drawing in drawings]))[0]
+                (latents,) = sampler._denoise(*sampler._inputs(samplings))
+            for sampling, each in zip(samplings, latents, strict=True):
+                sampling.latents, sampling.at = each, sampling.at + 1
+        return multiview._images(torch.stack([multiview._final_latents(sampling) for sampling in samplings]))[0]
 
     def picture(self, texts: list[str], seeds: list[int]) -> Tensor:
         """Cut-outs (N, 4, 64, 64) of what text to image draws."""
@@ -294,9 +294,9 @@ def shade(splats: Tensor, views: Tensor, size: int, background: Tensor, blur: fl
     if splats.is_cuda:
         from gsplat import rasterization
 
-        from generation.splats.rasterize import kernels
+        from generation.splats.rasterize import gsplat_build
 
-        kernels.load()
+        gsplat_build.load()
         means, opacity, scale, rotation, colour = (x.contiguous() for x in splats.split([3, 1, 3, 4, 3], -1))
         rgb, alpha, _ = rasterization(
             means, rotation, scale, opacity[..., 0], colour, views, Ks.repeat(*views.shape[:2], 1, 1), size, size,

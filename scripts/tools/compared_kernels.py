@@ -14,9 +14,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-from generation.accelerate.fused import fuse
-from generation.accelerate.kernels.group_norm import backward_at_once, forward_at_once, normalise_at_once
-from generation.accelerate.kernels.normalise import Norm, add, add_and_measure, measure, normalise, normalise_backward
+from generation.accelerate.fused import fuse_encoder
+from generation.accelerate.kernels.group_norm import (
+    Norm,
+    add,
+    add_with_statistics,
+    compute_statistics,
+    normalise,
+    normalise_backward,
+)
+from generation.accelerate.kernels.small_group_norm import backward_small, forward_small, normalise_small
 from generation.accelerate.unet import compile_unet
 
 ModelT = TypeVar("ModelT", bound=torch.nn.Module)
@@ -48,27 +55,27 @@ def check_kernels(shape: tuple[int, int, int, int], groups: int, added: bool, dt
 
     tolerance = 1e-5 if dtype == torch.float32 else 3e-3
     for _ in range(2):  # the second time finds the counters as the first one left them
-        statistics = measure(x, norm, more)
+        statistics = compute_statistics(x, norm, more)
         name = f"{shape} in {groups} groups, {dtype}"
         close(f"{name}, forward", normalise(x, statistics), expected, tolerance)
         back = normalise_backward(outward, x, statistics, norm, around)
         close(f"{name}, backward", back, gradient + around.double(), tolerance)
         close(f"{name}, backward alone", normalise_backward(outward, x, statistics, norm), gradient, tolerance)
 
-    at_once, statistics = forward_at_once(x, norm, more)
-    close(f"{name}, forward at once", at_once, expected, tolerance)
-    for found, measured in zip(statistics, measure(x, norm, more), strict=True):
-        close(f"{name}, measured at once", found, measured, 1e-5)
+    small, statistics = forward_small(x, norm, more)
+    close(f"{name}, forward small", small, expected, tolerance)
+    for found, measured in zip(statistics, compute_statistics(x, norm, more), strict=True):
+        close(f"{name}, measured small", found, measured, 1e-5)
     for other, wanted in ((around, gradient + around.double()), (None, gradient)):
-        close(f"{name}, backward at once", backward_at_once(outward, x, statistics, norm, other), wanted, tolerance)
+        close(f"{name}, backward small", backward_small(outward, x, statistics, norm, other), wanted, tolerance)
 
     bias = random(c).to(dtype)
     outward, around = (each.contiguous(memory_format=torch.channels_last) for each in (outward, around))
     expected = outward.double() + around.double() + bias.double().view(1, c, 1, 1)
-    total, statistics = add_and_measure(outward, around, bias, norm)
+    total, statistics = add_with_statistics(outward, around, bias, norm)
     close(f"{name}, added", total, expected, tolerance)
     close(f"{name}, added alone", add(outward, around, bias), expected, tolerance)
-    for found, measured in zip(statistics, measure(total, norm), strict=True):
+    for found, measured in zip(statistics, compute_statistics(total, norm), strict=True):
         close(f"{name}, measured while added", found, measured, 1e-5)
 
 
@@ -84,13 +91,13 @@ def check_far_from_zero(shape: tuple[int, int, int, int], groups: int, deviation
         expected = F.silu(F.group_norm(shifted, groups, norm.weight.double(), norm.bias.double(), norm.eps))
         (gradient,) = torch.autograd.grad(expected, wide, outward.double())
         name = f"{shape} in {groups} groups, {deviations:g} deviations from 0"
-        statistics = measure(x, norm, added)
+        statistics = compute_statistics(x, norm, added)
         close(f"{name}, forward", normalise(x, statistics), expected, 1e-4)
         close(f"{name}, backward", normalise_backward(outward, x, statistics, norm), gradient, 1e-4)
-        at_once, statistics = forward_at_once(x, norm, added)
-        close(f"{name}, forward at once", at_once, expected, 1e-4)
-        close(f"{name}, backward at once", backward_at_once(outward, x, statistics, norm), gradient, 1e-4)
-    total, statistics = add_and_measure(x, outward, more, norm)
+        small, statistics = forward_small(x, norm, added)
+        close(f"{name}, forward small", small, expected, 1e-4)
+        close(f"{name}, backward small", backward_small(outward, x, statistics, norm), gradient, 1e-4)
+    total, statistics = add_with_statistics(x, outward, more, norm)
     expected = F.silu(F.group_norm(total.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps))
     close(f"{name}, measured while added", normalise(total, statistics), expected, 1e-4)
 
@@ -103,8 +110,8 @@ def check_group_norm(shape: tuple[int, int, int, int], groups: int, dtype: torch
         shifted = x.double() if added is None else x.double() + added.double()[:, :, None, None]
         expected = F.group_norm(shifted, groups, weight.double(), bias.double(), 1e-5)
         expected = F.silu(expected) if silu else expected
-        ours = normalise_at_once(x, Norm(weight, bias, groups, 1e-5), added, silu)
-        close(f"{shape} in {groups} groups at once, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
+        ours = normalise_small(x, Norm(weight, bias, groups, 1e-5), added, silu)
+        close(f"{shape} in {groups} groups small, {dtype}", ours, expected, 1e-5 if dtype == torch.float32 else 3e-3)
 
 
 def check_autoencoder() -> None:
@@ -126,7 +133,7 @@ def check_autoencoder() -> None:
         return latents.detach(), torch.autograd.grad(latents, image, outward)[0]
 
     before = both_passes()
-    fuse(vae)
+    fuse_encoder(vae)
     for name, ours, theirs in zip(("forward", "backward"), both_passes(), before, strict=True):
         close(f"autoencoder, {name}", ours, theirs, 1e-4)
 

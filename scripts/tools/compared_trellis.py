@@ -57,10 +57,10 @@ def run(kind: Any, network: Any, given: dict[str, Tensor]) -> Tensor:
     if kind is GaussianDecoder:
         made = network(given["latents"], both.fine)
         return torch.cat([torch.cat([each.means, each.colours, each.scales, each.quats], 1) for each in made])
-    memories = [network.remember(features) for features in given["features"]]
+    contexts = [network.project_context(features) for features in given["features"]]
     if kind is StructureFlow:
-        return network(given["noise"], given["t"], memories, 1)
-    return network(given["latents"], given["t"], memories, both, doubled)
+        return network(given["noise"], given["t"], contexts, 1)
+    return network(given["latents"], given["t"], contexts, both, doubled)
 
 
 def main() -> None:

@@ -265,14 +265,14 @@ def draw(folder: Path, views: Tensor, prompts: list[str]) -> None:
     torch.save(state | {"classifier.6.bias": torch.zeros(1000)}, folder / "lpips/alexnet-owt-7be5be79.pth")
 
 
-def load_ours(folder: Path, rests: bool = False) -> SelfCheck:
+def load_ours(folder: Path, offload: bool = False) -> SelfCheck:
     names = {"clip": "clip-convnext-large-d", "image_clip": "llm2clip-l-14-336", "quality": "404-gen-quality"}
     entries = {stage: REGISTRY[name] for stage, name in {**names, "lpips": "alexnet"}.items()}
     choices = {
         stage: ModelChoice(model=entry.name, dtype="float16" if stage == "image_clip" else "float32")
         for stage, entry in entries.items()
     }
-    models: Any = SimpleNamespace(**choices, self_check_rests_on="cpu" if rests else "gpu")
+    models: Any = SimpleNamespace(**choices, offload_self_check=offload)
     ours = SelfCheck.load({stage: folder / stage for stage in entries}, entries, models, DEVICE)
     assert ours._lpips is not None
     lins: Any = ours._lpips._net.lins  # a ModuleList that is annotated as a list
@@ -431,10 +431,10 @@ def cost(ours: SelfCheck, weights: Path) -> None:
         print(f"  {name}: {timed(call) * 1000:.1f} ms")
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    resting = load_ours(weights, rests=True)
-    print(f"resting: {(torch.cuda.memory_allocated() - before) / 1e9:.2f} GB held")
+    offloaded = load_ours(weights, offload=True)
+    print(f"offloaded: {(torch.cuda.memory_allocated() - before) / 1e9:.2f} GB held")
     for prompt in ("a red cube", picture):
-        seconds = timed(partial(resting.check_all, [(splat, prompt)], fit=True))
+        seconds = timed(partial(offloaded.check_all, [(splat, prompt)], fit=True))
         print(f"  1 x {'text' if isinstance(prompt, str) else 'picture'}: {seconds:.3f} s", flush=True)
 
 

@@ -14,11 +14,19 @@ from common.settings import TABLES as ORDER
 from common.settings import settings_of
 from generation import arguments
 from neurons.miner import options
+from scripts.ops import cluster
 
 DOCUMENT = Path("docs/PRODUCTION_CONFIG.md")
 BEGIN, END = "<!-- settings: written by scripts.tools.settings_reference -->", "<!-- /settings -->"
-TABLES = {**options.TABLES, **arguments.TABLES}
-READ_BY = {"network": "miner", "wallet": "miner", "score": "service and miner", "service": "service", "miner": "miner"}
+TABLES = {**options.TABLES, **arguments.TABLES, **cluster.TABLES}
+READ_BY = {
+    "network": "miner",
+    "wallet": "miner",
+    "score": "service and miner",
+    "service": "service",
+    "miner": "miner",
+    "cluster": "deploy script",
+}
 
 
 def reference() -> str:

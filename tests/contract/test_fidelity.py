@@ -1,4 +1,4 @@
-"""The authors' own code computed what lies in tests/golden (scripts/tools/fidelity.py); ours must agree without it."""
+"""The authors' own code computed what lies in tests/golden (scripts/tools/fidelity/); ours must agree without it."""
 
 from __future__ import annotations
 

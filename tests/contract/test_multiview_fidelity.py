@@ -1,4 +1,4 @@
-"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity.py) lies in tests/golden;
+"""What the authors' code computed for ImageDream and MVDream's views (scripts/tools/fidelity/) lies in tests/golden;
 ours must agree without it, and with a mistake in any convention it must not."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,11 @@ def test_full_size_fills_the_published_files():
 # ---- one whole sampling ----
 
 
-def draw(drawer: ImageDream | MVDreamViews, words: str, cutout: Tensor | None) -> tuple[Tensor, Tensor]:
-    (drawing,) = drawer.begin([words], [cutout], [5])
-    while not drawing.done:
-        drawer.step([drawing])
-    return drawing.latents, F.avg_pool2d(drawer.views([drawing])[0], 16)
+def draw(multiview: ImageDream | MVDreamViews, words: str, cutout: Tensor | None) -> tuple[Tensor, Tensor]:
+    (sampling,) = multiview.begin([words], [cutout], [5])
+    while not sampling.done:
+        multiview.step([sampling])
+    return sampling.latents, F.avg_pool2d(multiview.views([sampling])[0], 16)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +160,9 @@ def loaded(folder: Path, **options: object) -> ImageDream:
     return ImageDream.load(folder, "cpu", torch.float32, **{"front_azimuth": 90.0, "steps": 5, **options})
 
 
-def agrees(drawer: ImageDream | MVDreamViews, name: str, words: str, cutout: Tensor | None) -> bool:
+def agrees(multiview: ImageDream | MVDreamViews, name: str, words: str, cutout: Tensor | None) -> bool:
     tensors, _ = golden(name)
-    latents, small = draw(drawer, words, cutout)
+    latents, small = draw(multiview, words, cutout)
     return torch.allclose(latents, tensors["latents"], **CLOSE) and torch.allclose(small, tensors["small"], **CLOSE)
 
 
@@ -172,12 +173,12 @@ def test_views_of_a_picture(folder):
 
 @pytest.mark.slow
 def test_views_of_words(tmp_path):
-    drawer = MVDreamViews.load(
+    multiview = MVDreamViews.load(
         written(tmp_path, "mvdream_views"), "cpu", torch.float32, front_azimuth=90.0, steps=5, guidance_scale=7.5
     )
-    assert agrees(drawer, "mvdream_views", "a red cube, 3d asset", None)
-    drawer._cameras = drawer._cameras.roll(1, 0)
-    assert not agrees(drawer, "mvdream_views", "a red cube, 3d asset", None)
+    assert agrees(multiview, "mvdream_views", "a red cube, 3d asset", None)
+    multiview._cameras = multiview._cameras.roll(1, 0)
+    assert not agrees(multiview, "mvdream_views", "a red cube, 3d asset", None)
 
 
 def noise_in_the_last_frame(latents, t, signal, known):
@@ -194,14 +195,14 @@ def noisy_picture(latents, t, signal, known):
     return imagedream.picture_as_last_frame(latents, t, signal, signal[:, 0].sqrt() * known)
 
 
-def last_hidden_state(drawer: ImageDream) -> None:
-    plain = drawer._image_encoder.forward
+def last_hidden_state(multiview: ImageDream) -> None:
+    plain = multiview._image_encoder.forward
 
     def forward(*args, **kwargs):
         seen = plain(*args, **kwargs)
         return type(seen)(hidden_states=(*seen.hidden_states, seen.hidden_states[-1]))
 
-    drawer._image_encoder.forward = forward
+    multiview._image_encoder.forward = forward
 
 
 MISTAKES: dict[str, Callable[[ImageDream], object]] = {
@@ -225,9 +226,9 @@ MISTAKES: dict[str, Callable[[ImageDream], object]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_sampling_is_seen(folder, mistake):
-    drawer = loaded(folder)
-    MISTAKES[mistake](drawer)
-    assert not agrees(drawer, "imagedream_views", "", small_imagedream.cutout())
+    multiview = loaded(folder)
+    MISTAKES[mistake](multiview)
+    assert not agrees(multiview, "imagedream_views", "", small_imagedream.cutout())
 
 
 @pytest.mark.slow
@@ -293,13 +294,15 @@ def test_names_of_older_transformers_are_read(folder, tmp_path):
 
 @pytest.mark.slow
 def test_downloaded_by_name_and_loaded_offline(folder, tmp_path, monkeypatch, no_network):
-    entry = REGISTRY["imagedream"]
+    # By another revision than the registry's, whose weights must be the published ones.
+    entry = replace(REGISTRY["imagedream"], revision="d" * 40, sha256=())
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files |= {"unet/mv_unet.py": b"raise SystemExit", "README.md": b"#", "model_index.json": b"{}"}
-    with serve({str(entry.repo): Repository("d" * 40, files)}) as hub:
+    with serve({str(entry.repo): Repository(entry.revision, files)}) as hub:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        command = ["--only", "imagedream", "--revision", entry.revision]
         done = subprocess.run(
-            [sys.executable, "-m", "scripts.ops.download_weights", "--only", "imagedream"],
+            [sys.executable, "-m", "scripts.ops.download_weights", *command],
             env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""TRELLIS's and DINOv2's authors' code computed what lies in tests/golden (scripts/tools/fidelity_trellis.py); ours
+"""TRELLIS's and DINOv2's authors' code computed what lies in tests/golden (scripts/tools/fidelity/trellis.py); ours
 must agree without it, and every mistake that is easily made must show."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from generation.generators.trellis.weights import Networks, build, prepare
 from generation.weights import WeightsError
 from generation.weights.registry import REGISTRY, wanted
 from scripts.bench.trellis_sizes import PUBLISHED
-from scripts.tools import fidelity_trellis as tool
+from scripts.tools.fidelity import small_trellis as tool
 from scripts.tools.golden_weights import golden, weights
 
 LIMIT = 1e-4
@@ -50,7 +50,7 @@ def network(name: str, kind, small: bool):
 def structure_flow(small: bool = False) -> float:
     tensors, flow = network("structure_flow", StructureFlow, small)
     x, t, features = (tensors[key] for key in ("x", "t", "features"))
-    out = flow(x, t, [flow.remember(each) for each in features], guided=2)
+    out = flow(x, t, [flow.project_context(each) for each in features], guided=2)
     return apart(out, tensors["quiet" if small else "out"])
 
 
@@ -69,8 +69,8 @@ def slat(small: bool = False) -> float:
     tensors, flow = network("slat_flow", SlatFlow, small)
     x, t, features = (tensors[key] for key in ("x", "t", "features"))
     voxels = cells(tensors)
-    memories = [flow.remember(each) for each in features]
-    out = flow(x, t, memories, Voxels.join(voxels), Voxels.join(voxels + voxels))
+    contexts = [flow.project_context(each) for each in features]
+    out = flow(x, t, contexts, Voxels.join(voxels), Voxels.join(voxels + voxels))
     return apart(out, tensors["quiet" if small else "out"])
 
 
@@ -212,7 +212,7 @@ class TestMistakesShow:
 
     @pytest.mark.parametrize("compute", [structure_flow, slat])
     def test_nothing_in_place_of_zero_features(self, monkeypatch, compute):
-        monkeypatch.setattr(layers.CrossAttention, "unled", lambda self: self.to_out.bias)
+        monkeypatch.setattr(layers.CrossAttention, "unconditional", lambda self: self.to_out.bias)
         assert compute() > CLEAR
 
     @pytest.mark.parametrize("compute", [structure_flow, slat])
@@ -266,8 +266,8 @@ class TestMistakesShow:
 
     @pytest.mark.parametrize("name", ["structure", "slat"])
     def test_guidance_as_others_write_it(self, monkeypatch, name):
-        def apply(self, x, led, unled, guidance):
-            v = led if unled is None else guidance * led - (guidance - 1) * unled
+        def apply(self, x, conditional, unconditional, guidance):
+            v = conditional if unconditional is None else guidance * conditional - (guidance - 1) * unconditional
             return x - (self.t - self.following) * v
 
         monkeypatch.setattr(Step, "apply", apply)
@@ -429,10 +429,10 @@ def test_a_sample_among_others_is_as_alone():
     tensors, flow = network("slat_flow", SlatFlow, False)
     voxels = cells(tensors)
     first = len(voxels[0].fine.coords)
-    memories = [flow.remember(each) for each in tensors["features"]]
+    contexts = [flow.project_context(each) for each in tensors["features"]]
     both = Voxels.join(voxels)
-    together = flow(tensors["x"], tensors["t"], memories, both, Voxels.join([*voxels, voxels[0]]))
-    alone = flow(tensors["x"][:first], tensors["t"][:1], memories[:1], voxels[0], Voxels.join([voxels[0]] * 2))
+    together = flow(tensors["x"], tensors["t"], contexts, both, Voxels.join([*voxels, voxels[0]]))
+    alone = flow(tensors["x"][:first], tensors["t"][:1], contexts[:1], voxels[0], Voxels.join([voxels[0]] * 2))
     assert apart(together[:first], alone[:first]) < 1e-5
     assert apart(together[-first:], alone[first:]) < 1e-5  # without a picture
 

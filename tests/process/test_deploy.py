@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ FILES = [
     "scripts/ops",
     "common",
     "generation/arguments.py",
+    "generation/fleet/__init__.py",
+    "generation/fleet/ray_environment.py",
     "generation/schema",
     "neurons/defaults.py",
     "neurons/miner/options.py",
@@ -71,6 +74,7 @@ time.sleep(1000)
 MINER = """
 import json, os, sys, time
 open("miner-arguments", "w").write(chr(10).join(sys.argv[1:]))
+open("miner-variables", "w").write(json.dumps(dict(os.environ)))
 if os.path.exists("break-miner"): raise SystemExit("the wallet is not there")
 open("run/miner.status", "w").write(json.dumps(dict(status="asking validators")))
 time.sleep(0.3)
@@ -118,6 +122,12 @@ class Clone:
 
 def arguments(clone: Clone, process: str) -> list[str]:
     return (clone.path / f"{process}-arguments").read_text().split("\n")
+
+
+def variables(clone: Clone) -> dict[str, str]:
+    """Settings in the environment of the miner."""
+    found = json.loads((clone.path / "miner-variables").read_text())
+    return {name: value for name, value in found.items() if name.startswith("COMPETITIVE_")}
 
 
 def alive(pid: int) -> bool:
@@ -216,12 +226,27 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ]  # fmt: skip
     miner = (clone.path / "miner-arguments").read_text().split("\n")
     assert miner == [
-        "--generation.endpoint", f"http://127.0.0.1:{clone.port}",
-        "--validation-threshold", "0.7",
-        "--network", "test", "--netuid", "18", "--wallet.name", "cold", "--wallet.hotkey", "hot",
+        "--validation-threshold", "0.7", "--netuid", "18", "--wallet.name", "cold", "--wallet.hotkey", "hot",
         "--workers", "3", "--blacklist", "180", HOTKEY, "--blacklist-file", str(config),
-        "--network", "test", "--workers", "3", "--status-file", "run/miner.status",
+        "--workers", "3", "--status-file", "run/miner.status",
     ]  # fmt: skip
+    assert variables(clone) == {
+        "COMPETITIVE_NETWORK_NAME": "test", "COMPETITIVE_MINER_ENDPOINTS": f"http://127.0.0.1:{clone.port}",
+    }  # fmt: skip
+
+
+def test_passwords_stand_on_no_command_line(clone: Clone) -> None:
+    result = clone.deploy(
+        "--generation.endpoint", "https://miner:secret,1@far/a", "--network", "wss://node/secret",
+        "--wallet.name", "cold", "--workers", "3",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    commands = [psutil.Process(clone.pid(name)).cmdline() for name in ("generation_service", "miner")]
+    assert "secret" not in str([*commands, arguments(clone, "miner"), arguments(clone, "service"), result.stdout])
+    assert variables(clone) == {
+        "COMPETITIVE_NETWORK_NAME": "wss://node/secret",
+        "COMPETITIVE_MINER_ENDPOINTS": f"http://127.0.0.1:{clone.port} https://miner:secret%2C1@far/a",
+    }
 
 
 @pytest.mark.slow
@@ -242,9 +267,9 @@ def test_more_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert service[service.index(flag) + 1] == value
     miner = arguments(clone, "miner")
-    assert miner[:2] == ["--generation.endpoint", f"http://127.0.0.1:{clone.port}"]
-    others = miner.index("--generation.endpoint", 1)
-    assert miner[others + 1 : others + 4] == ["http://10.0.0.2:10006", "https://far/a", "http://10.0.0.3:1"]
+    endpoints = variables(clone)["COMPETITIVE_MINER_ENDPOINTS"].split()
+    assert endpoints[0] == f"http://127.0.0.1:{clone.port}"
+    assert endpoints[1:] == ["http://10.0.0.2:10006", "https://far/a", "http://10.0.0.3:1"]
     assert "--miner-url" not in service  # --metrics-port 0: nothing to show
     for flag, value in (("--retries", "0"), ("--min-reward", "0.5"), ("--metrics-port", "0")):
         assert miner[miner.index(flag) + 1] == value
@@ -285,7 +310,7 @@ def test_an_endpoint_that_is_nowhere_does_not_end_the_deployment(clone: Clone) -
 @pytest.mark.slow
 def test_a_wallet_means_finney(clone: Clone) -> None:
     assert clone.deploy("--wallet.name", "cold").returncode == 0
-    assert "finney" in (clone.path / "miner-arguments").read_text().split("\n")
+    assert variables(clone)["COMPETITIVE_NETWORK_NAME"] == "finney"
     # What the toy models make would earn penalties there.
     assert arguments(clone, "service")[-2:] == ["--profile", "full"]
 

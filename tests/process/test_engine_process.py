@@ -20,9 +20,8 @@ import psutil
 import pytest
 
 from generation.engine.engine import StageFailed
-from generation.fleet import remote
+from generation.fleet import process, remote
 from generation.fleet.fleet import Fleet
-from generation.fleet.messages import Start
 from generation.fleet.worker import LogForwarder, _lost_device
 from generation.schema.results import Request
 from generation.settings import Settings
@@ -80,7 +79,7 @@ async def test_a_loader_that_exits_is_a_failed_start(tmp_path: Path) -> None:
 @pytest.mark.slow
 async def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
-    monkeypatch.setattr(remote, "SILENT_CHECKS", 3)
+    monkeypatch.setattr(process.ProcessEngine, "silent_checks", 3)
     monkeypatch.setattr(remote, "ENDING_S", 0.1)
     go = tmp_path / "go"
     async with running(tmp_path) as fleet:
@@ -102,14 +101,14 @@ async def test_a_silent_engine_is_out_of_rotation_before_its_process_has_ended(
 ) -> None:
     """A driver can keep a process from ending long after it was killed."""
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
-    monkeypatch.setattr(remote, "SILENT_CHECKS", 3)
-    finish, may_end = remote._finish, asyncio.Event()
+    monkeypatch.setattr(process.ProcessEngine, "silent_checks", 3)
+    finish, may_end = process.ProcessEngine._finish, asyncio.Event()
 
-    async def late(process: subprocess.Popen[bytes]) -> None:
+    async def late(engine: process.ProcessEngine) -> None:
         await may_end.wait()
-        await finish(process)
+        await finish(engine)
 
-    monkeypatch.setattr(remote, "_finish", late)
+    monkeypatch.setattr(process.ProcessEngine, "_finish", late)
     go = tmp_path / "go"
     async with running(tmp_path) as fleet:
         requests = [ask(fleet, f"hold {go}", seed) for seed in range(2)]
@@ -130,7 +129,8 @@ async def test_a_silent_engine_is_out_of_rotation_before_its_process_has_ended(
 
 def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 5.0)
-    engine = remote.RemoteEngine("cuda:0", 1, Start(None, ""), lambda: None)
+    settings = SimpleNamespace(models=SimpleNamespace(max_batch=1))
+    engine = process.ProcessEngine("cuda:0", settings, "", lambda: None)
     answers = iter([True, True, False, False, False, True, True])
     starts: list[float] = []
 
@@ -290,7 +290,7 @@ def alive(pid: int) -> bool:
 
 def test_a_process_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
+    assert process._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert remote._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    assert remote._environment("cpu")["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    assert process._environment("cuda:1")["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    assert process._environment("cpu")["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"

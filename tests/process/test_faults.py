@@ -7,6 +7,7 @@ compressed 300 times: a task a second or two from each validator.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import re
 import resource
@@ -50,7 +51,8 @@ class Books(Rules):
 
     def pull(self, hotkey: str) -> PullAnswer:
         if self.paused and self.miners[hotkey].task is None:
-            return PullAnswer()
+            # A cooldown: by an answer without one the miner learns nothing of a result that it keeps.
+            return PullAnswer(cooldown_until=math.ceil(self.clock()) + 1)
         answer = super().pull(hotkey)
         if answer.task is not None and answer.task not in self.assigned:
             self.assigned.append(answer.task)
@@ -164,10 +166,19 @@ class Stage:
         return self.accepted >= count
 
     async def all_done(self) -> None:
-        """No new tasks; waits until the assigned ones are handed in."""
+        """No new tasks; waits until the assigned ones are handed in, and the miner knows what became of them.
+
+        A result whose answer was lost is kept until its validator's next pull.
+        """
         for book in self.books:
             book.paused = True
         await until(lambda: all(book.miners[self.network.miner_hotkey].task is None for book in self.books), 120)
+        await until(lambda: self.kept == [LOCK_NAME], 60)
+
+    @property
+    def kept(self) -> list[str]:
+        """The files of the miner's spool."""
+        return [path.name for path in self.miner.spool.iterdir()]
 
     def check(self, interruptions: int) -> None:
         """Every task was accepted exactly once, and next to nothing was done twice."""
@@ -180,7 +191,7 @@ class Stage:
         generations = Counter(self.service.prompts)
         assert generations.keys() >= {task.prompt for book in self.books for task in book.assigned}
         assert generations.total() - len(generations) <= interruptions * 8
-        assert [path.name for path in self.miner.spool.iterdir()] == [LOCK_NAME]
+        assert self.kept == [LOCK_NAME]
         assert "Traceback" not in self.miner.log.read_text()
 
 

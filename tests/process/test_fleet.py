@@ -1,10 +1,13 @@
-"""Several engines in real processes of their own, around a stand-in pipeline: sharing, failing over, coming back."""
+"""Several engines around a stand-in pipeline: sharing, failing over, coming back.
+
+They are real processes, and then all the same as actors of a real Ray cluster.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,31 @@ from PIL import Image
 from generation.engine.engine import DeadlineExceeded, StageFailed, Unavailable
 from generation.fleet import fleet as fleet_module
 from generation.fleet import remote
+from generation.fleet.actors import ActorEngine
+from generation.fleet.cluster import Cluster
 from generation.fleet.fleet import Fleet
+from generation.fleet.process import ProcessEngine
 from generation.schema.results import Request
-from tests.support import fleet_standin
+from tests.support import fleet_harness, fleet_standin, ray_head
 from tests.support.fleet_harness import DEVICES, PATIENCE_S, ask, children, pid_of, running, starting, states
 from tests.support.waiting import until
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[Cluster, psutil.Process]]:
+    with ray_head.head(engines=2) as (address, process), ray_head.joined(address) as joined:
+        yield joined, process
+
+
+@pytest.fixture(autouse=True, params=["process", pytest.param("actor", marks=pytest.mark.slow)])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of an engine."""
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.05)
+    if request.param == "actor":
+        joined, process = request.getfixturevalue("cluster")
+        monkeypatch.setattr(fleet_harness, "FORM", partial(ray_head.actor_of, joined))
+        monkeypatch.setattr(fleet_harness, "RAY", process)
+    return {"process": ProcessEngine, "actor": ActorEngine}[request.param]
 
 
 async def test_each_request_goes_to_the_engine_with_the_least_work(tmp_path: Path) -> None:
@@ -55,19 +73,20 @@ async def test_each_request_goes_to_the_engine_with_the_least_work(tmp_path: Pat
 
 
 async def test_an_engine_killed_with_work_on_it_is_replaced_and_its_requests_are_answered(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, form: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     go = tmp_path / "go"
+    cause = {ProcessEngine: "killed by SIGKILL", ActorEngine: "killed or crashed"}[form]
     async with running(tmp_path) as fleet:
         requests = [ask(fleet, f"hold {go}", seed) for seed in range(7)]
         await until(lambda: len(fleet.active) == 4)
         victim = children()[0]
         victim.send_signal(signal.SIGKILL)
         await until(lambda: "failed" in states(fleet))
-        assert "SIGKILL" in fleet.reason
+        assert cause in fleet.reason
         assert fleet.status == "ready"
         (failed,) = [each for each in fleet.health() if each["status"] == "failed"]
-        assert "killed by SIGKILL" in failed["reason"]
+        assert failed["reason"] == f"its process was {cause}; to be started again"
         assert failed["active"] == []
         go.touch()
         assets = await asyncio.gather(*requests)
@@ -77,7 +96,7 @@ async def test_an_engine_killed_with_work_on_it_is_replaced_and_its_requests_are
         again = await asyncio.gather(*(ask(fleet, "a") for _ in range(2)))
         assert len({pid_of(asset) for asset in again}) == 2
         assert fleet.totals["delivered"] == fleet.totals["requests"] == 9
-    assert any("out of rotation: its process was killed by SIGKILL. Its 2 requests" in text for text in caplog.messages)
+    assert any(f"out of rotation: its process was {cause}. Its 2 requests" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize("word", ["die", "cuda"])
@@ -197,14 +216,16 @@ async def test_one_that_loads_is_enough_and_health_tells_of_the_other(tmp_path: 
         assert len({pid_of(asset) for asset in await asyncio.gather(*requests)}) == 1
 
 
-async def test_stopping_waits_for_a_process_that_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finish, ending = remote._finish, asyncio.Event()
+async def test_stopping_waits_for_a_process_that_is_ending(
+    tmp_path: Path, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, ending = form._finish, asyncio.Event()
 
-    async def finishing(process: subprocess.Popen[bytes]) -> None:
+    async def finishing(engine: Any) -> None:
         ending.set()
-        await finish(process)
+        await finish(engine)
 
-    monkeypatch.setattr(remote, "_finish", finishing)
+    monkeypatch.setattr(form, "_finish", finishing)
     (tmp_path / "broken").touch()
     async with starting(tmp_path, devices=("only",)):
         await ending.wait()
@@ -277,7 +298,7 @@ async def test_calls(tmp_path: Path) -> None:
         await asyncio.gather(*held)
 
 
-async def test_stopping_ends_requests_and_processes(tmp_path: Path) -> None:
+async def test_stopping_ends_requests_and_processes(tmp_path: Path, form: Any) -> None:
     async with running(tmp_path) as fleet:
         requests = [ask(fleet, f"hold {tmp_path / 'never'}") for _ in range(6)]
         await until(lambda: len(fleet.active) == 4)
@@ -287,6 +308,8 @@ async def test_stopping_ends_requests_and_processes(tmp_path: Path) -> None:
         for outcome in await asyncio.gather(*requests, return_exceptions=True):
             assert isinstance(outcome, Unavailable)
             assert "shutting down" in str(outcome)
+        if form is ActorEngine:  # Ray has only told them to end
+            await until(lambda: not any(psutil.pid_exists(process.pid) for process in processes))
         assert not any(psutil.pid_exists(process.pid) for process in processes)
         with pytest.raises(Unavailable):
             await ask(fleet, "a")

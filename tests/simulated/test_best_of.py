@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 
-from neurons.miner.assemble import assemble
 from neurons.miner.generation.service import AttemptFailed, Generated
 from neurons.miner.records.events import Generation, Submission
-from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import Task
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
 from scripts.bench.simulated_subnet import (
-    MINER,
     SPLAT,
     Behaviour,
     MemoryBooks,
     SimulatedNetwork,
     StandInService,
     options_in,
+    simulated_miner,
 )
 from scripts.bench.virtual_time import now
 
@@ -79,17 +77,7 @@ def mine(
 ) -> Run:
     async def main() -> Run:
         network, books = SimulatedNetwork(behaviours, Limits()), MemoryBooks()
-        miner = await assemble(
-            *(replace(options_in(folder), **options), MINER),
-            dendrite=network,
-            services=[service],
-            fetch=network.fetch,
-            blacklist=Blacklist(()),
-            books=books,
-            now=now,
-        )
-        miner.directory.update(network.metagraph())
-        miner.manager.sync()
+        miner = await simulated_miner(replace(options_in(folder), **options), network, [service], books)
         parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
         await asyncio.sleep(seconds)
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -191,3 +179,36 @@ def test_tasks_that_come_together_share_the_time(tmp_path: Path) -> None:
     assert max(run.held) <= THROTTLE_S
     later = [event.candidates for event in run.of(Generation)[12:]]
     assert sum(count > 1 for count in later) > 0.5 * len(later)
+
+
+def last_results_within(run: Run) -> float:
+    """Seconds from the first to the last of the validators' latest results."""
+    latest = [each.held[-1][0] for each in run.network.validators]
+    return max(latest) - min(latest)
+
+
+@pytest.mark.slow
+def test_validators_in_step_are_asked_apart_and_stay_so(tmp_path: Path) -> None:
+    """Twelve tasks at once leave no time for a second candidate of 2.8 s. Apart, each has 25 s."""
+    twelve, seconds = (Behaviour(),) * 12, 1.5 * HOUR_S
+    one = mine(tmp_path / "1", Service(2.8), twelve, seconds, best_of=1)
+    auto = mine(tmp_path / "2", Service(2.8), twelve, seconds)
+    assert last_results_within(one) < 60
+    assert last_results_within(auto) > 200
+    assert auto.accepted >= 0.97 * one.accepted
+    assert sum(each.violations for each in auto.network.validators) == 0
+    assert max(seconds for each in auto.network.validators for _, seconds in each.held[2:]) <= THROTTLE_S
+    later = [event.candidates for event in auto.of(Generation)[36:]]
+    assert sum(later) / len(later) > 6
+    # Moved once, each of them has all the tasks that its cooldowns allow.
+    last_hour = [[at for at, _ in each.held if at > each.held[-1][0] - HOUR_S + 5] for each in auto.network.validators]
+    assert min(map(len, last_hour)) == 12
+
+
+def test_nobody_waits_for_candidates_that_are_not_made(tmp_path: Path) -> None:
+    slow = mine(tmp_path, Service(20.0, at_once=4), (Behaviour(),) * 3, best_of=1)
+    assert last_results_within(slow) < 30
+    slower = mine(tmp_path / "2", Service(20.0), (Behaviour(),) * 3)
+    one = mine(tmp_path / "3", Service(20.0), (Behaviour(),) * 3, best_of=1)
+    assert slower.accepted == one.accepted
+    assert slower.held == pytest.approx(one.held, abs=0.5)

@@ -40,6 +40,7 @@ class Service:
         self.endpoint = endpoint
         self.seconds = seconds
         self.outcomes: deque[float | Exception] = deque()
+        self.is_rejecting = False
         self.asked: list[float] = []
         self.cancelled = 0
         self.status: str | Exception | None = "ready"
@@ -68,6 +69,8 @@ class Service:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+        if self.is_rejecting:
+            return Generated(b"", None, str(seed), "nothing in the picture", self.endpoint)
         return Generated(b"ply", 0.8, str(seed), "", self.endpoint)
 
 
@@ -306,6 +309,32 @@ def test_candidates_of_one_request_count_each() -> None:
         assert pace.cost == pytest.approx((0.9 * 2 + 8) / (0.9 + 8))
 
     virtual_time.run(main())
+
+
+def test_a_service_that_gets_slower_is_noticed_by_its_candidates_too() -> None:
+    pace = Pace(now)
+
+    async def main() -> None:
+        for seconds, candidates in [(1.0, 1), *[(24.0, 4)] * 50]:
+            begun = pace.begin()
+            await asyncio.sleep(seconds)
+            pace.end(begun, candidates)
+        assert pace.duration == pytest.approx(6.0, rel=0.01)
+
+    virtual_time.run(main())
+
+
+def test_what_is_rejected_before_it_is_made_tells_no_duration() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
+        before = pool.shortest_seconds()
+        first.seconds = second.seconds = 0.1
+        first.is_rejecting = second.is_rejecting = True
+        rejected = await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
+        assert not any(each.ply for each in rejected)
+        assert pool.shortest_seconds() == before
+
+    with_pool(test)
 
 
 def test_a_task_of_an_endpoint_that_is_gone_moves_on_at_once() -> None:

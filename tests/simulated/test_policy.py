@@ -12,15 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurons.miner.assemble import assemble
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event
 from neurons.miner.records.policy import EXPLORATION_INTERVAL_S, Policy
 from neurons.miner.records.standings import WINDOW_S, Standing, read
-from neurons.miner.validators.blacklist import Blacklist
 from neurons.rehearsal.rules import Limits
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService, options_in
+from scripts.bench.simulated_subnet import (
+    MINER,
+    Behaviour,
+    SimulatedNetwork,
+    StandInService,
+    options_in,
+    simulated_miner,
+)
 from scripts.bench.virtual_time import now
 from tests.support.ledger_events import NOW
 
@@ -70,6 +75,13 @@ def test_slow_prompts_count_as_much_as_declined_results() -> None:
     assert expected is not None
     assert as_much is not None
     assert abs(expected - as_much) < 0.01 * expected
+
+
+def test_candidates_made_in_free_time_make_nobody_dear() -> None:
+    many = replace(standing(16, 20, gpu_s=20 * 9 * TASK_S), candidates=9.0)
+    judged = Policy(0.0)
+    judged.update({"good": replace(GOOD, gpu_s=40 * 9 * TASK_S, candidates=9.0), "judged": many})
+    assert judged.expected_reward("judged") == pytest.approx(19 / 24 / TASK_S)
 
 
 def test_a_task_on_its_way_to_its_validator_makes_nobody_dear() -> None:
@@ -155,17 +167,7 @@ def _mine_for_4_hours(folder: Path, least_reward: float) -> tuple[list[int], lis
         options = replace(options_in(folder), min_reward=least_reward, retries=0)
         books = PatientBooks(options.ledger_of(MINER.ss58_address), 0, least_reward, now)
         books.start()
-        miner = await assemble(
-            *(options, MINER),
-            dendrite=network,
-            services=[StandInService(60.0, 1)],
-            fetch=network.fetch,
-            blacklist=Blacklist(()),
-            books=books,
-            now=now,
-        )
-        miner.directory.update(network.metagraph())
-        miner.manager.sync()
+        miner = await simulated_miner(options, network, [StandInService(60.0, 1)], books)
         workers = (worker.run() for worker in miner.workers)
         parts = asyncio.gather(miner.pool.watch(), books.follow_standings(), *workers)
         with contextlib.suppress(TimeoutError):

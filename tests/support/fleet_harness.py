@@ -1,4 +1,7 @@
-"""A fleet of engine processes around the stand-in pipeline, for tests: starting it, watching it, asking it."""
+"""A fleet of engines around the stand-in pipeline, for tests: starting it, watching it, asking it.
+
+The engines are processes, or Ray actors where a test sets ``FORM`` and ``RAY``.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,19 @@ from typing import Any
 
 import psutil
 
-from generation.fleet.fleet import Fleet
+from generation.fleet.fleet import Fleet, Form
+from generation.fleet.process import ProcessEngine
 from generation.schema.results import Request
 from tests.support.waiting import until
 
 PATIENCE_S = 30.0  # how long a test waits for what must happen
 DEVICES = ("first", "second")
+FORM: Form = ProcessEngine
+RAY: psutil.Process | None = None  # whose descendants the actors are
 
 
 def fleet_of(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: int) -> Fleet:
-    return Fleet(dict.fromkeys(devices, settings(folder, **limits)), "tests.support.fleet_standin:load")
+    return Fleet(dict.fromkeys(devices, settings(folder, **limits)), "tests.support.fleet_standin:load", FORM)
 
 
 def settings(folder: Path, max_queue: int = 3, max_batch: int = 2) -> Any:
@@ -37,6 +43,8 @@ async def starting(folder: Path, devices: tuple[str, ...] = DEVICES, **limits: i
         yield fleet
     finally:
         await asyncio.to_thread(fleet.stop, PATIENCE_S)
+        if RAY is not None:  # it ends processes when it has said that they have ended
+            await until(lambda: not children())
         assert children() == []
 
 
@@ -52,7 +60,17 @@ def states(fleet: Fleet) -> list[str]:
 
 
 def children() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if "generation.fleet.worker" in each.cmdline()]
+    """The engines' processes, the oldest first."""
+    if RAY is not None:
+        return [each for each in RAY.children(recursive=True) if _command(each)[0].startswith("ray::EngineActor")]
+    return [each for each in psutil.Process().children() if "generation.fleet.worker" in _command(each)]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline() or [""]
+    except psutil.Error:  # it has ended meanwhile
+        return [""]
 
 
 def ask(fleet: Fleet, prompt: str, seed: int = 1, background: bool = False) -> asyncio.Task[Any]:

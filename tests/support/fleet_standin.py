@@ -24,7 +24,7 @@ class Pipeline:
     """
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
-    limit = SimpleNamespace(now=64)  # what memory allows
+    limit = SimpleNamespace(current=64)  # what memory allows
 
     def begin(
         self,
@@ -95,6 +95,24 @@ def load(settings: Any, progress: Callable[[str], None]) -> Pipeline:
             raise SystemExit(3)
         raise OSError("flux.1-schnell is not on this machine")
     return Pipeline()
+
+
+def resolve(settings: Any) -> Any:
+    """On a cluster's machine."""
+    return settings
+
+
+def resolve_there(settings: Any) -> Any:
+    """The same with what only that machine can say."""
+    return SimpleNamespace(**vars(settings), profile="tiny", memory_class="24 GB", process=os.getpid())
+
+
+def variable(pipeline: Pipeline, name: str) -> str:
+    return os.environ[name]
+
+
+def echo(pipeline: Pipeline, data: bytes) -> bytes:
+    return data
 
 
 def pid(pipeline: Pipeline) -> int:

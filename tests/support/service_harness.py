@@ -27,7 +27,7 @@ class StandInPipeline:
     """Makes ``ply\\n<prompt> <seed>``. Other prompts: "hold" (takes ticks until ``go``), "crash", "exit", "reject"."""
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
-    limit = SimpleNamespace(now=64)  # what memory allows
+    limit = SimpleNamespace(current=64)  # what memory allows
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -54,7 +54,7 @@ class StandInPipeline:
             if job in running:
                 job.outcome = self._one(job)
             else:
-                job.rest()
+                job.pause()
 
     def _one(self, job: Job) -> Asset | Exception | None:
         request = job.request
@@ -67,6 +67,8 @@ class StandInPipeline:
             return Asset(
                 b"", Report(request.seed, score=0.21, rejected="CLIP score 0.21 is under 0.6 \u2014\nX-Evil: 1")
             )
+        if request.prompt == "nothing":
+            return Asset(b"", Report(request.seed, rejected="nothing stands out", hopeless=True))
         if request.prompt == "long":
             return Asset(b"ply", Report(request.seed, score=0.7, text_cut={"mvdream": (77, 90)}))
         if request.prompt == "hold" and not self.go.wait(0.005):

@@ -78,7 +78,7 @@ class StandIn:
         self.clay = parts.load("clay", Clay) if options.needs_clay else None
         self.cutout: CutoutFrame | None = FRAME if options.draws else None
         self.log: list[tuple[Any, ...]] = []
-        self.awake = True
+        self.loaded = True
         self.held = threading.Event()  # while it is not set, ticks take long
         self.held.set()
 
@@ -89,19 +89,19 @@ class StandIn:
         progress(f"warming up the {self.name}")
 
     def encode(self, texts: Sequence[str]) -> None:
-        assert self.awake
+        assert self.loaded
         self.log.append(("encode", *texts))
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
         return {}
 
-    def rest(self) -> None:
-        self.awake = False
-        self.log.append(("rest",))
+    def offload(self) -> None:
+        self.loaded = False
+        self.log.append(("offload",))
 
-    def wake(self) -> None:
-        self.awake = True
-        self.log.append(("wake",))
+    def onload(self) -> None:
+        self.loaded = True
+        self.log.append(("onload",))
 
     def colour(self, subject: Subject) -> Tensor:
         if subject.cutout is None:
@@ -145,7 +145,7 @@ class Ball(StandIn):
         return Whole(subject, self.colour(subject))
 
     def tick(self, works: Sequence[Whole]) -> None:
-        assert self.awake
+        assert self.loaded
         self.log.append(("tick", *(work.subject.words for work in works)))
         for work in works:
             generator = torch.Generator().manual_seed(work.subject.seed)
@@ -182,7 +182,7 @@ class Sculpture(StandIn):
     name = "sculpture"
 
     def prefetch(self, words: str, seed: int) -> torch.Generator:
-        assert self.awake
+        assert self.loaded
         self.log.append(("prefetch", words))
         return torch.Generator().manual_seed(seed)
 
@@ -192,7 +192,7 @@ class Sculpture(StandIn):
         return Growing(subject, self.colour(subject), generator, self.options.ticks, self.options.gaussians)
 
     def tick(self, works: Sequence[Growing]) -> None:
-        assert self.awake
+        assert self.loaded
         self.log.append(("tick", *(work.subject.words for work in works)))
         if not self.held.is_set():
             self.held.wait(0.01)

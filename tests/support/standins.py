@@ -65,7 +65,7 @@ class Painter:
     def generate(self, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
         return [self.paint(prompt) for prompt in prompts]
 
-    def cut(self, prompt: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, prompt: str) -> dict[str, tuple[int, int]]:
         self.asked = prompt
         return {"text_to_image CLIP": (2, 3)} if "epic" in prompt else {}
 

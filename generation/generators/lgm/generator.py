@@ -1,4 +1,4 @@
-"""Views of an object, drawn by a diffusion model, and LGM's one pass from them to Gaussians."""
+"""LGM as a generator: a multi-view diffusion model samples views, then LGM turns them into Gaussians in one pass."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.accelerate.cuda_graph import Captured, pieces
-from generation.accelerate.offload import Resting
+from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.offload import Offloaded
 from generation.generators.base import Checkpoint, CutoutFrame, Parts, RemoveBackground, Subject
 from generation.generators.lgm.network import LGM, Config, to_gaussians
 from generation.generators.lgm.options import LgmOptions
-from generation.generators.multiview import Drawing, ImageDream, MVDreamViews
+from generation.generators.multiview import ImageDream, MVDreamViews, ViewSampling
 from generation.splats.gaussians import Gaussians
 from generation.weights import WeightsError
 from generation.weights.registry import MultiViewUse
 
 BORDER = 0.2  # of the picture, as the authors recentre it
-DRAWN = 0.95  # of the work, when its views are drawn
+DRAWN = 0.95  # progress of a work when its views are sampled
 
 
 def load(options: LgmOptions, parts: Parts) -> Lgm:
-    """With the models that the options ask for. Raises WeightsError."""
+    """Build LGM with the models that the options need. Raises WeightsError."""
     network = parts.load("lgm", LGM.from_checkpoint)
     name = "imagedream" if options.views_from == "picture" else "mvdream"
-    drawer = parts.load(name, partial(_load_drawer, options=options, config=network.config))
-    return Lgm(network, drawer, options, parts.device, parts.remove_background)
+    multiview = parts.load(name, partial(_load_multiview, options=options, config=network.config))
+    return Lgm(network, multiview, options, parts.device, parts.remove_background)
 
 
-def _load_drawer(checkpoint: Checkpoint, options: LgmOptions, config: Config) -> ImageDream | MVDreamViews:
+def _load_multiview(checkpoint: Checkpoint, options: LgmOptions, config: Config) -> ImageDream | MVDreamViews:
     use = checkpoint.entry.used_as(MultiViewUse)
     common: dict[str, Any] = {
         "front_azimuth": use.front_azimuth if use else 0.0,
@@ -56,18 +56,18 @@ def _load_drawer(checkpoint: Checkpoint, options: LgmOptions, config: Config) ->
 
 
 class LgmWork:
-    """One splat in the making: its views, then its Gaussians."""
+    """A ``generation.generators.base.Work``: views, then Gaussians."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.drawing: Drawing | None = None
+        self.sampling: ViewSampling | None = None
         self.result: Gaussians | None = None
 
     @property
     def fraction(self) -> float:
         if self.result is not None:
             return 1.0
-        return DRAWN * self.drawing.fraction if self.drawing is not None else 0.0
+        return DRAWN * self.sampling.fraction if self.sampling is not None else 0.0
 
     @property
     def done(self) -> bool:
@@ -79,27 +79,27 @@ class LgmWork:
 
 
 class Lgm:
-    """A ``generation.generators.base.Generator``. A tick is a denoising step of all views, or their way to splats."""
+    """A ``generation.generators.base.Generator``. A tick is a denoising step of all views, or LGM's pass over them."""
 
     name = "lgm"
 
     def __init__(
         self,
         network: LGM,
-        drawer: ImageDream | MVDreamViews,
+        multiview: ImageDream | MVDreamViews,
         options: LgmOptions,
         device: str | torch.device,
         remove_background: RemoveBackground,
     ) -> None:
         self._network = network
-        self._drawer = drawer
+        self._multiview = multiview
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
         self._rays = network.rays()
-        self._pass = Captured(self._splats)
-        self._resting: Resting | None = None
-        self.cutout = CutoutFrame(drawer.image_size, BORDER) if options.draws else None
+        self._pass = GraphedFunction(self._splats)
+        self._offloaded = Offloaded(network, device)
+        self.cutout = CutoutFrame(multiview.image_size, BORDER) if options.draws else None
 
     def picture_prompt(self, words: str) -> str:
         return self._options.picture_prompt(words)
@@ -108,30 +108,27 @@ class Lgm:
     def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
         if self._device.type != "cuda":
             return
-        self._drawer.warm_up(most, progress)
+        self._multiview.warm_up(most, progress)
         self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        size = self._drawer.image_size
-        for count in sorted({part.stop - part.start for n in range(1, most + 1) for part in pieces(n)}):
+        size = self._multiview.image_size
+        for count in sorted({part.stop - part.start for n in range(1, most + 1) for part in split_batch(n)}):
             progress(f"capturing LGM for {count} of {most} at once")
             self._pass.capture(torch.rand(count, len(self._network.config.views), 3, size, size, device=self._device))
 
-    def rest(self) -> None:
-        self._drawer.rest()
+    def offload(self) -> None:
+        self._multiview.offload()
         self._pass.forget()
-        if self._resting is None:
-            self._resting = Resting(self._network, self._device)
-        self._resting.rest()
+        self._offloaded.offload()
 
-    def wake(self) -> None:
-        self._drawer.wake()
-        if self._resting is not None:
-            self._resting.wake()
+    def onload(self) -> None:
+        self._multiview.onload()
+        self._offloaded.onload()
 
     def encode(self, texts: Sequence[str]) -> None:
-        self._drawer.encode([self._options.view_prompt(text) for text in texts])
+        self._multiview.encode([self._options.view_prompt(text) for text in texts])
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
-        tokens = self._drawer.cut(self._options.view_prompt(words))
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
+        tokens = self._multiview.truncation(self._options.view_prompt(words))
         return {"imagedream" if self._options.views_from == "picture" else "mvdream": tokens} if tokens else {}
 
     def prefetch(self, words: str, seed: int) -> None:
@@ -142,28 +139,28 @@ class Lgm:
 
     @torch.no_grad()
     def tick(self, works: Sequence[LgmWork]) -> None:
-        drawn = [work for work in works if work.drawing is not None and work.drawing.done]
-        fresh = [work for work in works if work.drawing is None]
+        drawn = [work for work in works if work.sampling is not None and work.sampling.done]
+        fresh = [work for work in works if work.sampling is None]
         if fresh:
             subjects = [work.subject for work in fresh]
-            drawings = self._drawer.begin(
+            samplings = self._multiview.begin(
                 [self._options.view_prompt(subject.words) for subject in subjects],
                 [subject.cutout for subject in subjects],
                 [subject.seed for subject in subjects],
             )
-            for work, drawing in zip(fresh, drawings, strict=True):
-                work.drawing = drawing
-        unfinished = [work.drawing for work in works if work.drawing is not None and not work.drawing.done]
+            for work, sampling in zip(fresh, samplings, strict=True):
+                work.sampling = sampling
+        unfinished = [work.sampling for work in works if work.sampling is not None and not work.sampling.done]
         if unfinished:
-            self._drawer.step(unfinished)
+            self._multiview.step(unfinished)
         if drawn:
             self._finish(drawn)
 
     def _finish(self, works: Sequence[LgmWork]) -> None:
-        views = self._drawer.views([work.drawing for work in works if work.drawing is not None])
+        views = self._multiview.views([work.sampling for work in works if work.sampling is not None])
         if self._options.recentre_views:
             views = self._recentred(views)
-        for some in pieces(len(works)):
+        for some in split_batch(len(works)):
             (splats,) = self._pass(views[some])
             for work, each in zip(works[some], splats, strict=True):
                 o = self._options

@@ -49,8 +49,8 @@ class LgmOptions(GeneratorOptions):
     @property
     def checkpoints(self) -> Mapping[str, str]:
         """See ``GeneratorOptions.checkpoints``."""
-        drawer = "imagedream" if self.views_from == "picture" else "mvdream"
-        return {"lgm": "generator is lgm", drawer: f"views_from is {self.views_from}"}
+        multiview = "imagedream" if self.views_from == "picture" else "mvdream"
+        return {"lgm": "generator is lgm", multiview: f"views_from is {self.views_from}"}
 
     @property
     def draws(self) -> bool:

@@ -11,38 +11,39 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from generation.generators.multiview.attention import join_views
-from generation.generators.multiview.drawer import AROUND, Drawer, Places
-from generation.generators.multiview.sampling import Drawing, Sampler, guided, known_frame, nothing_known
-from generation.generators.multiview.words import Words
+from generation.generators.multiview.base import FOUR_VIEWS, MultiViewModel, ViewAngles
+from generation.generators.multiview.sampling import Sampler, ViewSampling, guided_noise, known_frame, views_only
+from generation.generators.multiview.text_encoder import TextEncoder
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.strict import load_model
 
 
-class MVDreamViews(Drawer):
-    """See `Drawer`. Needs words, or for a model that was trained to take a known view, a cut-out."""
+class MVDreamViews(MultiViewModel):
+    """See `MultiViewModel`. Needs a text; a model that was trained with a known view needs a cut-out."""
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        words: Words,
+        words: TextEncoder,
         scheduler: DDIMScheduler,
         *,
         front_azimuth: float = 0.0,
-        views: Places = AROUND,
+        views: ViewAngles = FOUR_VIEWS,
         steps: int = 30,
         guidance_scale: float = 7.5,
         negative_prompt: str = "",
         known_view: bool = False,
         backdrop: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
-        """`views` are four, as it was trained, or more. With `known_view` the cut-out is the first of them, and the
-        others are drawn to go with it."""
+        """`views` are four, as in training, or more. With `known_view` the cut-out is the first view, and the others
+        are sampled to be consistent with it.
+        """
         super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, backdrop)
         self._known_view = known_view
         self._scale = guidance_scale
         self._joint = join_views(unet, len(views), shared_text=True)
-        frames = known_frame(0) if known_view else nothing_known
+        frames = known_frame(0) if known_view else views_only
         self._sampler = Sampler(self._schedule, self._guided, frames)
 
     @classmethod
@@ -54,13 +55,13 @@ class MVDreamViews(Drawer):
         """
         unet = load_unet(folder / "unet", dtype).to(device)
         vae = load_model(AutoencoderKL, folder / "vae", dtype).to(device)
-        words = Words.load(folder, device, dtype)
+        words = TextEncoder.load(folder, device, dtype)
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
         return cls(unet, vae, words, scheduler, **options)  # type: ignore[arg-type]
 
     def _begin(
         self, words: Sequence[str], cutouts: Sequence[Tensor | None], generators: list[torch.Generator]
-    ) -> list[Drawing]:
+    ) -> list[ViewSampling]:
         self.encode(words)
         noises = [self._noise(generator, self._latent_shape) for generator in generators]
         known: list[tuple[Tensor, ...]] = [()] * len(words)
@@ -72,16 +73,16 @@ class MVDreamViews(Drawer):
             mean, _ = self._posterior(F.interpolate(images, (self.image_size, self.image_size), mode="area"))
             known = [(view, noise[0]) for view, noise in zip(mean, noises, strict=True)]
         return [
-            Drawing(noise, self._words.pair(text, self._negative_prompt), about, self._sampler.steps)
+            ViewSampling(noise, self._words.pair(text, self._negative_prompt), about, self._sampler.steps)
             for noise, text, about in zip(noises, words, known, strict=True)
         ]
 
-    def _finished(self, drawing: Drawing) -> Tensor:
-        latents = drawing.latents.clone()
-        if drawing.known:
-            latents[0] = drawing.known[0]
+    def _final_latents(self, sampling: ViewSampling) -> Tensor:
+        latents = sampling.latents.clone()
+        if sampling.known:
+            latents[0] = sampling.known[0]
         return latents
 
     def _guided(self, both: Tensor, t: Tensor, words: Tensor) -> Tensor:
         cameras = self._cameras.repeat(len(words), 1)
-        return guided(self._unet, both, t, cameras, words, self._scale)
+        return guided_noise(self._unet, both, t, cameras, words, self._scale)

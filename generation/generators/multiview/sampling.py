@@ -1,6 +1,6 @@
-"""DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) for views of several objects, a step at a time.
+"""DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) of several objects' views, one step per call.
 
-Objects may be at different steps: each has its own time step in the one call of the UNet.
+Objects may be at different time steps in one batch.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
-from generation.accelerate.pinned import send
+from generation.accelerate.cuda_graph import COMPILED_SIZES, GraphedFunction, split_batch
+from generation.accelerate.pinned import copy_async
 from generation.weights import WeightsError
 
 
 @dataclass(eq=False)
-class Drawing:
-    """Views of one object on their way from noise."""
+class ViewSampling:
+    """The sampling of one object's views."""
 
     latents: Tensor  # (V, C, h, w), float32
-    words: Tensor  # (2, L, C): what guidance leads away from, and what it leads to
-    known: tuple[Tensor, ...]  # what is known of the views, as the sampler's `Frames` takes it
-    steps: int  # that it takes
-    at: int = 0  # those that it has taken
+    words: Tensor  # (2, L, C) text states: negative, then positive
+    known: tuple[Tensor, ...]  # what the sampler's `Frames` needs: of a known view or of the picture
+    steps: int  # in all
+    at: int = 0  # steps done
 
     @property
     def done(self) -> bool:
@@ -34,12 +34,12 @@ class Drawing:
 
     @property
     def fraction(self) -> float:
-        """From 0 to 1."""
+        """Progress, 0..1."""
         return self.at / self.steps
 
 
 class Schedule(NamedTuple):
-    """For each step of a sampling the time step (n,), and the share of signal before it and after it (n,)."""
+    """For each of n steps: the time step, and alpha_cumprod before and after it, each (n,)."""
 
     t: Tensor
     signal: Tensor
@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
         config = scheduler.config
         usual = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False}
         if other := [f"{key} {config[key]}" for key, value in usual.items() if config[key] != value]:
-            raise WeightsError(f"the scheduler's config has {', '.join(other)}, which is not made for latents")
+            raise WeightsError(f"the scheduler's config has {', '.join(other)}, which is not supported")
         scheduler.set_timesteps(steps)
         t = scheduler.timesteps.cpu()
         after = t - config.num_train_timesteps // steps
@@ -67,23 +67,23 @@ Frames = Callable[..., tuple[Tensor, Tensor]]
 
 #: From what the UNet sees (2, S * F, C, h, w), time steps (2, S * F) and words (S, 2, L, C) the guided noise
 #: (S * F, C, h, w).
-Guided = Callable[[Tensor, Tensor, Tensor], Tensor]
+GuidedNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def nothing_known(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """`Frames` that are the views alone."""
+def views_only(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """`Frames` without any but the views."""
     return latents.expand(2, *latents.shape), t[:, None].expand(2, *latents.shape[:2])
 
 
 def known_frame(index: int) -> Frames:
-    """`Frames` of which the one at `index` is known (S, C, h, w), its noise (S, C, h, w) as well.
+    """`Frames` in which the view at `index` is known: its latents (S, C, h, w), and the noise (S, C, h, w) for it.
 
-    For a model that was trained to see it without noise, at time step 0. Without the condition it is lost in noise like
-    the others, so that guidance is towards it, too.
+    For a model that was trained with a noise-free view at time step 0. In the unconditional half the view is noisy as
+    the others, so guidance is towards it, too.
     """
 
     def frames(latents: Tensor, t: Tensor, signal: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        both, at = (each.clone() for each in nothing_known(latents, t, signal))
+        both, at = (each.clone() for each in views_only(latents, t, signal))
         a = signal[:, 0]
         both[0, :, index] = a.sqrt() * known + (1 - a).sqrt() * noise
         both[1, :, index], at[1, :, index] = known, 0
@@ -92,8 +92,10 @@ def known_frame(index: int) -> Frames:
     return frames
 
 
-def guided(unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor, words: Tensor, scale: float) -> Tensor:
-    """`Guided`, by frames' `cameras` (S * F, 16): the noise without the words, plus `scale` times what they add."""
+def guided_noise(
+    unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor, words: Tensor, scale: float
+) -> Tensor:
+    """`GuidedNoise` with `cameras` (S * F, 16): the unconditional noise, plus `scale` times what the text adds."""
     words = words.to(unet.dtype)
     (noise,) = unet(
         both.flatten(0, 1).to(unet.dtype),
@@ -107,43 +109,45 @@ def guided(unet: UNet2DConditionModel, both: Tensor, t: Tensor, cameras: Tensor,
 
 
 class Sampler:
-    """Advances drawings together."""
+    """Advances several samplings in one batch."""
 
-    def __init__(self, schedule: Schedule, guided: Guided, frames: Frames = nothing_known) -> None:
+    def __init__(self, schedule: Schedule, guided: GuidedNoise, frames: Frames = views_only) -> None:
         self.steps = len(schedule.t)
         self._schedule = schedule
         self._guided = guided
         self._frames = frames
-        self.captured = Captured(self._denoise)
+        self.captured = GraphedFunction(self._denoise)
 
-    def capture(self, drawing: Drawing, size: int) -> None:
-        """Compile and capture a step of so many drawings of this one's shape."""
-        self.captured.capture(*self._inputs([drawing] * size))
+    def capture(self, sampling: ViewSampling, size: int) -> None:
+        """Compile and capture a step of so many samplings of this one's shape."""
+        self.captured.capture(*self._inputs([sampling] * size))
 
     @torch.no_grad()
-    def step(self, drawings: Sequence[Drawing]) -> None:
-        """One denoising step of each; all or, when it fails, none of them. Raises ValueError for one that is done."""
-        if any(drawing.done for drawing in drawings):
-            raise ValueError("a drawing that is done has no further step")  # a GPU would not come back from it
+    def step(self, samplings: Sequence[ViewSampling]) -> None:
+        """One denoising step of all. If it fails, none has changed. Raises ValueError for one that is done."""
+        if any(sampling.done for sampling in samplings):
+            raise ValueError(
+                "a sampling that is done has no further step"
+            )  # its index would be out of range, which is fatal on a GPU
         latents = []
-        for some in pieces(len(drawings)):
-            (after,) = self.captured(*self._inputs(drawings[some]))
+        for some in split_batch(len(samplings)):
+            (after,) = self.captured(*self._inputs(samplings[some]))
             latents += list(after.clone())
-        for drawing, after in zip(drawings, latents, strict=True):
-            drawing.latents, drawing.at = after, drawing.at + 1
+        for sampling, after in zip(samplings, latents, strict=True):
+            sampling.latents, sampling.at = after, sampling.at + 1
 
-    def _inputs(self, drawings: Sequence[Drawing]) -> list[Tensor]:
-        at = torch.tensor([drawing.at for drawing in drawings])
-        known = zip(*(drawing.known for drawing in drawings), strict=True)
+    def _inputs(self, samplings: Sequence[ViewSampling]) -> list[Tensor]:
+        at = torch.tensor([sampling.at for sampling in samplings])
+        known = zip(*(sampling.known for sampling in samplings), strict=True)
         return [
-            torch.stack([drawing.latents for drawing in drawings]),
-            send(at, self._schedule.t.device),
-            torch.stack([drawing.words for drawing in drawings]),
+            torch.stack([sampling.latents for sampling in samplings]),
+            copy_async(at, self._schedule.t.device),
+            torch.stack([sampling.words for sampling in samplings]),
             *(torch.stack(each) for each in known),
         ]
 
     def _denoise(self, latents: Tensor, at: Tensor, words: Tensor, *known: Tensor) -> tuple[Tensor]:
-        """Latents (S, V, C, h, w) of step number `at` (S,), one step on."""
+        """Latents (S, V, C, h, w) at step `at` (S,), advanced by one step."""
         signal, after = (each[at].view(-1, 1, 1, 1, 1) for each in (self._schedule.signal, self._schedule.signal_after))
         both, t = self._frames(latents, self._schedule.t[at], signal, *known)
         noise = self._guided(both.flatten(1, 2), t.flatten(1, 2), words).unflatten(0, both.shape[1:3])
@@ -153,5 +157,5 @@ class Sampler:
 
 
 def compiled_sizes(most: int) -> list[int]:
-    """Of pieces that up to `most` drawings are cut into."""
+    """Sizes of the batches that up to `most` samplings are split into."""
     return [size for size in COMPILED_SIZES if size <= most]

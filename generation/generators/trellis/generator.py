@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from generation.accelerate.offload import Resting
-from generation.accelerate.pinned import send
+from generation.accelerate.offload import Offloaded
+from generation.accelerate.pinned import copy_async
 from generation.generators.base import Checkpoint, CutoutFrame, NoSplat, Parts, Subject, Work
 from generation.generators.trellis.condition import Condition
-from generation.generators.trellis.layers import FlowBlock, FlowBlocks, Memory
+from generation.generators.trellis.layers import FlowBlock, FlowBlocks, KeyValues
 from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.sampler import Step, schedule
 from generation.generators.trellis.sparse import Voxels
@@ -36,26 +36,28 @@ def load(options: TrellisOptions, parts: Parts) -> Trellis:
 
 
 def load_networks(checkpoint: Checkpoint) -> Networks:
+    """TRELLIS's networks. Raises WeightsError."""
     return Networks.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
 def load_condition(checkpoint: Checkpoint) -> Condition:
+    """The image features' DINOv2. Raises WeightsError."""
     return Condition.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
-class Making:
-    """One splat in the making."""
+class TrellisWork:
+    """A ``generation.generators.base.Work``."""
 
     def __init__(self, cutout: Tensor, structure: Tensor, generator: torch.Generator, steps: int) -> None:
         self.cutout = cutout
-        self.structure = structure  # (structures, C, R, R, R) noise, less of it at each step
+        self.structure = structure  # (structures, C, R, R, R) noisy latents of the structure flow
         self.generator = generator
         self.features: Tensor | None = None
-        self.memory: list[Memory] = []  # of the flow that it is in
+        self.context: list[KeyValues] = []  # of the current flow
         self.voxels: Voxels | None = None
         self.latents: Tensor | None = None  # (N, C), from when its voxels are known
-        self.step = 0  # of the flow that it is in
-        self._taken, self._steps = 0, steps  # steps of both flows, and how many there are
+        self.step = 0  # of the current flow
+        self._taken, self._steps = 0, steps  # steps done in both flows, and their total
         self._result: Gaussians | NoSplat | None = None
 
     @property
@@ -79,7 +81,7 @@ class Making:
 
     def end(self, result: Gaussians | NoSplat) -> None:
         self._result = result
-        self.memory, self.latents, self.voxels = [], None, None
+        self.context, self.latents, self.voxels = [], None, None
 
 
 class Trellis:
@@ -93,30 +95,28 @@ class Trellis:
         o = options
         self._structure_steps = schedule(o.structure_steps, o.structure_rescale, o.structure_interval)
         self._slat_steps = schedule(o.slat_steps, o.slat_rescale, o.slat_interval)
-        self._resting: list[Resting] | None = None
+        self._offloaded = [Offloaded(network, device) for network in self._all()]
         self._joined: tuple[list[Voxels], int, Voxels, Voxels] | None = None
 
     def picture_prompt(self, words: str) -> str:
         return self._options.picture_prompt(words)
 
     def encode(self, texts: Sequence[str]) -> None:
-        """It reads no words."""
+        """Does nothing: it takes no text."""
 
-    def cut(self, words: str) -> dict[str, tuple[int, int]]:
+    def truncation(self, words: str) -> dict[str, tuple[int, int]]:
         return {}
 
     def prefetch(self, words: str, seed: int) -> Any:
         return None
 
-    def rest(self) -> None:
-        if self._resting is None:
-            self._resting = [Resting(network, self._device) for network in self._all()]
-        for each in self._resting:
-            each.rest()
+    def offload(self) -> None:
+        for each in self._offloaded:
+            each.offload()
 
-    def wake(self) -> None:
-        for each in self._resting or ():
-            each.wake()
+    def onload(self) -> None:
+        for each in self._offloaded:
+            each.onload()
 
     def _all(self) -> list[nn.Module]:
         n = self._networks
@@ -148,19 +148,19 @@ class Trellis:
                 self._slat_velocities(works, [Step(1.0, 0.9, number < guided) for number in range(count)])
             self._decode(works)
 
-    def begin(self, subject: Subject) -> Making:
+    def begin(self, subject: Subject) -> TrellisWork:
         """Noise comes from the CPU, the structures' first, as its authors draw it."""
         assert subject.cutout is not None
         flow = self._networks.structure_flow
         generator = torch.Generator().manual_seed(subject.seed)
         noise = torch.randn(self._options.structures, flow.channels, *[flow.resolution] * 3, generator=generator)
         steps = len(self._structure_steps) + len(self._slat_steps)
-        return Making(subject.cutout, send(noise, self._device), generator, steps)
+        return TrellisWork(subject.cutout, copy_async(noise, self._device), generator, steps)
 
     @torch.no_grad()
     def tick(self, works: Sequence[Work]) -> None:
-        """One step of the flow that each work is in, with what comes before its first and after its last."""
-        own = [work for work in works if isinstance(work, Making)]
+        """One step of each work's current flow. Encodes before the first step and decodes after the last one."""
+        own = [work for work in works if isinstance(work, TrellisWork)]
         if fresh := [work for work in own if work.features is None]:
             self._see(fresh)
         in_structure = [work for work in own if work.latents is None]
@@ -169,7 +169,7 @@ class Trellis:
             (in_structure, self._structure_steps, self._step_structures),
             (in_latents, self._slat_steps, self._step_latents),
         ):
-            # Those that are guided in this step come first: the flows want it so.
+            # Works that are guided in this step come first, as the flows expect.
             inside.sort(key=lambda work: not steps[work.step].guided)
             if inside:
                 flow(inside, [steps[work.step] for work in inside])
@@ -180,29 +180,29 @@ class Trellis:
         if ready := [work for work in in_latents if work.step == len(self._slat_steps)]:
             self._decode(ready)
 
-    def _see(self, works: list[Making]) -> None:
+    def _see(self, works: list[TrellisWork]) -> None:
         features = self._condition(torch.stack([work.cutout for work in works]).to(self._device))
         for work, seen in zip(works, features, strict=True):
             work.features = seen
-            work.memory = self._networks.structure_flow.remember(seen)
+            work.context = self._networks.structure_flow.project_context(seen)
 
-    def _step_structures(self, works: list[Making], steps: list[Step]) -> None:
-        for work, step, (led, unled) in zip(works, steps, self._velocities(works, steps), strict=True):
-            work.structure = step.apply(work.structure, led, unled, self._options.structure_guidance)
+    def _step_structures(self, works: list[TrellisWork], steps: list[Step]) -> None:
+        for work, step, (conditional, unconditional) in zip(works, steps, self._velocities(works, steps), strict=True):
+            work.structure = step.apply(work.structure, conditional, unconditional, self._options.structure_guidance)
 
-    def _velocities(self, works: list[Making], steps: list[Step]) -> Velocities:
-        """Of structures, at the steps that the works are at; those that are guided come first."""
+    def _velocities(self, works: list[TrellisWork], steps: list[Step]) -> Velocities:
+        """Velocities of the works' structures at their steps. Guided works come first."""
         each, guided = self._options.structures, sum(step.guided for step in steps)
         x = torch.cat([work.structure for work in works])
-        memories = [work.memory for work in works for _ in range(each)]
-        out = self._networks.structure_flow(x, self._times(steps, each), memories, guided * each)
+        contexts = [work.context for work in works for _ in range(each)]
+        out = self._networks.structure_flow(x, self._times(steps, each), contexts, guided * each)
         return _pairs(out.split(each), len(works))
 
     def _times(self, steps: list[Step], each: int) -> Tensor:
-        """Filled in on the device: a copy to it would wait for all that is under way."""
+        """Times of the steps, filled in on the device: a copy to it would synchronise."""
         return torch.cat([torch.full((each,), 1000 * step.t, device=self._device) for step in steps])
 
-    def _find_voxels(self, works: list[Making]) -> None:
+    def _find_voxels(self, works: list[TrellisWork]) -> None:
         logits = self._networks.structure_decoder(torch.cat([work.structure for work in works]))
         for work, own in zip(works, logits[:, 0].split(self._options.structures), strict=True):
             found = [torch.argwhere(each > 0) if bool(each.isfinite().all()) else None for each in own]
@@ -219,30 +219,32 @@ class Trellis:
                 least = min(count for count in counts if count)
                 work.end(NoSplat(f"structure: {least} voxels are over the limit of {self._options.max_voxels}"))
 
-    def _found(self, work: Making, cells: Tensor) -> None:
-        """Begin the second flow, on these voxels."""
+    def _found(self, work: TrellisWork, cells: Tensor) -> None:
+        """Begin the second flow on the voxels ``cells`` (N, 3)."""
         flow = self._networks.slat_flow
         assert work.features is not None
         work.voxels = Voxels.of(cells, flow.resolution)
-        work.latents = send(torch.randn(len(cells), flow.channels, generator=work.generator), self._device)
-        work.memory = flow.remember(work.features)
+        work.latents = copy_async(torch.randn(len(cells), flow.channels, generator=work.generator), self._device)
+        work.context = flow.project_context(work.features)
         work.step = 0
 
-    def _step_latents(self, works: list[Making], steps: list[Step]) -> None:
-        for work, step, (led, unled) in zip(works, steps, self._slat_velocities(works, steps), strict=True):
+    def _step_latents(self, works: list[TrellisWork], steps: list[Step]) -> None:
+        for work, step, (conditional, unconditional) in zip(
+            works, steps, self._slat_velocities(works, steps), strict=True
+        ):
             assert work.latents is not None
-            work.latents = step.apply(work.latents, led, unled, self._options.slat_guidance)
+            work.latents = step.apply(work.latents, conditional, unconditional, self._options.slat_guidance)
 
-    def _slat_velocities(self, works: list[Making], steps: list[Step]) -> Velocities:
-        """Of latents, as ``_velocities``."""
+    def _slat_velocities(self, works: list[TrellisWork], steps: list[Step]) -> Velocities:
+        """Velocities of the works' latents, as ``_velocities``."""
         x = torch.cat([work.latents for work in works if work.latents is not None])
         samples = [work.voxels for work in works if work.voxels is not None]
         voxels, doubled = self._join(samples, sum(step.guided for step in steps))
-        out = self._networks.slat_flow(x, self._times(steps, 1), [work.memory for work in works], voxels, doubled)
+        out = self._networks.slat_flow(x, self._times(steps, 1), [work.context for work in works], voxels, doubled)
         return _pairs(out.split(doubled.fine.lengths), len(works))
 
     def _join(self, samples: list[Voxels], guided: int) -> tuple[Voxels, Voxels]:
-        """All of them, and the same with the first ``guided`` once more; kept, for the next step often has the same."""
+        """All voxels, and the same followed by the first ``guided`` once more. Cached for the next step."""
         if self._joined is not None:
             before, count, voxels, doubled = self._joined
             if count == guided and len(before) == len(samples) and all(map(operator.is_, before, samples)):
@@ -252,12 +254,12 @@ class Trellis:
         self._joined = (samples, guided, voxels, doubled)
         return voxels, doubled
 
-    def _decode(self, works: list[Making]) -> None:
+    def _decode(self, works: list[TrellisWork]) -> None:
         networks = self._networks
         samples = [work.latents for work in works if work.latents is not None]
         latents = torch.cat(samples) * networks.std + networks.mean
         voxels, _ = self._join([work.voxels for work in works if work.voxels is not None], 0)
-        self._joined = None  # these are the last to need it
+        self._joined = None  # its last use
         for work, raw in zip(works, networks.gaussian_decoder(latents, voxels.fine), strict=True):
             gaussians = to_gaussians(raw)
             if all(bool(field.isfinite().all()) for field in gaussians.tensors().values()):
@@ -267,7 +269,7 @@ class Trellis:
 
 
 def _pairs(parts: Sequence[Tensor], works: int) -> Velocities:
-    """Each work's velocity with its picture, and that without, which the first works have."""
+    """(conditional, unconditional) velocity of each work; the latter exists for the first works only."""
     return list(zip_longest(parts[:works], parts[works:]))
 
 
@@ -275,7 +277,7 @@ _PARTS = ("before", "between", "after")
 
 
 def compile_blocks(blocks: FlowBlocks) -> None:
-    """Have what is between attentions compiled, once for all blocks and numbers of tokens."""
+    """Compile the parts between attentions, once for all blocks and numbers of tokens."""
     torch._dynamo.config.recompile_limit = 128
     for block in blocks:
         for part in _PARTS:

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 #: of the layer norms inside of blocks; those before an output layer and of the condition have PyTorch's own 1e-5
 BLOCK_EPS = 1e-6
 #: keys and values (S, heads, D) of a picture's features in one block
-Memory = tuple[Tensor, Tensor]
+KeyValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Packing:
     """Samples whose tokens stand one after the other.
 
-    All are led by a picture; those of the first ``guided`` stand there once more behind all others, and are not: the
-    unconditional half of guidance.
+    First come all samples, conditional on a picture. Then the first ``guided`` ones once more, unconditional:
+    classifier-free guidance needs both.
     """
 
-    lengths: tuple[int, ...]  # tokens of each led sample
+    lengths: tuple[int, ...]  # tokens of each conditional sample
     guided: int
 
     @cached_property
@@ -37,13 +37,13 @@ class Packing:
         return self.lengths + self.lengths[: self.guided]
 
     @cached_property
-    def led(self) -> int:
-        """Tokens that are led by a picture; they come first."""
+    def conditional(self) -> int:
+        """Number of conditional tokens; they come first."""
         return sum(self.lengths)
 
     @cached_property
     def again(self) -> int:
-        """Of how many of them, from the first on, there is a second one."""
+        """Number of unconditional tokens."""
         return sum(self.lengths[: self.guided])
 
 
@@ -53,7 +53,7 @@ def owners(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def twice(x: Tensor, first: int) -> Tensor:
-    """``x`` with its ``first`` rows once more behind it."""
+    """``x`` followed by its ``first`` rows once more."""
     return torch.cat([x, x[:first]]) if first else x
 
 
@@ -97,6 +97,8 @@ class HeadNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """A two-layer perceptron over tokens (T, C), ``ratio`` times as wide inside."""
+
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
         hidden = int(channels * ratio)
@@ -138,14 +140,14 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_channels, 2 * channels)
         self.to_out = nn.Linear(channels, channels)
 
-    def remember(self, features: Tensor) -> Memory:
-        """Keys and values (S, heads, D) of features (S, C): the same at all steps of a flow."""
+    def project_context(self, features: Tensor) -> KeyValues:
+        """Keys and values (S, heads, D) of a picture's features (S, C). They are the same at all steps of a flow."""
         kv = self.to_kv(features.to(self.to_kv.weight.dtype)).view(len(features), 2, self.heads, -1)
         k, v = kv.unbind(1)
         return k.contiguous(), v.contiguous()
 
-    def unled(self) -> Tensor:
-        """(C,) what tokens get in place of a picture's features where these are all zero.
+    def unconditional(self) -> Tensor:
+        """The result (C,) of attention to a picture's features that are all zero, which is the unconditional case.
 
         All keys are equal then, and so are all values: the bias. Their mean is the bias, whatever the query.
         """
@@ -188,37 +190,39 @@ class FlowBlock(nn.Module):
         self.mlp = FeedForward(channels, ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
-    def forward(self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, memories: Sequence[Memory]) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, contexts: Sequence[KeyValues]
+    ) -> Tensor:
         """Tokens (T, C) one block on.
 
-        time: (B, C) of each sample of T; owners: (T,) the sample of each token; memories: of each led sample.
+        time: (B, C) of each sample of T; owners: (T,) the sample of each token; contexts: of each conditional sample.
         """
         shift, scale, gate, *feed_forward = self.adaLN_modulation(time).chunk(6, dim=1)
         q, k, v = self.before(x, shift, scale, owners)
         seen = attend(q, k, v, packing.all_lengths, packing.all_lengths)
-        x, q = self.between(x, seen, gate, owners, packing.led)
-        keys, values = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*memories, strict=True))
-        seen = attend(q, keys, values, packing.lengths, tuple(len(keys) for keys, _ in memories))
+        x, q = self.between(x, seen, gate, owners, packing.conditional)
+        keys, values = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*contexts, strict=True))
+        seen = attend(q, keys, values, packing.lengths, tuple(len(keys) for keys, _ in contexts))
         return self.after(x, seen, owners, *feed_forward)
 
     def before(self, x: Tensor, shift: Tensor, scale: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h = plain_norm(x, BLOCK_EPS).to(x.dtype)
         return self.self_attn.project(h * (1 + scale[owners]) + shift[owners])
 
-    def between(self, x: Tensor, seen: Tensor, gate: Tensor, owners: Tensor, led: int) -> tuple[Tensor, Tensor]:
-        """And the queries (led, heads, D) of the first ``led`` tokens to the pictures' features."""
+    def between(self, x: Tensor, seen: Tensor, gate: Tensor, owners: Tensor, conditional: int) -> tuple[Tensor, Tensor]:
+        """Tokens after self attention, and the cross attention's queries (conditional, heads, D) of the first ones."""
         x = x + self.self_attn.to_out(seen.flatten(1)) * gate[owners]
         norm = self.norm2
-        h = F.layer_norm(x[:led].float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
+        h = F.layer_norm(x[:conditional].float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
         return x, self.cross_attn.to_q(h).unflatten(1, (self.cross_attn.heads, -1))
 
     def after(
         self, x: Tensor, seen: Tensor, owners: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
     ) -> Tensor:  # fmt: skip
-        """``seen`` has a row for each led token; they come first."""
-        led = len(seen)
-        unled = self.cross_attn.unled().expand(len(x) - led, -1)
-        x = x + torch.cat([self.cross_attn.to_out(seen.flatten(1)), unled])
+        """Tokens after the block. ``seen`` has a row for each conditional token; they come first."""
+        conditional = len(seen)
+        unconditional = self.cross_attn.unconditional().expand(len(x) - conditional, -1)
+        x = x + torch.cat([self.cross_attn.to_out(seen.flatten(1)), unconditional])
         h = plain_norm(x, BLOCK_EPS).to(x.dtype)
         h = self.mlp(h * (1 + scale[owners]) + shift[owners])
         return x + h * gate[owners]
@@ -240,14 +244,14 @@ class FlowBlocks(nn.ModuleList):
         """What they compute in."""
         return next(iter(self)).self_attn.to_out.weight.dtype
 
-    def remember(self, features: Tensor) -> list[Memory]:
-        """What they know of a picture with these features (S, C); it serves at all steps."""
-        return [block.cross_attn.remember(features) for block in self]
+    def project_context(self, features: Tensor) -> list[KeyValues]:
+        """Keys and values of a picture's features (S, C) for each block. They are the same at all steps."""
+        return [block.cross_attn.project_context(features) for block in self]
 
     def run(
-        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, memories: Sequence[list[Memory]]
+        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, contexts: Sequence[list[KeyValues]]
     ) -> Tensor:
         """Tokens (T, C) after all of them; see ``FlowBlock.forward``."""
         for number, block in enumerate(self):
-            x = block(x, time, packing, owners, [memory[number] for memory in memories])
+            x = block(x, time, packing, owners, [context[number] for context in contexts])
         return x

@@ -1,6 +1,6 @@
 """The times of a flow's steps, and guidance at them.
 
-t goes from 1, noise, to 0. Guidance here is (1 + s) led - s unled: s = 5 is what others call 6.
+t goes from 1, noise, to 0. Guidance here is (1 + s) * conditional - s * unconditional: s = 5 is what others call 6.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """From time ``t`` to ``following``; ``guided`` where the unled half is needed, too."""
+    """From time ``t`` to ``following``; ``guided`` where the unconditional velocity is needed, too."""
 
     t: float
     following: float
     guided: bool
 
-    def apply(self, x: Tensor, led: Tensor, unled: Tensor | None, guidance: float) -> Tensor:
+    def apply(self, x: Tensor, conditional: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
         """The sample one step on, by the velocities with the picture and without it."""
-        velocity = led if unled is None else (1 + guidance) * led - guidance * unled
+        velocity = conditional if unconditional is None else (1 + guidance) * conditional - guidance * unconditional
         return x - (self.t - self.following) * velocity
 
 

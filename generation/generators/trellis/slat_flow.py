@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from generation.generators.trellis.layers import (
     BLOCK_EPS,
     FlowBlocks,
-    Memory,
+    KeyValues,
     Packing,
     TimeEmbedding,
     plain_norm,
@@ -85,18 +85,18 @@ class SlatFlow(nn.Module):
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.input_blocks, self.blocks, self.out_blocks]
 
-    def remember(self, features: Tensor) -> list[Memory]:
-        """What the blocks know of a picture with these features (S, C); it serves at all steps."""
-        return self.blocks.remember(features)
+    def project_context(self, features: Tensor) -> list[KeyValues]:
+        """See ``FlowBlocks.project_context``."""
+        return self.blocks.project_context(features)
 
     def forward(
-        self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], voxels: Voxels, doubled: Voxels
+        self, x: Tensor, t: Tensor, contexts: Sequence[list[KeyValues]], voxels: Voxels, doubled: Voxels
     ) -> Tensor:
         """Velocities (N + G, C) float32 of the noisy latents (N, C) of all samples' voxels at each sample's time, ``t``
         (B,), 0 to 1000.
 
-        memories: for each sample what ``remember`` gave for its picture. Behind the velocities with pictures are those
-        without, of the first samples: ``doubled`` has all samples of ``voxels``, and these once more.
+        contexts: of each sample, from ``project_context``. ``doubled`` has the samples of ``voxels``, then the first
+        ones once more: the result has the conditional velocities, and then the unconditional ones of those.
         """
         guided = len(doubled.fine.lengths) - len(voxels.fine.lengths)
         packing = Packing(voxels.coarse.lengths, guided)
@@ -109,7 +109,7 @@ class SlatFlow(nn.Module):
             skips.append(twice(h, rows - len(h)))
         h = h + position_embedding(voxels.coarse.coords, h.shape[1]).to(dtype)
         h, time = twice(h, packing.again), twice(time, guided)
-        h = self.blocks.run(h, time, packing, doubled.coarse.owners, memories)
+        h = self.blocks.run(h, time, packing, doubled.coarse.owners, contexts)
         for block in self.out_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), time, doubled)
         velocity: Tensor = self.out_layer(plain_norm(h))

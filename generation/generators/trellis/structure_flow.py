@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from generation.generators.trellis.layers import (
     FlowBlocks,
-    Memory,
+    KeyValues,
     Packing,
     TimeEmbedding,
     owners,
@@ -51,15 +51,15 @@ class StructureFlow(nn.Module):
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.blocks]
 
-    def remember(self, features: Tensor) -> list[Memory]:
-        """What the blocks know of a picture with these features (S, C); it serves at all steps."""
-        return self.blocks.remember(features)
+    def project_context(self, features: Tensor) -> list[KeyValues]:
+        """See ``FlowBlocks.project_context``."""
+        return self.blocks.project_context(features)
 
-    def forward(self, x: Tensor, t: Tensor, memories: Sequence[list[Memory]], guided: int) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, contexts: Sequence[list[KeyValues]], guided: int) -> Tensor:
         """Velocities (B + guided, C, R, R, R) float32 of noisy latents at times ``t`` (B,), 0 to 1000.
 
-        memories: for each sample what ``remember`` gave for its picture. Behind the velocities with pictures are those
-        without, of the first ``guided`` samples.
+        contexts: of each sample, from ``project_context``. The result has the conditional velocities, and then the
+        unconditional ones of the first ``guided`` samples.
         """
         cells = self.resolution**3
         packing = Packing((cells,) * len(x), guided)
@@ -67,6 +67,6 @@ class StructureFlow(nn.Module):
         dtype = self.blocks.dtype
         h = (self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb).flatten(0, 1).to(dtype)
         h, time = twice(h, packing.again), twice(self.t_embedder(t).to(dtype), guided)
-        h = self.blocks.run(h, time, packing, sample_of, memories)
+        h = self.blocks.run(h, time, packing, sample_of, contexts)
         h = self.out_layer(plain_norm(h)).view(-1, cells, self.out_layer.out_features)
         return h.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,4 +1,4 @@
-"""How well views agree with their prompt, by the validators' models: one for texts, one for pictures."""
+"""Alignment of views with their prompt, by the validators' CLIP models: one for texts, one for pictures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from generation.accelerate.offload import Resting
-from generation.accelerate.pinned import send
-from generation.accelerate.text_cache import TextCache, cut
+from generation.accelerate.offload import Offloaded
+from generation.accelerate.pinned import copy_async
+from generation.accelerate.text_cache import TextCache, truncation
 from generation.schema.options import ModelChoice
 from generation.stages.self_check.outliers import drop_outliers, geometric_mean
 from generation.weights.registry import ClipUse, WeightsError
@@ -27,19 +27,21 @@ _TOWER = ("vision_model.", "visual_projection.")
 
 
 class _Clip:
-    """What both kinds share: pixels to unit vectors, and their cosines with a prompt's.
+    """What both models share. With ``offload`` the model is on the device only while it runs.
 
-    On a GPU pixels are in float16 from the start, as with the validators, whose cosines have float16's digits.
+    On a GPU pixels are float16 from the start, as in the validators' code, whose cosines have float16 precision.
     """
 
-    def __init__(self, model: nn.Module, use: ClipUse, own: dict[str, Any], device: str, rests: bool) -> None:
+    def __init__(self, model: nn.Module, use: ClipUse, own: dict[str, Any], device: str, offload: bool) -> None:
         size = own["size"] if isinstance(own["size"], int) else own["size"][0]
         self._device, self._on_gpu = device, torch.device(device).type == "cuda"
         self._dtype = torch.float16 if self._on_gpu else torch.float32
         self._size = use.image_size or size
         self._mean = torch.tensor(use.mean or own["mean"], device=device, dtype=self._dtype).view(1, 3, 1, 1)
         self._std = torch.tensor(use.std or own["std"], device=device, dtype=self._dtype).view(1, 3, 1, 1)
-        self._resting = Resting(model, device) if rests else None
+        self._offloaded = Offloaded(model, device) if offload else None
+        if self._offloaded:
+            self._offloaded.offload()
         self.use = use
 
     def _pixels(self, images: Tensor) -> Tensor:
@@ -48,12 +50,12 @@ class _Clip:
             images = F.interpolate(images, size=(self._size, self._size), mode="bicubic", align_corners=False)
         return (images - self._mean) / self._std
 
-    def _awake(self) -> Any:
-        return self._resting.awake() if self._resting else nullcontext()
+    def _on_device(self) -> Any:
+        return self._offloaded.on_device() if self._offloaded else nullcontext()
 
 
 class TextClip(_Clip):
-    """An open_clip model. It can look at pictures as prompts, too, where there is no model of their own."""
+    """An open_clip model for text prompts. It serves for image prompts, too, if there is no ``ImageClip``."""
 
     def __init__(
         self,
@@ -61,44 +63,46 @@ class TextClip(_Clip):
         tokenizer: Callable[[list[str]], Tensor],
         use: ClipUse,
         device: str,
-        rests: bool = False,
+        offload: bool = False,
     ) -> None:
-        super().__init__(model, use, open_clip.get_model_preprocess_cfg(model), device, rests)
+        super().__init__(model, use, open_clip.get_model_preprocess_cfg(model), device, offload)
         self._model, self._tokenizer = model, tokenizer
         self._texts = TextCache(self._encode)
 
     @classmethod
-    def load(cls, folder: Path, choice: ModelChoice, use: ClipUse | None, device: str, rests: bool = False) -> TextClip:
+    def load(
+        cls, folder: Path, choice: ModelChoice, use: ClipUse | None, device: str, offload: bool = False
+    ) -> TextClip:
         """From an open_clip folder (``open_clip_config.json``, a checkpoint, tokenizer files). Raises WeightsError."""
         if use is None:
             raise WeightsError(f"{folder}: a CLIP model's card must say its cosine_scale")
         name = f"local-dir:{folder}"
         try:
             model = open_clip.create_model_from_pretrained(
-                name, precision=_PRECISIONS[choice.dtype], device="cpu" if rests else device, return_transform=False
+                name, precision=_PRECISIONS[choice.dtype], device="cpu" if offload else device, return_transform=False
             )
             tokenizer = open_clip.get_tokenizer(name)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise WeightsError(f"{folder}: not a usable open_clip model: {error}") from error
-        return cls(model.eval().requires_grad_(False), tokenizer, use, device, rests)
+        return cls(model.eval().requires_grad_(False), tokenizer, use, device, offload)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """The unit vector (D,) of each."""
         return self._texts.encode(texts)
 
-    def cut(self, text: str) -> tuple[int, int] | None:
-        """Tokens that are read and tokens of a text when these are more."""
-        return cut(self._tokenizer, text)
+    def truncation(self, text: str) -> tuple[int, int] | None:
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
+        return truncation(self._tokenizer, text)
 
     def embed(self, images: Tensor) -> Tensor:
         """The unit vectors (B, D) of images (B, 3, H, W) in 0..1."""
         pixels = self._pixels(images)
-        with self._awake(), self._autocast():
+        with self._on_device(), self._autocast():
             return _unit(self._model.encode_image(pixels))  # type: ignore[operator]
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
-        tokens = send(self._tokenizer(texts), self._device)
-        with self._awake(), self._autocast():
+        tokens = copy_async(self._tokenizer(texts), self._device)
+        with self._on_device(), self._autocast():
             words = _unit(self._model.encode_text(tokens))  # type: ignore[operator]
         return [each.clone() for each in words]
 
@@ -109,15 +113,15 @@ class TextClip(_Clip):
 class ImageClip(_Clip):
     """The vision tower of a CLIP in transformers' layout, and its projection."""
 
-    def __init__(self, tower: CLIPVisionModelWithProjection, use: ClipUse, device: str, rests: bool = False) -> None:
+    def __init__(self, tower: CLIPVisionModelWithProjection, use: ClipUse, device: str, offload: bool = False) -> None:
         own = {"size": tower.config.image_size, "mean": _OPENAI_MEAN, "std": _OPENAI_STD}
-        super().__init__(tower, use, own, device, rests)
-        self._tower = tower if rests else tower.to(device)
+        super().__init__(tower, use, own, device, offload)
+        self._tower = tower if offload else tower.to(device)
         self._weights = tower.dtype
 
     @classmethod
     def load(
-        cls, folder: Path, choice: ModelChoice, use: ClipUse | None, device: str, rests: bool = False
+        cls, folder: Path, choice: ModelChoice, use: ClipUse | None, device: str, offload: bool = False
     ) -> ImageClip:
         """From a folder with ``config.json`` and safetensors, of which only the tower is read; no code of the folder's.
 
@@ -139,12 +143,12 @@ class ImageClip(_Clip):
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(map(str, about[what])):
                 raise WeightsError(f"{folder}: not the weights of its vision tower: {what}: {', '.join(names[:5])}")
-        return cls(tower.eval().requires_grad_(False), use or ClipUse(1.0), device, rests)
+        return cls(tower.eval().requires_grad_(False), use or ClipUse(1.0), device, offload)
 
     def embed(self, images: Tensor) -> Tensor:
         """The unit vectors (B, D) of images (B, 3, H, W) in 0..1."""
         pixels = self._pixels(images).to(self._weights)
-        with self._awake():
+        with self._on_device():
             return _unit(self._tower(pixels).image_embeds)
 
 

@@ -52,7 +52,7 @@ class Makers:
         candidates: Candidates,
         gallery: Gallery,
         events: Events,
-        device: str,
+        device: Callable[[], str],
         record: Callable[[Any, float], None],
     ) -> None:
         self.gallery = gallery
@@ -128,7 +128,7 @@ class Makers:
                 files[SPLAT] = asset.ply
                 with suppress(Exception):  # the page shows it without
                     files[THUMBNAIL] = await self._engine.call(
-                        partial(_thumbnail, data=asset.ply, device=self._device), False
+                        partial(_thumbnail, data=asset.ply, device=self._device()), False
                     )
             report = asset.report
             result = Result(

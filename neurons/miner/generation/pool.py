@@ -57,7 +57,7 @@ class Pace:
     `cost`: time in which it had any work, per finished candidate, whether it works on one at a time or on many.
     `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
     and a longer one slowly, because the shortest is what a task takes without a wait. Several candidates of a task take
-    longer than one, so that they can only shorten it.
+    longer than one, but at most as many times as long: they shorten it by their whole time, and lengthen it by a share.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -85,7 +85,7 @@ class Pace:
             self.cost = self._busy_sum / self._finished
             duration = self._changed_at - begun
             before = duration if self.duration is None else self.duration
-            self.duration = min(duration, before + NEWEST_SHARE * (duration - before) * (finished == 1))
+            self.duration = min(duration, before + NEWEST_SHARE * max(duration / finished - before, 0.0))
 
     def _advance(self, change: int) -> None:
         now = self._now()
@@ -327,8 +327,10 @@ async def _ask(service: Service, task: Task, seed: int, candidates: int, budget:
 
 
 def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:
-    is_result = not attempt.cancelled() and attempt.exception() is None
-    pace.end(begun, finished=attempt.result().candidates if is_result else 0)
+    result = None if attempt.cancelled() or attempt.exception() is not None else attempt.result()
+    # What was rejected before its splat was made says nothing of the time that a splat takes.
+    is_made = result is not None and (result.ply or result.score is not None)
+    pace.end(begun, finished=result.candidates if result is not None and is_made else 0)
 
 
 def _set(event: asyncio.Event, value: bool) -> None:

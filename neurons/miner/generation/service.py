@@ -174,9 +174,8 @@ class GenerationService:
                     raise EndpointUnavailable(reason)  # of whatever stands before the service
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
-                if not ply and isinstance(task, ImageTask) and headers.get("X-Num-Gaussians") == "0":
-                    # Nothing was found in the picture. How it is looked for does not depend on the seed.
-                    raise GenerationFailed(quoted(headers.get("X-Rejected", "nothing was made of the picture")))
+                if not ply and headers.get("X-Hopeless") == "1":
+                    raise GenerationFailed(quoted(headers.get("X-Rejected", "no seed gives a splat")))
                 return Generated(
                     ply,
                     _score(headers.get("X-Score")),

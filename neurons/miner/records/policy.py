@@ -52,14 +52,19 @@ class Policy:
             return PRIOR_ACCEPTED / PRIOR_TASKS / self._typical_s
         probability = (PRIOR_ACCEPTED + standing.accepted) / (PRIOR_TASKS + standing.submitted)
         # By tasks worked on, not by those submitted: the newest has cost its time already and is not submitted yet.
-        seconds = (PRIOR_TASKS * self._typical_s + standing.gpu_s) / (PRIOR_TASKS + _tasks(standing))
+        seconds = (PRIOR_TASKS * self._typical_s + _needed_gpu_s(standing)) / (PRIOR_TASKS + _tasks(standing))
         return probability / seconds
 
 
 def _gpu_s_per_task(standings: Collection[Standing]) -> float | None:
     """Over all validators together."""
-    seconds, tasks = sum(each.gpu_s for each in standings), sum(_tasks(each) for each in standings)
+    seconds, tasks = sum(_needed_gpu_s(each) for each in standings), sum(_tasks(each) for each in standings)
     return seconds / tasks if seconds and tasks else None
+
+
+def _needed_gpu_s(standing: Standing) -> float:
+    """One candidate of each task. Further ones are made only in time that nothing else needs."""
+    return standing.gpu_s / max(standing.candidates or 1.0, 1.0)
 
 
 def _tasks(standing: Standing) -> int:

@@ -73,6 +73,14 @@ class BestOf:
         count = self._capacity.candidates_within(seconds - TRANSFER_S, min(tasks, self._workers))
         return Round(min(count, left), seconds) if count > 0 else None
 
+    def free_seconds(self, assignment: Assignment) -> float:
+        """How long the validator's next task can be held for more candidates; 0 where it gets no more than one."""
+        submission = self._submission_s.get(assignment.validator.hotkey)
+        if self._most == 1 or submission is None:
+            return 0.0
+        free = assignment.free_until - assignment.pulled_at - submission - MARGIN_S
+        return free if self._capacity.candidates_within(free - TRANSFER_S, 1) > 1 else 0.0
+
     def submitted(self, assignment: Assignment) -> None:
         """Its result is on its way: how long that takes is what the next one has to leave time for."""
         began, hotkey = self._now(), assignment.validator.hotkey

@@ -17,6 +17,7 @@ from neurons.miner.records.events import Pull, PullOutcome, Recorder
 from neurons.miner.submission.submitter import Submitter, ValidatorCaller, status_of
 from neurons.miner.supervisor import keep_running
 from neurons.miner.tasks.admission import Admission, Forecast, Place
+from neurons.miner.tasks.phases import Phases
 from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.directory import ValidatorDirectory
 from neurons.protocol import PULL_TIMEOUT_S, PullTask
@@ -64,9 +65,10 @@ class AsyncTaskManager:
         threshold: float,
         cooldowns: Mapping[str, float] = MappingProxyType({}),
         worth_asking_at: Callable[[str], float] = lambda _: 0.0,
+        phases: Phases | None = None,
     ) -> None:
         """`cooldowns`: hotkey -> unix time until which the validator may not be asked, from an earlier run.
-        `worth_asking_at` says the same of one that is not worth it now.
+        `worth_asking_at` says the same of one that is not worth it now. Without `phases` each is asked at once.
         """
         self._dendrite = dendrite
         self._directory = directory
@@ -78,6 +80,7 @@ class AsyncTaskManager:
         self._threshold = threshold
         self._known_cooldowns = dict(cooldowns)
         self._worth_asking_at = worth_asking_at
+        self._phases = phases
         self._admission = Admission(generators, workers)
         self._places: dict[Assignment, Place] = {}
         self._queue: asyncio.Queue[Assignment | None] = asyncio.Queue()
@@ -115,6 +118,8 @@ class AsyncTaskManager:
         now = self._now()
         self._known_cooldowns = {hotkey: until for hotkey, until in self._known_cooldowns.items() if until > now}
         self._clocks.keep(self._pollers.keys())
+        if self._phases is not None:
+            self._phases.keep(self._pollers.keys())
 
     async def next_assignment(self) -> Assignment | None:
         """The next task to work on; None once the manager is closed. `finished` is to be called with it."""
@@ -271,7 +276,8 @@ class AsyncTaskManager:
         self._places[assignment] = place
         try:
             self._queue.put_nowait(assignment)
-            return await assignment.settled
+            ask_again_at = await assignment.settled
+            return ask_again_at if self._phases is None else self._phases.apart(assignment, ask_again_at)
         finally:
             del self._places[assignment]
 

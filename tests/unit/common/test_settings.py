@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from common.settings import (
     Given,
     Many,
     Score,
+    Switch,
     Whole,
     Words,
     setting,
@@ -27,10 +29,11 @@ from common.settings import (
 )
 from generation import arguments
 from neurons.miner import options
+from scripts.ops import cluster
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "configs" / "competitive.example.toml"
-ALL = {**arguments.TABLES, **options.TABLES}
+ALL = {**arguments.TABLES, **options.TABLES, **cluster.TABLES}
 
 
 def address(value: object) -> str:
@@ -328,6 +331,46 @@ def test_the_declarations_need_nothing_installed() -> None:
     """The deploy script reads them before it installs anything."""
     code = "import generation.arguments, neurons.miner.options, sys; sys.exit('pydantic' in sys.modules)"
     subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+class TestSwitch:
+    """One that is off where nothing says that it is on."""
+
+    @staticmethod
+    def parse(*argv: str, content: str = "") -> Given:
+        @dataclass(frozen=True, kw_only=True)
+        class Place:
+            head: bool = setting(False, Switch(), "a head", flags=("--the-head",))
+
+        file = Path(os.environ["SETTINGS"])
+        file.write_text(content)
+        return CommandLine("deploy", "", {"cluster": Place}, default_file=file).parse(argv)
+
+    @pytest.fixture(autouse=True)
+    def settings_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SETTINGS", str(tmp_path / "competitive.toml"))
+
+    def test_flag_variable_and_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.parse()["cluster"].head is False
+        assert self.parse("--the-head")["cluster"].head is True
+        assert self.parse(content="[cluster]\nhead = true\n")["cluster"].head is True
+        monkeypatch.setenv("COMPETITIVE_CLUSTER_HEAD", "false")
+        given = self.parse(content="[cluster]\nhead = true\n")
+        assert given["cluster"].head is False
+        assert given.flags("cluster") == []
+        assert self.parse("--the-head").flags("cluster") == ["--the-head"]
+
+    def test_it_is_saved_as_what_toml_has_for_it(self) -> None:
+        given = self.parse("--the-head", "--save")
+        given.save()
+        text = Path(os.environ["SETTINGS"]).read_text()
+        assert tomllib.loads(text) == {"cluster": {"head": True}}
+
+    @pytest.mark.parametrize("value", ['"true"', "1", "[]"])
+    def test_what_is_neither_is_told(self, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            self.parse(content=f"[cluster]\nhead = {value}\n")
+        assert "must be true or false" in capsys.readouterr().err
 
 
 class TestTogether:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from scripts.ops import deploy, environment, probe, serve, systemd
 from scripts.ops.processes import MODULES, Refused
 
-NAMES = ("generation_service", "rehearsal", "miner")
+NAMES = ("ray", "generation_service", "rehearsal", "miner")
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def test_systemd_finds_no_fault_in_them(tmp_path: Path) -> None:
     for name, content in systemd.render(NAMES, root, getpass.getuser()).items():
         (tmp_path / name).write_text(content)
     units = sorted([*tmp_path.glob("*.service"), *tmp_path.glob("*.target")])
-    assert len(units) == 4
+    assert len(units) == 5
     checked = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
     (tmp_path / "competitive-miner.service").write_text("[Service]\nExecStart=/nowhere/python\nRestrat=always\n")
@@ -76,16 +80,53 @@ def test_what_systemd_starts_is_what_deploy_starts(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(probe, "health_of", lambda url: {"status": "ready", "engines": [{"at_once": 5}]})
     python = str(environment.PYTHON)
-    service = serve.command("generation_service")
+    deployment = deploy.Deployment(deploy.parse([], tmp_path))
+    service = serve.command(deployment, "generation_service")
     assert service[:3] == [python, "-m", MODULES["generation_service"]]
     assert service[3:5] == ["--port", "12345"]
     assert service[-2:] == ["--profile", "full"]
-    miner = serve.command("miner")
+    miner = serve.command(deployment, "miner")
     assert miner[:3] == [python, "-m", MODULES["miner"]]
     assert miner[miner.index("--workers") + 1] == "10"  # five places here and five far away
-    assert miner[miner.index("--network") + 1] == "finney"
-    endpoints = [miner[place + 1] for place, word in enumerate(miner) if word == "--generation.endpoint"]
-    assert endpoints == ["http://127.0.0.1:12345", "http://far:1"]
+    variables = deployment.variables("miner")
+    assert variables["COMPETITIVE_NETWORK_NAME"] == "finney"
+    assert variables["COMPETITIVE_MINER_ENDPOINTS"] == "http://127.0.0.1:12345 http://far:1"
+    assert variables.items() >= os.environ.items()
+
+
+def test_units_are_refused_what_they_will_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By variables it would decide for the network that is mined on, and the units would rehearse."""
+    monkeypatch.setenv("COMPETITIVE_WALLET_NAME", "cold")
+    with pytest.raises(Refused, match="COMPETITIVE_WALLET_NAME"):
+        deploy.deploy(deploy.parse(["--install-service"], tmp_path), tmp_path)
+
+
+def test_a_service_behind_a_password_tells_its_places() -> None:
+    """By the user and password of its address, as the miner asks it."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"engines": [{"at_once": 9}]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert probe.workers_for([f"http://miner:se%3Acret@127.0.0.1:{server.server_port}/"]) == 9
+        server.shutdown()
+    assert seen == [aiohttp.encode_basic_auth("miner", "se:cret")]
+
+
+def test_a_service_that_does_not_tell_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert probe.workers_for(["http://miner:secret@nowhere.invalid:10006/"]) == probe.WORKERS
+    told = capsys.readouterr().out
+    assert "nowhere.invalid:10006" in told
+    assert "secret" not in told
 
 
 def test_health_checks_of_containers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,19 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.accelerate.pinned import send
+from generation.accelerate.pinned import copy_async
 from generation.generators.base import Checkpoint
 from generation.generators.dreamgaussian.guidance.distillation import Distillation
 from generation.generators.multiview.attention import camera_embedding, join_views
-from generation.generators.multiview.sampling import Drawing, Sampler, Schedule, guided, known_frame, nothing_known
-from generation.generators.multiview.words import Words
+from generation.generators.multiview.sampling import (
+    Sampler,
+    Schedule,
+    ViewSampling,
+    guided_noise,
+    known_frame,
+    views_only,
+)
+from generation.generators.multiview.text_encoder import TextEncoder
 from generation.weights.latent_diffusion import load_unet
 from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
@@ -39,7 +46,7 @@ class MVDream(Distillation):
         super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
-        self._texts = Words(text_encoder, tokenizer)
+        self._texts = TextEncoder(text_encoder, tokenizer)
         self._networks.append(self._texts.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
 
@@ -68,9 +75,9 @@ class MVDream(Distillation):
         """See `TextGuidance.encode`."""
         self._texts.encode(texts)
 
-    def cut(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.cut`."""
-        return self._texts.cut(text)
+    def truncation(self, text: str) -> tuple[int, int] | None:
+        """See `TextGuidance.truncation`."""
+        return self._texts.truncation(text)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
@@ -93,7 +100,7 @@ class MVDream(Distillation):
         """See `TextGuidance.sample`. All V views attend to each other."""
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
-        latents = send(latents, self._unet.device)
+        latents = copy_async(latents, self._unet.device)
         known: tuple[Tensor, ...] = ()
         if first is not None:
             known = self._latents(self._resize(first[None].to(latents)))[0].to(latents), latents[0]
@@ -102,15 +109,15 @@ class MVDream(Distillation):
             return self._guided(both, t, camera_to_world, words, guidance_scale)
 
         schedule = Schedule.of(self._scheduler, steps, self._unet.device)
-        sampler = Sampler(schedule, noise, known_frame(0) if known else nothing_known)
-        drawing = Drawing(latents, condition, known, steps)
+        sampler = Sampler(schedule, noise, known_frame(0) if known else views_only)
+        sampling = ViewSampling(latents, condition, known, steps)
         try:
             self._joint.views = views
-            while not drawing.done:
-                sampler.step([drawing])
+            while not sampling.done:
+                sampler.step([sampling])
         finally:
             self._joint.views = self.views
-        latents = drawing.latents.to(self._unet.dtype)
+        latents = sampling.latents.to(self._unet.dtype)
         if known:
             latents[0] = known[0]
         images = self._vae.decode(latents / self._vae.config.scaling_factor).sample
@@ -130,4 +137,4 @@ class MVDream(Distillation):
     def _guided(self, both: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float) -> Tensor:
         """Of noisy latents (2, S * V, C, h, w) and steps (2, S * V): without the conditions (S, 2, L, C), and with."""
         cameras = camera_embedding(camera_to_world, self._front_azimuth)
-        return guided(self._unet, both, t, cameras, conditions, scale)
+        return guided_noise(self._unet, both, t, cameras, conditions, scale)

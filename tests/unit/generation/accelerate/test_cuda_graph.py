@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generation.accelerate import cuda_graph
-from generation.accelerate.compiled import ChannelwiseGroupNorm, Upsampling, compile_autoencoder
-from generation.accelerate.cuda_graph import COMPILED_SIZES, Captured, pieces
-from generation.accelerate.group_norm import ImageNorm, group_norm
+from generation.accelerate.compiled import ChannelwiseGroupNorm, FusedUpsample, compile_autoencoder
+from generation.accelerate.cuda_graph import COMPILED_SIZES, GraphedFunction, split_batch
+from generation.accelerate.group_norm import FusedGroupNorm, group_norm
 from generation.accelerate.unet import compile_unet
 from generation.generators.dreamgaussian.guidance.distillation import Distillation, with_gradient
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
@@ -28,7 +28,7 @@ from tests.support.tensors import gradient as gradient_of
 
 @given(st.integers(1, 40))
 def test_pieces_cover_all_scenes_in_compiled_sizes(scenes):
-    cuts = pieces(scenes)
+    cuts = split_batch(scenes)
     assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(scenes))
     assert {cut.stop - cut.start for cut in cuts} <= set(COMPILED_SIZES)
     assert len(cuts) <= scenes // max(COMPILED_SIZES) + 2
@@ -65,10 +65,10 @@ def test_normalisation_of_images_is_group_normalisation():
     torch.nn.init.normal_(plain.weight)
     torch.nn.init.normal_(plain.bias)
     x, added = (torch.randn(3, 12, 5, 7) * 3 + 2).contiguous(memory_format=torch.channels_last), torch.randn(3, 12)
-    assert torch.allclose(ImageNorm(plain)(x), plain(x), atol=1e-5)
-    assert torch.allclose(ImageNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
+    assert torch.allclose(FusedGroupNorm(plain)(x), plain(x), atol=1e-5)
+    assert torch.allclose(FusedGroupNorm(plain)(x, added[0]), plain(x + added[0, :, None, None]), atol=1e-5)
     expected = torch.nn.functional.silu(plain(x + added[:, :, None, None]))
-    assert torch.allclose(ImageNorm(plain, silu=True)(x, added), expected, atol=1e-5)
+    assert torch.allclose(FusedGroupNorm(plain, silu=True)(x, added), expected, atol=1e-5)
     given = (x, added, plain.weight, plain.bias, 4, 1e-5, True)
     torch.library.opcheck(group_norm, given, test_utils=("test_schema", "test_faketensor"))
 
@@ -78,8 +78,8 @@ def test_upsampling_in_one_is_upsampling_and_then_a_convolution():
     torch.manual_seed(0)
     plain = Upsample2D(8, use_conv=True, out_channels=6)
     x = torch.randn(2, 8, 5, 7)
-    assert torch.allclose(Upsampling(plain)(x), plain(x), atol=1e-5)
-    assert torch.equal(Upsampling(plain)(x, (9, 13)), plain(x, (9, 13)))
+    assert torch.allclose(FusedUpsample(plain)(x), plain(x), atol=1e-5)
+    assert torch.equal(FusedUpsample(plain)(x, (9, 13)), plain(x, (9, 13)))
 
 
 @pytest.mark.parametrize("kind", ["mvdream", "zero123"])
@@ -140,7 +140,7 @@ def test_what_is_compiled_is_kept_beside_the_code():
 
 
 def test_shapes_that_were_not_captured_are_computed():
-    double = Captured(lambda x, factor: (factor * x,))
+    double = GraphedFunction(lambda x, factor: (factor * x,))
     assert double(torch.ones(2), constants=(2.0,))[0].tolist() == [2.0, 2.0]
 
 
@@ -163,13 +163,13 @@ def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> 
         def replay(self) -> None:
             self.outputs += 1
 
-    def capture(step: cuda_graph.Captured, *inputs: torch.Tensor, constants: tuple = ()) -> None:
+    def capture(step: cuda_graph.GraphedFunction, *inputs: torch.Tensor, constants: tuple = ()) -> None:
         captured.append(tuple(inputs[0].shape))
         outputs = torch.zeros(1)
         step._graphs[cuda_graph._key(inputs, constants)] = cuda_graph._Graph(Graph(outputs), inputs, (outputs,))
 
-    monkeypatch.setattr(cuda_graph.Captured, "capture", capture)
-    step = cuda_graph.Captured(lambda x: (x,))
+    monkeypatch.setattr(cuda_graph.GraphedFunction, "capture", capture)
+    step = cuda_graph.GraphedFunction(lambda x: (x,))
     step.capture(torch.zeros(2))
     step.capture(torch.zeros(3))
     step(torch.ones(2))

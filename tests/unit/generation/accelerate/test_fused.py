@@ -12,7 +12,7 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from generation.accelerate.fused import ResidualBlock
-from generation.accelerate.kernels.normalise import measure
+from generation.accelerate.kernels.group_norm import compute_statistics
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -38,4 +38,4 @@ def test_blocks_of_other_kinds_are_refused(other):
 def test_an_image_in_another_order_is_refused():
     block = ResidualBlock(ResnetBlock2D(in_channels=8, groups=4, temb_channels=None))
     with pytest.raises(ValueError, match="expected channels last"):
-        measure(torch.rand(2, 8, 3, 3), block.norms[0])
+        compute_statistics(torch.rand(2, 8, 3, 3), block.norms[0])

@@ -292,7 +292,7 @@ def test_requests_join_between_ticks_up_to_the_batch() -> None:
 
 def test_full_memory_lets_fewer_join() -> None:
     with serving(max_queue=8, max_batch=3) as service:
-        service.pipeline.limit = SimpleNamespace(now=1)
+        service.pipeline.limit = SimpleNamespace(current=1)
         held = [hold(service) for _ in range(2)]
         wait_until(lambda: len(service.engine.active) == 1 and service.engine.queue_depth == 1)
         assert service.engine.health()[0]["at_once"] == 1

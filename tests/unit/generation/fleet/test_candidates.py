@@ -160,16 +160,17 @@ def test_a_refusal_is_told_and_a_later_one_loses_nothing() -> None:
     assert (asset.ply, len(engine.begun)) == (b"splat 0", 2)
 
 
-def test_nothing_in_a_picture_is_found_with_no_other_seed() -> None:
+@pytest.mark.parametrize(("hopeless", "begun"), [(True, 1), (False, 8)])
+def test_other_seeds_follow_unless_none_can_help(hopeless: bool, begun: int) -> None:
     engine = Engine(places=1)
 
     async def generate(request: Request, on_progress: Any = None) -> Asset:
         engine.begun.append(request)
-        return Asset(b"", Report(request.seed, rejected="nothing stands out"))
+        return Asset(b"", Report(request.seed, rejected="nothing stands out", hopeless=hopeless))
 
     engine.generate = generate  # type: ignore[method-assign]
     best(engine, of(8, prompt=None, image=Image.new("RGB", (8, 8))))
-    assert len(engine.begun) == 1
+    assert len(engine.begun) == begun
 
 
 def test_who_hangs_up_cancels_them_all() -> None:

@@ -63,7 +63,7 @@ def made(settings: Settings, most: int = 4) -> tuple[Pipeline, Any, Any]:
     """The real pipeline around the generators of ``settings``, and these, for texts and for pictures."""
     matting: Any = WhiteIsBackground()
     text, image = assemble.load_generators(settings, Parts({}, matting.remove, "cpu"))
-    turns = settings.models.generators_rest_on == "cpu"
+    turns = settings.models.offload_generators
     painter: Any = Painter() if settings.options.draws else None
     return Pipeline(painter, matting, text, image, colour_check(), "cpu", [], most, turns), text, image
 
@@ -208,9 +208,19 @@ class TestPipeline:
         outcomes = finish(pipeline, jobs)
         assert all(outcome.ply for outcome in outcomes)
         assert outcomes[0].ply == alone
-        assert pipeline.limit.now == 1
+        assert pipeline.limit.current == 1
         begun = [each for each in text.log if each[0] == "begin"]
         assert begun == [("begin", "red", True)] * 3 + [("begin", "red", False)] * 3  # a prefetched value is used once
+
+    def test_a_text_is_drawn_by_the_template_of_its_own_generator(self, resolve: Callable[..., Settings]) -> None:
+        templates = ("{prompt} seen from the left", "{prompt} seen from the right")
+        configs = [f"{BALL}\nprompt_template: '{template}'" for template in templates]
+        pipeline, *_ = made(resolve(*configs))
+        drawn: list[str] = []
+        paint = pipeline._text_to_image.generate  # type: ignore[union-attr]
+        pipeline._text_to_image.generate = lambda texts, seeds: drawn.extend(texts) or paint(texts, seeds)  # type: ignore
+        finish(pipeline, [pipeline.begin(ask("a red ball")), pipeline.begin(show())])
+        assert drawn == ["a red ball seen from the left"]
 
     def test_what_can_be_prefetched_is_while_the_picture_is_drawn(self, resolve: Callable[..., Settings]) -> None:
         pipeline, text, _ = made(resolve(SCULPTURE))
@@ -247,22 +257,22 @@ class TestTurns:
     @pytest.fixture
     def pair(self, resolve: Callable[..., Settings]) -> tuple[Pipeline, Ball, Sculpture]:
         settings = resolve(BALL, f"{SCULPTURE}\nticks: 5")
-        models = settings.models.model_copy(update={"generators_rest_on": "cpu"})
+        models = settings.models.model_copy(update={"offload_generators": True})
         pipeline, text, image = made(settings.model_copy(update={"models": models}))
         pipeline._judge = lambda jobs: [Check({}, 1.0) for _ in jobs]  # type: ignore[method-assign]
         return pipeline, text, image
 
-    def test_they_begin_at_rest_and_are_never_both_awake(self, pair: tuple[Pipeline, Ball, Sculpture]) -> None:
+    def test_they_begin_offloaded_and_are_never_both_loaded(self, pair: tuple[Pipeline, Ball, Sculpture]) -> None:
         pipeline, text, image = pair
-        assert not text.awake
-        assert not image.awake
+        assert not text.loaded
+        assert not image.loaded
         jobs = [pipeline.begin(each) for each in (show(1), ask("red", 2), show(3), ask("blue", 4))]
         while unfinished := [job for job in jobs if job.outcome is None]:
             pipeline.tick(unfinished)
-            assert not (text.awake and image.awake)
+            assert not (text.loaded and image.loaded)
         assert all(isinstance(job.outcome, Asset) and job.outcome.ply for job in jobs)
         # One turn for each kind: the second picture goes along with the first, and so does the second text.
-        assert (text.log.count(("wake",)), image.log.count(("wake",))) == (1, 1)
+        assert (text.log.count(("onload",)), image.log.count(("onload",))) == (1, 1)
 
     def test_a_kind_that_goes_on_coming_does_not_keep_the_turn(self, pair: tuple[Pipeline, Ball, Sculpture]) -> None:
         pipeline, *_ = pair
@@ -282,18 +292,18 @@ class TestTurns:
     ) -> None:
         pipeline, text, image = pair
 
-        def wake() -> None:
-            image.awake = True  # half of it
+        def onload() -> None:
+            image.loaded = True  # half of it
             raise torch.OutOfMemoryError("CUDA out of memory")
 
         with monkeypatch.context() as full:
-            full.setattr(image, "wake", wake)
+            full.setattr(image, "onload", onload)
             with pytest.raises(torch.OutOfMemoryError):
                 pipeline.tick([pipeline.begin(show())])
         assert finish(pipeline, [pipeline.begin(ask("red"))])[0].ply
-        assert not image.awake
+        assert not image.loaded
         assert finish(pipeline, [pipeline.begin(show())])[0].ply
-        assert not text.awake
+        assert not text.loaded
 
     def test_the_wait_for_a_turn_is_not_in_the_report(
         self, pair: tuple[Pipeline, Ball, Sculpture], monkeypatch: pytest.MonkeyPatch
@@ -336,6 +346,13 @@ class TestAssembly:
         assert text.clay.name == "red clay"
         assert told == ["loading red clay for clay onto cpu"]
         assert parts.load("clay", str) is not text.clay  # built differently
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_a_checkpoint_is_loaded_in_the_dtype_of_the_models_file(self, tmp_path: Path, dtype: str) -> None:
+        (tmp_path / "card.json").write_text('{"name": "red clay", "licence": "MIT"}')
+        choice = ModelChoice(model=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(tmp_path, lookup(choice), choice, "cpu")
+        assert checkpoint.dtype is getattr(torch, dtype)
 
     def test_what_a_generator_needs_must_be_in_the_models_file(self, resolve: Callable[..., Settings]) -> None:
         with pytest.raises(SettingsError, match="needs_clay is true, but the models file has no clay"):
@@ -391,7 +408,7 @@ def test_the_project_s_own_generator_fits_the_door() -> None:
     from generation.generators.dreamgaussian.scene import Scene
 
     members = [name for name in Generator.__dict__ if not name.startswith("_") and name not in ("name", "cutout")]
-    assert {"tick", "begin", "rest"} <= set(members)
+    assert {"tick", "begin", "offload"} <= set(members)
     assert all(hasattr(DreamGaussian, name) for name in members)
     assert DreamGaussian.name == "dreamgaussian"
     assert all(hasattr(Scene, name) for name in ("fraction", "done", "gaussians"))

@@ -415,33 +415,32 @@ def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
     text = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     image = Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False)
 
-    def result(rests: bool) -> torch.Tensor:
+    def result(offloads: bool) -> torch.Tensor:
         given = options(iters=2, lambda_zero123=1.0, num_pts=50)
         dg = DreamGaussian(text, given, "cpu", lambda images: images[:, :1], image)
         scene = dg.begin(Subject("a red square", cutout(), 3))
         while not scene.done:
             dg.tick([scene])
-            if rests:
-                dg.rest()
-                dg.rest()
-                dg.wake()
-                dg.wake()
+            if offloads:
+                dg.offload()
+                dg.offload()
+                dg.onload()
+                dg.onload()
         return scene.gaussians().means.detach()
 
-    assert torch.equal(result(rests=True), result(rests=False))
+    assert torch.equal(result(offloads=True), result(offloads=False))
 
 
-def test_all_networks_of_a_guidance_rest(mini_models) -> None:
+def test_all_networks_of_a_guidance_are_offloaded(mini_models) -> None:
     for guidance in (
         MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32),
         Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False),
     ):
         parts = [part for part in vars(guidance).values() if isinstance(part, torch.nn.Module)]
         parameters = {id(p): p for part in parts for p in part.parameters()}.values()
-        guidance.rest()
-        at_rest = {id(p): p.data_ptr() for p in parameters}
-        guidance.wake()
-        guidance.rest()
-        assert all(p.data_ptr() == at_rest[id(p)] for p in parameters)
-        assert guidance._resting is not None
-        assert {id(p) for p, _ in guidance._resting._at_rest} == set(at_rest)
+        guidance.offload()
+        pinned = {id(p): p.data_ptr() for p in parameters}
+        guidance.onload()
+        guidance.offload()
+        assert all(p.data_ptr() == pinned[id(p)] for p in parameters)
+        assert {id(p) for p, _ in guidance._offloaded._pinned} == set(pinned)

@@ -27,7 +27,7 @@ SMALL = Config(
 
 
 @dataclass
-class Drawing:
+class ViewSampling:
     words: str
     seed: int
     cutout: Tensor | None
@@ -43,7 +43,7 @@ class Drawing:
 
 
 @dataclass
-class Drawer:
+class MultiViewModel:
     """In place of a diffusion model: views of noise, by words and seed."""
 
     image_size: int = 16
@@ -52,29 +52,29 @@ class Drawer:
 
     def begin(self, words, cutouts, seeds):
         self.begun.append(list(words))
-        return [Drawing(*each) for each in zip(words, seeds, cutouts, strict=True)]
+        return [ViewSampling(*each) for each in zip(words, seeds, cutouts, strict=True)]
 
-    def step(self, drawings):
-        self.together.append(len(drawings))
-        for drawing in drawings:
-            drawing.at += 1
+    def step(self, samplings):
+        self.together.append(len(samplings))
+        for sampling in samplings:
+            sampling.at += 1
 
-    def views(self, drawings):
-        seeds = [drawing.seed + len(drawing.words) for drawing in drawings]
+    def views(self, samplings):
+        seeds = [sampling.seed + len(sampling.words) for sampling in samplings]
         return torch.stack([torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
-    def cut(self, text):
+    def truncation(self, text):
         return (77, 90) if len(text) > 20 else None
 
     def encode(self, texts):
         self.begun.append(list(texts))
 
 
-def generator(**options) -> tuple[Lgm, Drawer]:
+def generator(**options) -> tuple[Lgm, MultiViewModel]:
     torch.manual_seed(0)
-    network, drawer = LGM(SMALL).eval().requires_grad_(False), Drawer()
+    network, multiview = LGM(SMALL).eval().requires_grad_(False), MultiViewModel()
     matting = lambda images: torch.ones_like(images[:, :1])  # noqa: E731
-    return Lgm(network, drawer, LgmOptions(**options), "cpu", matting), drawer  # type: ignore[arg-type]
+    return Lgm(network, multiview, LgmOptions(**options), "cpu", matting), multiview  # type: ignore[arg-type]
 
 
 def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
@@ -90,10 +90,10 @@ def made(lgm: Lgm, subjects: list[Subject]) -> list[Tensor]:
 
 def test_neighbours_do_not_matter():
     subjects = [Subject("a red cube", None, seed) for seed in range(5)]
-    lgm, drawer = generator(views_from="words")
+    lgm, multiview = generator(views_from="words")
     together = made(lgm, subjects)
-    assert drawer.begun == [["a red cube, 3d asset"] * 5]
-    assert drawer.together == [5, 5, 5]
+    assert multiview.begun == [["a red cube, 3d asset"] * 5]
+    assert multiview.together == [5, 5, 5]
     for subject, means in zip(subjects, together, strict=True):
         (alone,) = made(lgm, [subject])
         assert alone.shape == means.shape
@@ -101,7 +101,7 @@ def test_neighbours_do_not_matter():
 
 
 def test_works_join_and_leave():
-    lgm, drawer = generator(views_from="words")
+    lgm, multiview = generator(views_from="words")
     first = lgm.begin(Subject("a", None, 1))
     lgm.tick([first])
     second = lgm.begin(Subject("b", None, 2))
@@ -109,7 +109,7 @@ def test_works_join_and_leave():
         lgm.tick([work for work in (first, second) if not work.done])
     assert first.done
     assert not second.done
-    assert drawer.together == [1, 2, 2, 1]
+    assert multiview.together == [1, 2, 2, 1]
     assert first.fraction == 1
     assert second.fraction == 0.95
     lgm.tick([second])
@@ -121,15 +121,15 @@ def test_works_join_and_leave():
 def test_where_views_come_from():
     words, _ = generator(views_from="words")
     assert words.cutout is None
-    assert words.cut("a" * 30) == {"mvdream": (77, 90)}
-    assert words.cut("a") == {}
-    picture, drawer = generator(views_from="picture")
+    assert words.truncation("a" * 30) == {"mvdream": (77, 90)}
+    assert words.truncation("a") == {}
+    picture, multiview = generator(views_from="picture")
     assert picture.cutout == (16, 0.2)
     picture.encode(["a red cube"])
-    assert drawer.begun == [[""]]  # ImageDream needs no words
-    both, drawer = generator(views_from="picture_and_words", view_template="{prompt}")
+    assert multiview.begun == [[""]]  # ImageDream needs no words
+    both, multiview = generator(views_from="picture_and_words", view_template="{prompt}")
     both.encode(["a red cube", ""])
-    assert drawer.begun == [["a red cube", ""]]
+    assert multiview.begun == [["a red cube", ""]]
 
 
 def test_almost_transparent_gaussians_are_left_out():

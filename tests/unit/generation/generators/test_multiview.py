@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from generation.accelerate.unet import compile_unet
-from generation.generators.multiview import Drawing, ImageDream, MVDreamViews
+from generation.generators.multiview import ImageDream, MVDreamViews, ViewSampling
 from generation.generators.multiview.sampling import Sampler, Schedule
 from generation.weights import WeightsError
 from scripts.tools import small_imagedream
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawer(folder) -> ImageDream:
+def multiview(folder) -> ImageDream:
     return ImageDream.load(folder, "cpu", torch.float32, front_azimuth=90.0, steps=4)
 
 
@@ -41,22 +41,22 @@ def cutouts() -> list[Tensor]:
     return [first, first.flip(1), first.flip(2)]
 
 
-def finish(drawer: ImageDream | MVDreamViews, drawings: list[Drawing]) -> Tensor:
-    while not all(drawing.done for drawing in drawings):
-        drawer.step([drawing for drawing in drawings if not drawing.done])
-    return drawer.views(drawings)
+def finish(multiview: ImageDream | MVDreamViews, samplings: list[ViewSampling]) -> Tensor:
+    while not all(sampling.done for sampling in samplings):
+        multiview.step([sampling for sampling in samplings if not sampling.done])
+    return multiview.views(samplings)
 
 
 @pytest.mark.parametrize("kind", ["words", pytest.param("picture", marks=pytest.mark.slow)])
 def test_objects_join_between_steps_and_stay_what_they_are_alone(kind, request):
-    draws = request.getfixturevalue("drawer" if kind == "picture" else "of_words")
+    draws = request.getfixturevalue("multiview" if kind == "picture" else "of_words")
     words, seeds = ["a red cube", "", "a blue ball"], [1, 2, 3]
     pictures = cutouts() if kind == "picture" else [None] * 3
     alone = [finish(draws, draws.begin([w], [p], [s]))[0] for w, p, s in zip(words, pictures, seeds, strict=True)]
     first = draws.begin(words[:1], pictures[:1], seeds[:1])
     draws.step(first)
     together = first + draws.begin(words[1:], pictures[1:], seeds[1:])
-    assert [drawing.fraction for drawing in together] == [0.25, 0, 0]
+    assert [sampling.fraction for sampling in together] == [0.25, 0, 0]
     views = finish(draws, together)
     assert views.shape == (3, 4, 3, draws.image_size, draws.image_size)
     for drawn, expected in zip(views, alone, strict=True):
@@ -65,24 +65,24 @@ def test_objects_join_between_steps_and_stay_what_they_are_alone(kind, request):
 
 
 @pytest.mark.slow
-def test_a_seed_gives_other_views(drawer):
-    one, again, other = finish(drawer, drawer.begin([""] * 3, [small_imagedream.cutout()] * 3, [1, 1, 2]))
+def test_a_seed_gives_other_views(multiview):
+    one, again, other = finish(multiview, multiview.begin([""] * 3, [small_imagedream.cutout()] * 3, [1, 1, 2]))
     assert torch.allclose(one, again, atol=1e-5)
     assert not torch.allclose(one, other, atol=1e-2)
 
 
 @pytest.mark.slow
-def test_words_count_beside_a_picture(drawer):
+def test_words_count_beside_a_picture(multiview):
     picture = small_imagedream.cutout()
-    without, given = finish(drawer, drawer.begin(["", "a red cube"], [picture] * 2, [1, 1]))
+    without, given = finish(multiview, multiview.begin(["", "a red cube"], [picture] * 2, [1, 1]))
     assert not torch.allclose(without, given, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_failed_step_leaves_all_as_they_were(drawer, monkeypatch):
-    drawings = drawer.begin([""] * 3, cutouts(), [1, 2, 3])
-    before, calls = [drawing.latents for drawing in drawings], []
-    guided = drawer._guided
+def test_a_failed_step_leaves_all_as_they_were(multiview, monkeypatch):
+    samplings = multiview.begin([""] * 3, cutouts(), [1, 2, 3])
+    before, calls = [sampling.latents for sampling in samplings], []
+    guided = multiview._guided
 
     def fails(*args):
         calls.append(args)
@@ -90,18 +90,18 @@ def test_a_failed_step_leaves_all_as_they_were(drawer, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return guided(*args)
 
-    monkeypatch.setattr(drawer._sampler, "_guided", fails)
+    monkeypatch.setattr(multiview._sampler, "_guided", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        drawer.step(drawings)
+        multiview.step(samplings)
     assert all(
-        drawing.latents is latents and drawing.at == 0 for drawing, latents in zip(drawings, before, strict=True)
+        sampling.latents is latents and sampling.at == 0 for sampling, latents in zip(samplings, before, strict=True)
     )
 
 
 @pytest.mark.slow
-def test_a_picture_is_needed(drawer):
+def test_a_picture_is_needed(multiview):
     with pytest.raises(ValueError, match="a cut-out is missing"):
-        drawer.begin(["a red cube", ""], [small_imagedream.cutout(), None], [1, 2])
+        multiview.begin(["a red cube", ""], [small_imagedream.cutout(), None], [1, 2])
 
 
 def test_a_known_view_is_kept_and_seen(mini_models):
@@ -142,16 +142,16 @@ def test_it_is_the_guidance_s_sampling(mini_models):
 
 @pytest.mark.slow
 def test_it_rests_and_wakes(folder):
-    drawer = ImageDream.load(folder, "cpu", torch.float32, steps=2)
-    before = finish(drawer, drawer.begin([""], cutouts()[:1], [1]))
-    drawings = drawer.begin([""], cutouts()[:1], [1])
-    drawer.step(drawings)
+    multiview = ImageDream.load(folder, "cpu", torch.float32, steps=2)
+    before = finish(multiview, multiview.begin([""], cutouts()[:1], [1]))
+    samplings = multiview.begin([""], cutouts()[:1], [1])
+    multiview.step(samplings)
     for _ in range(2):
-        drawer.rest()
-        drawer.rest()
-        drawer.wake()
-        drawer.wake()
-    assert torch.equal(finish(drawer, drawings), before)
+        multiview.offload()
+        multiview.offload()
+        multiview.onload()
+        multiview.onload()
+    assert torch.equal(finish(multiview, samplings), before)
 
 
 @torch.no_grad()
@@ -175,23 +175,23 @@ def test_ddim_is_diffusers(steps):
     schedule = Schedule.of(scheduler, steps, "cpu")
     noise = torch.randn(steps, 1, 2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     start = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    drawing = Drawing(start, torch.zeros(2, 1, 1), (), steps)
+    sampling = ViewSampling(start, torch.zeros(2, 1, 1), (), steps)
     called: list[torch.Tensor] = []
 
     def known_noise(both: torch.Tensor, t: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         called.append(t)
-        return noise[drawing.at].flatten(0, 1)
+        return noise[sampling.at].flatten(0, 1)
 
     sampler = Sampler(schedule, known_noise)
     expected = start
     for number, t in enumerate(scheduler.timesteps):
         expected = scheduler.step(noise[number, 0], t, expected).prev_sample
-        sampler.step([drawing])
-    assert torch.allclose(drawing.latents, expected, atol=1e-5)
-    assert drawing.done
+        sampler.step([sampling])
+    assert torch.allclose(sampling.latents, expected, atol=1e-5)
+    assert sampling.done
     assert torch.equal(torch.stack(called)[:, 0, 0], scheduler.timesteps)
     with pytest.raises(ValueError, match="no further step"):
-        sampler.step([drawing])
+        sampler.step([sampling])
 
 
 def test_a_scheduler_of_another_kind_is_refused():

@@ -14,7 +14,7 @@ from generation.generators.kinds import load_options
 from generation.generators.trellis import generator as generator_module
 from generation.generators.trellis.condition import Condition
 from generation.generators.trellis.gaussian_decoder import RawGaussians
-from generation.generators.trellis.generator import BORDER, Making, Trellis
+from generation.generators.trellis.generator import BORDER, Trellis, TrellisWork
 from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.splats import SHOWN_WITH, TRAINED_WITH, capped, sharpened, to_gaussians
 from generation.generators.trellis.weights import Networks
@@ -46,7 +46,7 @@ def subject(seed: int) -> Subject:
     return Subject("", cutout, seed)
 
 
-def finished(generator: Trellis, *works: Making) -> list[Gaussians]:
+def finished(generator: Trellis, *works: TrellisWork) -> list[Gaussians]:
     while unfinished := [work for work in works if not work.done]:
         generator.tick(unfinished)
     return [work.gaussians() for work in works]
@@ -131,8 +131,8 @@ class TestMaking:
         generator = trellis(folder)
         (before,) = finished(generator, generator.begin(subject(0)))
         for _ in range(2):
-            generator.rest()
-            generator.wake()
+            generator.offload()
+            generator.onload()
         (after,) = finished(generator, generator.begin(subject(0)))
         assert apart(before, after) == 0
 

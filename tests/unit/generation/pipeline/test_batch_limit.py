@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from generation.pipeline import batch_limit
-from generation.pipeline.batch_limit import GOOD_BEFORE_MORE, BatchLimit, in_batches, is_out_of_memory
+from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE, BatchLimit, in_batches, is_out_of_memory
 
 
 def raised(error: Exception, cause: Exception | None = None, context: Exception | None = None) -> Exception:
@@ -44,43 +44,43 @@ def test_what_counts_as_out_of_memory(error, expected):
 class TestBatchLimit:
     def go_well(self, limit, count):
         for _ in range(count):
-            limit.went_well()
+            limit.succeeded()
 
     def test_halves_and_never_falls_under_one(self):
         limit = BatchLimit(8)
         seen = []
         for _ in range(5):
-            limit.out_of_memory(limit.now)
-            seen.append(limit.now)
+            limit.out_of_memory(limit.current)
+            seen.append(limit.current)
         assert seen == [4, 2, 1, 1, 1]
 
     def test_halves_what_ran_and_not_what_might_have(self):
         limit = BatchLimit(8)
         limit.out_of_memory(3)
-        assert limit.now == 1
+        assert limit.current == 1
 
     def test_a_late_error_of_a_larger_batch_raises_nothing(self):
         limit = BatchLimit(8)
         limit.out_of_memory(2)
         limit.out_of_memory(8)
-        assert limit.now == 1
+        assert limit.current == 1
 
     def test_grows_back_by_one_after_enough_good_ones_in_a_row(self):
         limit = BatchLimit(4)
         limit.out_of_memory(4)
-        self.go_well(limit, GOOD_BEFORE_MORE - 1)
-        assert limit.now == 2
+        self.go_well(limit, SUCCESSES_BEFORE_MORE - 1)
+        assert limit.current == 2
         limit.out_of_memory(2)  # the row is broken
-        self.go_well(limit, GOOD_BEFORE_MORE - 1)
-        assert limit.now == 1
-        limit.went_well()
-        assert limit.now == 2
+        self.go_well(limit, SUCCESSES_BEFORE_MORE - 1)
+        assert limit.current == 1
+        limit.succeeded()
+        assert limit.current == 2
 
     def test_never_grows_over_the_most(self):
         limit = BatchLimit(2)
         limit.out_of_memory(2)
-        self.go_well(limit, 5 * GOOD_BEFORE_MORE)
-        assert limit.now == 2
+        self.go_well(limit, 5 * SUCCESSES_BEFORE_MORE)
+        assert limit.current == 2
 
 
 class Card:
@@ -107,13 +107,13 @@ class TestInBatches:
         card, limit = Card(room=1), BatchLimit(4)
         assert in_batches(limit, range(4), card.work) == [0, 10, 20, 30]
         assert card.batches == [[0, 1, 2, 3], [0, 1], [0], [1], [2], [3]]
-        assert limit.now == 1
+        assert limit.current == 1
 
     def test_batches_are_no_requests(self):
         card, limit = Card(room=4), BatchLimit(4)
         limit.out_of_memory(4)
-        in_batches(limit, range(5 * GOOD_BEFORE_MORE), card.work)
-        assert limit.now == 2
+        in_batches(limit, range(5 * SUCCESSES_BEFORE_MORE), card.work)
+        assert limit.current == 2
 
     def test_what_was_done_is_not_done_again(self):
         results = iter([[1, 2], torch.OutOfMemoryError("full"), [3], [4]])

@@ -8,8 +8,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from generation.accelerate import text_cache
-from generation.accelerate.offload import Resting
-from generation.accelerate.text_cache import cut
+from generation.accelerate.offload import Offloaded
+from generation.accelerate.text_cache import truncation
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.schema.options import Models
 from generation.settings import PROFILES
@@ -84,17 +84,17 @@ def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
     entry = lookup(models.clip)
     check = SelfCheck(TextClip.load(local_folder(entry), models.clip, entry.used_as(ClipUse), "cpu"))
     mvdream = MVDream.load(local_folder(lookup(models.mvdream)), "cpu", torch.float32)
-    assert (model.cut("a" * 14), check.cut("a" * 14), mvdream.cut("a" * 14)) == ({}, {}, None)
-    assert model.cut("a" * 15) == {"text_to_image CLIP": (16, 17), "text_to_image T5": (16, 17)}
-    assert (check.cut("a" * 15), mvdream.cut("a" * 20)) == ({"self_check": (16, 17)}, (16, 22))
+    assert (model.truncation("a" * 14), check.truncation("a" * 14), mvdream.truncation("a" * 14)) == ({}, {}, None)
+    assert model.truncation("a" * 15) == {"text_to_image CLIP": (16, 17), "text_to_image T5": (16, 17)}
+    assert (check.truncation("a" * 15), mvdream.truncation("a" * 20)) == ({"self_check": (16, 17)}, (16, 22))
 
 
 @pytest.mark.parametrize("word", ["a", "cube", "!"])
 def test_what_is_cut_by_open_clip_s_own_tokenizer_is_what_it_does_not_read(word):
     tokenizer = open_clip.get_tokenizer("convnext_large_d")  # the validators'
     whole, cut_one = " ".join([word + " x"] * 37 + ["x"]), " ".join([word + " x"] * 37 + ["x x"])
-    assert cut(tokenizer, whole) is None
-    assert cut(tokenizer, cut_one) == (77, 78)
+    assert truncation(tokenizer, whole) is None
+    assert truncation(tokenizer, cut_one) == (77, 78)
     assert torch.equal(tokenizer([whole]), tokenizer([cut_one]))
     assert int((tokenizer([whole]) == 49407).nonzero()[0, 1]) == 76  # the mark of the end, just inside
 
@@ -135,47 +135,48 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
-def test_a_resting_model_is_on_its_device_only_while_it_works(monkeypatch):
+def test_an_offloaded_model_is_on_its_device_only_while_it_works(monkeypatch):
     """The moves alone: a copy stands for what is on a GPU."""
     model = torch.nn.Linear(3, 2)
-    resting = Resting(model, "cpu")
-    at_rest, before = model.weight.data_ptr(), model.weight.detach().clone()
+    offloaded = Offloaded(model, "cpu")
+    offloaded.offload()
+    pinned, before = model.weight.data_ptr(), model.weight.detach().clone()
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor.clone())
 
     def work() -> None:
-        with resting.awake():
-            assert model.weight.data_ptr() != at_rest
+        with offloaded.on_device():
+            assert model.weight.data_ptr() != pinned
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
         work()
-    assert model.weight.data_ptr() == at_rest
+    assert model.weight.data_ptr() == pinned
     assert torch.equal(model.weight, before)
 
 
-def test_t5_is_awake_only_while_it_encodes(mini_models, monkeypatch):
+def test_t5_is_on_the_device_only_while_it_encodes(mini_models, monkeypatch):
     plain = load(mini_models).generate(["a red cube"], [1])[0]
-    model = load(mini_models, t5_rests_on="cpu")
+    model = load(mini_models, offload_t5=True)
     moves: list[str] = []
 
-    def awake(resting: Resting) -> contextlib.nullcontext[None]:
-        moves.append("awake")
+    def on_device(offloaded: Offloaded) -> contextlib.nullcontext[None]:
+        moves.append("on device")
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(Resting, "awake", awake)
+    monkeypatch.setattr(Offloaded, "on_device", on_device)
     assert torch.allclose(model.generate(["a red cube"], [1])[0], plain, atol=1e-5)
-    model.generate(["a red cube"], [2])  # known: it goes on resting
-    assert moves == ["awake"]
+    model.generate(["a red cube"], [2])  # known: it stays offloaded
+    assert moves == ["on device"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_t5_comes_back_from_its_rest_unchanged(mini_models, quantization):
+def test_t5_is_unchanged_by_offloading(mini_models, quantization):
     choice = {"quantization": quantization, "dtype": "bfloat16"}
-    drawn = [load(mini_models, "cuda", **choice, **more) for more in ({}, {"t5_rests_on": "cpu"})]
+    drawn = [load(mini_models, "cuda", **choice, **more) for more in ({}, {"offload_t5": True})]
     t5 = drawn[1]._pipe.text_encoder_2
     assert all(parameter.device.type == "cpu" for parameter in t5.parameters())
     for prompt in ("a red cube", "a blue cone"):
-        awake, resting = (model._embed([prompt])[0] for model in drawn)
-        assert torch.equal(awake, resting)
+        loaded, offloaded = (model._embed([prompt])[0] for model in drawn)
+        assert torch.equal(loaded, offloaded)
     assert all(parameter.is_pinned() for parameter in t5.parameters())

@@ -73,6 +73,11 @@ def test_a_prompt_gives_a_ply_and_its_report(service: Service, path: str) -> Non
     assert response.headers["X-Num-Gaussians"] == "9000"
     assert json.loads(response.headers["X-Seconds"]) == {"text_to_image": 0.25, "dreamgaussian": 1.5}
     assert "X-Rejected" not in response.headers
+    assert "X-Hopeless" not in response.headers
+
+
+def test_what_no_seed_would_change_is_told(service: Service) -> None:
+    assert service.generate("nothing").headers["X-Hopeless"] == "1"
 
 
 def test_several_candidates_give_one_splat_and_all_scores(service: Service) -> None:

@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import save
 from generation.schema.options import ModelChoice
 from generation.weights import WeightsError, local_folder, lookup
 from generation.weights.loading import download_command
-from generation.weights.registry import REGISTRY, ClipUse
+from generation.weights.registry import REGISTRY, ClipUse, wanted
 
 WEIGHTS = save({"w": np.zeros(3, dtype="float32")})
 
@@ -42,6 +43,9 @@ def test_every_entry_is_complete():
         assert entry.size_gb is None or entry.size_gb > 0
         assert entry.repo and entry.files if entry.url is None else entry.url.startswith("https://") and entry.size
         assert entry.pinned or entry.revision == "main"
+        for file, digest in entry.sha256:
+            assert wanted([file], entry.files) == [file]
+            assert re.fullmatch(r"[0-9a-f]{64}", digest)
     use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
     assert use is not None
     assert use.cosine_scale == 0.35

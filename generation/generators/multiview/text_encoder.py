@@ -1,4 +1,4 @@
-"""What a diffusion model's CLIP text encoder makes of texts."""
+"""The CLIP text encoder of a diffusion model, cached."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from generation.accelerate.pinned import send
-from generation.accelerate.text_cache import TextCache, cut
+from generation.accelerate.pinned import copy_async
+from generation.accelerate.text_cache import TextCache, truncation
 from generation.weights.strict import load_model
 
 
-class Words(TextCache[Tensor]):
-    """Text states (L, C) of texts, each encoded once."""
+class TextEncoder(TextCache[Tensor]):
+    """Texts to text states (L, C)."""
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__(self._states)
@@ -22,17 +22,17 @@ class Words(TextCache[Tensor]):
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> Words:
+    def load(cls, folder: Path, device: str | torch.device, dtype: torch.dtype) -> TextEncoder:
         """From a folder's `text_encoder` and `tokenizer`. Raises WeightsError."""
         encoder = load_model(CLIPTextModel, folder / "text_encoder", dtype)
         return cls(encoder.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
-    def cut(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.cut`."""
-        return cut(self._tokenizer, text)
+    def truncation(self, text: str) -> tuple[int, int] | None:
+        """See `TextGuidance.truncation`."""
+        return truncation(self._tokenizer, text)
 
     def pair(self, text: str, negative: str) -> Tensor:
-        """(2, L, C): of the negative text, then of the text."""
+        """Text states (2, L, C) of the negative text, then of the text."""
         return torch.stack(self.encode([negative, text]))
 
     @torch.no_grad()
@@ -44,5 +44,5 @@ class Words(TextCache[Tensor]):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states = self.encoder(send(ids, self.encoder.device)).last_hidden_state
+        states = self.encoder(copy_async(ids, self.encoder.device)).last_hidden_state
         return [each.clone() for each in states]
