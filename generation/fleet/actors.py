@@ -18,7 +18,7 @@ from generation.fleet.cluster import Cluster, Machine, in_words
 from generation.fleet.fleet import LOADER, Fleet
 from generation.fleet.messages import Broken, Resolve, Resolved
 from generation.fleet.ray_environment import ENGINE
-from generation.fleet.remote import RemoteEngine
+from generation.fleet.remote import NotStarted, RemoteEngine
 
 #: Between looks at which machines there are.
 LOOK_S = 1.0
@@ -84,7 +84,7 @@ class ActorLink:
 
 
 class ActorEngine(RemoteEngine):
-    """An actor on a ``machine``. ``resolve`` gives the settings, there; ``accept`` says what is wrong with them."""
+    """An actor on a ``machine``. ``first`` gives it its settings, there; ``accept`` says what is wrong with them."""
 
     silent_checks = 10  # a cut cable is noticed by nothing else
 
@@ -107,17 +107,21 @@ class ActorEngine(RemoteEngine):
             "loading",
             f"starting on {self.machine}, where it waits for a free {'GPU' if self._machine.has_gpu else ENGINE}",
         )
-        self._actor = self._cluster.begin(self._machine)
-        before = self._ours.process if self._ours is not None else None
-        self._ours = ActorLink(self._actor, replace(self._first, after=before))
+        try:
+            self._actor = self._cluster.begin(self._machine)
+        except Exception as error:
+            raise NotStarted(in_words(error)) from error
+        if self._ours is not None and self._ours.process is not None:
+            self._first = replace(self._first, after=self._ours.process)
+        self._ours = ActorLink(self._actor, self._first)
         return self._ours
 
     def _has_ended(self) -> bool:
         return False  # the link tells
 
     async def _finish(self) -> None:
-        self._cluster.end(self._actor)
         with suppress(Exception):  # it is dead, or unknown: then its machine is cut off
+            self._cluster.end(self._actor)
             async with asyncio.timeout(remote.ENDING_S):
                 while True:
                     await self._actor.about.remote()
@@ -129,6 +133,8 @@ class ActorEngine(RemoteEngine):
     def _take(self, message: Any) -> None:
         if isinstance(message, Resolved) and not self._broken:
             self.memory_class = getattr(message.settings, "memory_class", None)
+            why = getattr(message.settings, "memory_reason", "")
+            log.info("Engine on %s: memory class %s: %s", self.device, self.memory_class or "none", why)
             if problem := self._accept(message.settings):
                 self.end(problem)
         else:

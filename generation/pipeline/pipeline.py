@@ -362,7 +362,7 @@ class Pipeline:
                 continue
             with suppress(Exception):  # a prompt that can not be encoded fails in its stage
                 drawn = {}
-                if self._text.cutout is not None and self._text_to_image is not None:
+                if self._text_to_image is not None:
                     drawn = self._text_to_image.truncation(self._text.picture_prompt(prompt))
                 job.report.text_cut = drawn | self._text.truncation(prompt) | self._self_check.truncation(prompt)
             if job.report.text_cut:

@@ -1,4 +1,4 @@
-"""What a GPU's memory allows: the classes of a models file, and which of them a card belongs to."""
+"""Memory classes of a models file, and the choice of one by the GPU's memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Quantization = Literal["none", "nf4"]
 
 
 class MemoryClass(BaseModel):
-    """What runs on a GPU that has at least ``least_gib`` of memory (2^30 bytes, as torch counts them)."""
+    """How models run on a GPU with at least ``least_gib`` of memory (2^30 bytes, as torch counts them)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -27,10 +27,10 @@ class MemoryClass(BaseModel):
 
 
 def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | None) -> tuple[MemoryClass | None, str]:
-    """The class and why: the one that is wanted by name, else the most demanding that ``memory`` bytes are enough for.
+    """The class, and why: the one named ``wanted``, else the largest that fits into ``memory`` bytes.
 
-    None where there is nothing to choose: no classes, or no GPU (``memory`` is None).
-    Raises ValueError when the wanted class does not exist, or none is small enough.
+    None without classes or without a GPU (``memory`` is None). Raises ValueError when the wanted class does not exist,
+    or none fits.
     """
     if wanted is not None:
         for each in classes:

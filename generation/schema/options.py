@@ -20,7 +20,7 @@ from generation.schema.memory_class import MemoryClass, Quantization
 
 log = logging.getLogger("generation.schema.options")
 
-#: What memory classes say in place of the text_to_image stage.
+#: keys of text_to_image that memory classes set instead
 CLASS_KEYS = {"quantization", "offload_t5"}
 
 
@@ -33,6 +33,8 @@ class SettingsError(ValueError):
 
 
 class Schema(BaseModel):
+    """A strict, immutable model: no unknown keys, no infinities."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -45,44 +47,44 @@ def _has_prompt(template: str) -> str:
     return template
 
 
-#: What a model is told about a prompt, which stands where {prompt} does.
+#: a prompt for a model, with {prompt} in place of the user's
 Template = Annotated[str, Field(max_length=1024), AfterValidator(_has_prompt)]
 
 
 class GeneratorOptions(Schema):
-    """A generator's config: what all kinds have in common. Each kind adds its own keys and defaults.
+    """The options that all generators share. Each kind adds its own keys and defaults.
 
-    Kinds are told apart by ``generator``, which each narrows to its own name, as ``Literal["lgm"] = "lgm"``.
+    A discriminated union: each kind narrows ``generator`` to its own name, as ``Literal["lgm"] = "lgm"``.
     """
 
-    #: all that this kind may ever need of a models file beside the shared stages
+    #: names of all checkpoints that this kind may need, beside those of the shared stages
     CHECKPOINTS: ClassVar[tuple[str, ...]] = ()
 
     generator: str
 
     @property
     def checkpoints(self) -> Mapping[str, str]:
-        """Of ``CHECKPOINTS``, those that these options need, each with the words of what asks for it."""
+        """The names of ``CHECKPOINTS`` that these options need -> why, for error messages."""
         raise NotImplementedError
 
     @property
     def draws(self) -> bool:
-        """Whether words become a picture first. If not, no text to image is loaded for them."""
+        """Whether a text becomes a picture first. If not, text to image is not loaded for it."""
         return True
 
     def picture_prompt(self, words: str) -> str:
-        """What text to image is asked for."""
+        """The prompt for text to image."""
         raise NotImplementedError
 
     def capped(self, most: int) -> Self:
-        """The same, with at most so many Gaussians. Raises SettingsError where the kind has no such limit."""
+        """A copy with at most ``most`` Gaussians. Raises SettingsError if the kind has no such limit."""
         if "max_gaussians" not in type(self).model_fields:
             raise SettingsError(f"max_gaussians: {most}: the generator {self.generator} has no such limit")
         return self.model_copy(update={"max_gaussians": most})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a YAML of flat keys; one without a value counts as left out.
+        """Read a flat YAML. A key without a value counts as not given.
 
         Raises SettingsError naming the file, the key, the value and the limit.
         """
@@ -103,11 +105,13 @@ class ModelChoice(Schema):
 
     @property
     def precision(self) -> str:
-        """What the weights are kept in."""
+        """The format of the loaded weights."""
         return self.dtype
 
 
 class TextToImageModel(ModelChoice):
+    """The checkpoint of text to image, and how it draws."""
+
     image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
@@ -120,21 +124,23 @@ class TextToImageModel(ModelChoice):
 
 
 class BackgroundModel(ModelChoice):
+    """The checkpoint of background removal."""
+
     image_size: int = Field(ge=32, le=2048, multiple_of=32)  # pixels, the net's input
 
 
-#: stages that a profile works without, with the part of the score that each measures alone
+#: optional stages -> the part of the score that only they measure
 _OPTIONAL = {"image_clip": "", "quality": "iqa", "lpips": "lpips"}
 
 
 class Models(Schema):
-    """The checkpoints of a profile, and how many requests are worth running together.
+    """The checkpoints of a profile, and how many requests run together at most.
 
-    The fields are the stages that all generators share. What generators have for themselves stands beside them, under
-    the names of their options' ``CHECKPOINTS``.
+    The fields are the stages that all generators share. Extra keys are checkpoints of generators, named as in their
+    options' ``CHECKPOINTS``.
 
-    Of the validators' score ``clip`` is the part that must be there; what ``image_clip`` (alignment of pictures),
-    ``quality`` and ``lpips`` have no weights for is left out.
+    The score needs ``clip``. The parts of ``image_clip`` (alignment with pictures), ``quality`` and ``lpips`` are left
+    out of it if they are None.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -179,7 +185,7 @@ class Models(Schema):
         return {stage: choice for stage, choice in self if isinstance(choice, ModelChoice)}
 
     def fitted(self, memory_class: MemoryClass | None) -> Models:
-        """The same with what a memory class says."""
+        """A copy with the values of a memory class."""
         if memory_class is None:
             return self
         fitting = {"quantization": memory_class.quantization, "offload_t5": memory_class.offload_t5}
@@ -195,23 +201,23 @@ class Models(Schema):
 
     @property
     def optional(self) -> dict[str, ModelChoice]:
-        """The chosen checkpoints that a profile works without."""
+        """The chosen checkpoints of optional stages."""
         return {stage: choice for stage, choice in self.stages.items() if stage in _OPTIONAL}
 
     @property
     def score_parts(self) -> tuple[str, ...]:
-        """The parts of the validators' score that these checkpoints measure; SSIM needs none."""
+        """The parts of the validators' score that these checkpoints can measure. SSIM needs none."""
         return (*(part for stage, part in _OPTIONAL.items() if part and stage in self.stages), "alignment", "ssim")
 
     @property
     def of_generators(self) -> dict[str, ModelChoice]:
-        """The chosen checkpoints that are generators' own."""
+        """The chosen checkpoints of generators."""
         return dict(self.__pydantic_extra__)
 
     def needed(self, text: GeneratorOptions, image: GeneratorOptions | None = None) -> dict[str, ModelChoice]:
-        """What requests can not do without: texts under the options ``text``, pictures under ``image`` (or the same).
+        """The checkpoints that requests need: texts with options ``text``, pictures with ``image`` (None: the same).
 
-        Raises SettingsError when there is no checkpoint for something.
+        Raises SettingsError when one is missing in the models file.
         """
         asked = {**text.checkpoints, **(image.checkpoints if image else {})}
         for name, why in asked.items():
@@ -234,6 +240,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
+    """An instance of ``schema``. Raises SettingsError naming ``source`` and each key with its value."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:

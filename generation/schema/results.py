@@ -1,4 +1,4 @@
-"""What the pipeline is asked for and what comes back: plain values that go from process to process. No torch."""
+"""Requests and results: plain values that are passed between processes. No torch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to make, from intake to the result: of a text or an image prompt. Raises ValueError without exactly one."""
+    """One request, from intake to the result. Raises ValueError unless it has exactly one of prompt and image."""
 
     prompt: str | None = None
-    image: Image.Image | None = None  # where it is transparent its sender cut it out: it is not matted then
+    image: Image.Image | None = None  # with transparency it is a cut-out already, and is not matted
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
     candidates: int = 1  # made with other seeds, of which the best is the outcome
     budget_seconds: float | None = None  # after which the best so far is the outcome
-    # A person watches it: small pictures are told while it is made, and what is rejected comes all the same.
+    # A person watches it: previews are reported, and a rejected splat is delivered all the same.
     watched: bool = False
     background: bool = False  # paused while there are requests that a person waits for, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
@@ -35,7 +35,7 @@ class Request:
 
 @dataclass(frozen=True)
 class GateResult:
-    """One hard rule: what was measured, and the limit it is held against."""
+    """The result of one hard rule: the measured value and its limit."""
 
     passed: bool
     value: float
@@ -45,7 +45,7 @@ class GateResult:
 
 @dataclass
 class Report:
-    """How a request went."""
+    """What is reported of a request beside its PLY."""
 
     seed: int
     score: float | None = None  # the validators' final score, 0..1. None: not measured (rejected before the scoring)
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def total_seconds(self) -> float:
-        """What all stages took; what it waited is not in it."""
+        """The time of all stages, without waiting."""
         return sum(self.seconds.values())
 
 
@@ -95,4 +95,4 @@ class Scores:
 
 
 class Cancelled(Exception):
-    """The caller gave the request up."""
+    """The caller cancelled the request."""

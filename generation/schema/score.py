@@ -1,4 +1,4 @@
-"""The validators' final score: what it is made of, and what it is while a part's weights are not here. No torch."""
+"""The validators' final score, also when weights for a part of it are missing. No torch."""
 
 from __future__ import annotations
 

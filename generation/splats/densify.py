@@ -1,7 +1,7 @@
 """Adaptive density control of 3DGS (Kerbl et al. 2023, section 5), with the names that DreamGaussian's configs use.
 
-Gaussians whose projected centres keep being pulled are under-reconstructed: small ones are cloned, large ones split in
-two. Those that are nearly transparent or too large are removed. The optimiser's state follows its Gaussians.
+Gaussians with a large gradient by their projected centres are under-reconstructed: small ones are cloned, large ones
+split in two. Nearly transparent and too large ones are removed. The optimiser's state is edited along.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Choice(NamedTuple):
 
 @torch.no_grad()
 def densify(controls: Sequence[DensityControl]) -> list[Changes]:
-    """Clone, split and remove by what each has accumulated since the last call, and start accumulating anew.
+    """Clone, split and remove by the gradients accumulated since the last call, and reset them.
 
-    What stays comes first, in order, a split Gaussian's first child in its place; clones and second children follow.
-    How many there are is all that the host waits for, once for all.
+    Remaining Gaussians keep their order, with the first child of a split one in its place. Clones and second children
+    follow. The host waits for the device once, for the counts of all.
     """
     if not controls:
         return []
@@ -62,7 +62,7 @@ class DensityControl:
     scene_extent: world units.
     min_opacity: Gaussians under it are removed. (DreamGaussian names a largest radius in pixels, too, yet always clears
         its radii before it compares them.)
-    max_gaussians: never more than this; where there is room for some alone, the most pulled go first.
+    max_gaussians: never more than this; where there is room for some alone, the largest gradients go first.
     generator: draws the places of split Gaussians' children, so that equal seeds give equal results.
     """
 
@@ -96,7 +96,7 @@ class DensityControl:
 
     def _clear(self) -> None:
         means = self.gaussians.means
-        self._pull = means.new_zeros(len(means))
+        self._gradient = means.new_zeros(len(means))
         self._seen = means.new_zeros(len(means))
 
     @torch.no_grad()
@@ -109,17 +109,17 @@ class DensityControl:
         visible = radii > 0
         if width != height:
             x = x * (width / height)
-        self._pull.add_((torch.hypot(x, y) * visible).sum(dim=0), alpha=height / 2.0)
+        self._gradient.add_((torch.hypot(x, y) * visible).sum(dim=0), alpha=height / 2.0)
         self._seen += visible.sum(dim=0)
 
     def _choose(self) -> Choice:
-        """By what was accumulated since the last call; nothing here waits for the device."""
+        """Choose by the accumulated gradients, without synchronising with the device."""
         g = self.gaussians
         n, device = len(g), g.means.device
-        pull = self._pull / self._seen.clamp_min(1.0)
-        most_pulled = torch.argsort(pull, descending=True, stable=True)[: max(self.max_gaussians - n, 0)]
-        chosen = torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, most_pulled, True)
-        chosen &= pull >= self.densify_grad_threshold
+        gradient = self._gradient / self._seen.clamp_min(1.0)
+        by_gradient = torch.argsort(gradient, descending=True, stable=True)[: max(self.max_gaussians - n, 0)]
+        chosen = torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, by_gradient, True)
+        chosen &= gradient >= self.densify_grad_threshold
         largest = g.log_scales.amax(dim=1).exp()
         split = chosen & (largest > self.percent_dense * self.scene_extent)
 

@@ -26,7 +26,7 @@ _MIN_SHARE = 0.001
 
 
 class NothingInImage(Exception):
-    """The matting net found no object."""
+    """There is no object in the picture."""
 
 
 class BackgroundRemover:
@@ -59,7 +59,7 @@ class BackgroundRemover:
         return cls(net.to(device, getattr(torch, options.dtype)).eval(), options.image_size)
 
     def warm_up(self, count: int) -> None:
-        """Remove the background of so many pictures, whose results are not wanted."""
+        """Run once on ``count`` random pictures."""
         self.remove(torch.rand(count, 3, self._size, self._size))
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ def recentre(
 
     The object's bounding box is cut from ``image`` (3, H, W) and ``alpha`` (1, H, W), its longer side scaled to
     ``size * (1 - border_ratio)`` pixels, and put into the middle of a transparent square.
-    With ``given`` the picture's sender made ``alpha``: small or half-transparent, what it shows is the object.
+    With ``given``, ``alpha`` came with the picture: then a small or half-transparent object counts, too.
     Raises NothingInImage when nothing of ``alpha`` is opaque, or less than a thousandth where it is not given.
     """
     rows, columns = torch.nonzero(alpha[0] > (alpha.max() / 2 if given else _OPAQUE), as_tuple=True)

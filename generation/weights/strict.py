@@ -20,7 +20,7 @@ from torch import Tensor
 from generation.weights.loading import remedy
 from generation.weights.registry import Entry, WeightsError
 
-#: What a GPU, its libraries or full memory say, where they raise nothing more special than a RuntimeError.
+#: messages of a plain RuntimeError that mean a failure of the GPU, its libraries or its memory
 _DEVICE_MARKS = (
     "CUDA error", "CUDA driver error", "CUDA out of memory", "cuDNN", "CUDNN_", "CUBLAS_", "CUSOLVER_", "CUSPARSE_",
     "CUFFT_", "NVRTC_", "NCCL", "Triton Error", "NVIDIA driver", "no kernel image", "DefaultCPUAllocator",
@@ -29,9 +29,9 @@ _DEVICE_MARKS = (
 
 @contextmanager
 def naming(entry: Entry) -> Iterator[None]:
-    """What goes wrong while an entry's files are loaded is raised as WeightsError: which they are, and what to do.
+    """Raise errors while an entry's files are loaded as WeightsError, which names the model and what to do.
 
-    Not so what is the device's fault, whoever passed it on: that is a RuntimeError, or what torch has for it.
+    Errors of the device stay RuntimeError, or what torch raises for them.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def naming(entry: Entry) -> Iterator[None]:
 
 
 def _device_fault(error: BaseException | None) -> str | None:
-    """What a GPU or its libraries said, when that is behind ``error``."""
+    """The message of a device error in the chain of ``error``, else None."""
     while error is not None:
         special = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
         if special or (type(error) is RuntimeError and any(mark in str(error) for mark in _DEVICE_MARKS)):

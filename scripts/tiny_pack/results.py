@@ -1,9 +1,10 @@
 """Results of the pack, good and bad ones, with the views that validators see: what the quality net learns from.
 
-Tests and calibration are the pack's own chain (text to image, matting, DreamGaussian) for objects of shapes that
-training never saw, each in several ways: the profile's two configs, and worse ones of fewer sampling steps, iterations
-or points, or too large steps. Training has these for its own shapes, with options drawn at random; results that begin
-with exact views of any object, noised and drawn anew from there by the guidance; and exact splats. Flaws are planted.
+Tests and calibration are the pack's own chain (text to image, matting, then LGM or DreamGaussian) for objects of shapes
+that training never saw, each in several ways: the profile's configs, and worse ones of fewer sampling steps,
+iterations or points, too large steps, or views drawn from the words or the picture alone. Training has these for its
+own shapes, with options drawn at random; results that begin with exact views of any object, noised and drawn anew from
+there, or bent; and exact splats. Flaws are planted.
 
     python -m scripts.tiny_pack.results --work FOLDER [--minutes M] [--workers N]    # writes FOLDER/results/*.pt
 """
@@ -22,33 +23,48 @@ from zlib import crc32
 
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from generation.generators.base import Subject
 from generation.generators.dreamgaussian.optimiser import GREY, RINGS, SAMPLE_GUIDANCE, DreamGaussian, foreground
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
+from generation.generators.lgm.network import LGM, to_gaussians
+from generation.generators.multiview.sampling import Sampler, Schedule
 from generation.settings import CONFIGS, Settings
 from generation.splats.cameras import Cameras, orbit
 from generation.splats.gaussians import Gaussians
 from generation.stages.background import NothingInImage, recentre
 from generation.stages.self_check import VIEWS, fit_to_frame
 
-from . import flaws, judge
+from . import flaws, judge, train_lgm
 from .captions import HELD_OUT, ObjectSpec, caption, sample_spec
 from .compositions import composition
+from .data import over_backdrop
 from .distances import compared, distance
 from .exact import AZIMUTHS, SIZE, Wanted, exact_objects, exact_views, framed, smaller
 from .render import FRONT_ELEVATION, Objects, Renderer, composite
 from .render import orbit as exact_orbit
 from .shapes import COLOURS, SHAPES
+from .training import PACK
 
 RENDERED = 518  # pixels that validators render
 KEPT = 8  # of the 16 views, for training
 
 
 @dataclass(frozen=True)
+class Pass:
+    """How LGM's results are made: from views of so many denoising steps, by the words, the picture or both."""
+
+    views_from: str = "picture_and_words"
+    steps: int = train_lgm.STEPS
+    guidance: float = train_lgm.GUIDANCE
+    noise: float = 1.0  # of what the views are drawn from; under 1 they begin with exact ones; at 0 these are bent
+
+
+@dataclass(frozen=True)
 class Way:
-    """How results are made: the config, what differs from it, and after which iterations they are looked at."""
+    """How DreamGaussian's results are made: the config, what differs from it, and after which iterations."""
 
     config: str
     iterations: tuple[int, ...]
@@ -56,19 +72,15 @@ class Way:
     noise: float = 1.0  # of what the views are drawn from; under 1 they begin with exact ones
 
 
-WAYS = {
-    "ultra fast": Way("tiny_mv_ultra_fast", (40,)),
-    "views alone": Way("tiny_mv_ultra_fast", (0, 40), {"init_views_steps": 20, "lambda_sd": 0.0}),
-    "few steps": Way("tiny_mv_ultra_fast", (0, 40), {"init_views_steps": 4, "lambda_sd": 0.0}),
-    "rough": Way(
-        "tiny_mv_fast",
-        (20, 60),
-        {"init_views_steps": 8, "lambda_sd": 0.0, "num_pts": 7000, "position_lr_init": 0.004},
-    ),
-    "fast": Way("tiny_mv_fast", (100,)),
+WAYS: dict[str, Way | Pass] = {
+    "lgm": Pass(),
+    "lgm in few steps": Pass(steps=3),
+    "lgm of words": Pass("words"),
+    "lgm of the picture": Pass("picture", guidance=2.0),
+    "ultra fast": Way("tiny_mv_ultra_fast", (10, 40)),
 }
-#: of the profile itself, when their iterations are done
-OWN = {("fast", 100), ("ultra fast", 40)}
+#: of the profile itself, when its iterations are done
+OWN = {("lgm", 0)}
 
 
 def _by_hash() -> list[str]:
@@ -103,12 +115,12 @@ def specs_of(shapes: tuple[str, ...], each: int) -> list[ObjectSpec]:
 
 
 def random_way(rng: random.Random, edited: bool) -> Way:
-    """Some way of training's: now and then the profile's own, else with options drawn at random."""
+    """Some way of training's by DreamGaussian: now and then a config's own, else with options drawn at random."""
     if not edited and rng.random() < 0.3:
-        return WAYS[rng.choice(("fast", "ultra fast", "ultra fast"))]
+        return Way("tiny_mv_ultra_fast", (rng.choice((10, 20)), 40))
     iterations = rng.choice((15, 30, 40, 60))
     options = {
-        "init_views_steps": 20 if edited else rng.choice((3, 4, 6, 8, 10, 14, 20, 20)),
+        "init_views_steps": 12 if edited else rng.choice((3, 4, 6, 8, 10, 14)),
         "lambda_sd": 0.0,
         "num_pts": rng.choice((3000, 7000, 14000, 14000)),
         "position_lr_init": rng.choice((0.0004, 0.0004, 0.0015, 0.005)),
@@ -117,6 +129,23 @@ def random_way(rng: random.Random, edited: bool) -> Way:
     }
     at = (0, rng.randrange(1, iterations), iterations) if rng.random() < 0.5 else (0, iterations)
     return Way("tiny_mv_ultra_fast", at, options, rng.uniform(0.1, 0.95) if edited else 1.0)
+
+
+def random_passes(rng: random.Random, edited: bool) -> dict[str, Pass]:
+    """Two or three of LGM's for training."""
+    steps, guidance = rng.choice((2, 3, 4, 5, 6, 8)), rng.uniform(1.0, 4.0)
+    if edited:
+        return {
+            "edited": Pass("picture", rng.choice((8, 12)), 1.0, rng.uniform(0.3, 0.98)),
+            "bent": Pass(noise=0.0),
+        }
+    passes = {"lgm": Pass(steps=rng.choice((8, 12))), "lgm in few steps": Pass(steps=steps, guidance=guidance)}
+    if rng.random() < 0.5:
+        some = rng.choice(("words", "picture"))
+        passes[f"lgm of {some}"] = Pass(some, rng.choice((4, 6, 8)), guidance)
+    if rng.random() < 0.4:
+        passes["bent"] = Pass(noise=0.0)
+    return passes
 
 
 @torch.no_grad()
@@ -172,8 +201,10 @@ class Maker:
         from generation.pipeline import assemble
 
         self.device = device
-        settings = Settings.resolve({"profile": "tiny"}).model_copy(update={"device": device})
-        self.pipeline = assemble.load(settings, warm=False)
+        settings = Settings.resolve({"profile": "tiny", "config": CONFIGS / "tiny_mv_fast.yaml"})
+        self.pipeline = assemble.load(settings.model_copy(update={"device": device}), warm=False)
+        self.chain = train_lgm.Chain(PACK, device)
+        self.lgm = LGM.load(PACK / "lgm", device, torch.float32)
         self.judge = judge.load().to(device)
         self._before: Gaussians | None = None  # the splat before, whose back another one may get
 
@@ -184,21 +215,22 @@ class Maker:
         """Records of a batch's results, and of some the same with flaws."""
         rng = random.Random(batch["seed"])
         wanted: list[Wanted] = batch["wanted"]
-        if batch["way"] is None:
+        if batch["ways"] is None:
             return self._exact_splats(batch, rng)
-        way: Way = batch["way"]
         exact = self._exact(wanted, (0.0,) if batch["split"] == "train" else (0.0, 0.04))
         records: list[dict[str, Any]] = []
-        for iteration, splats in self._results(way, wanted, rng):
-            for i, splat in splats.items():
-                own = batch["split"] != "train" and (batch["name"], iteration) in OWN
-                about = self._about(batch, i, f"{batch['name']} {iteration}", own)
-                records += self._seen(splat, about, exact, i, rng)
+        for name, way in batch["ways"].items():
+            results = self._passed if isinstance(way, Pass) else self._results
+            for iteration, splats in results(way, wanted, rng):
+                for i, splat in splats.items():
+                    own = batch["split"] != "train" and (name, iteration) in OWN
+                    records += self._seen(splat, self._about(batch, i, f"{name} {iteration}", own), exact, i, rng)
         return records
 
     def _about(self, batch: dict[str, Any], i: int, way: str, own: bool) -> dict[str, Any]:
-        wanted = batch["wanted"][i]
+        wanted: Wanted = batch["wanted"][i]
         return {
+            "wanted": wanted,
             "object": f"{batch['split']} {batch['first'] + i}" if batch["split"] != "train" else f"{batch['seed']} {i}",
             "split": batch["split"],
             "way": way,
@@ -214,6 +246,54 @@ class Maker:
             rgb, alpha = exact_views(objects, AZIMUTHS.expand(len(wanted), VIEWS), SIZE)
             seen.append([compared(*each) for each in zip(rgb, alpha, strict=True)])
         return [list(each) for each in zip(*seen, strict=True)]
+
+    @torch.no_grad()
+    def _passed(
+        self, way: Pass, wanted: list[Wanted], rng: random.Random
+    ) -> Iterator[tuple[int, dict[int, Gaussians]]]:
+        """LGM's splats in the validators' frame by the number of what was wanted."""
+        prompts = [caption(w, rng, plain=True) if isinstance(w, ObjectSpec) else "" for w in wanted]
+        seeds = [rng.randrange(2**31) for _ in wanted]
+        cutouts, exact = None, None
+        if way.noise < 1:
+            objects, n = exact_objects(wanted, self.device, random.Random(0), 0.0), len(wanted)
+            renderer, poses = Renderer(self.device), train_lgm.nominal(1, self.device)[0]
+            rgba = [renderer.render(objects, pose.expand(n, 4, 4), train_lgm.CONFIG.input_size) for pose in poses]
+            exact = over_backdrop(torch.stack(rgba, 1))
+            cutouts = torch.cat([rgba[0][:, :3] / rgba[0][:, 3:].clamp_min(1e-3), rgba[0][:, 3:]], 1).clamp(0, 1)
+        elif way.views_from != "words":
+            cutouts = self.chain.picture(prompts, seeds)
+        if exact is not None and way.noise == 0:
+            views = train_lgm.disagree(exact.flatten(0, 1)).view_as(exact)
+        else:
+            texts = [""] * len(prompts) if way.views_from == "picture" else prompts
+            views = self._views(way, texts, cutouts, seeds, exact)
+        splats = [to_gaussians(each, self.lgm.config) for each in self.lgm(views, self.lgm.rays())]
+        yield 0, {i: fit_to_frame(splat) for i, splat in enumerate(splats) if len(splat) >= 1000}
+
+    def _views(
+        self, way: Pass, texts: list[str], cutouts: Tensor | None, seeds: list[int], exact: Tensor | None
+    ) -> Tensor:
+        """Drawn views (N, V, 3, 64, 64), begun with `exact` ones where there are any."""
+        multiview = self.chain.multiview_models[cutouts is not None]
+        scheduler = DDIMScheduler.from_pretrained(PACK / "mvdream" / "scheduler", local_files_only=True)
+        schedule = Schedule.of(scheduler, way.steps, self.device)
+        sampler = Sampler(schedule, multiview._guided, multiview._sampler._frames)
+        multiview._scale = way.guidance
+        samplings = multiview.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
+        start = 0
+        if exact is not None:
+            start = min(round((1 - way.noise) * way.steps), way.steps - 1)
+            mean, _ = multiview._posterior(exact.flatten(0, 1))
+            signal = schedule.signal[start]
+            for sampling, latents in zip(samplings, mean.unflatten(0, exact.shape[:2]), strict=True):
+                sampling.at = start
+                sampling.latents = signal.sqrt() * latents + (1 - signal).sqrt() * sampling.latents
+        for sampling in samplings:
+            sampling.steps = way.steps
+        for _ in range(start, way.steps):
+            sampler.step(samplings)
+        return multiview.views(samplings)
 
     def _results(
         self, way: Way, wanted: list[Wanted], rng: random.Random
@@ -312,7 +392,7 @@ class Maker:
     def _kept(self, record: dict[str, Any], rgb: Tensor, alpha: Tensor) -> dict[str, Any]:
         """With the views: for training some of them, the same ones of an object in all its states."""
         if record["split"] != "train":
-            return {**record, "views": rgb.cpu()}
+            return {**record, "views": rgb.cpu(), "alpha": alpha.cpu()}
         which = torch.randperm(VIEWS - 1, generator=torch.Generator().manual_seed(crc32(record["object"].encode())))[
             :KEPT
         ]
@@ -372,34 +452,36 @@ class Maker:
 
 
 def unseen_batches(size: int, each: int) -> list[dict[str, Any]]:
-    """The test's and calibration's batches."""
+    """The test's and calibration's batches: exact splats of the objects, and results in all ways."""
     out: list[dict[str, Any]] = []
-    for name in ("exact", *WAYS):
+    for ways in (WAYS, None):
         for split, shapes, colours in (("test", UNSEEN, each), ("calibration", CALIBRATION, (each * 3 + 3) // 4)):
             specs = specs_of(shapes, colours)
             random.Random(split).shuffle(specs)
             for start in range(0, len(specs), size):
                 wanted: list[Wanted] = list(specs[start : start + size])
-                about = {"split": split, "name": name, "first": start, "seed": len(out)}
-                out.append({**about, "way": WAYS.get(name), "wanted": wanted})
+                out.append({"split": split, "first": start, "seed": len(out), "ways": ways, "wanted": wanted})
     return out
 
 
-def training_batch(number: int, size: int) -> dict[str, Any]:
+def training_batch(number: int, size: int, seed: int) -> dict[str, Any]:
     """By its number, from 0."""
-    rng = random.Random(f"training {number}")
-    common = {"split": "train", "first": 0, "seed": 1_000_000 + number}
-    kind = ("words", "edited", "exact", "words", "edited")[number % 5]
+    rng = random.Random(f"training {seed} {number}")
+    common = {"split": "train", "first": 0, "seed": 1_000_000 * (1 + seed) + number}
+    kind = ("words", "edited", "words", "exact", "words")[number % 5]
     if kind == "exact":
-        return {**common, "name": "exact", "way": None, "wanted": [training_object(rng) for _ in range(size)]}
+        return {**common, "ways": None, "wanted": [training_object(rng) for _ in range(size)]}
     edited = kind == "edited"
     wanted = [training_object(rng) if edited else training_spec(rng) for _ in range(size)]
-    return {**common, "name": kind, "way": random_way(rng, edited), "wanted": wanted}
+    ways: dict[str, Way | Pass] = dict(random_passes(rng, edited))
+    if rng.random() < 0.3:
+        ways[kind] = random_way(rng, edited)
+    return {**common, "ways": ways, "wanted": wanted}
 
 
 def work(rank: int, workers: int, args: argparse.Namespace, until: float) -> None:
     """One process: every `workers`-th batch while there is time."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     maker = Maker(args.device)
@@ -409,7 +491,7 @@ def work(rank: int, workers: int, args: argparse.Namespace, until: float) -> Non
     number = rank
     while time.time() < until and number < (args.most or 10**6):
         began = time.monotonic()
-        batch = first[number] if number < len(first) else training_batch(number - len(first), args.batch)
+        batch = first[number] if number < len(first) else training_batch(number - len(first), args.batch, args.seed)
         path = folder / f"{batch['split']}_{number}.pt"
         number += workers
         if path.exists():
@@ -420,12 +502,12 @@ def work(rank: int, workers: int, args: argparse.Namespace, until: float) -> Non
             import traceback
 
             traceback.print_exc()
-            print(f"batch {path.stem} ({batch['name']}) failed: {error!r}", flush=True)
+            print(f"batch {path.stem} failed: {error!r}", flush=True)
             continue
         torch.save(made, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
         seconds = time.monotonic() - began
-        print(f"batch {path.stem} ({batch['name']}): {len(made)} records, {seconds:.1f} s", flush=True)
+        print(f"batch {path.stem}: {len(made)} records, {seconds:.1f} s", flush=True)
 
 
 def main() -> None:
@@ -434,6 +516,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=4)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="of each worker")
+    parser.add_argument("--seed", type=int, default=0, help="of the training objects: another one has others")
     parser.add_argument("--test", type=int, default=8, help="colours of each unseen shape")
     parser.add_argument("--no-tests", action="store_true", help="training alone")
     parser.add_argument("--most", type=int, help="batches")

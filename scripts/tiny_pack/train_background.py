@@ -12,11 +12,9 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, in
 
 from . import matting_net, models
 from .data import render_pool, two_rings
-from .matting_net import MattingConfig, MattingNet
+from .matting_net import MEAN, STD, MattingConfig, MattingNet
 from .render import composite
 from .training import arguments, autocast, compiled, fit, write_card
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def backdrops(n: int, size: int, device: str) -> torch.Tensor:

@@ -4,7 +4,8 @@ It learns from exact renders, from results (`results.py` makes them) labelled by
 what was asked for (`distances.py`), and from planted flaws (`flaws.py`). Its test pairs are of shapes that it never
 saw; its scores are calibrated on others that it never saw (`measure_quality.py`).
 
-    python -m scripts.tiny_pack.results --work FOLDER && python -m scripts.tiny_pack.train_quality --work FOLDER
+    python -m scripts.tiny_pack.results --work FOLDER
+    python -m scripts.tiny_pack.train_quality --work FOLDER [--tune]
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .measure_quality import (
     scores,
 )
 from .results import CALIBRATION, KEPT, UNSEEN, specs_of, training_object
-from .training import arguments, fit, forget_paths, write_card
+from .training import arguments, autocast, fit, forget_paths, write_card
 
 # What a view should be worth by the share of the object's pixels that a flaw changes: half at HALF_WORTH.
 HALF_WORTH, STEEPNESS = 0.06, 1.2
@@ -77,6 +78,16 @@ def fresh_net() -> QualityNet:
     with torch.no_grad():
         projection.weight.copy_(torch.stack(filters))
         projection.bias.zero_()
+    return net
+
+
+def tuned_net(folder: Path) -> QualityNet:
+    """The pack's, as it was before its scores were calibrated."""
+    net = QualityNet.load(folder).requires_grad_(True).train()
+    calibration = json.loads((folder / "card.json").read_text())["calibration"]
+    with torch.no_grad():
+        net.score_head.bias.sub_(calibration["plus"]).div_(calibration["times"])
+        net.score_head.weight.div_(calibration["times"])
     return net
 
 
@@ -314,16 +325,17 @@ def main() -> None:
     label(records, scale)
     sampler = Sampler(records, exact, margin, device)
     del records
-    net = fresh_net().to(device)
+    net = (tuned_net(args.pack / "quality") if args.tune else fresh_net()).to(device)
     fused = torch.compile(net) if device == "cuda" else net
 
     def loss() -> Tensor:
         with torch.no_grad():
             x, worth = sampler.draw(args.batch or 192)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with autocast(args):
             return objective(fused, x, worth)
 
-    best, run = fit("quality", net, loss, args, lr=1.5e-3, weight_decay=0.05, decay=0.998)
+    lr, decay = (2e-4, 0.99) if args.tune else (1.5e-3, 0.998)
+    best, run = fit("quality", net, loss, args, lr=lr, weight_decay=0.05, decay=decay)
     calibration = logits(best, torch.stack([r["views"] for r in others]))
     renders = logits(best, exact_renders(CALIBRATION, each, device))
     times, plus = calibrated(

@@ -117,12 +117,29 @@ async def test_settings_are_resolved_on_the_machine_and_shown(
 ) -> None:
     resolve = partial(fleet_standin.resolve_there, fleet_harness.settings(tmp_path))
     async with fleet_on(cluster, tmp_path, resolve) as fleet:
-        assert fleet.resolved is None
+        before = fleet.resolved
         await until(lambda: states(fleet) == ["ready"])
+        assert before is None
         assert fleet.resolved.process == await fleet.call(fleet_standin.pid) != os.getpid()
         assert fleet.health()[0]["memory_class"] == "24 GB"
         # Both of the machine's cores are its only engine's; Ray alone would say 1.
-        assert await fleet.call(fleet_standin.threads) == "2"
+        assert await fleet.call(partial(fleet_standin.variable, name="OMP_NUM_THREADS")) == "2"
+
+
+async def test_each_gpu_has_an_engine_that_sees_no_other(
+    head: tuple[str, psutil.Process], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Ray is told of two; there need not be any."""
+    with ray_head.node(f"--address={head[0]}", engines=1, gpus=2):
+        async with fleet_on(cluster, tmp_path) as fleet:
+            await until(lambda: [each.status for each in gpus(fleet)] == ["ready"] * 2)
+            visible = partial(fleet_standin.variable, name="CUDA_VISIBLE_DEVICES")
+            seen = {await engine.call(visible) for engine in gpus(fleet)}
+            assert seen == {"0", "1"}
+
+
+def gpus(fleet: ClusterFleet) -> list[Any]:
+    return [each for each in fleet._engines if "/gpu" in each.device]
 
 
 async def test_an_engine_that_would_make_other_splats_is_refused(
@@ -166,6 +183,7 @@ async def test_an_actor_that_says_nothing_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As behind a cut cable."""
+    assert ActorEngine.silent_checks * remote.CHECK_S <= 20
     monkeypatch.setattr(remote, "CHECK_S", 0.4)
     monkeypatch.setattr(remote, "ENDING_S", 0.1)
     monkeypatch.setattr(ActorEngine, "silent_checks", 3)

@@ -56,6 +56,17 @@ def test_a_host_that_is_none_is_one_line(tmp_path: Path, host: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_cluster_without_a_token_is_one_line(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    cluster = ("--cluster", "127.0.0.1:1", "--cluster-token-file", str(token))
+    result = run(*cluster, "--port", str(port), "--log-file", str(tmp_path / "log"))
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(f"cluster_token_file: {token}: no token of the cluster can be read: No such file or directory")
+
+
 def test_help_tells_the_defaults() -> None:
     result = run("--help")
     assert result.returncode == 0

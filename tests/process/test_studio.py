@@ -40,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 SIZE = 512
 TICKS = 4
+GENERATOR = "clay"  # the page knows no generator by name
 LEAST_DB = 45.0  # between the page's renderer and ours
 
 
@@ -81,8 +82,8 @@ class Painter:
             return Cancelled("given up")
         ticks: Any = job.image
         job.image = ticks + 1
-        job.progress("dreamgaussian", min(ticks / TICKS, 0.95))
-        job.preview("dreamgaussian", min(ticks / TICKS, 0.95), lambda: preview.of_gaussians(scene()))
+        job.progress(GENERATOR, min(ticks / TICKS, 0.95))
+        job.preview(GENERATOR, min(ticks / TICKS, 0.95), lambda: preview.of_gaussians(scene()))
         if job.request.prompt == "hold" and not self.go.is_set():
             return None
         if ticks < TICKS:
@@ -92,7 +93,7 @@ class Painter:
         assert job.request.watched
         score = 0.3 if job.request.prompt == "poor" else 0.9
         report = Report(job.request.seed, score, {"alignment": score, "ssim": 0.8, "iqa": None}, num_gaussians=24_000)
-        report.seconds = {"dreamgaussian": 1.5}
+        report.seconds = {GENERATOR: 1.5}
         report.rejected = "score 0.30 is under the threshold 0.60" if score < job.request.threshold else None
         return Asset(self._ply, report)
 
@@ -242,6 +243,7 @@ def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> Non
         studio.make("hold")
     until(lambda: len(studio.painter.asked) == 3, "three requests")
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
+    until(lambda: "making the splat" in studio.page.locator(".making").first.inner_text(), "the stage in words")
     studio.open()
     until(lambda: studio.page.locator(".making").count() == 3, "three in progress")
     until(lambda: studio.page.locator(".making img:not([hidden])").count() == 3, "what they look like so far")

@@ -107,8 +107,8 @@ def resolve_there(settings: Any) -> Any:
     return SimpleNamespace(**vars(settings), profile="tiny", memory_class="24 GB", process=os.getpid())
 
 
-def threads(pipeline: Pipeline) -> str:
-    return os.environ["OMP_NUM_THREADS"]
+def variable(pipeline: Pipeline, name: str) -> str:
+    return os.environ[name]
 
 
 def echo(pipeline: Pipeline, data: bytes) -> bytes:

@@ -44,11 +44,11 @@ def token_file() -> Path:
 
 
 @contextmanager
-def node(*arguments: str, engines: int, variables: dict[str, str] | None = None) -> Iterator[psutil.Process]:
-    """``ray start`` with these arguments, and all that it starts."""
+def node(*arguments: str, engines: int, gpus: int = 0) -> Iterator[psutil.Process]:
+    """``ray start`` with these arguments, and all that it starts. ``gpus``: as many as Ray is told that there are."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     command = [
-        RAY, "start", "--block", *arguments, "--num-cpus=2", "--num-gpus=0", "--include-log-monitor=false",
+        RAY, "start", "--block", *arguments, "--num-cpus=2", f"--num-gpus={gpus}", "--include-log-monitor=false",
         f"--object-store-memory={STORE_BYTES}", f"--resources={json.dumps({ENGINE: engines})}", "--disable-usage-stats",
         "--min-worker-port=0", "--max-worker-port=0",
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def node(*arguments: str, engines: int, variables: dict[str, str] | None = None)
     with (folder / "output").open("wb") as output:
         process = psutil.Popen(
             [*command, *temporary],
-            env=environment(token_file()) | (variables or {}),
+            env=environment(token_file()),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

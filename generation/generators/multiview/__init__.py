@@ -1,4 +1,4 @@
-"""Diffusion models that draw several views of one object at once, which agree: from words or from a picture."""
+"""Multi-view diffusion models: several consistent views of one object at once, from a text or from a picture."""
 
 from generation.generators.multiview.imagedream import ImageDream
 from generation.generators.multiview.mvdream import MVDreamViews

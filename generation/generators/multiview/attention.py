@@ -1,5 +1,8 @@
-"""What makes a diffusers UNet a multi-view one (Shi et al. 2023, "MVDream", https://arxiv.org/abs/2308.16512), and one
-that sees a picture, too (Wang and Shi 2023, "ImageDream", https://arxiv.org/abs/2312.02201)."""
+"""Attention that turns a diffusers UNet into a multi-view one.
+
+Over views: Shi et al. 2023, "MVDream", https://arxiv.org/abs/2308.16512. To a picture's tokens: Wang and Shi 2023,
+"ImageDream", https://arxiv.org/abs/2312.02201.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Fu
 
 
 class MultiViewAttention:
-    """Attention in which the views of one scene are one sequence, and attend to each other: ((s v), l, c) ->
-    (s, (v l), c).
+    """Attention over all views of a scene as one sequence: ((s v), l, c) -> (s, (v l), c).
 
-    One instance serves all layers of a UNet, so `views` is set in one place.
+    All layers of a UNet share one instance, so `views` is set in one place.
     """
 
     def __init__(self, views: int = 4):
@@ -29,9 +31,9 @@ class MultiViewAttention:
 
 
 class ImagePromptAttention(MultiViewAttention):
-    """Attention of all views of a scene to its words and, by itself, to its picture; the sum of both counts.
+    """Decoupled cross attention of all views of a scene to its text and to its picture; the results are added.
 
-    A layer's `to_k_ip` and `to_v_ip` are for the picture, whose `image_tokens` come last in what is attended to.
+    A layer's `to_k_ip` and `to_v_ip` project the picture's `image_tokens`, which follow the text states.
     """
 
     def __init__(self, views: int, image_tokens: int):
@@ -62,10 +64,10 @@ class ImagePromptAttention(MultiViewAttention):
 def join_views(
     unet: UNet2DConditionModel, views: int = 4, shared_text: bool = False, image_tokens: int = 0
 ) -> MultiViewAttention:
-    """Give every self-attention of `unet` (diffusers calls it attn1) the multi-view form; returns what they share.
+    """Make every self-attention of `unet` (diffusers' attn1) multi-view. Returns the instance that they share.
 
-    With `shared_text` the attention to the text has it, too: text states then come once for each scene, for all of its
-    views. So they do where `image_tokens` of a picture follow the text's.
+    With `shared_text`, or with `image_tokens`, cross attention is multi-view, too. Then text states are passed once per
+    scene and not once per view.
     """
     joint = MultiViewAttention(views)
     others = joint if shared_text else None

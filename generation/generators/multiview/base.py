@@ -1,4 +1,4 @@
-"""What models that draw views share: from words, pictures and seeds to views that agree, a denoising step at a time."""
+"""What multi-view diffusion models share: texts, pictures and seeds to consistent views, one step per call."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from generation.generators.multiview.sampling import Sampler, Schedule, ViewSamp
 from generation.generators.multiview.text_encoder import TextEncoder
 from generation.splats.cameras import orbit
 
-#: degrees of elevation (up) and of azimuth, each
+#: elevation (degrees up) and azimuth (degrees) of each view
 ViewAngles = Sequence[tuple[float, float]]
 FOUR_VIEWS: ViewAngles = ((0.0, 0.0), (0.0, 90.0), (0.0, 180.0), (0.0, 270.0))
 
 
 class MultiViewModel:
-    """Draws views of each of several objects. An object's views depend on its words, picture and seed alone, up to
-    rounding."""
+    """Samples views of several objects. An object's views depend on its text, picture and seed only, up to rounding."""
 
-    #: set by those that inherit, and all networks in `_networks`
+    #: set by subclasses, which also add their networks to `_networks`
     _sampler: Sampler
 
     def __init__(
@@ -41,7 +40,7 @@ class MultiViewModel:
         negative_prompt: str,
         backdrop: Sequence[float],
     ) -> None:
-        """`views`: from where. `front_azimuth`: see `camera_embedding`. `backdrop`: what is behind an object (RGB)."""
+        """`views`: their cameras. `front_azimuth`: see `camera_embedding`. `backdrop`: RGB behind the object, 0..1."""
         self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
         self._unet = unet.eval().requires_grad_(False)
         self._vae = vae.eval().requires_grad_(False)
@@ -65,49 +64,49 @@ class MultiViewModel:
         raise NotImplementedError
 
     def _final_latents(self, sampling: ViewSampling) -> Tensor:
-        """Latents (V, C, h, w) that are to be shown."""
+        """The latents (V, C, h, w) to decode."""
         return sampling.latents
 
     def _capture_encoder(self, size: int) -> None:
-        """Capture what is done with so many pictures."""
+        """Capture the image encoder for a batch of this size."""
 
     def _captured(self) -> list[GraphedFunction]:
         return [self._decode, self._sampler.captured]
 
     @torch.no_grad()
     def begin(self, words: Sequence[str], cutouts: Sequence[Tensor | None], seeds: Sequence[int]) -> list[ViewSampling]:
-        """A sampling for each object, from its words ("": none), its cut-out (4, S, S), RGBA in 0..1, and its seed.
+        """Start a sampling for each object, from its text ("" for none), cut-out (4, S, S), RGBA in 0..1, and seed.
 
         Raises ValueError where this model needs a cut-out, and there is none.
         """
         return self._begin(words, cutouts, [torch.Generator().manual_seed(seed) for seed in seeds])
 
     def step(self, samplings: Sequence[ViewSampling]) -> None:
-        """One denoising step of each, in one call of the UNet. When it fails they are as they were before."""
+        """One denoising step of all, in batched UNet calls. If it fails, no sampling has changed."""
         self._sampler.step(samplings)
 
     @torch.no_grad()
     def views(self, samplings: Sequence[ViewSampling]) -> Tensor:
-        """What they show when they are done: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
+        """Decode finished samplings: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
         latents = torch.stack([self._final_latents(sampling) for sampling in samplings])
         return torch.cat([self._decode(latents[some])[0].clone() for some in split_batch(len(samplings))])
 
     def encode(self, texts: Sequence[str]) -> None:
-        """Encode those that are not known yet together, so that `begin` finds them."""
+        """Encode texts in one batch into the cache that `begin` reads."""
         self._words.encode([*texts, self._negative_prompt])
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
         return self._words.truncation(text)
 
     @torch.no_grad()
     def warm_up(self, most: int, progress: Callable[[str], None]) -> None:
-        """On a GPU, compile and capture for up to `most` objects at once; else nothing."""
+        """On a GPU, compile and capture for up to `most` objects at once. Else do nothing."""
         if self._unet.device.type != "cuda":
             return
         if not self._is_compiled:
             compile_unet(self._unet)
-            # Not compiled: it works once a request, 18 ms for one object in its eager form (H200).
+            # Not compiled: it runs once per request, in 18 ms for one object (H200, eager).
             self._vae.to(memory_format=torch.channels_last)
             self._is_compiled = True
             self._offloaded = Offloaded(self._networks, self._unet.device)  # the UNet has other parameters now
@@ -119,25 +118,25 @@ class MultiViewModel:
             self._decode.capture(torch.randn(size, *self._latent_shape, device=self._unet.device))
 
     def offload(self) -> None:
-        """Off the GPU until `onload`, into pinned memory; samplings stay."""
+        """Move the networks into pinned memory until `onload`. Samplings stay."""
         for captured in self._captured():
             captured.forget()
         self._offloaded.offload()
 
     def onload(self) -> None:
-        """Bring the networks back."""
+        """Move the networks back onto the GPU."""
         self._offloaded.onload()
 
     def _noise(self, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
         return copy_async(torch.randn(tuple(shape), generator=generator), self._cameras.device)
 
     def _over_backdrop(self, cutout: Tensor) -> Tensor:
-        """(3, S, S) in 0..1, on the model's device."""
+        """The cut-out over the backdrop, (3, S, S) in 0..1, on the model's device."""
         cutout = cutout.to(self._cameras.device)
         return cutout[:3] * cutout[3:] + self._backdrop.to(cutout) * (1 - cutout[3:])
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (S, C, h, w) of the latents of images (S, 3, image_size, image_size); float32."""
+        """Mean and standard deviation (S, C, h, w), float32, of latents of images (S, 3, image_size, image_size)."""
         posterior = self._vae.encode((images * 2 - 1).to(self._vae.dtype)).latent_dist
         scale = self._vae.config.scaling_factor
         return posterior.mean.float() * scale, posterior.std.float() * scale

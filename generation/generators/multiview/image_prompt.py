@@ -1,7 +1,7 @@
 """ImageDream's UNet (Wang and Shi 2023, https://arxiv.org/abs/2312.02201), as it is published, in diffusers' classes.
 
-It is MVDream's with two additions, both of IP-Adapter (Ye et al. 2023, https://arxiv.org/abs/2308.06721): a resampler
-makes a few tokens of what CLIP sees in a picture, and each attention to the words has keys and values for those.
+It is MVDream's UNet with IP-Adapter (Ye et al. 2023, https://arxiv.org/abs/2308.06721): a resampler turns CLIP features
+of a picture into a few tokens, and each cross attention has keys and values for them.
 """
 
 from __future__ import annotations

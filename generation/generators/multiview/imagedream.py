@@ -1,8 +1,8 @@
 """Views of an object from a picture: ImageDream (Wang and Shi 2023, https://arxiv.org/abs/2312.02201).
 
-The model is told of the picture twice. Tokens of what CLIP sees in it are attended to beside the words, and its latents
-are a fifth frame, without noise, that the views attend to. Without the condition the first are those of nothing (zeros
-in place of what CLIP sees), and the second are zeros.
+The picture conditions the model twice. Its CLIP features, resampled to a few tokens, are attended to beside the text.
+Its latents are a fifth frame without noise, which the views attend to. In the unconditional case the CLIP features and
+the latents are zeros.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from generation.weights.strict import load_model
 
 
 class ImageDream(MultiViewModel):
-    """See `MultiViewModel`. Needs a cut-out; words are welcome, but needless."""
+    """See `MultiViewModel`. Needs a cut-out; a text is optional."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class ImageDream(MultiViewModel):
         self._networks.extend([resampler, image_encoder])
         self._processor = processor
         self._scale = guidance_scale
-        self._cameras = F.pad(self._cameras, (0, 0, 0, 1))  # the picture's camera is none
+        self._cameras = F.pad(self._cameras, (0, 0, 0, 1))  # the picture's frame has no camera: zeros
         seen = torch.zeros(1, self._tokens_seen, SEEN_WIDTH, device=unet.device, dtype=unet.dtype)
         with torch.no_grad():
             self._nothing = self._resampler(seen)[0]  # (I, C)
@@ -100,14 +100,14 @@ class ImageDream(MultiViewModel):
         tokens, means, deviations = (torch.cat([each.clone() for each in part]) for part in zip(*seen, strict=True))
         samplings = []
         for text, generator, token, mean, deviation in zip(words, generators, tokens, means, deviations, strict=True):
-            of_picture = self._noise(generator, mean.shape)  # before that of the views, as the authors draw it
+            of_picture = self._noise(generator, mean.shape)  # drawn before the views' noise, as in the authors' code
             told = torch.cat([self._words.pair(text, self._negative_prompt), torch.stack([self._nothing, token])], 1)
             known = (mean + deviation * of_picture,)
             samplings.append(ViewSampling(self._noise(generator, self._latent_shape), told, known, self._sampler.steps))
         return samplings
 
     def _prepared(self, cutouts: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Pictures as CLIP takes them, and as the autoencoder does."""
+        """The pictures preprocessed for CLIP, and for the autoencoder."""
         images = torch.stack([self._over_backdrop(cutout) for cutout in cutouts])
         pixels = self._processor(images=list((images.cpu() * 255).byte()), return_tensors="pt").pixel_values
         size = (self.image_size, self.image_size)
@@ -115,7 +115,7 @@ class ImageDream(MultiViewModel):
         return pixels.to(self._cameras.device, self._cameras.dtype), images
 
     def _see(self, pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (S, I, C) of what CLIP sees, and the posterior's mean and deviation (S, C, h, w)."""
+        """Image tokens (S, I, C), and mean and standard deviation (S, C, h, w) of the latents' posterior."""
         seen = self._image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
         return (self._resampler(seen), *self._posterior(images))
 
@@ -131,7 +131,7 @@ class ImageDream(MultiViewModel):
 
 
 def picture_as_last_frame(latents: Tensor, t: Tensor, signal: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """`Frames`: the views, then the picture's latents (S, C, h, w), or zeros where nothing is known of it."""
+    """`Frames`: the views, then the picture's latents (S, C, h, w); zeros in the unconditional half."""
     both, at = views_only(latents, t, signal)
     last = torch.stack([torch.zeros_like(known), known])[:, :, None]
     return torch.cat([both, last], 2), torch.cat([at, at[:, :, :1]], 2)

@@ -19,7 +19,7 @@ from generation.weights.strict import load_model
 
 
 class MVDreamViews(MultiViewModel):
-    """See `MultiViewModel`. Needs words, or for a model that was trained to take a known view, a cut-out."""
+    """See `MultiViewModel`. Needs a text; a model that was trained with a known view needs a cut-out."""
 
     def __init__(
         self,
@@ -36,8 +36,9 @@ class MVDreamViews(MultiViewModel):
         known_view: bool = False,
         backdrop: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:
-        """`views` are four, as it was trained, or more. With `known_view` the cut-out is the first of them, and the
-        others are drawn to go with it."""
+        """`views` are four, as in training, or more. With `known_view` the cut-out is the first view, and the others
+        are sampled to be consistent with it.
+        """
         super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, backdrop)
         self._known_view = known_view
         self._scale = guidance_scale

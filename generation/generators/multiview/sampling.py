@@ -1,6 +1,6 @@
-"""DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) for views of several objects, a step at a time.
+"""DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502) of several objects' views, one step per call.
 
-Objects may be at different steps: each has its own time step in the one call of the UNet.
+Objects may be at different time steps in one batch.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from generation.weights import WeightsError
 
 @dataclass(eq=False)
 class ViewSampling:
-    """Views of one object on their way from noise."""
+    """The sampling of one object's views."""
 
     latents: Tensor  # (V, C, h, w), float32
-    words: Tensor  # (2, L, C): what guidance leads away from, and what it leads to
-    known: tuple[Tensor, ...]  # what is known of the views, as the sampler's `Frames` takes it
-    steps: int  # that it takes
-    at: int = 0  # those that it has taken
+    words: Tensor  # (2, L, C) text states: negative, then positive
+    known: tuple[Tensor, ...]  # what the sampler's `Frames` needs: of a known view or of the picture
+    steps: int  # in all
+    at: int = 0  # steps done
 
     @property
     def done(self) -> bool:
@@ -34,12 +34,12 @@ class ViewSampling:
 
     @property
     def fraction(self) -> float:
-        """From 0 to 1."""
+        """Progress, 0..1."""
         return self.at / self.steps
 
 
 class Schedule(NamedTuple):
-    """For each step of a sampling the time step (n,), and the share of signal before it and after it (n,)."""
+    """For each of n steps: the time step, and alpha_cumprod before and after it, each (n,)."""
 
     t: Tensor
     signal: Tensor
@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
         config = scheduler.config
         usual = {"prediction_type": "epsilon", "clip_sample": False, "thresholding": False}
         if other := [f"{key} {config[key]}" for key, value in usual.items() if config[key] != value]:
-            raise WeightsError(f"the scheduler's config has {', '.join(other)}, which is not made for latents")
+            raise WeightsError(f"the scheduler's config has {', '.join(other)}, which is not supported")
         scheduler.set_timesteps(steps)
         t = scheduler.timesteps.cpu()
         after = t - config.num_train_timesteps // steps
@@ -71,15 +71,15 @@ GuidedNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def views_only(latents: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """`Frames` that are the views alone."""
+    """`Frames` without any but the views."""
     return latents.expand(2, *latents.shape), t[:, None].expand(2, *latents.shape[:2])
 
 
 def known_frame(index: int) -> Frames:
-    """`Frames` of which the one at `index` is known (S, C, h, w), its noise (S, C, h, w) as well.
+    """`Frames` in which the view at `index` is known: its latents (S, C, h, w), and the noise (S, C, h, w) for it.
 
-    For a model that was trained to see it without noise, at time step 0. Without the condition it is lost in noise like
-    the others, so that guidance is towards it, too.
+    For a model that was trained with a noise-free view at time step 0. In the unconditional half the view is noisy as
+    the others, so guidance is towards it, too.
     """
 
     def frames(latents: Tensor, t: Tensor, signal: Tensor, known: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def guided_noise(
 
 
 class Sampler:
-    """Advances samplings together."""
+    """Advances several samplings in one batch."""
 
     def __init__(self, schedule: Schedule, guided: GuidedNoise, frames: Frames = views_only) -> None:
         self.steps = len(schedule.t)
@@ -124,9 +124,11 @@ class Sampler:
 
     @torch.no_grad()
     def step(self, samplings: Sequence[ViewSampling]) -> None:
-        """One denoising step of each; all or, when it fails, none of them. Raises ValueError for one that is done."""
+        """One denoising step of all. If it fails, none has changed. Raises ValueError for one that is done."""
         if any(sampling.done for sampling in samplings):
-            raise ValueError("a sampling that is done has no further step")  # a GPU would not come back from it
+            raise ValueError(
+                "a sampling that is done has no further step"
+            )  # its index would be out of range, which is fatal on a GPU
         latents = []
         for some in split_batch(len(samplings)):
             (after,) = self.captured(*self._inputs(samplings[some]))
@@ -145,7 +147,7 @@ class Sampler:
         ]
 
     def _denoise(self, latents: Tensor, at: Tensor, words: Tensor, *known: Tensor) -> tuple[Tensor]:
-        """Latents (S, V, C, h, w) of step number `at` (S,), one step on."""
+        """Latents (S, V, C, h, w) at step `at` (S,), advanced by one step."""
         signal, after = (each[at].view(-1, 1, 1, 1, 1) for each in (self._schedule.signal, self._schedule.signal_after))
         both, t = self._frames(latents, self._schedule.t[at], signal, *known)
         noise = self._guided(both.flatten(1, 2), t.flatten(1, 2), words).unflatten(0, both.shape[1:3])

@@ -1,4 +1,4 @@
-"""What a diffusion model's CLIP text encoder makes of texts."""
+"""The CLIP text encoder of a diffusion model, cached."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from generation.weights.strict import load_model
 
 
 class TextEncoder(TextCache[Tensor]):
-    """Text states (L, C) of texts, each encoded once."""
+    """Texts to text states (L, C)."""
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__(self._states)
@@ -32,7 +32,7 @@ class TextEncoder(TextCache[Tensor]):
         return truncation(self._tokenizer, text)
 
     def pair(self, text: str, negative: str) -> Tensor:
-        """(2, L, C): of the negative text, then of the text."""
+        """Text states (2, L, C) of the negative text, then of the text."""
         return torch.stack(self.encode([negative, text]))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How well views agree with their prompt, by the validators' models: one for texts, one for pictures."""
+"""Alignment of views with their prompt, by the validators' CLIP models: one for texts, one for pictures."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _TOWER = ("vision_model.", "visual_projection.")
 
 
 class _Clip:
-    """What both kinds share: pixels to unit vectors, and their cosines with a prompt's.
+    """What both models share. With ``offload`` the model is on the device only while it runs.
 
-    On a GPU pixels are in float16 from the start, as with the validators, whose cosines have float16's digits.
+    On a GPU pixels are float16 from the start, as in the validators' code, whose cosines have float16 precision.
     """
 
     def __init__(self, model: nn.Module, use: ClipUse, own: dict[str, Any], device: str, offload: bool) -> None:
@@ -55,7 +55,7 @@ class _Clip:
 
 
 class TextClip(_Clip):
-    """An open_clip model. It can look at pictures as prompts, too, where there is no model of their own."""
+    """An open_clip model for text prompts. It serves for image prompts, too, if there is no ``ImageClip``."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class TextClip(_Clip):
         return self._texts.encode(texts)
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """Tokens that are read and tokens of a text when these are more."""
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
         return truncation(self._tokenizer, text)
 
     def embed(self, images: Tensor) -> Tensor:

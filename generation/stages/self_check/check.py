@@ -1,4 +1,4 @@
-"""All of it together, for one splat or several."""
+"""The whole self-check, for one splat or several."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class Check:
 
     @property
     def failed_gate(self) -> str | None:
-        """Why the first gate that was not passed was not."""
+        """The reason of the first failed gate; None if all passed."""
         return next((gate.reason for gate in self.gates.values() if not gate.passed), None)
 
 
 class SelfCheck:
-    """The validators' models, loaded, and their way of asking them. All but the text model may be lacking."""
+    """The validators' models, loaded, and their scoring. All but the text model are optional."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SelfCheck:
 
     @classmethod
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
-        """From the folders of ``clip`` and of what ``models`` has for the score beside it. Raises WeightsError."""
+        """Load ``clip`` and the optional models of ``models``. Raises WeightsError."""
         offload = models.offload_self_check
         text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, offload)
         image = quality = lpips = None
@@ -88,17 +88,17 @@ class SelfCheck:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> None:
-        """Texts that splats will be compared with."""
+        """Encode texts in one batch, before splats are scored by them."""
         self._text.encode(prompts)
 
     def truncation(self, prompt: str) -> dict[str, tuple[int, int]]:
-        """Where only the beginning of it is read: tokens that are, and of how many."""
+        """{"self_check": (tokens that are read, tokens of the prompt)} if the prompt is truncated."""
         tokens = self._text.truncation(prompt)
         return {"self_check": tokens} if tokens else {}
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """Look at the views of so many splats, with a text for the first and a picture for the others and alone."""
+        """Score random views of ``count`` splats, with texts and with pictures."""
         views = torch.rand(count, VIEWS, 3, VIEW_SIZE, VIEW_SIZE, device=self._device)
         picture = Image.new("RGB", (64, 64))
         self._measure(list(views), ["warm up"] * count)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from common.log_lines import shown_network
+from common.log_lines import SingleLineFormatter, quoted, shown_network
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,16 @@ from common.log_lines import shown_network
 )
 def test_no_key_of_a_node_is_shown(network: str, shown: str) -> None:
     assert shown_network(network) == shown
+
+
+def test_a_stranger_s_text_can_not_forge_a_line() -> None:
+    assert quoted("a\nb\x1b[2J\u2028") == "'a\\nb\\x1b[2J\\u2028'"
+    assert len(quoted("\x00" * 10**6)) < 160
+    formatter = SingleLineFormatter("%(levelname)s %(message)s")
+    record = logging.LogRecord("x", logging.INFO, "", 0, "said: %s", ("a\r\nINFO forged \x1b[2J\x9b\u2028",), None)
+    assert formatter.format(record) == "INFO said: a\\r\\nINFO forged \\x1b[2J\\x9b\\u2028"
+    try:
+        raise ValueError("a\nINFO forged")
+    except ValueError as error:
+        record.exc_info = (type(error), error, error.__traceback__)
+    assert not any(line.startswith("INFO forged") for line in formatter.format(record).split("\n"))

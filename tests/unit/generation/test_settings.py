@@ -10,7 +10,7 @@ from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_models
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, Settings
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 from scripts.ops.download_weights import profile_entries
 
 # The keys of upstream's configs/text_mv.yaml and their values, in an order of our own.
@@ -287,7 +287,7 @@ def test_what_memory_classes_say_is_not_said_beside_them(tmp_path, line):
 def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(kernels, "is_built", lambda: True)
+    monkeypatch.setattr(gsplat_build, "is_built", lambda: True)
     monkeypatch.setattr(settings, "gpu_memory", lambda gpus: None)
     assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
 
@@ -377,7 +377,7 @@ class TestResolve:
             monkeypatch.setattr(settings, "gpu_memory", lambda gpus: int(gib * 2**30) if gpu else None)
             monkeypatch.setattr(weights, "missing", lambda models: absent)
             monkeypatch.setattr(settings, "_choose_gpus", lambda asked: (0,) if gpu else ())
-            monkeypatch.setattr(kernels, "is_built", lambda: built)
+            monkeypatch.setattr(gsplat_build, "is_built", lambda: built)
 
         return pretend
 
@@ -479,6 +479,35 @@ class TestResolve:
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
         resolved = Settings.resolve({**tiny, "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
+
+    def test_a_clusters_service_needs_no_gpu_and_no_weights(self, machine):
+        machine(False, ["flux is not here"])
+        own = Settings.resolve({"cluster": "10.0.0.1:6379"})
+        assert (own.profile, own.device, own.memory_class, own.gpus) == ("full", "cluster", None, ())
+        assert own.options.generator == "dreamgaussian"
+        assert Settings.resolve({"cluster": "10.0.0.1:6379", "profile": "tiny"}).profile == "tiny"
+
+    @pytest.mark.parametrize("values", [{"gpus": "0"}, {"profile_trace": "trace"}])
+    def test_what_is_for_one_machine_is_refused_for_a_cluster(self, values):
+        with pytest.raises(SettingsError, match=f"{next(iter(values))}: is for one machine"):
+            Settings.resolve({"cluster": "10.0.0.1:6379", **values})
+
+    def test_a_clusters_engine_resolves_what_its_own_machine_is(self, machine, tmp_path):
+        machine(True, [], gib=24)
+        values = {"cluster": "10.0.0.1:6379", "cluster_token_file": tmp_path, "profile": "auto", "max_queue": 3}
+        there = settings.resolve_elsewhere(values, tmp_path)
+        assert (there.profile, there.device, there.memory_class) == ("full", "cuda", "24gb")
+
+    def test_a_clusters_machine_does_not_fall_back_to_tiny(self, machine, tmp_path):
+        """Splats of the tiny models are worth nothing beside the others'."""
+        machine(True, ["flux is not here"])
+        with pytest.raises(SettingsError, match="flux is not here"):
+            settings.resolve_elsewhere({"cluster": "10.0.0.1:6379", "profile": "auto"}, tmp_path)
+
+    def test_files_of_the_code_are_taken_from_where_the_code_is(self, machine, tmp_path):
+        machine(False, [])
+        values = {"profile": "tiny", "config": tmp_path / "configs" / "tiny_mv_fast.yaml"}  # not there
+        assert settings.resolve_elsewhere(values, tmp_path).config == CONFIGS / "tiny_mv_fast.yaml"
 
     @pytest.mark.parametrize(
         ("values", "words"),

@@ -61,10 +61,11 @@ def test_shared_memory_holds_the_object_store(group: dict[str, Any]) -> None:
 def test_the_service_is_on_the_head_and_has_the_token() -> None:
     assert CLUSTER["spec"]["authOptions"] == {"mode": "token"}
     ray, service, _ = pod(HEAD)["containers"]
-    arguments = COMMAND_LINE.parse(service["args"])["service"]
-    assert (arguments.profile, arguments.cluster) == ("full", "127.0.0.1:6379")
+    arguments = COMMAND_LINE.parse([each.replace("$(POD_IP)", "10.0.0.1") for each in service["args"]])["service"]
+    assert (arguments.profile, arguments.cluster) == ("full", "10.0.0.1:6379")
     assert service["image"] == ray["image"]
-    (token,) = service["env"]
+    address, token = service["env"]
+    assert address == {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
     assert token["name"] == "RAY_AUTH_TOKEN"
     assert token["valueFrom"]["secretKeyRef"] == {"name": CLUSTER["metadata"]["name"], "key": "auth_token"}
     assert pod(HEAD)["shareProcessNamespace"]

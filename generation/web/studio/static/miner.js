@@ -13,13 +13,20 @@ export function showMiner(page, visible) {
   clearTimeout(timer);
   if (!visible) return;
   const update = async () => {
+    let state = null;
+    let problem = "The service does not answer.";
     try {
       const [answer, health] = await Promise.all([fetch("miner"), fetch("../health")]);
-      const state = await answer.json();
-      if (answer.ok) state.engines = health.ok ? (await health.json()).engines : [];
-      draw(page, answer.ok ? state : null, answer.ok ? "" : state.error?.message ?? `HTTP ${answer.status}`);
+      const told = await answer.json();
+      if (answer.ok) state = { ...told, engines: health.ok ? (await health.json()).engines : [] };
+      else problem = told.error?.message ?? `HTTP ${answer.status}`;
     } catch {
-      draw(page, null, "The service does not answer.");
+      // It is tried again.
+    }
+    try {
+      draw(page, state, problem);
+    } catch (error) {
+      draw(page, null, `The miner's figures can not be shown (${error.message}): is it of another version?`);
     }
     timer = setTimeout(update, INTERVAL_MS);
   };
@@ -103,7 +110,8 @@ function services(state) {
 
 function engines(state) {
   const rows = state.engines.map((each) => {
-    const memory = each.memory ? Object.entries(each.memory).map(([name, value]) => `${name} ${typeof value === "number" ? number(value, 1) : value}`).join(", ") : "–";
+    const gib = (bytes) => number(bytes / 2 ** 30, 1);
+    const memory = each.memory ? `${gib(each.memory.used_bytes)} of ${gib(each.memory.total_bytes)} GiB, ${gib(each.memory.peak_bytes)} at most` : "–";
     return [each.device, each.name ?? "–", element("span", { className: each.status === "ready" ? "delivered" : "failed" }, each.status), String(each.active.length), memory];
   });
   return table([["device"], ["name"], ["state"], ["running", "n"], ["memory"]], rows, "None.");

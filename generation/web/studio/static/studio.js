@@ -5,9 +5,9 @@ import { FRONT, SplatView } from "./view.js";
 import { showMiner } from "./miner.js";
 
 const EXAMPLES = ["a red cube", "a blue chair", "a green mug", "a yellow house", "a purple mushroom", "a white rocket"];
+// Any other stage is a generator's, which has its name.
 const STAGES = { receiving: "received", queued: "waiting", paused: "paused", text_to_image: "drawing the picture",
-  background: "cutting it out", generate: "making the splat", dreamgaussian: "making the splat", lgm: "making the splat",
-  trellis: "making the splat", self_check: "scoring it", candidates: "making the others" };
+  background: "cutting it out", self_check: "scoring it", candidates: "making the others" };
 const PART_NAMES = { alignment: "alignment", iqa: "quality", ssim: "SSIM", lpips: "LPIPS" };
 
 const byId = (id) => document.getElementById(id);
@@ -107,7 +107,7 @@ function drawProgress() {
   for (const row of [...list.children]) if (!making.has(row.dataset.id)) row.remove();
   for (const each of making.values()) {
     const row = list.querySelector(`[data-id="${each.id}"]`) ?? progressRow(each);
-    const stage = STAGES[each.stage] ?? (each.stage || "waiting").replaceAll("_", " ");
+    const stage = STAGES[each.stage] ?? (each.stage ? "making the splat" : "waiting");
     const left = each.left == null ? "" : `, about ${Math.ceil(each.left)} s left`;
     row.querySelector("progress").value = each.fraction ?? 0;
     row.querySelector(".small").textContent = stage + left;

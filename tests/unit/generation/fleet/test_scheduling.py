@@ -185,3 +185,20 @@ async def test_candidates_spread_over_the_engines_and_leave_a_place(tmp_path: Pa
     assert fleet.spare(background=True) == 0
     go.set()
     assert len((await asking).report.candidates) == 4
+
+
+async def test_an_engine_whose_machine_has_left_gives_up_its_requests_at_once(tmp_path: Path) -> None:
+    """Before its supervision has ended: that may wait for a machine that does not answer."""
+    fleet = ready(tmp_path, "leaves", "stays")
+    leaving = fleet._engines[0]
+    supervision = asyncio.create_task(asyncio.sleep(3600))
+    fleet._supervision[leaving] = supervision
+    request: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    leaving._asked[1] = (request, None)
+    fleet._remove(leaving, "its machine has left")
+    with pytest.raises(EngineLost, match="its machine has left"):
+        request.result()
+    assert [each["device"] for each in fleet.health()] == ["stays"]
+    await settle()
+    assert supervision.cancelled()
+    assert leaving not in fleet._supervision

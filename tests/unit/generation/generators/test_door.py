@@ -212,6 +212,16 @@ class TestPipeline:
         begun = [each for each in text.log if each[0] == "begin"]
         assert begun == [("begin", "red", True)] * 3 + [("begin", "red", False)] * 3  # a prefetched value is used once
 
+    def test_a_text_is_drawn_by_the_template_of_its_own_generator(self, resolve: Callable[..., Settings]) -> None:
+        templates = ("{prompt} seen from the left", "{prompt} seen from the right")
+        configs = [f"{BALL}\nprompt_template: '{template}'" for template in templates]
+        pipeline, *_ = made(resolve(*configs))
+        drawn: list[str] = []
+        paint = pipeline._text_to_image.generate  # type: ignore[union-attr]
+        pipeline._text_to_image.generate = lambda texts, seeds: drawn.extend(texts) or paint(texts, seeds)  # type: ignore
+        finish(pipeline, [pipeline.begin(ask("a red ball")), pipeline.begin(show())])
+        assert drawn == ["a red ball seen from the left"]
+
     def test_what_can_be_prefetched_is_while_the_picture_is_drawn(self, resolve: Callable[..., Settings]) -> None:
         pipeline, text, _ = made(resolve(SCULPTURE))
         painting, cutting = pipeline._text_to_image.generate, pipeline._background.remove  # type: ignore[union-attr]
@@ -336,6 +346,13 @@ class TestAssembly:
         assert text.clay.name == "red clay"
         assert told == ["loading red clay for clay onto cpu"]
         assert parts.load("clay", str) is not text.clay  # built differently
+
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_a_checkpoint_is_loaded_in_the_dtype_of_the_models_file(self, tmp_path: Path, dtype: str) -> None:
+        (tmp_path / "card.json").write_text('{"name": "red clay", "licence": "MIT"}')
+        choice = ModelChoice(model=str(tmp_path), dtype=dtype)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(tmp_path, lookup(choice), choice, "cpu")
+        assert checkpoint.dtype is getattr(torch, dtype)
 
     def test_what_a_generator_needs_must_be_in_the_models_file(self, resolve: Callable[..., Settings]) -> None:
         with pytest.raises(SettingsError, match="needs_clay is true, but the models file has no clay"):

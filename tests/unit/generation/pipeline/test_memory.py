@@ -1,0 +1,185 @@
+"""Requests that run out of memory, and requests that are paused for others."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from generation.generators.base import Subject
+from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE
+from generation.pipeline.pipeline import Asset
+from tests.support.sculptor import Scene, ask, told
+from tests.support.standins import Painter
+
+
+class TestPausing:
+    def test_it_keeps_what_it_has_and_goes_on_from_there(self, pipeline, sculptor, monkeypatch):
+        alone = [asset.ply for asset in pipeline.generate([ask("red", seed=1), ask("blue", seed=2)])]
+        paint, begin = Painter.paint, sculptor.begin
+        painted: list[str] = []
+        paused: list[int] = []
+        monkeypatch.setattr(Painter, "paint", lambda self, prompt: told(painted, prompt, paint(self, prompt)))
+        # Somebody else comes while the first of two works is begun.
+        monkeypatch.setattr(sculptor, "begin", lambda subject: told(paused, 1, begin(subject)))
+        sculptor.batches.clear()
+        seen: list[str] = []
+        jobs = [
+            pipeline.begin(ask(prompt, seed=seed), lambda stage, _: seen.append(stage), paused=lambda: len(paused) == 1)
+            for prompt, seed in (("red", 1), ("blue", 2))
+        ]
+        for _ in range(3):
+            pipeline.tick(jobs)
+        assert [job.work is None for job in jobs] == [False, True]
+        assert not sculptor.batches
+        assert seen[-1] == "paused"
+        paused.append(1)
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+        assert [job.outcome.ply for job in jobs] == alone
+        assert painted == ["red", "blue"]
+
+    def test_its_report_has_no_time_in_which_it_was_paused(self, pipeline, monkeypatch):
+        now = SimpleNamespace(seconds=0.0)
+        monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+        paused: list[int] = []
+        job = pipeline.begin(ask("red"), paused=lambda: bool(paused))
+        pipeline.tick([job])
+        paused.append(1)
+        for _ in range(3):
+            now.seconds += 100
+            pipeline.tick([job])
+        paused.clear()
+        now.seconds += 100
+        while job.outcome is None:
+            now.seconds += 1
+            pipeline.tick([job])
+        assert job.report.total_seconds == 100 + 4  # 100 until it began to rest
+
+    def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
+        begin = sculptor.begin
+        paused: list[int] = []
+        waiting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
+        alone = pipeline.generate([ask("blue", seed=4)])[0].ply
+        pipeline.tick([waiting])
+        paused.append(1)
+        first = pipeline.begin(ask("red"))
+
+        def full(subject: Subject) -> Scene:
+            if waiting.work is not None:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return begin(subject)
+
+        monkeypatch.setattr(sculptor, "begin", full)
+        while first.outcome is None:
+            pipeline.tick([waiting, first])
+        assert first.outcome.ply
+        assert waiting.outcome is None
+        paused.clear()
+        while waiting.outcome is None:
+            pipeline.tick([waiting])
+        assert waiting.outcome.ply == alone
+
+
+class TestFullMemory:
+    """A GPU's memory is played by an error above a number of requests at once."""
+
+    def test_works_begin_again_fewer_at_once(self, pipeline, sculptor, monkeypatch):
+        tick = sculptor.tick
+
+        def full(scenes: list[Scene]) -> None:
+            if len(scenes) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            tick(scenes)
+
+        monkeypatch.setattr(sculptor, "tick", full)
+        alone = pipeline.generate([ask("red", seed=1)])[0].ply
+        outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3, 4)])
+        assert all(outcome.ply for outcome in outcomes)
+        assert outcomes[0].ply == alone
+        assert pipeline.limit.current == 2
+        assert max(sculptor.batches) == 2
+
+    def test_one_that_waits_lets_go_of_those_that_are_done(self, pipeline):
+        first, second, waiting = (pipeline.begin(ask("red", seed=seed)) for seed in (1, 2, 3))
+        waiting.waits_for = [first, second]
+        first.outcome = Asset(b"ply", first.report)
+        assert waiting.is_waiting
+        assert waiting.waits_for == [second]
+        second.outcome = RuntimeError("it fell over")
+        assert not waiting.is_waiting
+        assert not waiting.waits_for
+
+    def test_only_requests_that_come_to_a_result_let_more_run_at_once(self, pipeline):
+        pipeline.limit.out_of_memory(4)
+        for _ in range(SUCCESSES_BEFORE_MORE):
+            pipeline.generate([ask("red collapse")])  # each has begun a work
+        pipeline.generate([ask("red", seed=seed) for seed in range(SUCCESSES_BEFORE_MORE - 1)])
+        assert pipeline.limit.current == 2
+        pipeline.generate([ask("red")])
+        assert pipeline.limit.current == 3
+
+    def test_pictures_are_made_fewer_at_once_and_works_are_not(self, pipeline, sculptor, monkeypatch):
+        remove, sizes = pipeline._background.remove, []
+
+        def full(images: torch.Tensor) -> torch.Tensor:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            sizes.append(len(images))
+            return remove(images)
+
+        monkeypatch.setattr(pipeline._background, "remove", full)
+        outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
+        assert all(outcome.ply for outcome in outcomes)
+        assert sizes == [1, 1, 1]
+        assert pipeline.limit.current == 4
+        assert max(sculptor.batches) == 3
+
+    def test_one_that_does_not_fit_beside_others_is_made_after_them(self, pipeline, sculptor, monkeypatch):
+        begin, tries, others = sculptor.begin, [], [ask("red", seed=seed) for seed in (1, 2)]
+        finished: list[Any] = []
+
+        def full(subject: Subject) -> Scene:
+            if subject.words == "red large":
+                tries.append(len(finished))
+                if len(finished) < len(others):
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return begin(subject)
+
+        monkeypatch.setattr(sculptor, "begin", full)
+        jobs = [pipeline.begin(request) for request in (others[0], ask("red large", seed=3), others[1])]
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            pipeline.tick(unfinished)
+            finished = [job for job in jobs if job.outcome is not None]
+        assert all(job.outcome.ply for job in jobs)
+        assert tries == [0, 2]
+
+    def test_several_that_do_not_fit_are_made_one_after_the_other(self, pipeline, sculptor, monkeypatch):
+        tick = sculptor.tick
+
+        def full(scenes: list[Scene]) -> None:
+            if len([job for job in jobs if job.work is not None and job.outcome is None]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            tick(scenes)
+
+        monkeypatch.setattr(sculptor, "tick", full)
+        pipeline.limit.current = 1  # each is stepped by itself, with the other's scene in memory
+        jobs = [pipeline.begin(ask("red", seed=seed)) for seed in (1, 2)]
+        for _ in range(100):
+            if unfinished := [job for job in jobs if job.outcome is None]:
+                pipeline.tick(unfinished)
+        assert all(job.outcome.ply for job in jobs)
+
+    def test_one_that_does_not_fit_by_itself_fails_alone(self, pipeline, sculptor, monkeypatch):
+        begin = sculptor.begin
+
+        def full(subject: Subject) -> Scene:
+            if "huge" in subject.words:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return begin(subject)
+
+        monkeypatch.setattr(sculptor, "begin", full)
+        huge, small = pipeline.generate([ask("red huge"), ask("red")])
+        assert isinstance(huge, torch.OutOfMemoryError)
+        assert small.ply
+        assert pipeline.generate([ask("red")])[0].ply

@@ -1,0 +1,37 @@
+"""Results on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
+from neurons.protocol import ImageTask, TextTask
+
+
+def test_spool_round_trip_and_hostile_ids(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    for task in (TextTask(id="../../etc/passwd\0", prompt="p\nq"), ImageTask(id="x" * 1000, prompt="aGk=")):
+        entry = SpooledResult("5V", task, b"\n\0binary\n")
+        spool.put(entry)
+        assert spool.get("5V", task) == entry
+        assert spool.get("5W", task) is None
+        assert spool.get("5V", TextTask(id=task.id, prompt="another")) is None
+    assert len(list(tmp_path.rglob("*"))) == 3  # the folder and two files in it
+    assert sum(map(len, spool.entries().values())) == 2
+    spool.remove("5V", "x" * 1000)
+    spool.remove("5V", "x" * 1000)
+    assert sum(map(len, spool.entries().values())) == 1
+
+
+def test_damaged_and_old_entries_are_dropped(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for number in (1, 2):
+        spool.put(SpooledResult("5V", TextTask(id=str(number), prompt="p"), b""))
+    old, damaged = sorted(tmp_path.iterdir())
+    os.utime(old, (time.time() - MAX_AGE_S - 5,) * 2)
+    damaged.write_bytes(b"{}\nx")
+    (tmp_path / "half.tmp").write_bytes(b"")
+    assert spool.entries() == {}
+    assert os.listdir(tmp_path) == []
