@@ -35,8 +35,8 @@ from scripts.bench.service import ROOT, free_port, generate, wait_until_ready
 from scripts.tiny_pack.best_of import stacks
 from scripts.tiny_pack.captions import caption, evaluation_specs
 
-COOLDOWN = 1.5  # throttle periods
-PERSON_EVERY_S = 25.0
+COOLDOWN = 2.0  # throttle periods
+PERSON_EVERY_S = 40.0
 PERSON_PROMPT = "a green mug"
 
 
