@@ -81,6 +81,7 @@ class Server(uvicorn.Server):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the service until it is stopped. Returns the exit status."""
     given = COMMAND_LINE.parse(sys.argv[1:] if argv is None else argv)
     values = {key: value for table in TABLES for key, value in vars(given[table]).items() if given.has(table, key)}
     arguments = Arguments(**values)

@@ -1,4 +1,4 @@
-"""What the service runs with, resolved from command line, config files and the machine.
+"""The service's settings, resolved from command line, config files and the machine.
 
 The files' own schema is ``generation.schema.options``.
 """
@@ -221,13 +221,13 @@ def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["
     """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
     import torch  # seconds to import: only when a profile is really resolved
 
-    from generation.splats.rasterize import kernels
+    from generation.splats.rasterize import gsplat_build
     from generation.weights import missing
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def tiny(why: str) -> tuple[Literal["tiny"], str, str]:
-        if device == "cpu" or kernels.is_built():
+        if device == "cpu" or gsplat_build.is_built():
             return "tiny", why, device
         return "tiny", f"{why}; on the CPU, for gsplat is not built for the GPU", "cpu"
 

@@ -1,1 +1,1 @@
-"""What makes models fast, and nothing that a result means."""
+"""Makes models fast without changing their results, but for rounding. GPU kernels are in ``kernels``."""

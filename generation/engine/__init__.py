@@ -1,1 +1,1 @@
-"""Admission, batching, deadlines, cancellation; owns the device thread."""
+"""The engine: its thread loads the pipeline and owns the device. Admission, batching, deadlines, cancellation."""

@@ -45,6 +45,8 @@ class Resolve:
 
 @dataclass(frozen=True)
 class Generate:
+    """Make a splat."""
+
     number: int
     request: Request
     wants_progress: bool
@@ -61,6 +63,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Cancel:
+    """Give up the request of this number."""
+
     number: int
 
 
@@ -84,6 +88,8 @@ class State:
 
 @dataclass(frozen=True)
 class Progress:
+    """A stage of a request has come to this fraction, 0..1."""
+
     number: int
     stage: str
     fraction: float
@@ -92,6 +98,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The result of a request."""
+
     number: int
     value: Any
 
@@ -107,6 +115,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Log:
+    """A log record for the service to write."""
+
     record: dict[str, Any]  # attributes of a logging.LogRecord
 
 

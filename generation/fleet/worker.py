@@ -165,6 +165,7 @@ def die_with(service: int) -> None:
 
 
 def main() -> None:
+    """Run the engine of this process until its socket ends."""
     die_with(int(sys.argv[2]))
     # Signals to the whole group or service unit: the service decides how long requests in flight may take.
     for stop in (signal.SIGINT, signal.SIGTERM):

@@ -1,1 +1,1 @@
-"""The 3D methods. Each is a folder here and an entry in ``kinds``; what all of them are, says ``base``."""
+"""The 3D generators: each is a folder here and an entry in ``kinds``. Their protocol is in ``base``."""

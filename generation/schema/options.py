@@ -33,6 +33,8 @@ class SettingsError(ValueError):
 
 
 class Schema(BaseModel):
+    """A strict, immutable model: no unknown keys, no infinities."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
@@ -108,6 +110,8 @@ class ModelChoice(Schema):
 
 
 class TextToImageModel(ModelChoice):
+    """The checkpoint of text to image, and how it draws."""
+
     image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
@@ -120,6 +124,8 @@ class TextToImageModel(ModelChoice):
 
 
 class BackgroundModel(ModelChoice):
+    """The checkpoint of background removal."""
+
     image_size: int = Field(ge=32, le=2048, multiple_of=32)  # pixels, the net's input
 
 
@@ -234,6 +240,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
+    """An instance of ``schema``. Raises SettingsError naming ``source`` and each key with its value."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:

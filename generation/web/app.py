@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
-    """The service around an engine that is not started yet; the app starts and stops it."""
+    """The FastAPI app around an engine, which the app starts and stops."""
     started = time.monotonic()
     events = Events()
     metrics = Metrics(engine)
@@ -76,8 +76,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit, limits=limits, default=intake.MAX_FORM_BYTES)
     app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
     _add_error_handlers(app)
-    app.state.events = events  # to be closed before the server waits for its open answers
-    # Bodies are read before a request is admitted; not too many big ones at once. The background's wait for persons.
+    app.state.events = events  # closed before the server waits for open responses
+    # Bodies are read before admission, so the number of large ones is bounded. Background requests wait for others.
     scoring_bodies = {background: asyncio.Semaphore(2) for background in (False, True)}
 
     @app.post("/generate", include_in_schema=False)
@@ -113,7 +113,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @contextmanager
     def followed(request: Request) -> Iterator[Following]:
-        """Whoever follows the request is told how it ends."""
+        """Tell listeners how the request ends."""
         request_id = intake.check_request_id(request.headers.get("X-Request-Id"))
         request.state.request_id = request_id
         background = intake.check_priority(request.headers.get("X-Priority"))
@@ -182,7 +182,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/health", responses=openapi.COMMON)
     async def health() -> dict[str, Any]:
-        """What the service is, what it is doing, and how it went so far."""
+        """State of the service, its engines, and totals so far."""
         return {
             "status": engine.status,
             "reason": engine.reason,
@@ -231,13 +231,13 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/version/", responses=openapi.COMMON)
     async def get_version() -> str:
-        """Of this software."""
+        """The version of this software."""
         return VERSION
 
     return app
 
 
-# What takes a pipeline runs beside it, which may be in another process: it and its arguments can be pickled.
+# These functions run beside the pipeline, perhaps in another process. They and their arguments must be picklable.
 
 
 def _film(pipeline: Any, data: bytes, device: str) -> Any:
@@ -301,7 +301,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
-    """Outcome and reason for who follows a request that came to no result. No words that may quote its prompt."""
+    """Outcome and reason for listeners of a request without a result. Never quotes its prompt."""
     if isinstance(error, ClientDisconnect):
         return "cancelled", "the client hung up"
     if isinstance(error, ApiError | Unavailable):
@@ -312,7 +312,7 @@ def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The outcome of ``work``, which is cancelled when the client hangs up: then raises ClientDisconnect.
+    """The result of ``work``. When the client disconnects, cancels it and raises ClientDisconnect.
 
     Raises Unavailable when the server ends with the request unfinished. To be called once the request's body is read:
     after that, the only message left is the disconnect.

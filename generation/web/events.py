@@ -24,14 +24,14 @@ from generation.web.time_left import TimeLeft
 MAX_LISTENERS = 32
 MAX_PENDING = 256  # events of one listener
 KEEP_ALIVE_S = 15.0
-MAX_STALL_S = 60.0  # a listener that takes nothing for so long is dropped
+MAX_STALL_S = 60.0  # a listener that reads nothing for so long is dropped
 MAX_WAIT_S = 30.0  # for the request of an id to arrive
 LISTENER_RETRY_S = 5
-STOP_S = 1.0  # what listeners get to read the last of it in, when the service ends
+STOP_S = 1.0  # for listeners to read their last events, when the service ends
 
 
 class Following:
-    """A request in progress, seen from outside."""
+    """A request in progress, as listeners see it."""
 
     def __init__(self, events: Events, request_id: str, background: bool) -> None:
         self.request_id = request_id
@@ -50,7 +50,7 @@ class Following:
         self.show("queued", 0.0, None)  # how long it waits is up to others
 
     def progress(self, stage: str, fraction: float) -> None:
-        """From any thread: it has come to this share of the stage."""
+        """Progress of a stage, 0..1. May be called from any thread."""
         if stage == "paused":
             if self.stage != "paused":
                 self._paused_at = time.monotonic()
@@ -67,7 +67,7 @@ class Following:
         self._events.publish(self, "progress", about)
 
     def end(self, outcome: str, reason: str | None, score: float | None = None) -> None:
-        """What became of it. A score says that it went through all stages."""
+        """The outcome. With a score it went through all stages."""
         if score is not None:
             self._time_left.finished(time.monotonic())
         about = {"request_id": self.request_id, "outcome": outcome, "score": score, "reason": reason}
@@ -204,7 +204,7 @@ class Listener:
 
 
 class EventStream(StreamingResponse):
-    """The answer to a listener; given up when the client takes nothing of it for too long."""
+    """The response to a listener, closed when the client reads nothing for too long."""
 
     def __init__(self, events: Events, request_id: str | None) -> None:
         super().__init__((), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")

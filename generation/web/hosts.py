@@ -1,4 +1,4 @@
-"""Who may speak to the service through a browser: it asks nobody who they are, so a website must not reach it.
+"""Checks of Host and Origin headers: the service has no authentication, so websites must not reach it.
 
 Two ways lead from a website to a service on the visitor's own machine, or behind its tunnel: a name of the website's
 that stands for the service's address (DNS rebinding), told by ``Host``; and a request across sites, which browsers mark

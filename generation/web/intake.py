@@ -1,4 +1,4 @@
-"""What may come in over HTTP: every limit on a request's body, and the checks before anything else sees it."""
+"""Intake of HTTP requests: all limits on bodies, and all checks of their content."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ MAX_DATA_CHARACTERS = 64 * 1024 * 1024  # a splat in base64
 MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest prompt takes 12 kB
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
-MAX_READ_S = 60.0  # for a whole body
-# Read past a limit so far before the answer: a client that still sends would see a reset connection instead of it.
+MAX_READ_S = 60.0  # to receive a whole body
+# Bytes that are still read beyond a limit: otherwise a client that is sending sees a reset and not the answer.
 DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
 MAX_FIELDS = 16
 UTF8 = ("utf-8", "utf8", "us-ascii")  # charsets whose text is
 UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clients send for a file of any kind
-# More than any stage looks at; an upload of 4096 x 4096 should not wait in the queue at full size.
+# Larger than any stage needs. Uploads of 4096 x 4096 must not wait in the queue at full size.
 KEPT_IMAGE_SIDE = 2048
 LEAST_VISIBLE = 13  # of 255: a picture without a pixel of this alpha shows nothing
 _decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
@@ -67,7 +67,7 @@ _TURNS = {  # EXIF orientation -> what makes it upright
 
 
 class Picture(NamedTuple):
-    """A picture that came as a prompt."""
+    """An image prompt, decoded."""
 
     image: Image.Image  # to work on: upright, RGBA where anything is transparent, else RGB, at most KEPT_IMAGE_SIDE
     target: Image.Image  # to be compared with, RGB: what a validator makes of the same file, at its own size
@@ -112,7 +112,7 @@ class BodyLimit:
 
 
 async def read_form(request: Request, threshold: float, background: bool) -> results.Request:
-    """What a form asks for, checked; without a seed it gets a random one. Raises ApiError naming field and limit.
+    """The checked request of a form, with a random seed if none is given. Raises ApiError naming field and limit.
 
     ``threshold``: lowest score worth submitting, 0..1. ``background``: as ``check_priority`` says.
     """
@@ -243,7 +243,7 @@ def check_prompt(text: str) -> str:
 
 
 def check_seed(text: str | None) -> int | None:
-    """None when not given. Raises ApiError when it is no whole number of 32 bits."""
+    """The seed, None if not given. Raises ApiError unless it is an integer of 32 bits."""
     if text is None or not text.strip():
         return None
     if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > MAX_SEED:
@@ -252,7 +252,7 @@ def check_seed(text: str | None) -> int | None:
 
 
 def check_candidates(text: str | None) -> int:
-    """1 when not given. Raises ApiError when it is no whole number from 1 to MAX_CANDIDATES."""
+    """The number of candidates, 1 if not given. Raises ApiError unless it is an integer from 1 to MAX_CANDIDATES."""
     if text is None or not text.strip():
         return 1
     if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not 1 <= int(text) <= MAX_CANDIDATES:
@@ -262,7 +262,7 @@ def check_candidates(text: str | None) -> int:
 
 
 def check_budget(text: str | None) -> float | None:
-    """Seconds; None when not given. Raises ApiError when it is no number over 0 and up to MAX_BUDGET_S."""
+    """The budget in seconds, None if not given. Raises ApiError unless it is over 0 and at most MAX_BUDGET_S."""
     if text is None or not text.strip():
         return None
     number = re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?", text.strip())
@@ -464,6 +464,7 @@ async def read_score_request(request: Request) -> ScoreRequest:
 
 
 def decode_base64(text: str, field: str) -> bytes:
+    """The bytes of a base64 field. Raises ApiError naming the field."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -28,7 +28,7 @@ _MEMORY = {
 
 
 class _Engines(Collector):
-    """What the engines say at this moment. ``engine`` is an ``Engine``, or what has its methods."""
+    """Collects the current state of the engines. ``engine`` is an ``Engine`` or has its methods."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -130,7 +130,7 @@ class Metrics:
 
 
 def rejection(report: Any) -> str:
-    """Why it was rejected, in a word: nothing to look at, a gate's name, or the score."""
+    """The label of a rejection: nothing in the image, a gate's name, or the score."""
     if report.score is not None:
         return "score"
     return next((name for name, gate in report.gates.items() if not gate.passed), "no_object")

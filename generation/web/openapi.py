@@ -88,6 +88,7 @@ _REPORT_HEADERS = {
 
 
 def results(media_type: str, text: str) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route that returns a splat or a video."""
     headers = {name: {"description": meaning, "schema": _TEXT} for name, meaning in _REPORT_HEADERS.items()}
     binary = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     result = {"description": f"{text}, or an empty body", "content": binary, "headers": headers}

@@ -1,11 +1,11 @@
-"""How long a request takes from here, by what earlier ones took."""
+"""Estimates of the remaining time of requests, from the times of earlier ones."""
 
 from __future__ import annotations
 
 _CHECKPOINTS = 10  # in each stage
-_WEIGHT = 0.25  # of the latest request in the mean: what runs beside them changes
+_WEIGHT = 0.25  # of the latest request in the moving average
 
-Checkpoint = tuple[str, str, int]  # kind of request, stage, tenth of it
+Checkpoint = tuple[str, str, int]  # kind of request, stage, tenth of the stage
 
 
 class TimeLeft:
@@ -19,25 +19,25 @@ class TimeLeft:
 
 
 class Trip:
-    """One request on its way. Times are those of one clock, in seconds."""
+    """One request in progress. All times are of one clock, in seconds."""
 
     def __init__(self, means: dict[Checkpoint, float], kind: str) -> None:
         self._means, self._kind = means, kind
         self._reached: dict[Checkpoint, float] = {}
 
     def reached(self, stage: str, fraction: float, now: float) -> float | None:
-        """Seconds left; None where that is not known: nobody passed here and finished, or this one is late."""
+        """Estimated seconds left. None without an earlier request to compare with, or when this one is late."""
         checkpoint = self._kind, stage, int(fraction * _CHECKPOINTS)
         since = now - self._reached.setdefault(checkpoint, now)
         mean = self._means.get(checkpoint)
         return None if mean is None or mean <= since else mean - since
 
     def delay(self, seconds: float) -> None:
-        """It was paused for so long, which says nothing about others."""
+        """Leave out a pause of so many seconds."""
         self._reached = {checkpoint: reached + seconds for checkpoint, reached in self._reached.items()}
 
     def finished(self, now: float) -> None:
-        """It went through all stages: its times count for the next ones."""
+        """The request finished all stages: its times enter the averages."""
         for checkpoint, reached in self._reached.items():
             mean = self._means.setdefault(checkpoint, now - reached)
             self._means[checkpoint] = mean + (now - reached - mean) * _WEIGHT

@@ -1,4 +1,4 @@
-"""Checkpoints: what exists (``registry``) and where it lies on this machine (``loading``)."""
+"""Checkpoints: which exist (``registry``), and where they are on this machine (``loading``)."""
 
 from generation.weights.loading import local_folder, missing
 from generation.weights.registry import Entry, MissingWeights, WeightsError, lookup

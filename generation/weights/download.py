@@ -1,4 +1,4 @@
-"""From the hub, or another address, into the local cache: looked at first, resumed where it stopped, hashes checked."""
+"""Downloads from the Hugging Face hub, or another address, into the local cache: planned, resumed, hashes checked."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from generation.weights.loading import only_file
 from generation.weights.lock import Lock, LockedFile, cache_folder, lock_path, read_lock, write_lock
 from generation.weights.registry import Entry, WeightsError, wanted
 
-#: what stays free on the disk after a download, in bytes
+#: bytes that must stay free on the disk after a download
 RESERVE = 10**9
 
-#: so often in a row a file may be cut off without one byte more of it, with so many seconds between
+#: interruptions in a row without progress before a file is given up, and seconds between attempts
 PATIENCE, PAUSE = 5, 10
 
-# what a disk may say to a write, without naming the file
+# errno values of a failed write to a disk, which may come without a file name
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 Say = Callable[[str], None]
@@ -67,7 +67,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be fetched for an entry."""
+    """The files to fetch for an entry."""
 
     entry: Entry
     commit: str
@@ -79,7 +79,7 @@ class Plan:
         return cache_folder(self.entry) / "blobs"
 
     def remaining(self) -> int:
-        """Bytes that are not on this machine yet."""
+        """Bytes still to be fetched."""
         return sum(file.size - self._have(file) for file in self.files)
 
     def partial(self, file: _File) -> Path:
@@ -93,7 +93,7 @@ class Plan:
 
 
 def plan(entry: Entry) -> Plan:
-    """Ask the hub what an entry consists of. Raises WeightsError: what is wrong, and what to do."""
+    """Ask the hub for the files of an entry. Raises WeightsError with the reason and what to do."""
     if entry.url is not None:
         return Plan(entry, entry.revision, (_File(only_file(entry), entry.size, entry.revision, large=True),))
     assert entry.repo is not None
@@ -137,7 +137,7 @@ def plan(entry: Entry) -> Plan:
 
 
 def check_disk(plans: list[Plan]) -> None:
-    """Raises WeightsError when the cache's disk has no room for what is still to be fetched."""
+    """Raises WeightsError when the cache's disk has too little space for the remaining files."""
     cache = Path(constants.HF_HUB_CACHE)
     with _writing(str(cache)):
         remaining = sum(each.remaining() for each in plans)
@@ -156,7 +156,7 @@ def check_disk(plans: list[Plan]) -> None:
 def fetch(plan: Plan, say: Say) -> None:
     """Bring all of a plan's files into the cache, check them and write the lock. Raises WeightsError.
 
-    What was recorded by an earlier download is not read again; everything else is hashed.
+    Files in the lock of an earlier download are not hashed again; all others are.
     """
     with _writing(plan.entry.name):
         plan.blobs.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def fetch(plan: Plan, say: Say) -> None:
 
 @contextmanager
 def _writing(what: str) -> Iterator[None]:
-    """What the cache's disk refuses is raised as WeightsError."""
+    """Raise OSError of the cache's disk as WeightsError."""
     try:
         yield
     except OSError as error:
@@ -175,14 +175,14 @@ def _writing(what: str) -> Iterator[None]:
 
 @contextmanager
 def _alone(plan: Plan) -> Iterator[None]:
-    """Keeps other downloads of a repository out: two would write to the same files. Raises WeightsError for one."""
+    """Lock a repository against a second download. Raises WeightsError if one is running."""
     folder = cache_folder(plan.entry)
     try:
         ours = (folder / "in_progress").open("w")
     except OSError:
         if plan.remaining():
             raise
-        yield  # a cache that can not be written, with everything in it, can be checked
+        yield  # a complete but read-only cache can still be checked
         return
     with ours:
         try:
@@ -262,11 +262,11 @@ def _name(plan: Plan, file: _File, say: Say) -> None:
 
 
 def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
-    """Content of a large file, by its digest. What is there of it is kept, also when this ends before it is whole."""
+    """Fetch the content of a large file, by its digest. A partial file is kept and continued."""
     entry, blob, partial = plan.entry, plan.blobs / file.digest, plan.partial(file)
     if blob.exists():
         if blob.stat().st_size == file.size:
-            # Hashed where it is: the snapshot's link leads here, and would to nothing if this was ended meanwhile.
+            # Hashed in place: the snapshot's link points here, and would dangle if this process was killed meanwhile.
             if not known:
                 _check_large(plan, file, blob)
             return
@@ -300,7 +300,7 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
 
 
 def _append(plan: Plan, file: _File, have: int) -> None:
-    """Fetch what a partial file lacks. Raises WeightsError where it is refused, which it will be again."""
+    """Fetch the rest of a partial file. Raises WeightsError when the server refuses, which a retry would not change."""
     try:
         location, token = (plan.entry.url, False) if plan.entry.url is not None else _address(plan, file)
         with plan.partial(file).open("ab") as target:
@@ -339,12 +339,12 @@ def _address(plan: Plan, file: _File) -> tuple[str, bool]:
 
 
 def _is_local(error: Exception) -> bool:
-    """Whether this machine's files are the reason, and not the network."""
+    """Whether the error comes from this machine's disk, not from the network."""
     return isinstance(error, OSError) and (error.filename is not None or error.errno in _OF_THE_DISK)
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether the server itself refuses, which it will again."""
+    """Whether the server refuses the request (401, 403, 404), so that a retry is pointless."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
@@ -355,14 +355,14 @@ def _remedy(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    """What cut a download off. The library's text for a status has the signed address in it, and advice on tokens."""
+    """An error in one line. The library's own text would contain the signed address, and advice on tokens."""
     if isinstance(error, HfHubHTTPError):
         return f"HTTP {error.response.status_code} from {error.response.url.host}"
     return (str(error) or repr(error)).splitlines()[0]
 
 
 def _check_large(plan: Plan, file: _File, path: Path) -> None:
-    """Delete a whole file that is not what the hub lists. Raises WeightsError then."""
+    """Check the hash of a complete file. If it is wrong, deletes the file and raises WeightsError."""
     if _sha256(path) != file.digest:
         path.unlink()
         source = "the registry" if plan.entry.url is not None else "the hub"

@@ -1,4 +1,4 @@
-"""UNets that are published with latent-diffusion's names, as diffusers' class.
+"""Loads UNets that are published with latent-diffusion's parameter names into diffusers' class.
 
 MVDream's ``unet`` folder has diffusers' layout on the outside, but its config and its weights are those of the authors'
 class, which descends from latent-diffusion's (Rombach et al., 2022). The architecture is the same as that of diffusers'

@@ -1,4 +1,4 @@
-"""From a registry entry to a folder on this machine. Nothing here ever downloads."""
+"""From a registry entry to its folder on this machine. Never downloads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LONGEST_HEADER = 100_000_000
 
 
 def local_folder(entry: Entry) -> Path:
-    """The folder that holds all of an entry's files, whole. Raises WeightsError: what is wrong, and what to do.
+    """The folder with all files of an entry, complete. Raises WeightsError with the reason and what to do.
 
-    MissingWeights where a file is not there. Of a repository it is the commit that the download recorded, whatever the
-    branch's name stands for since.
+    It raises MissingWeights when a file is absent. For a repository the folder is that of the commit that the download
+    recorded, even if the branch has moved since.
     """
     if entry.url is not None:
         return _url_folder(entry)
@@ -50,7 +50,7 @@ def local_folder(entry: Entry) -> Path:
 
 
 def only_file(entry: Entry) -> str:
-    """The name of the file of an entry that is one file. Raises WeightsError for a folder whose card does not tell."""
+    """The name of the only file of an entry. Raises WeightsError for a folder whose card does not name it."""
     if entry.url is not None:
         return entry.url.rpartition("/")[2]
     if len(entry.files) != 1:
@@ -75,14 +75,14 @@ def remedy(entry: Entry) -> str:
 
 
 def download_command(entry: Entry) -> str:
-    """What to type to fetch an entry's files into the local cache."""
+    """The command that downloads an entry's files."""
     other = "" if entry.revision == REGISTRY[entry.name].revision else f" --revision {entry.revision}"
     accept = " (accept its licence on the hub first)" if entry.gated else ""
     return f".venv/bin/python -m scripts.ops.download_weights --only {entry.name}{other}{accept}"
 
 
 def missing(choices: Iterable[ModelChoice]) -> list[str]:
-    """One sentence for each chosen checkpoint that is not here; empty when all are."""
+    """One sentence for each chosen checkpoint that is missing or damaged."""
     sentences = []
     for choice in choices:
         try:
@@ -110,7 +110,7 @@ def _check(entry: Entry, folder: Path) -> None:
 
 @contextmanager
 def _reading(entry: Entry, name: str) -> Iterator[None]:
-    """What goes wrong while a file is looked at is raised as WeightsError."""
+    """Raise errors while a file is inspected as WeightsError."""
     try:
         yield
     except WeightsError:
@@ -138,7 +138,7 @@ def _absent_files(entry: Entry, folder: Path) -> Iterator[str]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a safetensors file by its header alone: eight bytes of length, JSON, then the tensors."""
+    """What is wrong with a safetensors file, by its header (eight bytes of length, then JSON); None if nothing."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -15,12 +15,16 @@ from generation.weights.registry import Entry, WeightsError
 
 @dataclass(frozen=True)
 class LockedFile:
+    """One file of a download."""
+
     size: int  # bytes
     digest: str  # SHA-256 of a large file; of a small one, git's hash of it (SHA-1)
 
 
 @dataclass(frozen=True)
 class Lock:
+    """A download: its commit and its files."""
+
     commit: str
     files: dict[str, LockedFile]  # by path in the repository
 
@@ -39,6 +43,7 @@ def cache_folder(entry: Entry) -> Path:
 
 
 def lock_path(entry: Entry) -> Path:
+    """Where the lock of an entry at its revision is kept."""
     return cache_folder(entry) / f"lock-{entry.revision.replace('/', '--')}.json"
 
 
@@ -56,6 +61,7 @@ def read_lock(entry: Entry) -> Lock | None:
 
 
 def write_lock(entry: Entry, lock: Lock) -> Path:
+    """Write a lock atomically. Returns its path. Raises OSError."""
     path = lock_path(entry)
     half = path.with_suffix(".part")
     half.write_text(json.dumps(asdict(lock), indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which checkpoints exist: where each comes from, at which revision, how large, under which licence.
+"""The registry of checkpoints: source, revision, size and licence of each.
 
 Most are repositories of the Hugging Face hub, one is a file at an address of its own, with its SHA-256.
 
@@ -33,7 +33,7 @@ class MissingWeights(WeightsError):
 
 
 class Use:
-    """What must be known of a kind of checkpoint beside its files. Each kind has a class of its own."""
+    """Base of what must be known to use a checkpoint beside its files. Each kind has its own subclass."""
 
 
 U = TypeVar("U", bound=Use)
@@ -41,9 +41,9 @@ U = TypeVar("U", bound=Use)
 
 @dataclass(frozen=True)
 class MultiViewUse(Use):
-    """How a multi-view model is told of cameras."""
+    """The camera convention of a multi-view model."""
 
-    front_azimuth: float = 0.0  # degrees: from where it saw its objects' fronts in training
+    front_azimuth: float = 0.0  # degrees: azimuth of the front view in its training data
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Entry:
     use: Use | None = None  # of the checkpoint's kind, where that has one
 
     def used_as(self, kind: type[U]) -> U | None:
-        """Its ``use`` where that is of this kind."""
+        """Its ``use`` if it is of this kind, else None."""
         return self.use if isinstance(self.use, kind) else None
 
     @property

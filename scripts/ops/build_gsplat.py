@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 
 ROOT = Path(__file__).resolve().parents[2]
 JOB_GB = 2  # for each file compiled at once: the largest, ext.cpp, was measured at 1.9
@@ -126,7 +126,7 @@ def compile_sources(folder: str) -> None:
     cuda = package_folder("gsplat") / "cuda"
     sources = [*sorted(cuda.glob("csrc/*.cu")), *sorted(cuda.glob("csrc/*.cpp")), cuda / "ext.cpp"]
     load(
-        name=kernels.MODULE,
+        name=gsplat_build.MODULE,
         sources=[str(source) for source in sources],
         extra_cflags=["-O3", "-Wno-attributes"],
         extra_cuda_cflags=["-O3", "-use_fast_math"],
@@ -177,7 +177,7 @@ def build(architectures: list[str]) -> Path:
     home = toolkit()
     package_folder("gsplat")
     check_machine()
-    folder = kernels.folder(architectures)
+    folder = gsplat_build.folder(architectures)
     work = folder / "build"
     work.mkdir(parents=True, exist_ok=True)
     with (folder / "in_progress").open("w") as ours:
@@ -198,7 +198,7 @@ def build(architectures: list[str]) -> Path:
         call = "import sys; from scripts.ops.build_gsplat import compile_sources; compile_sources(sys.argv[1])"
         if run([sys.executable, "-c", call, str(work)], variables, folder / "build.log", ours.fileno()) != 0:
             raise BuildError(reason(folder / "build.log", variables["MAX_JOBS"]))
-        library = folder / f"{kernels.MODULE}.so"
+        library = folder / f"{gsplat_build.MODULE}.so"
         os.replace(work / library.name, library)  # only a whole one, which has been imported, is ever there
         shutil.rmtree(work)
         print(f"gsplat is built: {library}, {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
@@ -212,12 +212,13 @@ def reason(log: Path, given_jobs: str) -> str:
     failed = next((number for number, line in enumerate(lines) if line.startswith("FAILED:")), -LINES)
     said = "\n".join(line[:200] for line in lines[failed:][:LINES])
     if re.search(r"signal 9|Killed|[Oo]ut of memory|Cannot allocate memory", text):
-        return f"out of memory with {given_jobs} files at once; with fewer: MAX_JOBS=1 {kernels.BUILD_COMMAND}\n{said}"
+        fewer = f"MAX_JOBS=1 {gsplat_build.BUILD_COMMAND}"
+        return f"out of memory with {given_jobs} files at once; with fewer: {fewer}\n{said}"
     return f"the compiler failed, its whole output is in {log}\n{said}"
 
 
 def compute_capability(text: str) -> str:
-    if re.fullmatch(r"[1-9]\d?\.\d", text) is None or tuple(map(int, text.split("."))) < kernels.OLDEST:
+    if re.fullmatch(r"[1-9]\d?\.\d", text) is None or tuple(map(int, text.split("."))) < gsplat_build.OLDEST:
         raise argparse.ArgumentTypeError(f"{text!r} is no compute capability from 7.5 on, such as 8.9")
     return text
 
@@ -238,12 +239,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.arch:
             architectures = sorted(set(arguments.arch), key=float)
-        elif not (architectures := kernels.capabilities()):
+        elif not (architectures := gsplat_build.capabilities()):
             raise BuildError(
                 f"torch {torch.__version__} can use no GPU here: it needs compute capability 7.5 and a driver for CUDA "
                 f"{torch.version.cuda} (580 or newer). For another machine's card: --arch 8.9"
             )
-        library = kernels.find(architectures)
+        library = gsplat_build.find(architectures)
         if library is None:
             build(architectures)
         else:

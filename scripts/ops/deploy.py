@@ -89,6 +89,8 @@ class Deployment:
             self._service += ["--miner-url", f"http://127.0.0.1:{miner.metrics_port}"]
         self._miner = given.flags("network", "wallet", "miner", "score")
         self.cluster = _Cluster(given) if given["cluster"].head or given["cluster"].join else None
+        #: Also one whose Ray others start here.
+        self.needs_ray = self.cluster is not None or bool(service.cluster)
         ray = [] if self.cluster is None else ["ray"]
         if self.cluster is not None and not self.cluster.is_head:
             self.names: tuple[str, ...] = ("ray",)
@@ -117,7 +119,7 @@ class Deployment:
 
     def places(self) -> int:
         """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
-        if self.cluster is not None:
+        if self.needs_ray:
             return probe.MAX_WORKERS
         return probe.workers_for([self.url, *self.others])
 
@@ -234,7 +236,7 @@ def _prepare(given: Given, deployment: Deployment, caller: Path) -> None:
             print(f"Made the cluster's token, {joined.token}")
         joined.variables()  # refuses a token that is not good
     extras = [] if deployment.profile == "tiny" else environment.hardware_extras()
-    environment.ensure([*environment.PLAIN, *extras, *(["cluster"] if joined is not None else [])])
+    environment.ensure([*environment.PLAIN, *extras, *(["cluster"] if deployment.needs_ray else [])])
     if given.asked_to_save:
         _save(given, caller)
     if "gpu" in extras and subprocess.run([environment.PYTHON, "-m", "scripts.ops.build_gsplat"]).returncode != 0:

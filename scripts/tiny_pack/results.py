@@ -275,25 +275,25 @@ class Maker:
         self, way: Pass, texts: list[str], cutouts: Tensor | None, seeds: list[int], exact: Tensor | None
     ) -> Tensor:
         """Drawn views (N, V, 3, 64, 64), begun with `exact` ones where there are any."""
-        drawer = self.chain.drawers[cutouts is not None]
+        multiview = self.chain.multiview_models[cutouts is not None]
         scheduler = DDIMScheduler.from_pretrained(PACK / "mvdream" / "scheduler", local_files_only=True)
         schedule = Schedule.of(scheduler, way.steps, self.device)
-        sampler = Sampler(schedule, drawer._guided, drawer._sampler._frames)
-        drawer._scale = way.guidance
-        drawings = drawer.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
+        sampler = Sampler(schedule, multiview._guided, multiview._sampler._frames)
+        multiview._scale = way.guidance
+        samplings = multiview.begin(texts, list(cutouts) if cutouts is not None else [None] * len(texts), seeds)
         start = 0
         if exact is not None:
             start = min(round((1 - way.noise) * way.steps), way.steps - 1)
-            mean, _ = drawer._posterior(exact.flatten(0, 1))
+            mean, _ = multiview._posterior(exact.flatten(0, 1))
             signal = schedule.signal[start]
-            for drawing, latents in zip(drawings, mean.unflatten(0, exact.shape[:2]), strict=True):
-                drawing.at = start
-                drawing.latents = signal.sqrt() * latents + (1 - signal).sqrt() * drawing.latents
-        for drawing in drawings:
-            drawing.steps = way.steps
+            for sampling, latents in zip(samplings, mean.unflatten(0, exact.shape[:2]), strict=True):
+                sampling.at = start
+                sampling.latents = signal.sqrt() * latents + (1 - signal).sqrt() * sampling.latents
+        for sampling in samplings:
+            sampling.steps = way.steps
         for _ in range(start, way.steps):
-            sampler.step(drawings)
-        return drawer.views(drawings)
+            sampler.step(samplings)
+        return multiview.views(samplings)
 
     def _results(
         self, way: Way, wanted: list[Wanted], rng: random.Random

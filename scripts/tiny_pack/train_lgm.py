@@ -294,9 +294,9 @@ def shade(splats: Tensor, views: Tensor, size: int, background: Tensor, blur: fl
     if splats.is_cuda:
         from gsplat import rasterization
 
-        from generation.splats.rasterize import kernels
+        from generation.splats.rasterize import gsplat_build
 
-        kernels.load()
+        gsplat_build.load()
         means, opacity, scale, rotation, colour = (x.contiguous() for x in splats.split([3, 1, 3, 4, 3], -1))
         rgb, alpha, _ = rasterization(
             means, rotation, scale, opacity[..., 0], colour, views, Ks.repeat(*views.shape[:2], 1, 1), size, size,

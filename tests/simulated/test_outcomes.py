@@ -6,175 +6,36 @@ Nothing in here asks the rehearsal's rules. An answer to a submission is its sta
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import os
-import random
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from email.utils import formatdate
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import bittensor as bt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from neurons.chain import Metagraph, Neuron
-from neurons.miner.assemble import assemble
-from neurons.miner.records.bookkeeping import Bookkeeping
-from neurons.miner.records.events import Event, Settlement, Submission, SubmissionOutcome
-from neurons.miner.records.verdicts import WINDOW_S, PastSubmission, Span, Window
-from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
-from neurons.miner.submission.submitter import Submitter
-from neurons.miner.validators.blacklist import Blacklist
-from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.dendrite import CONNECTION_LOST, NO_CONNECTION
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
-from neurons.protocol import Feedback, PullTask, SubmitResults, TextTask, signature_is_valid
+from neurons.miner.submission.spool import Spool, SpooledResult
+from neurons.protocol import PullTask, SubmitResults, signature_is_valid
 from scripts.bench import virtual_time
-from scripts.bench.simulated_subnet import MemoryBooks, StandInService, options_in
-from scripts.bench.virtual_time import now
-
-KEYPAIR = bt.Keypair.create_from_uri("//miner")
-VALIDATOR = Neuron(7, bt.Keypair.create_from_uri("//validator").ss58_address, "127.0.0.1", 9000, 1e4, True)
-GENERATION_S = 10.0
-CLOCK_AHEAD_S = 120.0  # of the validator's
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To a submission. `ahead`: None repeats the old `cooldown_until`. `arrived`: None where none was needed."""
-
-    status: int | None = 200
-    validation_failed: bool = False
-    score: float = 0.0
-    ahead: float | None = None
-    count: int = 0
-    seconds: float = 1.0
-
-
-# The table of what the feedback of each outcome says.
-ACCEPTED = Answer(score=0.8, ahead=285, count=1)
-DECLINED = Answer(ahead=885)  # under the threshold, a bad signature, an exception inside scoring: they look the same
-BROKEN = Answer(validation_failed=True, ahead=285)
-EMPTY = Answer(ahead=285)
-REPETITION = Answer()  # the lock, or a wrong id
-SECOND_AFTER_ACCEPTED = Answer(ahead=280, count=1)  # of two that overlapped
-LOST = Answer(status=None)
-NOT_ASSIGNED = Answer(status=403)
-
-
-class Scripted:
-    """A validator in the place of a dendrite that says what it is told to.
-
-    `pulls`: a task's name, seconds of a cooldown, a whole answer, or None for no connection; then it is on cooldown.
-    """
-
-    def __init__(self, pulls: Sequence[str | float | PullTask | None], answers: Sequence[Answer]) -> None:
-        self.pulls, self.answers = deque(pulls), deque(answers)
-        self.pulled_at: list[float] = []
-        self.submissions: list[tuple[float, SubmitResults]] = []
-        self.on_date: Callable[..., None] = lambda *_: None
-        self.seconds_ahead: Callable[[str], float] = lambda _: 0.0
-        self.old_cooldown = 0
-
-    def clock(self) -> float:
-        return now() + CLOCK_AHEAD_S
-
-    async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
-        sent, status = now(), 200
-        await asyncio.sleep(0.1)
-        if isinstance(synapse, PullTask):
-            self.pulled_at.append(sent)
-            said = self.pulls.popleft() if self.pulls else 7200.0
-            if isinstance(said, str):
-                synapse.task = TextTask(id=said, prompt=f"prompt of {said}")
-            elif isinstance(said, float | int):
-                synapse.cooldown_until, synapse.cooldown_violations = int(self.clock() + said), 1
-            elif said is None:
-                return _answered(synapse, None, NO_CONNECTION)
-            else:
-                synapse.cooldown_until = said.cooldown_until
-        else:
-            self.submissions.append((sent, synapse))
-            answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
-            await asyncio.sleep(answer.seconds)
-            if answer.status is None:
-                return _answered(synapse, None, CONNECTION_LOST)
-            status = answer.status
-            if status == 200:
-                if answer.ahead is not None:
-                    self.old_cooldown = int(self.clock() + answer.ahead)
-                synapse.cooldown_until = self.old_cooldown
-                synapse.feedback = Feedback(
-                    validation_failed=answer.validation_failed,
-                    task_fidelity_score=answer.score,
-                    average_fidelity_score=1.0,
-                    generations_within_the_window=answer.count,
-                )
-        self.on_date(target_axon.hotkey, formatdate(self.clock(), usegmt=True), sent, now())
-        return _answered(synapse, status, status)
-
-
-def _answered(synapse: Any, axon: int | None, dendrite: int) -> Any:
-    synapse.axon, synapse.dendrite = bt.TerminalInfo(status_code=axon), bt.TerminalInfo(status_code=dendrite)
-    return synapse
-
-
-class Service(StandInService):
-    rejects = False
-
-    async def generate(self, task: Any, seed: int, *effort: Any) -> Any:
-        generated = await super().generate(task, seed, *effort)
-        return replace(generated, ply=b"", rejected="score 0.2") if self.rejects else generated
-
-
-async def metagraph() -> Metagraph:
-    return Metagraph(17, (VALIDATOR,))
-
-
-class Miner:
-    """The assembled parts, over one validator and one service."""
-
-    def __init__(self, validator: Scripted, folder: Path, history: Sequence[PastSubmission] = ()) -> None:
-        self.validator = validator
-        self.books = MemoryBooks(past=history)
-        self.events = self.books.events
-        self.service = Service(GENERATION_S, 4)
-        self._options = replace(options_in(folder), spool=folder, retries=0)
-
-    async def run(self, seconds: float) -> None:
-        miner = await assemble(
-            *(self._options, KEYPAIR),
-            dendrite=self.validator,
-            services=[self.service],
-            fetch=metagraph,
-            blacklist=Blacklist(()),
-            books=self.books,
-            now=now,
-        )
-        miner.directory.update(await metagraph())
-        miner.manager.sync()
-        parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
-        await asyncio.sleep(seconds)
-        await miner.manager.close()
-        for part in parts:
-            part.cancel()
-        await asyncio.gather(*parts, return_exceptions=True)
-        await miner.submitter.drain(0.0)
-
-    @property
-    def submissions(self) -> list[tuple[str, str]]:
-        return [(event.task_id, event.outcome) for event in self.events if isinstance(event, Submission)]
-
-    @property
-    def settlements(self) -> list[tuple[str, str]]:
-        return [(event.task_id, event.outcome) for event in self.events if isinstance(event, Settlement)]
+from tests.support.scripted_validator import (
+    ACCEPTED,
+    BROKEN,
+    CLOCK_AHEAD_S,
+    DECLINED,
+    EMPTY,
+    KEYPAIR,
+    LOST,
+    NOT_ASSIGNED,
+    REPETITION,
+    SECOND_AFTER_ACCEPTED,
+    VALIDATOR,
+    Answer,
+    Miner,
+    Scripted,
+    mine,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -188,22 +49,6 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
 def declined_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [record.getMessage() for record in caplog.records]
     return [line for line in lines if "did not accept" in line]
-
-
-def mine(
-    folder: Path,
-    pulls: Sequence[str | float | PullTask | None],
-    answers: Sequence[Answer],
-    seconds: float = 600.0,
-    rejects: bool = False,
-) -> Miner:
-    async def main() -> Miner:
-        miner = Miner(Scripted(pulls, answers), folder)
-        miner.service.rejects = rejects
-        await miner.run(seconds)
-        return miner
-
-    return virtual_time.run(main())
 
 
 # --- one answer
@@ -486,158 +331,3 @@ def test_a_validator_that_has_handed_out_tasks_is_believed(tmp_path: Path) -> No
         assert len(miner.validator.pulled_at) == 2
 
     virtual_time.run(main())
-
-
-# --- after a restart
-
-
-def spooled(folder: Path, name: str, age: float, result: bytes = b"result") -> Path:
-    Spool(folder).put(SpooledResult(VALIDATOR.hotkey, TextTask(id=name, prompt=f"prompt of {name}"), result))
-    (path,) = folder.glob("*.result")
-    os.utime(path, (time.time() - age,) * 2)
-    return path
-
-
-def test_a_restart_asks_first_and_hands_in_what_is_asked_for(tmp_path: Path) -> None:
-    spooled(tmp_path, "task", age=100)
-    miner = mine(tmp_path, ["task"], [ACCEPTED], 100)
-    assert miner.validator.pulled_at[0] < miner.validator.submissions[0][0]
-    assert miner.submissions == [("task", "accepted")]
-    assert miner.service.generated == 0
-
-
-@pytest.mark.parametrize(
-    ("pull", "known"),
-    [(150.0, ["unknown", "accepted"]), (750.0, ["declined"]), ("another", ["unknown", "accepted"])],
-)
-def test_a_restart_finds_out_what_became_of_a_result_that_is_not_asked_for(
-    tmp_path: Path, pull: str | float, known: list[str]
-) -> None:
-    spooled(tmp_path, "task", age=100)
-    pulls = [pull, *(["another"] if pull != "another" else [])]
-    miner = mine(tmp_path, pulls, [replace(ACCEPTED, count=1 + (known[-1] == "accepted"))], 900)
-    assert [outcome for name, outcome in miner.submissions + miner.settlements if name == "task"] == known
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("pull", [150.0, 750.0, "another"])
-def test_a_restart_knows_an_empty_result_for_what_it_is(tmp_path: Path, pull: str | float) -> None:
-    """Whatever the validator made of it: it can not have been accepted or declined."""
-    spooled(tmp_path, "task", age=100, result=b"")
-    miner = mine(tmp_path, [pull], [ACCEPTED], 100)
-    assert [outcome for name, outcome in miner.submissions if name == "task"] == ["empty"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_restart_finds_is_not_rewritten_and_expires_by_its_true_age(tmp_path: Path) -> None:
-    path = spooled(tmp_path, "task", age=MAX_AGE_S - 50)
-    written_at = path.stat().st_mtime
-    miner = mine(tmp_path, [None, *["task"] * 20], [Answer(status=503), LOST], 200)
-    assert miner.submissions == []
-    assert miner.service.generated == 0
-    assert len(miner.validator.submissions) > 5
-    assert path.stat().st_mtime == written_at
-    os.utime(path, (time.time() - MAX_AGE_S - 1,) * 2)
-    miner = mine(tmp_path, ["task"], [ACCEPTED], 200)
-    assert miner.service.generated == 1
-    assert miner.submissions == [("task", "accepted")]
-
-
-def test_a_restart_knows_what_cooldown_is_usual(tmp_path: Path) -> None:
-    """50 s with this validator, so that 140 s are a declined result's."""
-    spooled(tmp_path, "task", age=5)
-
-    async def main() -> None:
-        history = [PastSubmission(now() - 100, VALIDATOR.hotkey, "before", "accepted", 1.0, 1, 50.0)]
-        miner = Miner(Scripted([140.0], [ACCEPTED]), tmp_path, history)
-        await miner.run(10)
-        assert miner.submissions == [("task", "declined")]
-
-    virtual_time.run(main())
-
-
-def test_a_result_expires_while_the_miner_runs(tmp_path: Path) -> None:
-    path = spooled(tmp_path, "task", age=MAX_AGE_S - 50)
-    spool = Spool(tmp_path)
-    task = TextTask(id="task", prompt="prompt of task")
-    assert spool.get(VALIDATOR.hotkey, task) is not None
-    os.utime(path, (time.time() - MAX_AGE_S - 1,) * 2)
-    assert spool.get(VALIDATOR.hotkey, task) is None
-
-
-async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) -> None:
-    books = Bookkeeping(tmp_path / "ledger.sqlite", 0, 0.0)
-    books.start()
-    told = Feedback(task_fidelity_score=0.8, generations_within_the_window=5)
-    books.record(Submission(VALIDATOR, "before", "accepted", 1.0, 10, told))
-    books.record(Submission(VALIDATOR, "task", "unknown", 1.0, 10, None, books._now() + 250))
-    await books.close()
-    history = await Bookkeeping(tmp_path / "ledger.sqlite", 0, 0.0).submissions()
-    assert [(past.task_id, past.outcome, past.accepted_in_window) for past in history] == [
-        ("before", "accepted", 5),
-        ("task", "unknown", None),
-    ]
-    settled: list[tuple[int, SubmissionOutcome]] = [(6, "broken"), (7, "accepted")]
-    for count, outcome in settled:
-        events: list[Event] = []
-        directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset()))
-        after = Submitter(
-            Scripted([], []), directory, ValidatorClocks(), KEYPAIR, Spool(tmp_path / "spool"), events.append, history
-        )
-        memory = after._memories[VALIDATOR.hotkey]
-        at = books._now() + 300
-        found = memory.window.answered(at, count, Span(at - 5, at), [each.span for each in memory.unsettled])
-        after._settle(VALIDATOR, memory, found)
-        # Of the five from before the ledger began it is not known when they leave.
-        assert events == [Settlement(VALIDATOR, "task", outcome if outcome == "accepted" else "unknown")]
-
-
-# --- the window
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 60), st.floats(0, 0.5))
-def test_the_count_never_tells_what_is_not_so(seed: int, before: int, lost: float) -> None:
-    """A validator's own list of finish times, and answers of which some are lost."""
-    randomness = random.Random(seed)
-    at = 1_800_000_000.0
-    finished = deque(sorted(int(at - randomness.uniform(0, WINDOW_S)) for _ in range(before)))
-    window, unsettled, truth = Window(), [], []
-    window.answered(at, len(finished))
-    for _ in range(120):
-        at += randomness.choice([300.0, 300.0, 330.0, 900.0])
-        accepted = randomness.random() < 0.7
-        if accepted:
-            finished.append(int(at))
-        while finished and finished[0] <= int(at) - WINDOW_S:
-            finished.popleft()
-        here = at + randomness.uniform(0, 2)  # when its answer is here
-        span = Span(here - 5, here)
-        if randomness.random() < lost:
-            unsettled.append(span)
-            truth.append(accepted)
-            continue
-        verdicts = window.answered(here, len(finished), span if accepted else None, unsettled)
-        # Of several in a row it is their number that is known, and not which.
-        assert sum(verdict is True for verdict in verdicts) <= sum(truth)
-        assert sum(verdict is not False for verdict in verdicts) >= sum(truth)
-        assert len(truth) != 1 or verdicts[0] in (None, truth[0])
-        unsettled, truth = [], []
-
-
-def test_a_count_that_fell_for_no_reason_tells_nothing() -> None:
-    window = Window()
-    for number in range(10):
-        window.answered(300.0 * number, number + 1, Span(300.0 * number - 5, 300.0 * number))
-    assert window.answered(3000.0, 8, Span(2995.0, 3000.0), [Span(2700.0, 2710.0)]) == [None]
-    # And what it says from then on is right again.
-    assert window.answered(3300.0, 9, None, [Span(3100.0, 3110.0)]) == [True]
-    assert window.answered(3600.0, 10, Span(3595.0, 3600.0), [Span(3400.0, 3410.0)]) == [False]
-
-
-@pytest.mark.parametrize("count", [-(2**53), -1, 0, 2**53])
-def test_a_hostile_count_is_survived(count: int) -> None:
-    window = Window()
-    for number in range(3):
-        window.answered(300.0 * number, count, Span(300.0 * number - 5, 300.0 * number), [Span(0.0, 1.0)])
-    assert len(window) <= WINDOW_S

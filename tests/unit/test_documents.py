@@ -159,7 +159,8 @@ def test_lines_of_the_logs_are_said_by_the_code() -> None:
 
 def test_the_public_workflow_runs_what_ci_runs() -> None:
     steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]["steps"]
-    assert "bash .ci/run" in [step.get("run") for step in steps]
+    (step,) = (step["run"] for step in steps if step.get("run", "").endswith("bash .ci/run"))
+    assert step.startswith("sudo ")  # the cluster's tests make network namespaces
     assert "exec scripts/test.sh" in (ROOT / ".ci/run").read_text()
 
 

@@ -33,6 +33,7 @@ SMALL = 1024  # pixels of an image, at most
 
 
 def is_small(x: Tensor) -> bool:
+    """Whether the images of x (N, C, H, W) have at most SMALL pixels."""
     return x.shape[-2] * x.shape[-1] <= SMALL
 
 

@@ -1,4 +1,4 @@
-"""Adam of several scenes in one step."""
+"""One fused Adam step for several scenes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def step_together(optimisers: Sequence[torch.optim.Adam]) -> None:
-    """What `step` of each of them does; they differ in parameters, state and learning rates alone.
+    """`step` of all optimisers, which differ only in parameters, state and learning rates.
 
-    PyTorch's fused kernel gives one processor of a GPU 65,536 values, so on a scene's tensors by themselves a few of
-    them work and all others wait. Here one kernel takes all tensors of one learning rate.
+    PyTorch's fused kernel assigns 65,536 values to a multiprocessor. A single scene's tensors would occupy few of them.
+    Here one kernel takes all tensors of one learning rate.
     """
     owners: dict[Tensor, torch.optim.Adam] = {}
     rates: dict[float, list[Tensor]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""A start for the optimisation: the visual hull of a few views, as coloured Gaussians on its surface.
+"""Initial Gaussians: coloured ones on the surface of the visual hull of a few views.
 
 Laurentini 1994, "The visual hull concept for silhouette-based image understanding".
 """
@@ -21,7 +21,7 @@ def carve(
 ) -> Gaussians | None:
     """`count` Gaussians on the hull of views `images` (V, 3, S, S) in 0..1 with `alphas` (V, 1, S, S).
 
-    The hull is looked for in the cube of half side `extent` (world units) around the origin. None when it is empty.
+    The hull is computed in the cube from -`extent` to `extent` (world units). None when it is empty.
     """
     device = images.device
     ticks = (torch.arange(GRID, device=device) + 0.5) / GRID * 2 - 1
@@ -72,7 +72,7 @@ def _gradient(field: Tensor) -> Tensor:
 
 
 def _colours(images, alphas, surface, outward, places, depths, cameras: Cameras, voxel: float) -> Tensor:
-    """The views' colours (N, 3) where they see each surface point, those that face it most counting most."""
+    """Colours (N, 3) of surface points: means over the views that see them, weighted by how directly they face them."""
     size = images.shape[-1]
     cells = ((places * 0.5 + 0.5) * size).long().clamp(0, size - 1)
     flat = cells[..., 1] * size + cells[..., 0]
@@ -81,7 +81,7 @@ def _colours(images, alphas, surface, outward, places, depths, cameras: Cameras,
     in_front = depths <= nearest.gather(1, flat) + 2 * voxel
     to_camera = F.normalize(cameras.to(surface.device).positions[:, None] - surface, dim=-1)
     cosine = (to_camera * outward).sum(-1)
-    # What no view sees takes after the views that face it most nearly; outlines, mixed with background, count little.
+    # Points that no view sees take colours of the views that face them best. Outlines count little: they are mixed.
     weight = cosine.clamp_min(0) ** 2 * in_front + 1e-3 * (0.5 + 0.5 * cosine) ** 4
     weight = weight[..., None] * (_look_up(alphas, places) ** 4 + 1e-4)
     return (_look_up(images, places) * weight).sum(0) / weight.sum(0).clamp_min(1e-12)

@@ -39,15 +39,15 @@ BORDER = 0.2  # of the known view, which upstream's rasteriser and configs are m
 
 
 class SceneStart(NamedTuple):
-    """What a scene begins with, whatever its picture shows. For one scene: its generator goes on."""
+    """The start of a scene, as far as it does not depend on the picture. Used once: its generator is handed on."""
 
     generator: torch.Generator
-    condition: Tensor | None  # of the guidance that knows words
-    ball: tuple[Gaussians, Plan] | None = None  # where the start does not depend on the picture
+    condition: Tensor | None  # of the text guidance
+    ball: tuple[Gaussians, Plan] | None = None  # if the scene starts from a random ball
 
 
 def load(options: DreamGaussianOptions, parts: Parts) -> DreamGaussian:
-    """With the guidances that the options ask for. Raises WeightsError."""
+    """Build DreamGaussian with the guidances that the options need. Raises WeightsError."""
     text: TextGuidance | None = None
     image: ImageGuidance | None = None
     if "mvdream" in options.checkpoints:
@@ -60,7 +60,7 @@ def load(options: DreamGaussianOptions, parts: Parts) -> DreamGaussian:
 
 
 class DreamGaussian:
-    """Begins scenes and steps them together. A ``generation.generators.base.Generator``, whose works are scenes."""
+    """Optimises scenes together. A ``generation.generators.base.Generator`` whose works are ``Scene``s."""
 
     name = "dreamgaussian"
 
@@ -74,7 +74,7 @@ class DreamGaussian:
     ) -> None:
         self._guidance = guidance
         self._image_guidance = image_guidance
-        self._views = guidance.views if guidance else 1  # of one draw of cameras
+        self._views = guidance.views if guidance else 1  # per random camera draw
         self._options = options
         self._device = torch.device(device)
         self._remove_background = remove_background
@@ -113,7 +113,7 @@ class DreamGaussian:
         o = self._options
         generator = torch.Generator().manual_seed(seed)
         condition = None
-        # A picture has no words. Its views may be drawn to go with it all the same.
+        # An image prompt has no text, but MVDream may still sample views that are consistent with the picture.
         if self._guidance and (words or (o.init == "views" and not self._image_guidance)):
             condition = self._guidance.prepare(o.mvdream_prompt(words), o.negative_prompt)
         if o.init == "views" and condition is not None:
@@ -135,7 +135,7 @@ class DreamGaussian:
             gaussians, plan = ball
         else:
             assert condition is not None
-            # Without words the picture alone says what to draw.
+            # Without a text the picture is the only condition.
             images, alphas, around = self._sample(condition, generator, reference=None if subject.words else cutout)
             extent = o.radius * math.tan(math.radians(o.fovy) / 2)
             carved = carve(images, alphas, around, extent, o.num_pts, generator)
@@ -145,7 +145,7 @@ class DreamGaussian:
                 torch.cat([known.premultiplied, sampled.premultiplied]), torch.cat([known.alpha, sampled.alpha])
             )
             plan = self._plan(torch.cat([self._reference().viewmats, around.viewmats.cpu()]), generator)
-        # What has no words is not scored by them: at the scale of prompts MVDream's idea of "" would win.
+        # Without a text there is no text guidance: at its scale the prompt "" would dominate.
         return Scene(gaussians, known, plan, condition if subject.words else None, image_condition, o, generator)
 
     def _reference(self) -> Cameras:
@@ -156,7 +156,7 @@ class DreamGaussian:
         return draw_plan(self._options, viewmats, self._views, generator, self._device)
 
     def _with_harmonics(self, gaussians: Gaussians) -> Gaussians:
-        """All that the options ask for: those beyond a constant colour are zero."""
+        """Add zero coefficients up to the options' degree of spherical harmonics."""
         if degree := self._options.sh_degree:
             rest = gaussians.sh.new_zeros(len(gaussians), (degree + 1) ** 2 - 1, 3)
             gaussians.sh = torch.cat([gaussians.sh, rest], 1)
@@ -166,17 +166,17 @@ class DreamGaussian:
         """One iteration of every scene, with one call of the guidance for all of them."""
         scenes = list(works)
         render = cache(lambda: _render(scenes))
-        losses = self._scores(scenes, render)  # first: a GPU is busy with it while the rest is asked for
+        losses = self._scores(scenes, render)  # first: it keeps the GPU busy while the rest is launched
         shown, gradients = _known_views_gradients(scenes, render())
         torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
         harmonics = [scene.harmonics().clone() for scene in scenes] if self._options.sh_degree else []
         step_together([scene.optimiser() for scene in scenes])
         for scene, before in zip(scenes, harmonics, strict=bool(harmonics)):
-            scene.harmonics().lerp_(before, 1 - HARMONICS_RATE)  # Adam's step is in proportion to its rate
-        advance(scenes, [seen.pull() for seen in render()])
+            scene.harmonics().lerp_(before, 1 - HARMONICS_RATE)  # Adam's step is proportional to its learning rate
+        advance(scenes, [seen.density_gradients() for seen in render()])
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:
-        """The weighted loss of each guidance, of the scenes that it has a condition for; one call for all of them."""
+        """The weighted loss of each guidance, in one call for all scenes that have its condition."""
         o, losses = self._options, []
         for guidance, weight, scale, conditions in (
             (self._guidance, o.lambda_sd, o.guidance_scale, [s.condition for s in scenes]),
@@ -200,17 +200,17 @@ class DreamGaussian:
     def _sample(
         self, condition: Tensor, generator: torch.Generator, reference: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Cameras]:
-        """Colours (V, 3, S, S) of what the prompt describes, drawn by the guidance, their alphas and cameras.
+        """Views (V, 3, S, S) sampled by the text guidance, their alphas (V, 1, S, S) and cameras.
 
-        With `reference` (4, H, W), the cut-out that the first of them shows, they are drawn to go with it.
+        With `reference` (4, H, W) the first view shows this cut-out, and the others are consistent with it.
         """
         o = self._options
         behind = torch.tensor(GREY if o.background == "random" else o.background, device=self._device)
-        # The reference view belongs to the upper ring: from there alone, undersides would come to a point.
+        # The reference view belongs to the upper ring. Carved from that ring alone, undersides would come to a point.
         rings = RINGS if reference is None else ((-o.elevation, RINGS[0][1]), (RINGS[0][0], RINGS[1][1]))
         elevation = torch.tensor([e for e, _ in rings]).repeat_interleave(4)
         azimuth = torch.cat([start + torch.tensor([0.0, 90, 180, 270]) for _, start in rings])
-        assert self._guidance is not None  # a config that samples views asks for it
+        assert self._guidance is not None  # a config that samples views has it
         size = self._guidance.image_size
         first = None
         if reference is not None:
@@ -229,7 +229,7 @@ class DreamGaussian:
         return foreground(images, alpha, behind.view(3, 1, 1)), alpha, cameras
 
     def _ball(self, generator: torch.Generator) -> Gaussians:
-        """DreamGaussian's start: `num_pts` grey points spread evenly by radius in a ball, nearly transparent."""
+        """DreamGaussian's start: `num_pts` nearly transparent grey Gaussians, uniform in a ball."""
         n, device = self._options.num_pts, self._device
         direction = F.normalize(torch.randn(n, 3, generator=generator), dim=1)
         means = direction * BALL_RADIUS * torch.rand(n, 1, generator=generator) ** (1 / 3)
@@ -246,7 +246,7 @@ class DreamGaussian:
 
 
 def _render(scenes: list[Scene]) -> list[_Render]:
-    """Of each scene what it looks like in this iteration; those of one form in one call."""
+    """Render each scene's views of this iteration. Scenes with equal shapes share one call."""
     forms: dict[tuple[int, ...], list[Scene]] = defaultdict(list)
     for scene in scenes:
         forms[scene.plan.sizes[scene.iteration], scene.plan.viewmats.shape[1], scene.gaussians().sh.shape[1]].append(
@@ -261,7 +261,7 @@ def _render(scenes: list[Scene]) -> list[_Render]:
 
 
 class _Render:
-    """What a scene looks like in this iteration, from all views; colours are not limited above."""
+    """A scene's renders of this iteration, from all views. Colours have no upper limit."""
 
     def __init__(self, scene: Scene, rgb: Tensor, alpha: Tensor, info: dict[str, Any]) -> None:
         plan, i = scene.plan, scene.iteration
@@ -273,18 +273,18 @@ class _Render:
         self._first_novel = known
         self._means2d, self._own, self._radii = info["means2d"], info["own"], info["radii"]
 
-    def pull(self) -> tuple[Tensor | None, Tensor]:
-        """How the loss pulls at the projected centres in the novel views (V, N, 2), and their radii (V, N)."""
+    def density_gradients(self) -> tuple[Tensor | None, Tensor]:
+        """The loss's gradient by the projected centres in the novel views (V, N, 2), and their radii (V, N)."""
         grad = self._means2d.grad
         return None if grad is None else grad[self._own][self._first_novel :], self._radii[self._first_novel :]
 
 
 def _known_views_gradients(scenes: list[Scene], renders: list[_Render]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the scenes show of the known views, and the gradients by it of the losses: the mean squares of what colours
-    and alphas are off by, times `COLOUR_WEIGHT`, `MASK_WEIGHT` and the views' own weights.
+    """Renders of the known views, and the gradients of their losses by these renders.
 
-    The losses themselves are not wanted, and views of one size are compared together: kernels for all of it would be
-    many, and too small to keep a GPU busy.
+    The losses are mean squared errors of colours and alphas, times `COLOUR_WEIGHT`, `MASK_WEIGHT` and the views' own
+    weights. Their values are not computed, and views of one size are batched: otherwise there would be many kernels,
+    each too small to keep a GPU busy.
     """
     groups: dict[tuple[int, int], list[tuple[_Render, Views, Tensor]]] = defaultdict(list)
     for scene, render in zip(scenes, renders, strict=True):
@@ -312,15 +312,15 @@ def _joined(views: list[Views]) -> Views:
 
 
 def _together(tensors: list[Tensor]) -> Tensor:
-    """One after the other; one alone is not copied."""
+    """Concatenated; a single tensor is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def foreground(images: Tensor, alphas: Tensor, backdrop: Tensor) -> Tensor:
-    """The object's own colours (V, 3, S, S), without the backdrop that pixels on its outline are mixed with.
+    """The object's colours (V, 3, S, S), without the backdrop that is mixed into pixels on its outline.
 
-    Inside they are those of `images`; on the outline those of the nearest inside, for alphas are not right to the last
-    digit; and where no inside is near, in thin parts, what is left when the backdrop's share is taken out.
+    Inside the object they are those of `images`. On the outline they are taken from nearby inside pixels, because
+    alphas are not exact. In thin parts without inside pixels the backdrop's share is subtracted.
     """
     inside = (-F.max_pool2d(-alphas, 3, 1, 1) > 0.9).float()
     colours = ((images - (1 - alphas) * backdrop) / alphas.clamp_min(0.1)).clamp(0, 1)

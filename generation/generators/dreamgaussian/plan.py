@@ -1,7 +1,7 @@
-"""What a scene's iterations look at, drawn when the scene begins.
+"""The cameras, backgrounds and noise levels of a scene's iterations, drawn when the scene begins.
 
-All random numbers of an optimisation but the guidance's noise and the places of split Gaussians are drawn here at once,
-and are on the device before the first iteration: a copy to a GPU inside the loop would make it wait.
+All random numbers but the guidance's noise and the positions of split Gaussians are drawn here at once, and copied to
+the device before the first iteration. A copy inside the loop would make the GPU wait.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from generation.generators.dreamgaussian.options import HIGHEST, DreamGaussianOp
 from generation.generators.dreamgaussian.schedule import noise_level, render_size
 from generation.splats.cameras import Cameras, orbit
 
-SAMPLED_AT_ONCE = 3  # of the sampled views, in each iteration
-CARVED_NOISE = 0.5  # a carved start has its coarse shape: the noise that would decide it again is left out
+SAMPLED_AT_ONCE = 3  # sampled views per iteration
+CARVED_NOISE = 0.5  # noise levels above would change the coarse shape, which a carved start has already
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def draw_plan(
         pick = torch.rand(o.iters, sampled, generator=generator).argsort(1)[:, :count] + 1
         compared = torch.cat([compared, pick], 1)
         weights = torch.cat([weights, torch.full((o.iters, count), o.lambda_views / max(1, count))], 1)
-    # Known views are compared over a grey drawn anew each time, so that only opacity can pass for background.
+    # Known views are compared over a random grey, so that Gaussians can not imitate the background.
     behind_known = grey[:, None, None].expand(-1, compared.shape[1], 3)
     behind_novel = white.float()[:, None] if o.background == "random" else torch.tensor(o.background)
     backgrounds = torch.cat(

@@ -22,20 +22,20 @@ MIN_OPACITY = 0.01
 
 @dataclass(frozen=True)
 class Views:
-    """Cut-outs that the scene should look like."""
+    """Target cut-outs of a scene."""
 
     premultiplied: Tensor  # (V, 3, S, S) colour times alpha
     alpha: Tensor  # (V, 1, S, S) in 0..1
 
     def at(self, size: int) -> Views:
-        """The same, `size` pixels wide and high."""
+        """A copy, resized to `size` x `size` pixels."""
         if size == self.alpha.shape[-1]:
             return self
         return Views(*(F.interpolate(t, size=(size, size), mode="area") for t in (self.premultiplied, self.alpha)))
 
 
 class Scene:
-    """Gaussians, their optimiser, what they should look like, and random generators of their own."""
+    """One optimisation: Gaussians, their optimiser, target views, and the scene's own random generators."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class Scene:
         options: DreamGaussianOptions,
         generator: torch.Generator,
     ) -> None:
-        """`condition` and `image_condition` are those of the guidances that look at it.
+        """`condition` and `image_condition` are those of the text and the image guidance.
 
-        `generator` draws the seed of the guidance's noise, which is made where the Gaussians are, and goes on with what
-        the density control needs.
+        `generator` draws the seed of the guidance's noise, which is generated on the device, and then the random
+        numbers of the density control.
         """
         device = gaussians.means.device
         self.plan = plan
         self.condition = condition
         self.image_condition = image_condition
         self.noise = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        # Pixels of the known views to compare renders with, those at which neither side is made larger.
+        # Known views by render size. Neither renders nor views are upscaled for the comparison.
         self._known = {size: known.at(min(size, known.alpha.shape[-1])) for size in set(plan.sizes)}
         self.iteration = 0
         self._options = options
@@ -93,7 +93,7 @@ class Scene:
         return self.iteration >= self._options.iters
 
     def known_views(self) -> tuple[Views, Tensor]:
-        """Those to compare this iteration's renders with, and the weights (K,) of their losses."""
+        """The known views of this iteration, and the weights (K,) of their losses."""
         i = self.iteration
         views, which = self._known[self.plan.sizes[i]], self.plan.known[i]
         return Views(views.premultiplied[which], views.alpha[which]), self.plan.weights[i]
@@ -107,11 +107,11 @@ class Scene:
         return self._gaussians
 
     def harmonics(self) -> Tensor:
-        """(N, K - 1, 3) of the Gaussians' colours, all but the constant; what is done to it is done to them."""
+        """Spherical harmonics (N, K - 1, 3) without the constant: a view, not a copy."""
         return self._gaussians.sh.detach()[:, 1:]
 
     def optimiser(self) -> torch.optim.Adam:
-        """With this iteration's learning rates."""
+        """The optimiser, with this iteration's learning rates."""
         o = self._options
         for group in self._optimiser.param_groups:
             if group["name"] == "means":
@@ -120,8 +120,8 @@ class Scene:
                 )
         return self._optimiser
 
-    def _count(self, means2d_grad: Tensor | None, radii: Tensor) -> bool:
-        """See `advance`; whether the density is controlled in this iteration."""
+    def _accumulate(self, means2d_grad: Tensor | None, radii: Tensor) -> bool:
+        """Accumulate gradients for density control. Returns whether it is active in this iteration."""
         o = self._options
         size = self.plan.sizes[self.iteration]
         self.iteration += 1
@@ -132,13 +132,13 @@ class Scene:
         return True
 
 
-def advance(scenes: Sequence[Scene], pulls: Sequence[tuple[Tensor | None, Tensor]]) -> None:
+def advance(scenes: Sequence[Scene], gradients: Sequence[tuple[Tensor | None, Tensor]]) -> None:
     """End an iteration whose optimiser step is done: density control where it is due.
 
-    Each scene's pull is that of the renders that drive densification: the gradient (C, N, 2) by projected centres, and
-    radii (C, N).
+    `gradients` has for each scene the gradient (C, N, 2) by projected centres and the radii (C, N), of the renders that
+    drive densification.
     """
-    controlled = [scene for scene, pull in zip(scenes, pulls, strict=True) if scene._count(*pull)]
+    controlled = [scene for scene, each in zip(scenes, gradients, strict=True) if scene._accumulate(*each)]
     densify([s._density for s in controlled if s.iteration % s._options.densification_interval == 0])
     for scene in controlled:
         if scene.iteration % scene._options.opacity_reset_interval == 0:

@@ -1,4 +1,4 @@
-"""Views of an object, drawn by a diffusion model, and LGM's one pass from them to Gaussians."""
+"""LGM as a generator: a multi-view diffusion model samples views, then LGM turns them into Gaussians in one pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from generation.weights import WeightsError
 from generation.weights.registry import MultiViewUse
 
 BORDER = 0.2  # of the picture, as the authors recentre it
-DRAWN = 0.95  # of the work, when its views are drawn
+DRAWN = 0.95  # progress of a work when its views are sampled
 
 
 def load(options: LgmOptions, parts: Parts) -> Lgm:
-    """With the models that the options ask for. Raises WeightsError."""
+    """Build LGM with the models that the options need. Raises WeightsError."""
     network = parts.load("lgm", LGM.from_checkpoint)
     name = "imagedream" if options.views_from == "picture" else "mvdream"
     multiview = parts.load(name, partial(_load_multiview, options=options, config=network.config))
@@ -56,7 +56,7 @@ def _load_multiview(checkpoint: Checkpoint, options: LgmOptions, config: Config)
 
 
 class LgmWork:
-    """One splat in the making: its views, then its Gaussians."""
+    """A ``generation.generators.base.Work``: views, then Gaussians."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -79,7 +79,7 @@ class LgmWork:
 
 
 class Lgm:
-    """A ``generation.generators.base.Generator``. A tick is a denoising step of all views, or their way to splats."""
+    """A ``generation.generators.base.Generator``. A tick is a denoising step of all views, or LGM's pass over them."""
 
     name = "lgm"
 

@@ -48,6 +48,8 @@ class MultiViewAttention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
+    """Two normalised convolutions and a shortcut: (N, C, H, W) to (N, width, H, W)."""
+
     def __init__(self, width_in: int, width: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, width_in, _EPS)
@@ -77,6 +79,8 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
+    """A level of the encoder. All but the last one halve the size."""
+
     def __init__(self, width_in: int, width: int, attends: bool, heads: int, groups: int, last: bool) -> None:
         super().__init__([width_in] + [width] * (LAYERS - 1), width, attends, heads, groups)
         self.downsample = None if last else nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -93,6 +97,8 @@ class DownLevel(Level):
 
 
 class MidLevel(nn.Module):
+    """The bottleneck: residual block, attention, residual block."""
+
     def __init__(self, width: int, heads: int, groups: int) -> None:
         super().__init__()
         self.nets = nn.ModuleList(ResidualBlock(width, width, groups) for _ in range(2))
@@ -103,6 +109,8 @@ class MidLevel(nn.Module):
 
 
 class UpLevel(Level):
+    """A level of the decoder, with skip connections. All but the last one double the size."""
+
     def __init__(
         self, width_in: int, width_skipped: int, width: int, attends: bool, heads: int, groups: int, last: bool
     ) -> None:

@@ -1,4 +1,4 @@
-"""What the flows see of a picture: DINOv2 with registers (Darcet et al., 2023, arXiv:2309.16588)."""
+"""Image features for the flows: DINOv2 with registers (Darcet et al., 2023, arXiv:2309.16588)."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from generation.generators.trellis.sparse import Level
 
 @dataclass(frozen=True)
 class RawGaussians:
-    """What the decoder says of each voxel's Gaussians, after activation; N of them, float32, in the model's own frame.
+    """The decoder's N Gaussians, after activation, float32, in the model's own frame.
 
     That frame is a cube of side 1 around the origin, its z up.
     """
@@ -82,6 +82,8 @@ class Windows:
 
 
 class WindowBlock(nn.Module):
+    """A transformer block over tokens (T, C) whose attention stays within windows."""
+
     def __init__(self, channels: int, heads: int, ratio: float, normalised: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(channels, heads, normalised)

@@ -36,10 +36,12 @@ def load(options: TrellisOptions, parts: Parts) -> Trellis:
 
 
 def load_networks(checkpoint: Checkpoint) -> Networks:
+    """TRELLIS's networks. Raises WeightsError."""
     return Networks.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
 def load_condition(checkpoint: Checkpoint) -> Condition:
+    """The image features' DINOv2. Raises WeightsError."""
     return Condition.load(checkpoint.folder, checkpoint.device, checkpoint.dtype)
 
 
@@ -100,7 +102,7 @@ class Trellis:
         return self._options.picture_prompt(words)
 
     def encode(self, texts: Sequence[str]) -> None:
-        """It reads no words."""
+        """Does nothing: it takes no text."""
 
     def truncation(self, words: str) -> dict[str, tuple[int, int]]:
         return {}
@@ -157,7 +159,7 @@ class Trellis:
 
     @torch.no_grad()
     def tick(self, works: Sequence[Work]) -> None:
-        """One step of the flow that each work is in, with what comes before its first and after its last."""
+        """One step of each work's current flow. Encodes before the first step and decodes after the last one."""
         own = [work for work in works if isinstance(work, TrellisWork)]
         if fresh := [work for work in own if work.features is None]:
             self._see(fresh)
@@ -189,7 +191,7 @@ class Trellis:
             work.structure = step.apply(work.structure, conditional, unconditional, self._options.structure_guidance)
 
     def _velocities(self, works: list[TrellisWork], steps: list[Step]) -> Velocities:
-        """Of structures, at the steps that the works are at; those that are guided come first."""
+        """Velocities of the works' structures at their steps. Guided works come first."""
         each, guided = self._options.structures, sum(step.guided for step in steps)
         x = torch.cat([work.structure for work in works])
         contexts = [work.context for work in works for _ in range(each)]
@@ -197,7 +199,7 @@ class Trellis:
         return _pairs(out.split(each), len(works))
 
     def _times(self, steps: list[Step], each: int) -> Tensor:
-        """Filled in on the device: a copy to it would wait for all that is under way."""
+        """Times of the steps, filled in on the device: a copy to it would synchronise."""
         return torch.cat([torch.full((each,), 1000 * step.t, device=self._device) for step in steps])
 
     def _find_voxels(self, works: list[TrellisWork]) -> None:
@@ -218,7 +220,7 @@ class Trellis:
                 work.end(NoSplat(f"structure: {least} voxels are over the limit of {self._options.max_voxels}"))
 
     def _found(self, work: TrellisWork, cells: Tensor) -> None:
-        """Begin the second flow, on these voxels."""
+        """Begin the second flow on the voxels ``cells`` (N, 3)."""
         flow = self._networks.slat_flow
         assert work.features is not None
         work.voxels = Voxels.of(cells, flow.resolution)
@@ -234,7 +236,7 @@ class Trellis:
             work.latents = step.apply(work.latents, conditional, unconditional, self._options.slat_guidance)
 
     def _slat_velocities(self, works: list[TrellisWork], steps: list[Step]) -> Velocities:
-        """Of latents, as ``_velocities``."""
+        """Velocities of the works' latents, as ``_velocities``."""
         x = torch.cat([work.latents for work in works if work.latents is not None])
         samples = [work.voxels for work in works if work.voxels is not None]
         voxels, doubled = self._join(samples, sum(step.guided for step in steps))
@@ -242,7 +244,7 @@ class Trellis:
         return _pairs(out.split(doubled.fine.lengths), len(works))
 
     def _join(self, samples: list[Voxels], guided: int) -> tuple[Voxels, Voxels]:
-        """All of them, and the same with the first ``guided`` once more; kept, for the next step often has the same."""
+        """All voxels, and the same followed by the first ``guided`` once more. Cached for the next step."""
         if self._joined is not None:
             before, count, voxels, doubled = self._joined
             if count == guided and len(before) == len(samples) and all(map(operator.is_, before, samples)):
@@ -257,7 +259,7 @@ class Trellis:
         samples = [work.latents for work in works if work.latents is not None]
         latents = torch.cat(samples) * networks.std + networks.mean
         voxels, _ = self._join([work.voxels for work in works if work.voxels is not None], 0)
-        self._joined = None  # these are the last to need it
+        self._joined = None  # its last use
         for work, raw in zip(works, networks.gaussian_decoder(latents, voxels.fine), strict=True):
             gaussians = to_gaussians(raw)
             if all(bool(field.isfinite().all()) for field in gaussians.tensors().values()):
@@ -267,7 +269,7 @@ class Trellis:
 
 
 def _pairs(parts: Sequence[Tensor], works: int) -> Velocities:
-    """Each work's velocity with its picture, and that without, which the first works have."""
+    """(conditional, unconditional) velocity of each work; the latter exists for the first works only."""
     return list(zip_longest(parts[:works], parts[works:]))
 
 
@@ -275,7 +277,7 @@ _PARTS = ("before", "between", "after")
 
 
 def compile_blocks(blocks: FlowBlocks) -> None:
-    """Have what is between attentions compiled, once for all blocks and numbers of tokens."""
+    """Compile the parts between attentions, once for all blocks and numbers of tokens."""
     torch._dynamo.config.recompile_limit = 128
     for block in blocks:
         for part in _PARTS:

@@ -97,6 +97,8 @@ class HeadNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """A two-layer perceptron over tokens (T, C), ``ratio`` times as wide inside."""
+
     def __init__(self, channels: int, ratio: float) -> None:
         super().__init__()
         hidden = int(channels * ratio)

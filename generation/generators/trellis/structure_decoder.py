@@ -17,6 +17,8 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ResidualBlock(nn.Module):
+    """Two normalised convolutions of (B, C, X, Y, Z), and the identity."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)

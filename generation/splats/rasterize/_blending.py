@@ -1,4 +1,4 @@
-"""numba kernels: splats to pixels, and the gradients back.
+"""numba kernels: splats to pixels, forward and backward.
 
 The image is cut into tiles of TILE x TILE pixels. Each view's splats are sorted by depth and entered, in that order,
 into the list of every tile that their ellipse touches. A tile is blended front to back for all its pixels at once, lane

@@ -1,4 +1,4 @@
-"""numba kernels: 3D Gaussians to screen splats, and the gradients back.
+"""numba kernels: 3D Gaussians to screen splats, forward and backward.
 
 Every kernel works on the Gaussians `start` to `stop`, for all views, and writes to rows of these alone: ranges may run
 in parallel, and the result does not depend on how they are cut. All floats are float32, constants too, so that nothing

@@ -14,8 +14,8 @@ from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import _blending, _projection
 from generation.splats.rasterize._threads import for_ranges
 
-MAX_BATCH = 2**18  # splats made at once where no gradient is asked for: 16 MiB
-MAX_ENTRIES = 2**26  # 0.8 GiB of tile lists, and 2.4 GiB on the way back
+MAX_BATCH = 2**18  # splats per batch without gradients: 16 MiB
+MAX_ENTRIES = 2**26  # 0.8 GiB of tile lists, and 2.4 GiB in the backward pass
 
 
 def rasterize(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from generation.splats.cameras import Cameras
 from generation.splats.gaussians import SH_C0, Gaussians
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 
-# Pixels. A tile's Gaussians are looked at for each of its pixels, so small ones, of which these scenes have many, waste
-# less in small tiles; and where most are in the middle of the picture, a GPU's processors share the work better.
+# Pixels. Each pixel of a tile goes through all Gaussians of the tile. Small tiles waste less on small Gaussians, of
+# which these scenes have many, and balance the load better when most of them are in the centre of the image.
 TILE = 8
-# Of the Gaussians that fill up smaller scenes: too transparent to be drawn, and no rotation from a length of zero.
+# Padding Gaussians: too transparent to be drawn, with a valid quaternion.
 PADDING = {"logit_opacities": -100.0, "quats": 1.0}
 
 
@@ -49,9 +49,9 @@ def rasterize_scenes(
 
 
 def _padded(tensors: Sequence[Tensor], filler: float) -> Tensor:
-    """(S, N, ...) of S tensors (n, ...), the shorter ones filled up: one copy there, and none back.
+    """Pad S tensors (n, ...) to (S, N, ...): one copy in the forward pass, and none in the backward pass.
 
-    `torch.nn.utils.rnn.pad_sequence` writes one after the other into place, and copies all on each one's way back.
+    `torch.nn.utils.rnn.pad_sequence` writes them one by one, and copies all for each in the backward pass.
     """
     lengths = [len(tensor) for tensor in tensors]
     more = tensors[0].new_full((max(lengths) - min(lengths), *tensors[0].shape[1:]), filler)
@@ -69,12 +69,12 @@ def _rasterize(
         raise ImportError(
             "rasterising on a GPU needs gsplat, which is not installed: scripts/install.sh gpu"
         ) from error
-    kernels.load()
+    gsplat_build.load()
     sh = fields["sh"]
     degree: int | None = math.isqrt(sh.shape[-2]) - 1
     colours = sh
     if degree == 0:
-        # The same from all sides: no harmonics, for which gsplat inverts the cameras, and waits for the GPU to have it.
+        # The colour is the same from all sides. With harmonics gsplat inverts the cameras, which synchronises.
         degree, colours = None, (0.5 + SH_C0 * sh[..., 0, :]).clamp_min(0.0)
     rgb, alpha, meta = rasterization(
         means=fields["means"],

@@ -1,4 +1,4 @@
-"""The validators' hard rules, and what a splat needs to arrive at all."""
+"""Gates: the validators' hard rules, and limits of the .spz format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIN_ROTATION = 0.005
 
 
 def run_gates(gaussians: Gaussians) -> dict[str, GateResult]:
-    """Each rule by name, in the order to report them."""
+    """The result of each gate by name, in the order of reports."""
     count = len(gaussians)
     values = list(gaussians.tensors().values())
     finite = sum(int(value.isfinite().sum()) for value in values) / max(1, sum(value.numel() for value in values))

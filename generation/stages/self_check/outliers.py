@@ -1,4 +1,4 @@
-"""How the validators sum up a figure for each view: outliers dropped, then the geometric mean."""
+"""The validators' aggregation over views: drop outliers, then take the geometric mean."""
 
 from __future__ import annotations
 

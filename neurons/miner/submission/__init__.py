@@ -1,1 +1,1 @@
-"""Results until their validator has answered."""
+"""Results until their validator has answered: ``spool`` keeps them on disk, ``submitter`` sends them."""

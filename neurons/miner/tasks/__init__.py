@@ -1,1 +1,1 @@
-"""From a pull to a result: polling, how many tasks are held, the workers."""
+"""From a pull to a result: ``task_manager`` decides on pulls, ``admission`` on how many tasks are held."""

@@ -10,7 +10,7 @@ from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import load_models
 from generation.schema.options import Models, SettingsError
 from generation.settings import CONFIGS, Settings
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 from scripts.ops.download_weights import profile_entries
 
 # The keys of upstream's configs/text_mv.yaml and their values, in an order of our own.
@@ -287,7 +287,7 @@ def test_what_memory_classes_say_is_not_said_beside_them(tmp_path, line):
 def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(kernels, "is_built", lambda: True)
+    monkeypatch.setattr(gsplat_build, "is_built", lambda: True)
     monkeypatch.setattr(settings, "gpu_memory", lambda gpus: None)
     assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
 
@@ -377,7 +377,7 @@ class TestResolve:
             monkeypatch.setattr(settings, "gpu_memory", lambda gpus: int(gib * 2**30) if gpu else None)
             monkeypatch.setattr(weights, "missing", lambda models: absent)
             monkeypatch.setattr(settings, "_choose_gpus", lambda asked: (0,) if gpu else ())
-            monkeypatch.setattr(kernels, "is_built", lambda: built)
+            monkeypatch.setattr(gsplat_build, "is_built", lambda: built)
 
         return pretend
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from generation.splats.rasterize import kernels
+from generation.splats.rasterize import gsplat_build
 from scripts.ops import build_gsplat
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -49,8 +49,8 @@ needs_gcc = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, an empty gsplat 1.5.3 before an installed one, and a compiler that is all there."""
-    monkeypatch.setattr(kernels, "CACHE", tmp_path / "cache")
-    kernels._load.cache_clear()
+    monkeypatch.setattr(gsplat_build, "CACHE", tmp_path / "cache")
+    gsplat_build._load.cache_clear()
     for file in build_gsplat.TOOLKIT:
         write(tmp_path / "cu13" / file)
     write(tmp_path / "packages/gsplat/__init__.py")
@@ -74,44 +74,44 @@ def write(path: Path, content: str = "") -> Path:
 
 
 def test_a_build_is_found_by_the_cards_it_is_for() -> None:
-    assert kernels.find(["8.9"]) is None
-    both = write(kernels.folder(["8.9", "12.0"]) / "gsplat_cuda.so")
-    assert kernels.find(["8.9"]) == kernels.find(["12.0"]) == kernels.find(["8.9", "12.0"]) == both
-    assert kernels.find(["9.0"]) is None
-    assert kernels.find(["2.0"]) is None
-    assert kernels.find(["8.9", "9.0"]) is None
+    assert gsplat_build.find(["8.9"]) is None
+    both = write(gsplat_build.folder(["8.9", "12.0"]) / "gsplat_cuda.so")
+    assert gsplat_build.find(["8.9"]) == gsplat_build.find(["12.0"]) == gsplat_build.find(["8.9", "12.0"]) == both
+    assert gsplat_build.find(["9.0"]) is None
+    assert gsplat_build.find(["2.0"]) is None
+    assert gsplat_build.find(["8.9", "9.0"]) is None
 
 
 def test_builds_for_other_versions_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    write(kernels.folder(["8.9"]) / "gsplat_cuda.so")
-    monkeypatch.setattr(kernels.torch, "__version__", "2.12.0+cu130")
-    assert kernels.find(["8.9"]) is None
+    write(gsplat_build.folder(["8.9"]) / "gsplat_cuda.so")
+    monkeypatch.setattr(gsplat_build.torch, "__version__", "2.12.0+cu130")
+    assert gsplat_build.find(["8.9"]) is None
 
 
 def test_cards_that_are_too_old_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [(12, 0), (8, 9), (6, 1), (8, 9)]
-    monkeypatch.setattr(kernels.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels.torch.cuda, "device_count", lambda: len(cards))
-    monkeypatch.setattr(kernels.torch.cuda, "get_device_capability", lambda card: cards[card])
-    assert kernels.capabilities() == ["8.9", "12.0"]
+    monkeypatch.setattr(gsplat_build.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gsplat_build.torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(gsplat_build.torch.cuda, "get_device_capability", lambda card: cards[card])
+    assert gsplat_build.capabilities() == ["8.9", "12.0"]
 
 
 def test_without_a_build_it_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "capabilities", lambda: ["8.9", "12.0"])
+    monkeypatch.setattr(gsplat_build, "capabilities", lambda: ["8.9", "12.0"])
     with pytest.raises(RuntimeError, match=r"8\.9, 12\.0.* run: \.venv/bin/python -m scripts\.ops\.build_gsplat"):
-        kernels.load()
+        gsplat_build.load()
 
 
 @needs_gcc
 def test_gsplat_gets_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "capabilities", lambda: ["8.9"])
-    library = write(kernels.folder(["8.9"]) / "gsplat_cuda.so", "cut off")
+    monkeypatch.setattr(gsplat_build, "capabilities", lambda: ["8.9"])
+    library = write(gsplat_build.folder(["8.9"]) / "gsplat_cuda.so", "cut off")
     with pytest.raises(RuntimeError, match=rf"does not load: .*remove {re.escape(str(library.parent))}"):
-        kernels.load()
+        gsplat_build.load()
     source = write(tmp_path / "ext.cpp", SOURCE)
     include = sysconfig.get_paths()["include"]
     subprocess.run(["g++", "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(library)], check=True)
-    kernels.load()
+    gsplat_build.load()
     from gsplat import csrc  # as gsplat looks for it before it would compile
 
     assert csrc.__file__ == str(library)
@@ -152,7 +152,7 @@ from scripts.ops import build_gsplat
 def build(_):
     with open({str(tmp_path / "lock")!r}, "w") as lock:
         build_gsplat.run([sys.executable, "-c", {child!r}], {{}}, Path({str(tmp_path / "log")!r}), lock.fileno())
-build_gsplat.kernels.find = lambda _: None
+build_gsplat.gsplat_build.find = lambda _: None
 build_gsplat.build = build
 sys.exit(build_gsplat.main(["--arch", "8.9"]))
 """
@@ -219,7 +219,7 @@ def test_what_else_may_be_missing(
 
 
 def test_no_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(kernels, "capabilities", lambda: [])
+    monkeypatch.setattr(gsplat_build, "capabilities", lambda: [])
     assert build_gsplat.main([]) == 1
     assert "can use no GPU here" in capsys.readouterr().err
 
@@ -262,8 +262,8 @@ def test_from_sources_to_a_module(
     monkeypatch.setenv("MAX_JOBS", "1")
 
     refused(capsys, "Broken.cu:1:19: error: expected", "build.log")
-    assert kernels.find(["8.9"]) is None
-    write(kernels.folder(["8.9"]) / "build/lock")  # as a killed build leaves it
+    assert gsplat_build.find(["8.9"]) is None
+    write(gsplat_build.folder(["8.9"]) / "build/lock")  # as a killed build leaves it
     write(broken, "int f() { return 1; }\n")
     assert build_gsplat.main(["--arch", "8.9"]) == 0
     told = capsys.readouterr().out
@@ -273,13 +273,13 @@ def test_from_sources_to_a_module(
     assert (tmp_path / "cu13/bin/compiled").read_text().split() == ["8.9"] * 3  # A once, Broken twice
 
     assert good.exists()
-    assert kernels.find(["8.9"]) is not None
-    assert not (kernels.folder(["8.9"]) / "build").exists()
+    assert gsplat_build.find(["8.9"]) is not None
+    assert not (gsplat_build.folder(["8.9"]) / "build").exists()
     assert build_gsplat.main(["--arch", "8.9"]) == 0
     assert "built already" in capsys.readouterr().out
-    monkeypatch.setattr(kernels, "capabilities", lambda: ["8.9"])
-    kernels.load()
-    assert sys.modules["gsplat.csrc"].__file__ == str(kernels.find(["8.9"]))
+    monkeypatch.setattr(gsplat_build, "capabilities", lambda: ["8.9"])
+    gsplat_build.load()
+    assert sys.modules["gsplat.csrc"].__file__ == str(gsplat_build.find(["8.9"]))
 
 
 def cudart() -> Path:

@@ -133,6 +133,10 @@ def test_what_runs_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert not any("resources" in word for word in joined.arguments("ray"))
     assert deployment(monkeypatch, tmp_path).names == ("generation_service", "rehearsal", "miner")
     assert joined.flags() != head.flags()
+    others = deployment(monkeypatch, tmp_path, "--cluster", "10.0.0.1:6379")  # a Ray that is there already
+    assert others.names == ("generation_service", "rehearsal", "miner")
+    assert others.needs_ray
+    assert others.places() == 64
 
 
 def test_the_file_of_settings_says_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Diffusion models that tell an optimised scene how it should look."""
+"""Guidance of an optimisation by diffusion models (score distillation)."""

@@ -1,4 +1,4 @@
-"""What the optimiser asks of a diffusion model."""
+"""The protocols of guidance by diffusion models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 class Guidance(Protocol):
     """A model that scores renders of many scenes in one call.
 
-    A condition is what it knows of one scene, opaque to the caller; conditions of several scenes stack along a new
-    axis 0.
+    A condition is an opaque tensor for one scene. Conditions of several scenes are stacked along a new axis 0.
     """
 
     views: int  # views of one scene that `loss` takes together
@@ -29,14 +28,13 @@ class Guidance(Protocol):
     ) -> Tensor:
         """Loss (S,) of renders (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
 
-        `render` gives them. It may wait for the device, as nothing else in here does, so it is called last: all else
-        has been asked for by then. `noise_levels` (S,) are in 0..1 (1 = pure noise); noise is drawn from each scene's
-        own generator.
+        `render` returns the renders. It may synchronise with the device, so it is called after everything else has been
+        launched. `noise_levels` (S,) are in 0..1 (1 = pure noise). Noise is drawn from each scene's own generator.
         """
         ...
 
     def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
-        """On a GPU, compile and capture `loss` for up to so many scenes at once, at this scale; else nothing."""
+        """On a GPU, compile and capture `loss` for up to `scenes` scenes at this scale. Else do nothing."""
         ...
 
     def offload(self) -> None:
@@ -49,16 +47,16 @@ class Guidance(Protocol):
 
 
 class TextGuidance(Guidance, Protocol):
-    """One that reads the prompt, and that can draw views of its own."""
+    """Guidance by the text prompt. It can also sample views."""
 
     image_size: int  # pixels, of what `sample` draws
 
     def encode(self, texts: Sequence[str]) -> None:
-        """Encode those that are not known yet together, so that `prepare` finds them."""
+        """Encode texts in one batch into the cache that `prepare` reads."""
         ...
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """Tokens that are read and all tokens, of a text that is longer than what is read; else None."""
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
         ...
 
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
@@ -74,17 +72,17 @@ class TextGuidance(Guidance, Protocol):
         guidance_scale: float,
         first: Tensor | None = None,
     ) -> Tensor:
-        """Images (V, 3, S, S) in 0..1 of what the condition describes, seen from poses (V, 4, 4) that agree.
+        """Consistent images (V, 3, S, S) in 0..1 of what the condition describes, from poses (V, 4, 4).
 
-        With `first` (3, S, S) the first view is known, and the others are drawn to go with it, by a model that was
-        trained for that: it sees this view without noise, at time step 0, and the guidance is towards that, too.
+        With `first` (3, S, S) the first view is known, and the others are consistent with it. The model must be trained
+        for that: it sees this view without noise, at time step 0, and the guidance is towards it, too.
         """
         ...
 
 
 class ImageGuidance(Guidance, Protocol):
-    """One that sees the reference view."""
+    """Guidance by the reference view."""
 
     def prepare(self, cutout: Tensor, elevation: float) -> Tensor:
-        """The condition of one scene: its cut-out (4, S, S), RGBA in 0..1, seen from `elevation` (degrees, up)."""
+        """The condition of one scene, from its cut-out (4, S, S), RGBA in 0..1, seen from `elevation` (degrees up)."""
         ...

@@ -15,14 +15,14 @@ from generation.accelerate.cuda_graph import GraphedFunction, split_batch
 from generation.accelerate.offload import Offloaded
 from generation.accelerate.unet import compile_unet
 
-# Noise levels are kept inside this share of the schedule: at its ends a model says nothing of use.
+# Noise levels are clamped to this part of the schedule: at its ends the model gives no useful gradient.
 MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
 
 
 class Distillation:
-    """What the guidances share: `Guidance.loss` and `warm_up` from what a model says of noisy latents.
+    """What the guidances share: `Guidance.loss` and `warm_up`, given a model's noise prediction.
 
-    The gradient of the loss by the latents is the guided noise less the noise that was added, times `_weight`.
+    The gradient of the loss by the latents is (guided noise - added noise) * `_weight`.
     """
 
     views = 1
@@ -30,7 +30,7 @@ class Distillation:
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler, image_size: int
     ) -> None:
-        """`image_size`: pixels of what the models were trained at."""
+        """`image_size`: pixels of the images that the models were trained on."""
         self.image_size = image_size
         self._unet = unet.eval().requires_grad_(False)
         self._vae = vae.eval().requires_grad_(False)
@@ -45,7 +45,7 @@ class Distillation:
     def _guided_noise(
         self, noisy: Tensor, t: Tensor, camera_to_world: Tensor, conditions: Tensor, scale: float
     ) -> Tensor:
-        """Classifier-free guidance: noise without the condition, plus `scale` times what that adds."""
+        """Classifier-free guidance: the unconditional noise, plus `scale` times what the condition adds."""
         raise NotImplementedError
 
     def _any_condition(self) -> Tensor:
@@ -53,7 +53,7 @@ class Distillation:
         raise NotImplementedError
 
     def _weight(self, alphas: Tensor) -> Tensor | float:
-        """Of the gradient, by the share of signal in the noisy latents."""
+        """Weight of the gradient by alpha_cumprod."""
         return 1.0
 
     def loss(
@@ -135,7 +135,7 @@ class Distillation:
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
     def _latents(self, images: Tensor) -> Tensor:
-        """As they are denoised, of images of the model's size."""
+        """Scaled latents of images of the model's size."""
         return self._encode(images) * self._vae.config.scaling_factor
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ def distil(
 ) -> tuple[Tensor, Tensor]:
     """Losses (S,), and their gradient by `images` (S * views, 3, H, W).
 
-    Their gradient by the latents that `encode` makes of the images is `direction` of the latents; what is not a number
-    in it counts as 0. Nothing in here waits for the device, and no graph is left: it can be captured.
+    The gradient by the latents, `encode(images)`, is `direction(latents)`, with NaN as 0. Nothing in here synchronises
+    with the device, and no autograd graph remains, so it can be captured as a CUDA graph.
     """
     with torch.enable_grad():
         images = images.detach().requires_grad_()
@@ -171,7 +171,7 @@ def distil(
 
 
 def with_gradient(images: Tensor, losses: Tensor, gradient: Tensor) -> Tensor:
-    """`losses` (S,) as a function of `images` (S * views, 3, H, W), whose `gradient` is known."""
+    """`losses` (S,) as a differentiable function of `images` (S * views, 3, H, W), with a precomputed `gradient`."""
     result: Tensor = _Known.apply(images, losses, gradient)
     return result
 

@@ -1,8 +1,8 @@
 """Zero123 (Liu et al. 2023, https://arxiv.org/abs/2303.11328) and Stable Zero123 as guidance, from diffusers' classes.
 
-The model draws the object of a known view as another camera sees it. It is told of the known view by latents beside the
-noisy ones (8 channels in all) and by a CLIP embedding, and of the camera by four numbers that are appended to the
-embedding and mixed into it by one linear layer.
+The model shows the object of a known view from another camera. The known view conditions it by latents concatenated to
+the noisy ones (8 channels in all) and by a CLIP embedding. The camera is four numbers, which are appended to the
+embedding and projected with it by one linear layer.
 """
 
 from __future__ import annotations

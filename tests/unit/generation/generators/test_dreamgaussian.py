@@ -415,20 +415,20 @@ def test_a_rest_between_two_ticks_changes_nothing(mini_models) -> None:
     text = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     image = Zero123.load(mini_models.parent / "zero123", "cpu", torch.float32, stable=False)
 
-    def result(rests: bool) -> torch.Tensor:
+    def result(offloads: bool) -> torch.Tensor:
         given = options(iters=2, lambda_zero123=1.0, num_pts=50)
         dg = DreamGaussian(text, given, "cpu", lambda images: images[:, :1], image)
         scene = dg.begin(Subject("a red square", cutout(), 3))
         while not scene.done:
             dg.tick([scene])
-            if rests:
+            if offloads:
                 dg.offload()
                 dg.offload()
                 dg.onload()
                 dg.onload()
         return scene.gaussians().means.detach()
 
-    assert torch.equal(result(rests=True), result(rests=False))
+    assert torch.equal(result(offloads=True), result(offloads=False))
 
 
 def test_all_networks_of_a_guidance_are_offloaded(mini_models) -> None:

@@ -59,26 +59,26 @@ class TestPausing:
     def test_memory_that_it_keeps_is_given_up_for_what_goes_before(self, pipeline, sculptor, monkeypatch):
         begin = sculptor.begin
         paused: list[int] = []
-        resting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
+        waiting = pipeline.begin(ask("blue", seed=4), paused=lambda: bool(paused))
         alone = pipeline.generate([ask("blue", seed=4)])[0].ply
-        pipeline.tick([resting])
+        pipeline.tick([waiting])
         paused.append(1)
         first = pipeline.begin(ask("red"))
 
         def full(subject: Subject) -> Scene:
-            if resting.work is not None:
+            if waiting.work is not None:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return begin(subject)
 
         monkeypatch.setattr(sculptor, "begin", full)
         while first.outcome is None:
-            pipeline.tick([resting, first])
+            pipeline.tick([waiting, first])
         assert first.outcome.ply
-        assert resting.outcome is None
+        assert waiting.outcome is None
         paused.clear()
-        while resting.outcome is None:
-            pipeline.tick([resting])
-        assert resting.outcome.ply == alone
+        while waiting.outcome is None:
+            pipeline.tick([waiting])
+        assert waiting.outcome.ply == alone
 
 
 class TestFullMemory:

@@ -39,7 +39,7 @@ def test_arguments_and_results(monkeypatch):
         return torch.ones(2, 8, 9, 3), torch.ones(2, 8, 9, 1), meta
 
     monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
-    monkeypatch.setattr(wrapper.kernels, "load", lambda: None)
+    monkeypatch.setattr(wrapper.gsplat_build, "load", lambda: None)
     gaussians, cameras = scene(6, 9), orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 9, 8)
     rgb, alpha, info = wrapper.rasterize(gaussians, cameras, 9, 8, torch.ones(2, 3))
     assert rgb.shape == (2, 8, 9, 3)
@@ -144,7 +144,7 @@ def test_smaller_scenes_are_filled_up_with_what_is_not_drawn(monkeypatch):
         return torch.stack([rgb for rgb, _, _ in drawn]), torch.stack([alpha for _, alpha, _ in drawn]), meta
 
     monkeypatch.setitem(sys.modules, "gsplat", types.SimpleNamespace(rasterization=rasterization))
-    monkeypatch.setattr(wrapper.kernels, "load", lambda: None)
+    monkeypatch.setattr(wrapper.gsplat_build, "load", lambda: None)
     scenes = []
     for i, n in enumerate((300, 120, 500)):
         gaussians = scene(n, 1)

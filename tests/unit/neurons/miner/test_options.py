@@ -71,9 +71,11 @@ def test_a_variable_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (options.network, options.wallet_name, options.blacklist) == ("finney", "cold", (180, 7))
 
 
-def test_the_first_of_two_flags_is_handed_on() -> None:
-    given = COMMAND_LINE.parse(["--subtensor.network", "test", "--wallet.name", "cold"])
-    assert given.flags("network", "wallet") == ["--network", "test", "--wallet.name", "cold"]
+def test_what_may_hold_a_password_is_handed_on_by_variables() -> None:
+    given = COMMAND_LINE.parse(["--subtensor.network", "ws://node/key", "--generation.endpoint", "http://a:b@c"])
+    assert given["network"].name == "ws://node/key"
+    assert given.flags("network", "miner") == []
+    assert given.variable_of("network", "name") == "COMPETITIVE_NETWORK_NAME"
 
 
 def test_save_is_for_the_next_start(tmp_path: Path) -> None:
