@@ -1,8 +1,9 @@
 """Measure the miner with one candidate a task beside as many as cost nothing: real service, real axons, a rehearsal.
 
 Starts a service of its own and then, one after the other, the same rehearsal for `--best-of 1` and `--best-of auto`:
-the same validators, prompts in the same order, of which training saw none. Meanwhile somebody asks the service in
-person every now and then. Cooldowns are short, so that there are tasks enough; the throttle period is as it is.
+the same validators, with the same prompts in the same order: shapes and colours that training never saw together,
+objects on others, and pictures. Meanwhile somebody asks the service in person every now and then. Cooldowns and
+penalties are shorter than the subnet's, so that there are tasks enough.
 
     python -m scripts.bench.rehearsal [--minutes 10] [--validators 3] [--config configs/tiny_lgm.yaml]
 """
@@ -31,20 +32,21 @@ from neurons.miner.options import MinerOptions
 from neurons.rehearsal.network import RehearsalNetwork, load_pictures
 from neurons.rehearsal.rules import Limits
 from scripts.bench.service import ROOT, free_port, generate, wait_until_ready
+from scripts.tiny_pack.best_of import stacks
 from scripts.tiny_pack.captions import caption, evaluation_specs
 
-COOLDOWN_S = 90.0
-PERSON_EVERY_S = 60.0
+COOLDOWN = 2.0  # throttle periods
+PERSON_EVERY_S = 40.0
 PERSON_PROMPT = "a green mug"
 
 
 def limits(throttle: float) -> Limits:
-    return replace(Limits(), task_cooldown=max(COOLDOWN_S, 2 * throttle), throttle_period=throttle)
+    return replace(Limits(), task_cooldown=COOLDOWN * throttle, throttle_period=throttle, failure_penalty=throttle)
 
 
 def prompts() -> list[str]:
     rng = random.Random(0)
-    return [caption(spec, rng, plain=True) for spec in evaluation_specs()]
+    return [caption(spec, rng, plain=True) for spec in [*evaluation_specs(), *stacks(48)]]
 
 
 def person(url: str, seed: int) -> float:

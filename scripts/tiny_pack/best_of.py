@@ -2,11 +2,11 @@
 
 The final score chooses, so the chosen one's score is higher by construction. What it gains is said by referees that
 choose nothing: the distance to the exact render of what was asked for, which needs no net; the judge, by the
-log-probability that it gives shape and colour as they were asked for; and other quality nets, named with --referee.
+log-probability that it gives shape and colour as they were asked for; and other quality nets (``referee.py``).
 Prompts are the judge's 48 that training never saw, and objects on others, which the judge has no words for.
 
     python -m scripts.tiny_pack.best_of make FOLDER [--prompts 48] [--stacks 12] [--config configs/tiny_lgm.yaml]
-    python -m scripts.tiny_pack.best_of tell FOLDER [--referee FOLDER_OF_A_QUALITY_NET ...] [--chooser FOLDER]
+    python -m scripts.tiny_pack.best_of tell FOLDER [--referee FILE ...] [--chooser FOLDER]
 
 "make" writes a file for each prompt, and goes on where it was stopped. "tell" averages over all ways to draw N of the
 8 candidates; intervals are of 95 %, by bootstrap over prompts. Early look: candidates are ranked by CLIP's cosine of
@@ -36,7 +36,7 @@ from generation.settings import Settings
 from generation.splats import ply
 from generation.stages.self_check import VIEWS, Check, SelfCheck, fit_to_frame
 from generation.stages.self_check.quality import QualityNet
-from scripts.tiny_pack import judge
+from scripts.tiny_pack import judge, referee
 from scripts.tiny_pack.captions import ObjectSpec, caption, evaluation_specs
 from scripts.tiny_pack.distances import compared, distance
 from scripts.tiny_pack.exact import AZIMUTHS, SIZE, exact_objects, exact_views, framed, smaller
@@ -204,26 +204,26 @@ def early_look(picture: Table, score: Table) -> dict[str, Any]:
     }
 
 
-def referees(made: list[dict[str, Any]], nets: list[Path]) -> dict[str, Table]:
+def opinions(made: list[dict[str, Any]], nets: list[Path]) -> dict[str, Table]:
     """By name what chooses nothing; higher is better."""
     found = {"nearness": -gathered(made, lambda row: row["distance"], max)}
     if "log_probability" in made[0]["rows"][0]:
         found["judge"] = gathered(made, lambda row: row["log_probability"])
         found["named right"] = gathered(made, lambda row: row["named_right"])
-    return found | {f"quality by {folder.name}": quality(made, folder) for folder in nets}
-
-
-def quality(made: list[dict[str, Any]], folder: Path) -> Table:
-    net = QualityNet.load(folder).float().eval()
-    return gathered(made, lambda row: scores(logits(net, row["views"][None]))[0])
+    for path in nets:
+        net = referee.load(path)
+        found[f"quality by {path.stem}"] = gathered(made, lambda row, net=net: net.score(row["views"].float() / 255))
+    return found
 
 
 def by(made: list[dict[str, Any]], chooser: Path | None) -> Table:
     """What chooses: the final score as it was measured, or with another quality net in it."""
     if chooser is None:
         return np.array([[row["score"] for row in each["rows"]] for each in made])
+    net = QualityNet.load(chooser).float().eval()
+    iqa = gathered(made, lambda row: scores(logits(net, row["views"][None]))[0])
     found = np.zeros((len(made), CANDIDATES))
-    for i, (each, own) in enumerate(zip(made, quality(made, chooser), strict=True)):
+    for i, (each, own) in enumerate(zip(made, iqa, strict=True)):
         for k, row in enumerate(each["rows"]):
             if "views" in row:
                 found[i, k] = final_score(row["parts"] | {"iqa": float(own[k])})
@@ -237,7 +237,7 @@ def told(made: list[dict[str, Any]], nets: list[Path], chooser: Path | None) -> 
         "spread_of_scores_of_a_prompt": round(float(score.std(1).mean()), 4),
     }
     chosen = {"score": score, "passed": (score >= THRESHOLD).astype(float)}
-    for name, values in (chosen | referees(made, nets)).items():
+    for name, values in (chosen | opinions(made, nets)).items():
         one = expected(score, values, 1)
         out[name] = {
             "best of 1": round(float(one.mean()), 4),
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--stacks", type=int, default=12)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--referee", type=Path, action="append", default=[], help="folder of another quality net")
+    parser.add_argument("--referee", type=Path, action="append", default=[], help="weights of another quality net")
     parser.add_argument("--chooser", type=Path, help="folder of the quality net that chooses; default: as measured")
     args = parser.parse_args()
     make_all(args) if args.what == "make" else tell(args)

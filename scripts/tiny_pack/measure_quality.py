@@ -144,6 +144,23 @@ def measure(
     return quality, [(kind, a, b, got[a], got[b]) for kind, a, b in pairs]
 
 
+def by_generator(records: Sequence[Record], of_views: Tensor, margin: float, seed: int) -> dict[str, dict[str, float]]:
+    """Shares of pairs of results in the right order: both LGM's, and one of them or both DreamGaussian's."""
+    got, lgm = scores(of_views).tolist(), [r["way"].startswith("lgm") for r in records]
+    found = {}
+    for what, pairs in (
+        ("of_one_prompt", real_pairs(records, margin)),
+        ("of_different_prompts", any_pairs(records, margin, 4000, random.Random(seed))),
+    ):
+        for name, some in (
+            ("lgm", [(a, b) for a, b in pairs if lgm[a] and lgm[b]]),
+            ("with_dreamgaussian", [(a, b) for a, b in pairs if not (lgm[a] and lgm[b])]),
+        ):
+            right = sum(got[a] > got[b] for a, b in some)
+            found[f"{name}_{what}"] = {"pairs": len(some), "right": round(right / max(len(some), 1), 4)}
+    return found
+
+
 def contact_sheet(records: Sequence[Record], pairs: list, path: Path, rng: random.Random, each: int = 8) -> None:
     """Rows of views: the better beside the worse, of some pairs of each kind; wrong ones first."""
     rows = []

@@ -33,6 +33,7 @@ from .exact import AZIMUTHS, SIZE, exact_objects, exact_views, framed, many_exac
 from .measure_quality import (
     TIE,
     Record,
+    by_generator,
     contact_sheet,
     exemplars_margin,
     flaw_pairs,
@@ -311,10 +312,32 @@ def summary_of(records: Sequence[Record], of_views: Tensor) -> list[dict[str, An
     return rows
 
 
+def measured_again(args: Any, each: int) -> None:
+    """Prints what the pack's net is worth on all shapes that it never saw, those of its calibration too."""
+    net = QualityNet.load(args.pack / "quality").to(args.device)
+    records = [r for split in ("test", "calibration") for r in load_results(args.work / "results", split)]
+    margin = exemplars_margin(records)
+    given = logits(net, torch.stack([r["views"] for r in records]))
+    quality, _ = measure(
+        records, given, logits(net, exact_renders((*UNSEEN, *CALIBRATION), each, args.device)), margin, 0
+    )
+    about = {"objects": len({r["object"].removeprefix("exact ") for r in records}), "margin": round(margin, 4)}
+    print(json.dumps(about | quality | by_generator(records, given, margin, args.seed), indent=2))
+
+
 def main() -> None:
-    args = arguments(__doc__, minutes=5)
+    args = arguments(
+        __doc__,
+        minutes=5,
+        more={
+            "--measure": {"action": "store_true", "help": "train nothing: the pack's net on the results' unseen shapes"}
+        },
+    )
     device, count = args.device, args.objects or 2400
     each = max(1, min(8, count // 300))
+    if args.measure:
+        measured_again(args, each)
+        return
     exact = exact_pool(args, count)
     if args.minutes == 0:  # the exact renders alone
         return

@@ -133,6 +133,7 @@ class Rig:
             (machine.home / "token").write_text((self.head.home / "token").read_text())
         for machine in (self.head, self.a, self.b):
             start_ray(machine)
+        wait_for(lambda: "Ray runtime started" in (self.b.home / "out").read_text(), "Ray on all machines")
         self.folder = network.folder
         self.service = Service(self.head, self.folder)
 

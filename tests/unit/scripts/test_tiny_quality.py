@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from generation.splats.gaussians import Gaussians
 from generation.stages.self_check.quality import WEIGHTS, Quality, QualityNet
-from scripts.tiny_pack import compositions, distances, flaws, measure_quality, results, train_quality
+from scripts.tiny_pack import compositions, distances, flaws, measure_quality, referee, results, train_quality
 from scripts.tiny_pack.shapes import MAX_PRIMITIVES
 from scripts.tiny_pack.training import PACK
 
@@ -115,6 +116,53 @@ def test_training_never_sees_the_shapes_of_the_test() -> None:
     batches = results.unseen_batches(24, 8)
     for split, shapes in (("test", results.UNSEEN), ("calibration", results.CALIBRATION)):
         assert {w.shape for b in batches if b["split"] == split for w in b["wanted"]} == set(shapes)
+
+
+def test_other_seeds_have_other_training_objects() -> None:
+    ours, theirs = ([results.training_batch(n, 2, seed) for n in range(10)] for seed in (0, 1))
+    assert ours == [results.training_batch(n, 2, 0) for n in range(10)]
+    assert not [a for a, b in zip(ours, theirs, strict=True) if a["wanted"] == b["wanted"]]
+    assert not {b["seed"] for b in ours} & {b["seed"] for b in theirs}
+    ways = [way for b in ours for way in (b["ways"] or {}).values()]
+    assert {type(way) for way in ways} == {results.Pass, results.Way}
+
+
+@pytest.mark.slow
+def test_results_of_both_generators_are_records() -> None:
+    few = {"init_views_steps": 2, "lambda_sd": 0.0}
+    ways: dict[str, results.Pass | results.Way] = {
+        "lgm": results.Pass(steps=2),
+        "bent": results.Pass(noise=0.0),
+        "dreamgaussian": results.Way("tiny_mv_ultra_fast", (0,), few),
+    }
+    batch = {"split": "train", "first": 0, "seed": 1, "ways": ways, "wanted": [results.ObjectSpec("mug", "red")]}
+    records = [r for r in results.Maker("cpu").make(batch) if r["flaw"] is None]
+    assert [r["way"].split()[0] for r in records] == list(ways)
+    assert {tuple(r["views"].shape) for r in records} == {(results.KEPT, 3, 168, 168)}
+    far = {r["way"].split()[0]: r["distance"] for r in records}
+    assert far["bent"] < 0.3  # it began with exact views
+    assert far["bent"] < far["lgm"]  # two steps draw a blur
+
+
+def test_pairs_are_told_apart_by_their_generators() -> None:
+    records: list[dict] = [
+        {"object": "a", "way": way, "flaw": None, "spec": {}, "distance": far, "distance_again": far}
+        for way, far in (("lgm 0", 0.1), ("lgm in few steps 0", 0.2), ("ultra fast 40", 0.4))
+    ]
+    of_views = torch.tensor([3.0, 1.0, 2.0])[:, None].expand(-1, 16)
+    found = measure_quality.by_generator(records, of_views, 0.03, 0)
+    assert found["lgm_of_one_prompt"] == {"pairs": 1, "right": 1.0}
+    assert found["with_dreamgaussian_of_one_prompt"] == {"pairs": 2, "right": 0.5}
+    assert found["lgm_of_different_prompts"]["pairs"] == 0
+
+
+def test_a_referee_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    one = referee.Referee().eval()
+    save_file(one.state_dict(), tmp_path / "referee.safetensors")
+    views = torch.rand(1, 3, 112, 112)
+    assert referee.load(tmp_path / "referee.safetensors").score(views) == one.score(views)
+    assert 0 < one.score(views) < 1
 
 
 def test_compositions_have_colours_and_room_for_them() -> None:

@@ -231,6 +231,16 @@ class TestOutliers:
     def test_equal_values_all_stay(self):
         assert len(drop_outliers(torch.full((16,), 0.3))) == 16
 
+    def test_a_step_of_float16_in_one_cosine_can_keep_others(self):
+        """What the validators' rule (pytod 0.0.3) keeps of these, in steps of float16: docs/FIDELITY.md."""
+        steps = torch.tensor([3, 33, -18, -10, -8, 2, 12, 18, 4, 4, -19, -22, -36, 6, 33, 3])
+        nudged = steps.clone()
+        nudged[8] += 1
+        kept, more = (drop_outliers((1180 + each) / 4096) for each in (steps, nudged))
+        assert sorted((kept * 4096 - 1180).tolist()) == sorted(x for x in steps.tolist() if x != 33)
+        assert sorted((more * 4096 - 1180).tolist()) == sorted(nudged.tolist())
+        assert (geometric_mean(more) - geometric_mean(kept)) / 0.35 == pytest.approx(3.26e-3, rel=0.01)
+
     def test_order_does_not_matter(self):
         values = torch.rand(16, generator=torch.Generator().manual_seed(1))
         assert torch.equal(drop_outliers(values).sort().values, drop_outliers(values.flip(0)).sort().values)
