@@ -69,8 +69,10 @@ class BestOf:
             return None
         free = assignment.free_until - submission - MARGIN_S - self._now()
         free *= min(1.0, self._workers / max(tasks, 1))
-        seconds = min(free, max(ROUND_S, 1.25 * shortest) + TRANSFER_S)
-        count = self._capacity.candidates_within(seconds - TRANSFER_S, min(tasks, self._workers))
+        # Tasks that are worked on together take turns, so that one candidate of each takes so many times as long.
+        beside = min(max(tasks, 1), self._workers)
+        seconds = min(free, max(ROUND_S, 1.25 * shortest * beside) + TRANSFER_S)
+        count = self._capacity.candidates_within(seconds - TRANSFER_S, beside)
         return Round(min(count, left), seconds) if count > 0 else None
 
     def free_seconds(self, assignment: Assignment) -> float:
