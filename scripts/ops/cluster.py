@@ -6,6 +6,7 @@ network that a cluster runs on is looked at before Ray is started. Standard libr
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import ipaddress
 import os
@@ -43,6 +44,8 @@ STORE = 512 << 20
 SHM = Path("/dev/shm")
 NET = Path("/sys/class/net")
 REACH_S = 5.0
+#: How long the network of a machine that has just started is waited for.
+NETWORK_S, NETWORK_LOOK_S = 20.0, 0.5
 START_S = 90.0
 _PRIVATE = [ipaddress.ip_network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")]
 _TLS = ("RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT")
@@ -186,15 +189,22 @@ def check_ports(head: tuple[str, int], is_head: bool) -> str | None:
 
 
 def check_reach(head: tuple[str, int]) -> None:
-    """That somebody listens there. Raises Refused."""
-    try:
-        socket.create_connection(head, timeout=REACH_S).close()
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise Refused(
-            f"no head at {head[0]} port {head[1]}: {reason}. Start it there first (--cluster-head), and let this "
-            "machine through its firewall"
-        ) from error
+    """That somebody listens there. A machine that has just started may have no route yet. Raises Refused."""
+    until = time.monotonic() + NETWORK_S
+    while True:
+        try:
+            socket.create_connection(head, timeout=REACH_S).close()
+            return
+        except (OSError, UnicodeError) as error:
+            has_no_route = isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
+            if has_no_route and time.monotonic() < until:
+                time.sleep(NETWORK_LOOK_S)
+                continue
+            reason = getattr(error, "strerror", None) or error
+            raise Refused(
+                f"no head at {head[0]} port {head[1]}: {reason}. Start it there first (--cluster-head), and let this "
+                "machine through its firewall"
+            ) from error
 
 
 def wait_for_ray(out: Path, pid: int, token: Path) -> str | None:

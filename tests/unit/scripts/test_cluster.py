@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import socket
 import stat
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.scripts.scripts import start as ray_start
@@ -162,3 +168,36 @@ def test_contradictions_are_one_line(
         deployment(monkeypatch, tmp_path, *words)
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
+
+
+def reach_after(monkeypatch: pytest.MonkeyPatch, number: int, failures: int) -> float:
+    """Ask for the head while that many attempts fail with this error; the seconds that it waited."""
+    clock, left = 0.0, failures
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+
+    def connect(address: Any, timeout: float) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(number, os.strerror(number))
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monkeypatch.setattr(socket, "create_connection", connect)
+    cluster.check_reach(("10.0.0.1", 6379))
+    return clock
+
+
+def test_a_network_that_has_just_come_up_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reach_after(monkeypatch, errno.EHOSTUNREACH, 4) == 4 * cluster.NETWORK_LOOK_S
+    with pytest.raises(Refused, match=r"no head at 10\.0\.0\.1 port 6379: No route to host"):
+        reach_after(monkeypatch, errno.EHOSTUNREACH, 1000)
+
+
+def test_a_head_that_is_not_there_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match="Connection refused"):
+        reach_after(monkeypatch, errno.ECONNREFUSED, 1)
