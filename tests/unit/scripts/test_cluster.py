@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.scripts.scripts import start as ray_start
 
 from generation.fleet import ray_environment
 from scripts.ops import cluster, deploy
@@ -98,6 +97,8 @@ def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_head", [True, False])
 def test_ray_takes_what_it_is_started_with(is_head: bool) -> None:
     """By Ray's own parser."""
+    from ray.scripts.scripts import start as ray_start  # not at the top: Ray reads its token when it is imported
+
     program, *words = cluster.ray_arguments(("10.0.0.1", 6379), "10.0.0.2", is_head, 1)
     assert program == "start"
     given = ray_start.make_context("start", words).params

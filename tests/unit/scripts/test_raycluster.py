@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.scripts.scripts import start as ray_start
 
 from generation.arguments import COMMAND_LINE
 from generation.fleet import ray_environment
@@ -31,6 +30,8 @@ def test_the_version_is_the_locked_one() -> None:
 
 @pytest.mark.parametrize("group", [HEAD, WORKERS])
 def test_ray_is_started_as_the_deploy_script_does(group: dict[str, Any], tmp_path: Path) -> None:
+    from ray.scripts.scripts import start as ray_start  # not at the top: Ray reads its token when it is imported
+
     is_head = group is HEAD
     given = group["rayStartParams"]
     switches = {"no-monitor", "disable-usage-stats"}
