@@ -1,6 +1,6 @@
 """What is made of Ray's answers: machines and errors.
 
-Ray reads its token when it is first imported: tests that join a cluster must come before, so none imports it at the top.
+Ray reads its token when it is first imported. Tests that join a cluster must come before: none imports it at the top.
 """
 
 from __future__ import annotations
