@@ -26,7 +26,7 @@ CONFIG = (ROOT / "docs/PRODUCTION_CONFIG.md").read_text()
 # Other people's programs.
 OTHERS = {
     *("apt", "btcli", "cd", "cp", "curl", "docker", "export", "git", "iptables", "journalctl", "kubectl", "mv", "pip"),
-    *("pm2", "prometheus"),
+    *("pipx", "pm2", "prometheus"),
     *("rm", "ssh", "sudo", "systemctl", "tail", "timedatectl", "useradd"),
 }
 # In lines of the log, what stands there in place of a value.
