@@ -124,7 +124,11 @@ class Settings(Schema):
     @classmethod
     def _of(cls, arguments: Arguments, models: Models, *, profile: Literal["full", "tiny"], **known: Any) -> Settings:
         generators = _Generators.load(profile, arguments)
-        generators.needed(models)
+        try:
+            generators.needed(models)
+        except SettingsError as error:
+            models_file = arguments.models or PROFILES[profile].models
+            raise SettingsError(f"{error} ({models_file}; profile {profile}: {known['profile_reason']})") from error
         options, image_options = generators.text, generators.image
         if (most := arguments.max_gaussians) is not None:
             options, image_options = options.capped(most), image_options.capped(most)
