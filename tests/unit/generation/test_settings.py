@@ -180,7 +180,7 @@ def test_only_the_guidances_in_use_are_needed(options, guidances):
 
 def test_a_guidance_without_a_checkpoint_is_named(tmp_path):
     config = write(tmp_path, "lambda_zero123: 1")
-    why = r"lambda_zero123 is 1\.0, but the models file has no zero123 \(.*models_tiny\.yaml; profile tiny: .* asked for"
+    why = r"lambda_zero123 is 1\.0, but the models file has no zero123 \(.*models_tiny\.yaml; profile tiny: .* asked"
     with pytest.raises(SettingsError, match=why):
         Settings.resolve({"profile": "tiny", "config": config})
 
