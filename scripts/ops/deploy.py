@@ -333,8 +333,9 @@ def _start(deployment: Deployment) -> None:
 
 
 def _started(deployment: Deployment, name: str, wait: Callable[[int], str | None]) -> None:
-    """Start it and wait for it; a failure shows the last lines of its log. Raises Refused."""
+    """Start it and wait for it; a failure shows the last lines that it logged since. Raises Refused."""
     log = deployment.logs[name]
+    before = log.stat().st_size if log.exists() else 0
     pid = processes.start(name, deployment.arguments(name), log, deployment.variables(name))
     problem = wait(pid)
     if problem is None:
@@ -342,12 +343,13 @@ def _started(deployment: Deployment, name: str, wait: Callable[[int], str | None
         return
     print(problem, flush=True)
     print(f"--- the last lines of {log} and run/{name}.out:", file=sys.stderr)
-    for path in (log, RUN / f"{name}.out"):
+    for path, begin in ((log, before), (RUN / f"{name}.out", 0)):
         try:
-            lines = path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+            content = path.read_bytes()
         except OSError:
             continue
-        print("\n".join(lines), file=sys.stderr)
+        new = content[begin:] if begin <= len(content) else content  # shorter: it was rotated
+        print("\n".join(new.decode(errors="replace").splitlines()[-LOG_LINES:]), file=sys.stderr)
     raise Refused(f"{name} did not start: see above")
 
 

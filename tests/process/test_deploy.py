@@ -295,10 +295,12 @@ def test_two_clones_side_by_side(clone: Clone, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_service_that_fails_shows_its_reason_and_log_and_leaves_nothing(clone: Clone) -> None:
     clone.write("break-service")
+    clone.write("logs/generation_service.log", "of the time before\n")
     result = clone.deploy()
     assert result.returncode != 0
     assert "the generation service: weights of clip" in result.stdout
     assert "a line of the log" in result.stderr
+    assert "of the time before" not in result.stderr
     assert not list((clone.path / "run").glob("*.pid"))
     (clone.path / "break-service").unlink()
     assert clone.deploy().returncode == 0

@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
         if os.path.exists("engines"): body["engines"] = json.load(open("engines"))
         self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(body).encode())
     def log_message(self, *args): pass
-open("logs/generation_service.log", "w").write("a line of the log\\n")
+open("logs/generation_service.log", "a").write("a line of the log\\n")
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 HTTPServer((arguments.get("--host", "127.0.0.1"), int(arguments["--port"])), Handler).serve_forever()
 """

@@ -453,11 +453,11 @@ class TestResolve:
         with pytest.raises(SettingsError, match=f"models_{profile}.yaml: memory_class: {words}"):
             Settings.resolve({"profile": profile, "memory_class": "80gb"})
 
-    def test_full_without_a_gpu_has_no_class(self, machine):
-        machine(False, [])
-        resolved = Settings.resolve({"profile": "full"})
-        assert (resolved.memory_class, resolved.models.max_batch) == (None, 1)
-        assert resolved.models.text_to_image.quantization == "none"
+    @pytest.mark.parametrize("more", [{}, {"models": settings.PROFILES["full"].models}])
+    def test_full_without_a_gpu_is_refused(self, machine, more):
+        machine(False, ["flux is not here"])
+        with pytest.raises(SettingsError, match="full needs a CUDA GPU, and torch finds none"):
+            Settings.resolve({"profile": "full", **more})
 
     def test_full_without_weights_is_refused(self, machine):
         machine(True, ["flux is not here"])
