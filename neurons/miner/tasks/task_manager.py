@@ -90,7 +90,7 @@ class AsyncTaskManager:
         self._asked: set[str] = set()
         self._given: dict[str, tuple[str, float]] = {}  # hotkey -> its latest task, and when that was asked for first
         self.first_round_done = asyncio.Event()
-        self.closed = False
+        self.closing = asyncio.Event()
         self.working: set[Assignment] = set()
         self.cooldowns: dict[str, float] = {}  # hotkey -> unix time until which its poller sleeps
 
@@ -138,7 +138,7 @@ class AsyncTaskManager:
 
     async def close(self) -> None:
         """Stops polling and forgets queued tasks: their validators give them out again."""
-        self.closed = True
+        self.closing.set()
         pollers = list(self._pollers.values())
         for poller in pollers:
             poller.cancel()
