@@ -281,6 +281,48 @@ def test_a_faster_endpoint_gets_more() -> None:
     with_pool(test)
 
 
+def test_one_task_at_a_time_measures_every_endpoint() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        for _ in range(2):
+            await pool.generate(TASK, 1)
+        assert len(first.asked) == len(second.asked) == 1
+        assert pool.candidates_within(100.0, 1) > 1
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_was_slow_once_gets_tasks_again() -> None:
+    """A person's request, or the first one after a start: the other endpoint would be asked for ever."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        usual, first.seconds = first.seconds, 100.0
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
+        first.seconds = usual
+        assert pool.candidates_within(2.5 * usual, 1) == 0
+        asked = len(first.asked)
+        for _ in range(100):
+            await asyncio.sleep(30.0)
+            await pool.generate(TASK, 1)
+        assert len(first.asked) > asked
+        assert pool.candidates_within(2.5 * usual, 1) == 2
+        busy = [len(each.asked) for each in (first, second)]
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(4)))
+        assert [len(each.asked) - before for each, before in zip((first, second), busy, strict=True)] == [2, 2]
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_is_slow_is_tried_seldom() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.seconds = 100.0
+        for _ in range(400):
+            await asyncio.sleep(30.0)
+            await pool.generate(TASK, 1)
+        assert 3 <= len(first.asked) <= 8  # each 2,000 s
+
+    with_pool(test)
+
+
 def test_how_many_candidates_fit_is_known_from_what_they_took() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         assert pool.shortest_seconds() is None
