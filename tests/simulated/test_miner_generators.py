@@ -325,11 +325,11 @@ def test_an_endpoint_that_is_slow_is_tried_seldom() -> None:
 
 def test_how_many_candidates_fit_is_known_from_what_they_took() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        assert pool.shortest_seconds() is None
+        assert pool.seconds_without_wait() is None
         assert pool.candidates_within(1000.0, 1) == 0
         first.seconds, second.seconds = 2.0, 4.0
         await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
-        assert pool.shortest_seconds() == 2.0
+        assert pool.seconds_without_wait() == 4.0
         assert pool.candidates_within(3.9, 1) == 0  # it may come to the second one
         assert pool.candidates_within(8.0, 1) == pool.candidates_within(8.0, 2) == 2
         assert pool.candidates_within(8.0, 4) == 1  # two on each
@@ -369,12 +369,12 @@ def test_a_service_that_gets_slower_is_noticed_by_its_candidates_too() -> None:
 def test_what_is_rejected_before_it_is_made_tells_no_duration() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
-        before = pool.shortest_seconds()
+        before = pool.seconds_without_wait()
         first.seconds = second.seconds = 0.1
         first.is_rejecting = second.is_rejecting = True
         rejected = await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
         assert not any(each.ply for each in rejected)
-        assert pool.shortest_seconds() == before
+        assert pool.seconds_without_wait() == before
 
     with_pool(test)
 

@@ -153,9 +153,9 @@ class GeneratorPool:
         rate = sum(1 / pace.cost for pace in paces if pace.cost)
         return max(*durations, tasks / rate if rate else 0.0)
 
-    def shortest_seconds(self) -> float | None:
-        """What one task takes at least, without a wait; None while nothing is measured."""
-        return min((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
+    def seconds_without_wait(self) -> float | None:
+        """What one task takes on whichever endpoint it comes to, without a wait; None while nothing is measured."""
+        return max((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
         """How many candidates each of `tasks` tasks can have within `seconds`, on whichever endpoint it comes to; 0 as
