@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,7 @@ from scripts.bench import virtual_time
 from scripts.bench.virtual_time import now
 
 TASK = TextTask(id="1", prompt="p")
+HOUR_S = 3600.0
 
 
 class Service:
@@ -403,6 +405,26 @@ def test_pauses_double_while_it_fails() -> None:
         waits = [later - earlier for earlier, later in itertools.pairwise(first.asked)]
         assert waits == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S], abs=0.1)
         assert pool.usable == {"http://first": True, "http://second": False}
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_was_started_again_is_left_out_no_longer() -> None:
+    """It failed at everything until then, so that its pauses are minutes long."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = "loading"
+        first.outcomes.extend([AttemptFailed("500")] * 9)
+        for _ in range(9):
+            with contextlib.suppress(AttemptFailed):
+                await pool.generate(TASK, 1, HOUR_S)
+        assert not pool.ready.is_set()
+        first.status = "loading"
+        await asyncio.sleep(HEALTH_INTERVAL_S + 1)
+        first.status = "ready"
+        began = now()
+        await pool.generate(TASK, 1)
+        assert now() - began <= HEALTH_INTERVAL_S + first.seconds
 
     with_pool(test)
 

@@ -333,6 +333,9 @@ class GeneratorPool:
                 level = logging.INFO if said == "ready" else logging.WARNING
                 log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
                 endpoint.said = said
+            if said == "ready" and not endpoint.healthy:
+                # Started again, or over what it had: its failures were those of before.
+                endpoint.failures, endpoint.left_out_until = 0, 0.0
             endpoint.healthy = said == "ready"
             self._update_ready()
             await asyncio.sleep(HEALTH_INTERVAL_S)
