@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from common.settings import Choice, CommandLine, FilePath, Score, Whole, Words, setting, settings_of
+from common.checks import Choice, FilePath, Whole, Words
+from common.settings import CommandLine, Score, setting, settings_of
 from generation.schema.hosts import parse_address, parse_names
 from generation.schema.limits import MAX_GAUSSIANS, MIN_GAUSSIANS
 

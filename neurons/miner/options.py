@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from common.checks import FilePath, Many, Number, Whole, Words
 from common.log_lines import quoted, shown_network
-from common.settings import CommandLine, FilePath, Given, Many, Number, Score, Whole, Words, setting
+from common.settings import CommandLine, Given, Score, setting
 from neurons.defaults import DATA, NETUID, REHEARSAL, REHEARSAL_HOTKEY, REHEARSAL_STATE, REHEARSAL_WALLET
 from neurons.miner.validators.blacklist import parse_entry
 

@@ -3,9 +3,13 @@
 Starts a service of its own and then, one after the other, the same rehearsal for `--best-of 1` and `--best-of auto`:
 the same validators, with the same prompts in the same order: shapes and colours that training never saw together,
 objects on others, and pictures. Meanwhile somebody asks the service in person every now and then. Cooldowns and
-penalties are shorter than the subnet's, so that there are tasks enough.
+penalties are shorter than the subnet's, so that there are tasks enough. Tasks of the first minutes are not counted:
+validators that are in step are moved apart there, once.
 
-    python -m scripts.bench.rehearsal [--minutes 10] [--validators 3] [--config configs/tiny_lgm.yaml]
+Scores are compared task by task (a validator's nth is the same prompt in both), an empty result being 0; the interval
+is of 95 %, by bootstrap over tasks.
+
+    python -m scripts.bench.rehearsal [--minutes 25] [--validators 3] [--config configs/tiny_lgm.yaml]
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from scripts.tiny_pack.captions import caption, evaluation_specs
 COOLDOWN = 2.0  # throttle periods
 PERSON_EVERY_S = 40.0
 PERSON_PROMPT = "a green mug"
+RESAMPLINGS = 10_000
+Scores = dict[tuple[int, int], float]
 
 
 def limits(throttle: float) -> Limits:
@@ -53,8 +59,8 @@ def person(url: str, seed: int) -> float:
     return generate(url, PERSON_PROMPT, seed)[0]
 
 
-async def side(url: str, best_of: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One rehearsal."""
+async def side(url: str, best_of: Any, folder: Path, args: argparse.Namespace) -> tuple[dict[str, Any], Scores]:
+    """One rehearsal: what to print, and the scores by validator and number of its task."""
     truth = folder / "truth.jsonl"
     network = RehearsalNetwork(
         folder, url, args.validators, limits(args.throttle), prompts(), pictures=load_pictures(), truth=truth
@@ -86,44 +92,65 @@ async def side(url: str, best_of: Any, folder: Path, args: argparse.Namespace) -
         await running
     finally:
         await asyncio.to_thread(network.__exit__)
-    return {"best of": best_of, **told(truth, folder / "ledger.sqlite"), **waits("person's seconds", asked)}
+    found, scores = told(truth, folder / "ledger.sqlite", 60 * args.settle)
+    return {"best of": best_of, **found, **waits("person's seconds", asked)}, scores
 
 
 def waits(name: str, seconds: list[float]) -> dict[str, Any]:
     return {name: {"median": round(statistics.median(seconds), 2), "most": round(max(seconds), 2), "of": len(seconds)}}
 
 
-def told(truth: Path, ledger: Path) -> dict[str, Any]:
-    """What the validators' own books and the miner's say."""
+def told(truth: Path, ledger: Path, settle: float) -> tuple[dict[str, Any], Scores]:
+    """What the validators' books and the miner's say of tasks that were assigned `settle` seconds after the first."""
     lines = [json.loads(line) for line in truth.read_text().splitlines()]
-    given = {line["task"]: line["time"] for line in lines if line["event"] == "assigned"}
+    assigned = [line for line in lines if line["event"] == "assigned"]
+    numbers: dict[int, int] = {}
+    given: dict[str, tuple[float, tuple[int, int]]] = {}
+    for line in assigned:
+        numbers[line["uid"]] = number = numbers.get(line["uid"], -1) + 1
+        if line["time"] >= assigned[0]["time"] + settle:
+            given[line["task"]] = line["time"], (line["uid"], number)
     ends = [
-        line for line in lines if line["event"] == "submission" and line["outcome"] not in ("repetition", "refused")
+        line
+        for line in lines
+        if line["event"] == "submission" and line["outcome"] not in ("repetition", "refused") and line["task"] in given
     ]
-    scores = [line["score"] for line in ends if line["score"] is not None]
-    held = [line["began"] - given[line["task"]] for line in ends if line["task"] in given]
+    scores = {given[line["task"]][1]: line["score"] or 0.0 for line in ends}
+    held = [line["began"] - given[line["task"]][0] for line in ends]
     accepted = sum(line["outcome"] == "accepted" for line in ends)
     with sqlite3.connect(ledger) as books:
         made = books.execute(
-            "SELECT candidates, score - first_score FROM generations WHERE outcome = 'generated'"
+            "SELECT task_id, candidates, score - first_score FROM generations WHERE outcome = 'generated'"
         ).fetchall()
-    candidates = [count or 1 for count, _ in made]
-    return {
+    made = [row for row in made if row[0] in given]
+    candidates = [count or 1 for _, count, _ in made]
+    found = {
         "tasks assigned": len(given),
         "results": len(ends),
         "accepted": accepted,
         "share accepted": round(accepted / max(len(ends), 1), 3),
-        "mean score": round(statistics.mean(scores or [0.0]), 4),
+        "mean score": round(statistics.mean(scores.values() or [0.0]), 4),
         "violations": sum(line["event"] == "early" for line in lines),
         "held, mean and most": [round(statistics.mean(held or [0.0]), 1), round(max(held, default=0.0), 1)],
         "candidates, mean and most": [round(statistics.mean(candidates or [0]), 1), max(candidates, default=0)],
-        "gain by the service's score": round(statistics.mean([gain or 0.0 for _, gain in made] or [0.0]), 4),
+        "gain by the service's score": round(statistics.mean([gain or 0.0 for *_, gain in made] or [0.0]), 4),
     }
+    return found, scores
+
+
+def compared(one: Scores, best: Scores) -> dict[str, Any]:
+    """By how much the scores of `best` are higher, over the tasks that both answered."""
+    gains = [best[task] - one[task] for task in sorted(one.keys() & best.keys())]
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(gains, k=len(gains))) for _ in range(RESAMPLINGS))
+    interval = [round(means[round(share * (RESAMPLINGS - 1))], 4) for share in (0.025, 0.975)]
+    return {"same tasks": len(gains), "score higher by": round(statistics.fmean(gains), 4), "95 %": interval}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=25.0, help="of each side")
+    parser.add_argument("--settle", type=float, default=2.0, help="minutes of it that are not counted")
     parser.add_argument("--validators", type=int, default=3)
     parser.add_argument("--throttle", type=float, default=30.0, help="seconds")
     parser.add_argument("--profile", default="tiny")
@@ -142,10 +169,14 @@ def main() -> None:
                     logging.getLogger(name).setLevel(logging.WARNING)
             person(url, 0)
             print(json.dumps(waits("person's seconds, nobody beside", [person(url, seed) for seed in range(1, 6)])))
+            scores = []
             for best_of in (1, "auto"):
                 own = Path(folder) / str(best_of)
                 own.mkdir()
-                print(json.dumps(asyncio.run(side(url, best_of, own, args))), flush=True)
+                found, its = asyncio.run(side(url, best_of, own, args))
+                print(json.dumps(found), flush=True)
+                scores.append(its)
+            print(json.dumps(compared(*scores)))
         finally:
             service.send_signal(signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):

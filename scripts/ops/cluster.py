@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.settings import Switch, Words, setting
+from common.checks import Switch, Words
+from common.settings import setting
 from generation.fleet.ray_environment import ENGINE
 from generation.schema.hosts import parse_address
 from scripts.ops import probe

@@ -1,7 +1,8 @@
-"""A hub on loopback, and a cache for its files."""
+"""A hub on loopback, a cache for its files, and a clone to deploy from."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 from generation.weights import download
+from tests.support.deployment import Clone, make_clone
 from tests.support.downloads import BIREFNET, CHUNK, MVDREAM, birefnet, mvdream
 from tests.support.fake_hub import LARGE, digest, serve
 
@@ -50,3 +52,10 @@ def whole(cache) -> download.Plan:
         (plan.blobs / file.digest).write_bytes(repository.files[file.name])
         (folder / file.name).symlink_to(plan.blobs / file.digest)
     return plan
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Iterator[Clone]:
+    made = make_clone(tmp_path / "a clone")
+    yield made
+    made.stop()

@@ -14,19 +14,8 @@ from typing import Any
 
 import pytest
 
-from common.settings import (
-    Choice,
-    CommandLine,
-    FilePath,
-    Given,
-    Many,
-    Score,
-    Switch,
-    Whole,
-    Words,
-    setting,
-    settings_of,
-)
+from common.checks import Choice, FilePath, Many, Switch, Whole, Words
+from common.settings import CommandLine, Given, Score, setting, settings_of
 from generation import arguments
 from neurons.miner import options
 from scripts.ops import cluster
