@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = ("10.77.0.1", 6379)
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 NUMBERS = itertools.count()
 if why := machines.impossible():
     if os.environ.get("CLUSTER_MACHINES") == "required":
