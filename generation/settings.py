@@ -231,8 +231,8 @@ def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.profile == "full" and device == "cpu":
         raise SettingsError(
-            "profile: full needs a CUDA GPU, and torch finds none: nvidia-smi tells whether there is one, and whether its "
-            "driver is 580 or newer"
+            "profile: full needs a CUDA GPU, and torch finds none: nvidia-smi tells whether there is one, and whether "
+            "its driver is 580 or newer"
         )
 
     def tiny(why: str) -> tuple[Literal["tiny"], str, str]:
