@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,22 @@ def test_lgms_pass_can_be_captured(position):
         captured.capture(views)
         (splats,) = captured(torch.rand(1, 4, 3, 20, 20, device=DEVICE))
     assert splats.dtype == torch.float32
+
+
+def test_lgms_weights_come_back_in_the_order_that_convolutions_want():
+    views: Any = SimpleNamespace(
+        image_size=16, warm_up=lambda most, progress: None, offload=lambda: None, onload=lambda: None
+    )
+    generator = lgm(views)
+    for _ in range(2):  # before it warms up, where two take turns, and afterwards
+        generator.offload()
+        generator.onload()
+        generator.warm_up(1, lambda text: None)
+    generator.offload()
+    generator.onload()
+    weight = generator._network.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
 
 
 class TestThePretence:
