@@ -4,6 +4,7 @@ engine, a machine, its cable or the service goes. Around a stand-in pipeline; Ra
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = ("10.77.0.1", 6379)
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
+NUMBERS = itertools.count()
 if why := machines.impossible():
     if os.environ.get("CLUSTER_MACHINES") == "required":
         pytest.fail(why, pytrace=False)
@@ -107,7 +109,7 @@ class Service:
 
     def hold(self) -> tuple[Path, list[int]]:
         """Two requests on each machine, and two that wait, until the file is there."""
-        go = self.folder / f"go-{self._seed}"
+        go = self.folder / f"go-{next(NUMBERS)}"
         seeds = self.ask(f"hold {go}", 6)
         wait_for(lambda: [told[1] for told in self.engines.values()] == [2, 2], f"two on each: {self.engines}")
         return go, seeds

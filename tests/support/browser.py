@@ -15,7 +15,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
     "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist", "--no-sandbox",
 ]  # fmt: skip
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from generation.fleet.process import ProcessEngine
 from generation.schema.results import Request
 from tests.support.waiting import until
 
-PATIENCE_S = 30.0  # how long a test waits for what must happen
+PATIENCE_S = 120.0  # how long a test waits for what must happen
 DEVICES = ("first", "second")
 FORM: Form = ProcessEngine
 RAY: psutil.Process | None = None  # whose descendants the actors are

@@ -20,7 +20,7 @@ from generation.pipeline.pipeline import Asset, Cancelled, GateResult, Job, Repo
 from generation.serve_competitive import Server
 from generation.web.app import create_app
 
-PATIENCE_S = 30.0  # how long a test waits for what must happen; only a failing test waits that long
+PATIENCE_S = 120.0  # how long a test waits for what must happen; only a failing test waits that long
 
 
 class StandInPipeline:
