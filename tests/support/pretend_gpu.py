@@ -178,6 +178,7 @@ def pretend_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         for owner, name, replacement in patches:
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         torch._C._ensureCUDADeviceGuardSet()  # one that does nothing, where there is no driver
         stack.enter_context(_Mode())
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes its on the CPU first
