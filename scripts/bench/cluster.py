@@ -77,8 +77,10 @@ def actors_on(cluster: Cluster, machines: Sequence[Machine]) -> Form:
     turns = itertools.cycle(machines)
 
     def make(device: str, settings: Any, loader: str, changed: Callable[[], None]) -> ActorEngine:
-        first = Resolve(partial(copy, settings), loader, threads=1)
-        return ActorEngine(device, cluster, next(turns), first, lambda settings: "", changed)
+        machine = next(turns)
+        threads = max(1, machine.cores // machine.engines)
+        first = Resolve(partial(copy, settings), loader, threads)
+        return ActorEngine(device, cluster, machine, first, lambda settings: "", changed)
 
     return make
 
@@ -105,8 +107,10 @@ async def overhead(form: Form, size: int) -> tuple[float, list[float]]:
 
 
 @contextmanager
-def head_here() -> Iterator[tuple[str, Path]]:
-    """A cluster of this machine alone, with two engines: its address and token file."""
+def head_here(gpus: int = 0) -> Iterator[tuple[str, Path]]:
+    """A cluster of this machine alone, with an engine on each of its GPUs, or two without one: its address and token
+    file.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     token = folder / "token"
     token.touch(mode=0o600)
@@ -115,8 +119,8 @@ def head_here() -> Iterator[tuple[str, Path]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}",
-        "--node-ip-address=127.0.0.1", "--num-gpus=0", f"--resources={json.dumps({ENGINE: 2})}",
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
+        "--node-ip-address=127.0.0.1", f"--num-gpus={gpus}", f"--resources={json.dumps({ENGINE: 2})}",
         "--object-store-memory=200000000", "--include-dashboard=false", "--include-log-monitor=false", "--no-monitor",
         "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}",
     ]  # fmt: skip

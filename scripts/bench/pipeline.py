@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--no-eager", action="store_true", help="leave the slow form out")
     parser.add_argument("--pictures", action="store_true", help="pictures too, alone and together with texts")
     parser.add_argument("--memory-gib", type=float, help="let the allocator have no more, and choose the class by it")
-    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--json", type=Path, help="write all figures there, as they come")
     args = parser.parse_args()
 
     if args.memory_gib:
@@ -74,6 +74,7 @@ def main() -> None:
             first = with_options(pipeline, sculptor(pipeline)._options.model_copy(update={"iters": 5}))
         one_by_one(first, 1)
         figures["eager"] = one_by_one(pipeline, 1)
+        write(args, figures)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
     pipeline.warm_up(say)
@@ -82,8 +83,10 @@ def main() -> None:
     reset_peak()
     figures["one"] = one_by_one(pipeline, args.requests)
     show("one request", figures["one"], figures.get("eager"))
+    write(args, figures)
     figures["several"] = in_flight(pipeline, 2 * args.requests + 2, most)
     show(f"{most} in flight", figures["several"], figures.get("eager"))
+    write(args, figures)
     if args.pictures:
         figures["picture"] = one_by_one(pipeline, args.requests, picture)
         show("one picture", figures["picture"])
@@ -91,6 +94,7 @@ def main() -> None:
             pipeline, 2 * args.requests + 2, most, lambda: (request, picture)[next(NUMBERS) % 2]()
         )
         show(f"texts and pictures, {most} in flight", figures["mixed"])
+        write(args, figures)
     if is_dreamgaussian:
         figures["ultra"] = one_by_one(ultra_fast(pipeline), args.requests)
         show("ultra-fast, one request", figures["ultra"])
@@ -99,11 +103,16 @@ def main() -> None:
         figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         say(f"peak of GPU memory: {figures['peak_gib']:.1f} GiB in tensors, {figures['reserved_gib']:.1f} reserved")
         say(f"at once by the end: {pipeline.limit.current} of {pipeline.limit.maximum}")
+        write(args, figures)
     if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
     if isinstance(pipeline._text, Trellis):
         figures["parts_ms"] = {n: trellis_parts(pipeline._text, n) for n in sorted({1, most})}
+    write(args, figures)
+
+
+def write(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
 

@@ -483,6 +483,7 @@ def work(rank: int, workers: int, args: argparse.Namespace, until: float) -> Non
     """One process: every `workers`-th batch while there is time."""
     torch.set_num_threads(args.threads)
     if args.device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
         torch.set_float32_matmul_precision("high")
     maker = Maker(args.device)
     print(f"worker {rank} ready", flush=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -468,7 +468,10 @@ def main() -> None:
     )
     began, count = time.monotonic(), 4096 if args.objects is None else args.objects
     model = LGM(CONFIG)
-    begin_small(model)
+    if args.tune:
+        model.load_state_dict(load_file(args.pack / "lgm" / "model.safetensors"))
+    else:
+        begin_small(model)
     model.to(args.device)
     chain = Chain(args.pack, args.device)
     # Each run draws objects of its own, and sees those of the runs before, too.
@@ -490,7 +493,7 @@ def main() -> None:
         kept = args.work / "lgm.pt"
         spent = torch.load(kept, weights_only=True)["spent"] if kept.exists() else 0.0
         args.minutes = (spent + until - time.monotonic()) / 60
-    best, run = fit("lgm", model, trainer.loss, args, lr=1e-3, decay=0.998, until=until)
+    best, run = fit("lgm", model, trainer.loss, args, lr=4e-4 if args.tune else 1e-3, decay=0.998, until=until)
     folder = args.pack / "lgm"
     save(best, folder)
     del trainer, pool, pools

@@ -26,6 +26,9 @@ def arguments(description: str, minutes: float, more: dict[str, dict] | None = N
     """The trainers' arguments; `more` are one's own, as `add_argument` takes them."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--minutes", type=float, default=minutes, help="training time after the data is rendered")
+    parser.add_argument(
+        "--within", type=float, metavar="SECONDS", help="with its data, from its start on: less of the minutes, then"
+    )
     parser.add_argument("--pack", type=Path, default=PACK, help="where the pack's folders are")
     parser.add_argument("--work", type=Path, default=Path("data/tiny_pack"), help="where checkpoints are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +39,7 @@ def arguments(description: str, minutes: float, more: dict[str, dict] | None = N
     for name, about in (more or {}).items():
         parser.add_argument(name, **about)
     args = parser.parse_args()
+    args.began = time.monotonic()
     torch.manual_seed(args.seed)
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -73,7 +77,8 @@ def fit(
     """Minimise `loss()` (which draws its own batch) for `args.minutes`; the learning rate follows the clock.
 
     A checkpoint is kept every minute in `args.work`; a run that finds one goes on from it, with the time it had left.
-    A run that is not done when the time is `until` (of `time.monotonic`) keeps one, and returns what it has.
+    A run that is not done when the time is `until` (of `time.monotonic`) keeps one, and returns what it has. With
+    `args.within` the minutes are no more than what is left of it, and the learning rate ends with them.
     Returns the averaged module and {"steps", "minutes", "final_loss"} for the card.
     """
     optimiser = torch.optim.AdamW(
@@ -92,6 +97,8 @@ def fit(
         print(f"{name}: resumed at step {step}, {spent / 60:.1f} min done", flush=True)
     budget, running = args.minutes * 60, None
     began = saved = shown = time.monotonic()
+    if args.within is not None:
+        budget = max(0.01, min(budget, spent + args.began + args.within - began))
     while True:
         elapsed = spent + time.monotonic() - began
         done = elapsed / budget
@@ -111,7 +118,7 @@ def fit(
             running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
         if time.monotonic() - shown > 20 or ends:
             print(
-                f"{name}: step {step}, {elapsed / 60:.1f}/{args.minutes} min, loss {running or value.item():.5f}",
+                f"{name}: step {step}, {elapsed / 60:.1f}/{budget / 60:.1f} min, loss {running or value.item():.5f}",
                 flush=True,
             )
             shown = time.monotonic()

@@ -137,6 +137,28 @@ def test_what_is_in_generation_at_a_stop_is_handed_in(tmp_path: Path) -> None:
     in_virtual_time(test)
 
 
+def test_a_stop_hands_in_a_fit_result_and_waits_for_no_better_one(tmp_path: Path) -> None:
+    class SlowLater(Service):
+        """After the first task's only candidate and the second one's first: a round that lasts."""
+
+        async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
+            if self.generated == 2:
+                await asyncio.sleep(100)
+            return await super().generate(task, seed, *effort)
+
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        async with mining(network, options_in(tmp_path), SlowLater(GENERATION_S, 1)) as run:
+            await asyncio.sleep(Limits().task_cooldown + GENERATION_S + 3)
+            assert run.of(Submission) == ["accepted"]
+            stopped_at = now()
+            await run.stop()
+            assert now() - stopped_at < 3
+        assert run.of(Submission) == ["accepted"] * 2
+
+    in_virtual_time(test)
+
+
 def test_a_stop_does_not_wait_for_a_service_that_is_gone(tmp_path: Path) -> None:
     class Gone(Service):
         async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:

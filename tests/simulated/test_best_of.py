@@ -73,11 +73,12 @@ def mine(
     service: Service,
     behaviours: Sequence[Behaviour] = (Behaviour(),) * 3,
     seconds: float = HOUR_S,
+    beside: Sequence[Service] = (),
     **options: Any,
 ) -> Run:
     async def main() -> Run:
         network, books = SimulatedNetwork(behaviours, Limits()), MemoryBooks()
-        miner = await simulated_miner(replace(options_in(folder), **options), network, [service], books)
+        miner = await simulated_miner(replace(options_in(folder), **options), network, [service, *beside], books)
         parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
         await asyncio.sleep(seconds)
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -116,6 +117,15 @@ def test_a_limit_is_kept(tmp_path: Path, most: int) -> None:
 def test_a_slow_generator_gets_one_candidate(tmp_path: Path) -> None:
     run = mine(tmp_path, Service(20.0), [Behaviour()])
     assert {event.candidates for event in run.of(Generation)} == {1}
+
+
+def test_a_slower_service_beside_it_takes_no_candidates_away(tmp_path: Path) -> None:
+    """A round lasts as long as one candidate takes at whichever of them the task comes to."""
+    run = mine(tmp_path, Service(2.0), beside=[Service(6.0)])
+    counts = [event.candidates for event in run.of(Generation)]
+    assert sum(counts) / len(counts) > 5
+    assert max(run.held) <= THROTTLE_S
+    assert run.accepted == 36
 
 
 def test_what_a_validator_takes_for_a_submission_is_left_for_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,7 @@ from scripts.bench import virtual_time
 from scripts.bench.virtual_time import now
 
 TASK = TextTask(id="1", prompt="p")
+HOUR_S = 3600.0
 
 
 class Service:
@@ -281,13 +283,55 @@ def test_a_faster_endpoint_gets_more() -> None:
     with_pool(test)
 
 
+def test_one_task_at_a_time_measures_every_endpoint() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        for _ in range(2):
+            await pool.generate(TASK, 1)
+        assert len(first.asked) == len(second.asked) == 1
+        assert pool.candidates_within(100.0, 1) > 1
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_was_slow_once_gets_tasks_again() -> None:
+    """A person's request, or the first one after a start: the other endpoint would be asked for ever."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        usual, first.seconds = first.seconds, 100.0
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
+        first.seconds = usual
+        assert pool.candidates_within(2.5 * usual, 1) == 0
+        asked = len(first.asked)
+        for _ in range(100):
+            await asyncio.sleep(30.0)
+            await pool.generate(TASK, 1)
+        assert len(first.asked) > asked
+        assert pool.candidates_within(2.5 * usual, 1) == 2
+        busy = [len(each.asked) for each in (first, second)]
+        await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(4)))
+        assert [len(each.asked) - before for each, before in zip((first, second), busy, strict=True)] == [2, 2]
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_is_slow_is_tried_seldom() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.seconds = 100.0
+        for _ in range(400):
+            await asyncio.sleep(30.0)
+            await pool.generate(TASK, 1)
+        assert 3 <= len(first.asked) <= 8  # each 2,000 s
+
+    with_pool(test)
+
+
 def test_how_many_candidates_fit_is_known_from_what_they_took() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        assert pool.shortest_seconds() is None
+        assert pool.seconds_without_wait() is None
         assert pool.candidates_within(1000.0, 1) == 0
         first.seconds, second.seconds = 2.0, 4.0
         await asyncio.gather(*(pool.generate(TASK, 1) for _ in range(2)))
-        assert pool.shortest_seconds() == 2.0
+        assert pool.seconds_without_wait() == 4.0
         assert pool.candidates_within(3.9, 1) == 0  # it may come to the second one
         assert pool.candidates_within(8.0, 1) == pool.candidates_within(8.0, 2) == 2
         assert pool.candidates_within(8.0, 4) == 1  # two on each
@@ -327,12 +371,12 @@ def test_a_service_that_gets_slower_is_noticed_by_its_candidates_too() -> None:
 def test_what_is_rejected_before_it_is_made_tells_no_duration() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
-        before = pool.shortest_seconds()
+        before = pool.seconds_without_wait()
         first.seconds = second.seconds = 0.1
         first.is_rejecting = second.is_rejecting = True
         rejected = await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
         assert not any(each.ply for each in rejected)
-        assert pool.shortest_seconds() == before
+        assert pool.seconds_without_wait() == before
 
     with_pool(test)
 
@@ -361,6 +405,26 @@ def test_pauses_double_while_it_fails() -> None:
         waits = [later - earlier for earlier, later in itertools.pairwise(first.asked)]
         assert waits == pytest.approx([FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S, 8 * FIRST_PAUSE_S], abs=0.1)
         assert pool.usable == {"http://first": True, "http://second": False}
+
+    with_pool(test)
+
+
+def test_an_endpoint_that_was_started_again_is_left_out_no_longer() -> None:
+    """It failed at everything until then, so that its pauses are minutes long."""
+
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = "loading"
+        first.outcomes.extend([AttemptFailed("500")] * 9)
+        for _ in range(9):
+            with contextlib.suppress(AttemptFailed):
+                await pool.generate(TASK, 1, HOUR_S)
+        assert not pool.ready.is_set()
+        first.status = "loading"
+        await asyncio.sleep(HEALTH_INTERVAL_S + 1)
+        first.status = "ready"
+        began = now()
+        await pool.generate(TASK, 1)
+        assert now() - began <= HEALTH_INTERVAL_S + first.seconds
 
     with_pool(test)
 

@@ -76,6 +76,20 @@ async def test_a_part_that_is_cancelled_is_not_started_again() -> None:
         await running
 
 
+def test_a_part_that_meets_a_cancelled_future_starts_again() -> None:
+    starts: list[float] = []
+
+    async def part() -> None:
+        starts.append(now())
+        if len(starts) == 1:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+    virtual_time.run(keep_running("The part", part))
+    assert len(starts) == 2
+
+
 # --- the blacklist
 
 

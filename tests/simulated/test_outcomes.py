@@ -318,16 +318,23 @@ def test_a_validator_that_refuses_without_a_reason_is_asked_less_and_less(tmp_pa
     assert waits[:10] == pytest.approx([30, 30, 30, 30, 30, 32, 64, 128, 256, 300], abs=0.5)
 
 
-def test_a_validator_that_has_handed_out_tasks_is_believed(tmp_path: Path) -> None:
-    class Deregistered(Scripted):
+def test_a_miner_that_is_registered_again_loses_no_hour(tmp_path: Path) -> None:
+    """Its validators gave it tasks before, do not know it until they read the chain, and count no violation."""
+
+    class Unsynced(Scripted):
         async def call(self, target_axon: Any, synapse: Any, timeout: float, deserialize: bool) -> Any:  # noqa: ASYNC109
-            if isinstance(synapse, PullTask) and len(self.pulled_at) == 1:
+            if isinstance(synapse, PullTask) and len(self.pulled_at) in (1, 2):
                 self.pulls.appendleft(PullTask(cooldown_until=int(self.clock()) + 3600))
             return await super().call(target_axon, synapse, timeout, deserialize)
 
     async def main() -> None:
-        miner = Miner(Deregistered(["task"], [ACCEPTED]), tmp_path)
-        await miner.run(3000)
-        assert len(miner.validator.pulled_at) == 2
+        miner = Miner(Unsynced(["before", "after"], [ACCEPTED] * 2), tmp_path)
+        await miner.run(1200)
+        assert miner.submissions == [("before", "accepted"), ("after", "accepted")]
 
     virtual_time.run(main())
+
+
+def test_an_hour_that_counts_as_a_violation_is_a_cooldown(tmp_path: Path) -> None:
+    _, _, *later = mine(tmp_path, ["task", 3600.0], [ACCEPTED], 3000).validator.pulled_at
+    assert not later

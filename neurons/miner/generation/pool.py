@@ -28,6 +28,10 @@ GONE_AFTER = 2
 FROZEN_AFTER = 3
 # Weight of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
+# An endpoint that had nothing to do for so long, and for so many times what a candidate took there, may have become
+# faster: it gets the next task, and is measured anew.
+STALE_AFTER_S = 300.0
+STALE_AFTER_COSTS = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +62,9 @@ class Pace:
     `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
     and a longer one slowly, because the shortest is what a task takes without a wait. Several candidates of a task take
     longer than one, but at most as many times as long: they shorten it by their whole time, and lengthen it by a share.
+
+    What was measured long ago is stale. It stands until the next task is finished, and is forgotten then: an endpoint
+    that was slow once gets no tasks, so that no average over tasks would ever show that it is fast again.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -70,8 +77,16 @@ class Pace:
         self.cost: float | None = None
         self.duration: float | None = None
 
+    @property
+    def is_stale(self) -> bool:
+        """Whether the next task should tell how fast the endpoint is."""
+        idle = self._now() - self._changed_at
+        return not self.in_work and idle >= max(STALE_AFTER_S, STALE_AFTER_COSTS * (self.cost or 0.0))
+
     def begin(self) -> float:
         """To be handed to `end`."""
+        if self.is_stale:
+            self._busy = self._busy_sum = self._finished = 0.0
         self._advance(1)
         return self._changed_at
 
@@ -138,9 +153,9 @@ class GeneratorPool:
         rate = sum(1 / pace.cost for pace in paces if pace.cost)
         return max(*durations, tasks / rate if rate else 0.0)
 
-    def shortest_seconds(self) -> float | None:
-        """What one task takes at least, without a wait; None while nothing is measured."""
-        return min((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
+    def seconds_without_wait(self) -> float | None:
+        """What one task takes on whichever endpoint it comes to, without a wait; None while nothing is measured."""
+        return max((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
         """How many candidates each of `tasks` tasks can have within `seconds`, on whichever endpoint it comes to; 0 as
@@ -253,11 +268,18 @@ class GeneratorPool:
             await asyncio.gather(working, gone, return_exceptions=True)
 
     def _least_busy(self, failed: list[_Endpoint]) -> _Endpoint | None:
-        """The usable endpoint, none of `failed`, that would be done first with one more task."""
+        """The usable endpoint, none of `failed`, that would be done first with one more task; before all others one of
+        which it is not known.
+        """
         usable = [endpoint for endpoint in self._usable() if endpoint not in failed]
         costs = [endpoint.pace.cost for endpoint in usable if endpoint.pace.cost is not None]
         typical = sum(costs) / len(costs) if costs else 1.0
-        return min(usable, key=lambda each: (each.pace.in_work + 1) * (each.pace.cost or typical), default=None)
+
+        def order(endpoint: _Endpoint) -> tuple[bool, float]:
+            pace = endpoint.pace
+            return not pace.is_stale, (pace.in_work + 1) * (pace.cost or typical)
+
+        return min(usable, key=order, default=None)
 
     def _usable(self) -> list[_Endpoint]:
         now = self._now()
@@ -311,6 +333,9 @@ class GeneratorPool:
                 level = logging.INFO if said == "ready" else logging.WARNING
                 log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
                 endpoint.said = said
+            if said == "ready" and not endpoint.healthy:
+                # Started again, or over what it had: its failures were those of before.
+                endpoint.failures, endpoint.left_out_until = 0, 0.0
             endpoint.healthy = said == "ready"
             self._update_ready()
             await asyncio.sleep(HEALTH_INTERVAL_S)

@@ -37,8 +37,8 @@ class Round:
 class Capacity(Protocol):
     """Who knows how fast the generation services are."""
 
-    def shortest_seconds(self) -> float | None:
-        """What one task takes at least; None while nothing is measured."""
+    def seconds_without_wait(self) -> float | None:
+        """What one task takes on whichever service it comes to; None while nothing is measured."""
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
         """How many each of so many tasks can have in that time; 0 as well while nothing is measured."""
@@ -62,16 +62,16 @@ class BestOf:
         `tasks`: how many are worked on or wait for it, this one included.
         """
         left = MAX_CANDIDATES if self._most is None else min(self._most - made, MAX_CANDIDATES)
-        shortest = self._capacity.shortest_seconds()
+        one = self._capacity.seconds_without_wait()
         # Of a validator that has not answered a submission yet it is not known what time is free.
         submission = self._submission_s.get(assignment.validator.hotkey)
-        if left <= 0 or self._most == 1 or shortest is None or submission is None:
+        if left <= 0 or self._most == 1 or one is None or submission is None:
             return None
         free = assignment.free_until - submission - MARGIN_S - self._now()
         free *= min(1.0, self._workers / max(tasks, 1))
         # Tasks that are worked on together take turns, so that one candidate of each takes so many times as long.
         beside = min(max(tasks, 1), self._workers)
-        seconds = min(free, max(ROUND_S, 1.25 * shortest * beside) + TRANSFER_S)
+        seconds = min(free, max(ROUND_S, 1.25 * one * beside) + TRANSFER_S)
         count = self._capacity.candidates_within(seconds - TRANSFER_S, beside)
         return Round(min(count, left), seconds) if count > 0 else None
 

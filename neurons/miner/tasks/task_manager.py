@@ -27,8 +27,8 @@ FIRST_RETRY_S = 5.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
 # A validator tells a miner that it does not know as registered to stay away for an hour. It says so to one that has
-# just registered, too, until it reads the chain again, minutes later. So a validator that has not handed out a task yet
-# is asked more often. It counts no violations meanwhile.
+# just registered, or registered again, until it reads the chain again, minutes later. So it is asked more often. It
+# counts no violation for these pulls, as it does for each one in a cooldown.
 UNREGISTERED_S = (3500.0, 3700.0)
 UNREGISTERED_RETRY_S = 300.0
 # How often the policy is asked again about a validator that is not worth a pull.
@@ -88,10 +88,9 @@ class AsyncTaskManager:
         self._addresses: dict[str, tuple[str, int]] = {}
         self._backing_off: dict[str, asyncio.Event] = {}
         self._asked: set[str] = set()
-        self._gave_tasks: set[str] = set()
         self._given: dict[str, tuple[str, float]] = {}  # hotkey -> its latest task, and when that was asked for first
         self.first_round_done = asyncio.Event()
-        self.closed = False
+        self.closing = asyncio.Event()
         self.working: set[Assignment] = set()
         self.cooldowns: dict[str, float] = {}  # hotkey -> unix time until which its poller sleeps
 
@@ -139,7 +138,7 @@ class AsyncTaskManager:
 
     async def close(self) -> None:
         """Stops polling and forgets queued tasks: their validators give them out again."""
-        self.closed = True
+        self.closing.set()
         pollers = list(self._pollers.values())
         for poller in pollers:
             poller.cancel()
@@ -233,7 +232,7 @@ class AsyncTaskManager:
         """What an answer without a task teaches; returns the unix time from which the validator may be asked again."""
         now = self._now()
         cooldown_until, violations = response.cooldown_until, response.cooldown_violations
-        if violations == 0 and self._is_stranger_to(validator.hotkey, cooldown_until):
+        if self._is_stranger_to(validator.hotkey, cooldown_until, violations):
             ask_again_at = now + UNREGISTERED_RETRY_S
         else:
             self._clocks.refused(validator.hotkey, cooldown_until, sent)
@@ -248,16 +247,15 @@ class AsyncTaskManager:
         self._record(Pull(validator, outcome, now - sent, ask_again_at=ask_again_at, violations=violations))
         return ask_again_at
 
-    def _is_stranger_to(self, hotkey: str, cooldown_until: int) -> bool:
+    def _is_stranger_to(self, hotkey: str, cooldown_until: int, violations: int) -> bool:
         """Whether the validator does not know this miner as registered."""
         least, most = UNREGISTERED_S
-        return hotkey not in self._gave_tasks and least < self._clocks.ahead(hotkey, cooldown_until) < most
+        return violations == 0 and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
     async def _work_off(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
         """Sees a pulled task through; returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
-        self._gave_tasks.add(validator.hotkey)
         shown = quoted(task.prompt) if task.type == "text" else f"image, {len(task.prompt)} characters"
         log.info("Task pulled from validator [%d]: %s, %s", validator.uid, quoted(task.id), shown)
         threshold = usable_threshold(response.validation_threshold, self._threshold)

@@ -107,7 +107,7 @@ class Worker:
             in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
             again = event.outcome != "given_up" and (planned is not None or (retried < self._retries and in_time))
             retried += planned is None
-            stopping = again and self._manager.closed
+            stopping = again and self._manager.closing.is_set()
             log.warning(
                 "%s for validator [%d]: %s; %s",
                 "Validation failed" if event.outcome == "rejected" else "Generation failed",
@@ -124,16 +124,16 @@ class Worker:
         self, assignment: Assignment, result: bytes, event: Generation, made: int
     ) -> tuple[bytes, Generation]:
         """A fit result, or a better one if there is any among those that can be made in the time that costs nothing."""
-        while event.score is not None and not self._manager.closed:
+        while event.score is not None and not self._manager.closing.is_set():
             planned = self._plan(assignment, made)
             if planned is None:
                 break
-            try:
-                async with asyncio.timeout(planned.seconds):
-                    other, again = await self._attempt(assignment, planned, event.score)
-            except (TimeoutError, TaskLeft):  # what there is goes out
-                event = replace(event, seconds=event.seconds + planned.seconds)
+            asked_at = self._now()
+            found = await self._round(assignment, planned, event.score)
+            if found is None:  # what there is goes out
+                event = replace(event, seconds=event.seconds + self._now() - asked_at)
                 break
+            other, again = found
             if again.outcome not in ("generated", "rejected"):
                 self._record(again)
                 break
@@ -143,6 +143,21 @@ class Worker:
                 result, event = other, replace(again, first_score=event.first_score)
             event = replace(event, seconds=seconds, candidates=candidates)
         return result, event
+
+    async def _round(self, assignment: Assignment, planned: Round, beat: float) -> tuple[bytes, Generation] | None:
+        """As `_attempt`; None where it is late, where the services are gone, or as soon as the miner stops."""
+        attempt = asyncio.create_task(self._attempt(assignment, planned, beat))
+        closing = asyncio.create_task(self._manager.closing.wait())
+        try:
+            await asyncio.wait((attempt, closing), timeout=planned.seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            attempt.cancel()
+            closing.cancel()
+            await asyncio.gather(attempt, closing, return_exceptions=True)
+        try:
+            return attempt.result()
+        except (asyncio.CancelledError, TaskLeft):
+            return None
 
     def _plan(self, assignment: Assignment, made: int) -> Round | None:
         return self._best_of.round(assignment, made, self._manager.in_generation)

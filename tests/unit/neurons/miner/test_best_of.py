@@ -20,7 +20,7 @@ class Capacity:
 
     seconds: float
 
-    def shortest_seconds(self) -> float | None:
+    def seconds_without_wait(self) -> float | None:
         return self.seconds
 
     def candidates_within(self, seconds: float, tasks: int) -> int:

@@ -99,7 +99,7 @@ class FakeGenerator:
     def expected_seconds(self, tasks: int) -> float | None:
         return self.seconds_per_task and tasks * self.seconds_per_task
 
-    def shortest_seconds(self) -> float | None:
+    def seconds_without_wait(self) -> float | None:
         return self.seconds_per_task
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
