@@ -101,7 +101,8 @@ def test_a_failed_step_leaves_all_as_they_were(multiview, monkeypatch):
 @pytest.mark.slow
 def test_a_graph_that_looks_twice_keeps_no_picture_for_another(multiview, monkeypatch):
     """Eight are looked at four by four, and a CUDA graph's results are overwritten by its next call."""
-    look, results = multiview._look, {}
+    look = multiview._look
+    results: dict[int, tuple[Tensor, ...]] = {}
 
     def overwriting(pixels: Tensor, images: Tensor) -> tuple[Tensor, ...]:
         seen = look(pixels, images)
