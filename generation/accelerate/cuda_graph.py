@@ -69,8 +69,9 @@ class GraphedFunction:
 
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
         key = _key(inputs, constants)
-        if (static_inputs := self._forgotten.pop(key, None)) is not None:
-            self.capture(*static_inputs, constants=constants)
+        if (static_inputs := self._forgotten.get(key)) is not None:
+            self.capture(*static_inputs, constants=constants)  # when memory is full the next call tries again
+            del self._forgotten[key]
         captured = self._graphs.get(key)
         if captured is None:
             return self._function(*inputs, *constants)

@@ -110,6 +110,7 @@ class Lgm:
             return
         self._multiview.warm_up(most, progress)
         self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._offloaded = Offloaded(self._network, self._device)  # what is pinned of it is in another order
         size = self._multiview.image_size
         for count in sorted({part.stop - part.start for n in range(1, most + 1) for part in split_batch(n)}):
             progress(f"capturing LGM for {count} of {most} at once")

@@ -182,7 +182,9 @@ class LGM(nn.Module):
         images = views.flatten(0, 1)
         if images.shape[-1] != size or images.shape[-2] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-        images = (images - images.new_tensor(_MEAN).view(3, 1, 1)) / images.new_tensor(_STD).view(3, 1, 1)
+        # By numbers, not by a tensor of them: copied to the GPU, it could not be captured as a CUDA graph.
+        channels = zip(images.split(1, 1), _MEAN, _STD, strict=True)
+        images = torch.cat([(channel - mean) / std for channel, mean, std in channels], 1)
         rays = rays.expand(b, v, 6, size, size).flatten(0, 1)
         maps = self.conv(self.unet(torch.cat([images, rays.to(images)], 1).to(self.conv.weight.dtype), v)).float()
         if self.config.position == "absolute":

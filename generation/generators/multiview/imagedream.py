@@ -96,8 +96,9 @@ class ImageDream(MultiViewModel):
         given = [cutout for cutout in cutouts if cutout is not None]
         if len(given) < len(cutouts):
             raise ValueError("ImageDream draws views of a picture: a cut-out is missing")
-        seen = [self._look(*self._prepared(given[some])) for some in split_batch(len(given))]
-        tokens, means, deviations = (torch.cat([each.clone() for each in part]) for part in zip(*seen, strict=True))
+        # Cloned at once: the next call overwrites them.
+        seen = [[part.clone() for part in self._look(*self._prepared(given[some]))] for some in split_batch(len(given))]
+        tokens, means, deviations = (torch.cat(parts) for parts in zip(*seen, strict=True))
         samplings = []
         for text, generator, token, mean, deviation in zip(words, generators, tokens, means, deviations, strict=True):
             of_picture = self._noise(generator, mean.shape)  # drawn before the views' noise, as in the authors' code

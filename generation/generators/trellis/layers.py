@@ -165,7 +165,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], context: t
     if len(set(lengths)) == 1 and len(set(context)) == 1:
         batch = len(lengths)
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+        # Detached it is no view, as what is concatenated below: torch.compile would make code for both.
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).detach()
     parts = zip(q.split(lengths), k.split(context), v.split(context), strict=True)
     return torch.cat([attend(*part, (len(part[0]),), (len(part[1]),)) for part in parts])
 

@@ -182,3 +182,24 @@ def test_what_was_forgotten_is_captured_again_when_it_is_called(monkeypatch) -> 
     assert captured == [(2,), (3,), (2,)]
     x = torch.ones(4)
     assert step(x)[0] is x  # never captured
+
+
+def test_a_capture_without_memory_is_tried_again(monkeypatch) -> None:
+    """Otherwise the step would be launched kernel by kernel from then on."""
+    captured = []
+
+    def capture(step: cuda_graph.GraphedFunction, *inputs: torch.Tensor, constants: tuple = ()) -> None:
+        captured.append(inputs)
+        if len(captured) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    step = cuda_graph.GraphedFunction(lambda x: (x,))
+    x = torch.ones(2)
+    step._graphs[cuda_graph._key((x,), ())] = cuda_graph._Graph(None, (x,), (x,))
+    step.forget()
+    monkeypatch.setattr(cuda_graph.GraphedFunction, "capture", capture)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(x)
+    step(x)
+    step(x)
+    assert len(captured) == 2
