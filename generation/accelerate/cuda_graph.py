@@ -43,10 +43,11 @@ class GraphedFunction:
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs; captured again at the next call
         self._pool: Any = None  # one memory pool for all graphs: they never run at the same time
+        self._stream: Any = None  # of all warm-ups: cuBLAS keeps a workspace for every stream that it has seen
 
     def capture(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> None:
         """Warm the function up, then capture it for the shapes of ``inputs``. The graph keeps ``inputs`` as its own."""
-        stream = torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
             for _ in range(2):  # the first call compiles and chooses algorithms

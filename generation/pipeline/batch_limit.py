@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ SUCCESSES_BEFORE_MORE = 20
 T = TypeVar("T")
 R = TypeVar("R")
 
+# What torch says for cuBLAS and its kind: "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+_LIBRARY_IS_FULL = re.compile(r"(CUDA|cuDNN) error: CU[A-Z]+_STATUS_\w*ALLOC\w*_FAILED")
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether ``error``, or one in its chain of causes and contexts, says that the GPU is out of memory."""
@@ -25,6 +29,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         # raised by CUDA itself and not by torch's allocator, for example while a kernel is loaded
         if isinstance(error, torch.AcceleratorError) and "out of memory" in str(error):
+            return True
+        if isinstance(error, RuntimeError) and _LIBRARY_IS_FULL.match(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

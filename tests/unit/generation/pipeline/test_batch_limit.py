@@ -28,6 +28,8 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     [
         (FULL, True),
         (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), False),
         (raised(RuntimeError("a stage failed"), cause=FULL), True),
         (raised(RuntimeError("a stage failed"), context=FULL), True),
         (raised(ValueError("outer"), cause=raised(RuntimeError("inner"), context=FULL)), True),
