@@ -271,10 +271,12 @@ class Engine:
         return await self._outcome(_Call(function, deadline), queue)
 
     async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
-        def forget(_: Future[Any]) -> None:
+        # A future keeps its callbacks, so this one must not know the job: result and job would be in a reference cycle,
+        # and the garbage collector comes late. A result is tens of megabytes here, and as many on the GPU.
+        def forget(future: Future[Any]) -> None:
             with self._changed:
-                if job in queue:
-                    queue.remove(job)
+                for waiting in [each for each in queue if each.future is future]:
+                    queue.remove(waiting)
 
         job.future.add_done_callback(forget)
         with self._changed:
@@ -399,9 +401,7 @@ def describe(error: BaseException) -> str:
 
 def _settle(job: _Generation | _Call, outcome: Any) -> None:
     """Resolve the job's future with the outcome, unless it was cancelled."""
-    if job.future.done():
-        return
-    if isinstance(outcome, BaseException):
+    if isinstance(outcome, BaseException) and not job.future.done():
         own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(job, _Call))
         if not own_verdict:
             log.error("A request failed", exc_info=outcome)
@@ -409,8 +409,24 @@ def _settle(job: _Generation | _Call, outcome: Any) -> None:
             failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
             failure.__cause__ = outcome
             outcome = failure
+    _drop_frames(outcome)
     with contextlib.suppress(InvalidStateError):  # cancelled at this moment
         if isinstance(outcome, BaseException):
             job.future.set_exception(outcome)
         else:
             job.future.set_result(outcome)
+
+
+def _drop_frames(outcome: Any) -> None:
+    """Drop the tracebacks of an error and of its causes.
+
+    A request's error has the frames of the tick that it comes from, and these have all jobs of that tick, and so the
+    error: a cycle that would keep their tensors until the garbage collector comes. Cancelled requests have one, too.
+    """
+    errors, known = [outcome], set[int]()
+    while errors:
+        error = errors.pop()
+        if isinstance(error, BaseException) and id(error) not in known:
+            known.add(id(error))
+            error.__traceback__ = None
+            errors += [error.__cause__, error.__context__]

@@ -71,7 +71,7 @@ class TrellisWork:
     def gaussians(self) -> Gaussians:
         """Raises NoSplat: why there are none."""
         if isinstance(self._result, NoSplat):
-            raise self._result
+            raise NoSplat(*self._result.args)  # a new one: raised itself, it would keep all jobs of the tick in a cycle
         assert self._result is not None
         return self._result
 

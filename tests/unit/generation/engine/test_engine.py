@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import socket
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 from generation.engine import engine as engine_module
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
+from generation.pipeline.job import Job
 from generation.schema.results import Request
 from tests.support.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
 from tests.support.waiting import until
@@ -462,3 +465,61 @@ def test_a_client_that_hangs_up_while_it_sends_is_no_error(caplog: pytest.LogCap
             told = [line for line in events.iter_lines() if line.startswith("data:")]
         assert json.loads(told[-1].removeprefix("data:"))["reason"] == "the client hung up"
     assert "Exception in ASGI application" not in caplog.text
+
+
+class TestMemory:
+    """What is over is freed at once. The garbage collector is off: it comes late for objects that lived for seconds."""
+
+    @pytest.fixture(autouse=True)
+    def no_collector(self) -> Iterator[None]:
+        gc.collect()
+        gc.disable()
+        yield
+        gc.enable()
+
+    async def test_a_result_is_freed_with_its_answer(self, ready_engine: tuple[Engine, StandInPipeline]) -> None:
+        engine, _ = ready_engine
+        asset = await engine.generate(of("a"))
+        scores = await engine.call(lambda pipeline: pipeline.validate(b"ply", "a", False, False, 0.6))
+        kept = [weakref.ref(asset), weakref.ref(scores)]
+        del asset, scores
+        await until(lambda: [each() for each in kept] == [None, None])
+
+    @pytest.mark.parametrize("way", ["cancelled", "failed", "broken", "call"])
+    async def test_what_a_request_held_is_freed_when_it_ends_early(
+        self, way: str, ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, pipeline = ready_engine
+        monkeypatch.setattr(engine_module.log, "disabled", True)  # pytest keeps what is logged, and tracebacks with it
+        kept: list[weakref.ref[Any]] = []
+
+        class Held:
+            """In the place of tensors."""
+
+        def fail(job: Job | None) -> None:
+            held = Held()
+            kept.append(weakref.ref(held))
+            if job is None or way != "cancelled":
+                raise RuntimeError("it broke")
+            job.advance("dreamgaussian", 0.5)
+
+        def tick(jobs: list[Job]) -> None:
+            for job in jobs:
+                job.work = Held()  # type: ignore[assignment]
+                kept.append(weakref.ref(job.work))
+                if way == "broken":
+                    fail(job)
+                try:
+                    fail(job)
+                except Exception as error:
+                    job.outcome = error
+
+        monkeypatch.setattr(pipeline, "tick", tick)
+        asked = engine.call(lambda _: fail(None)) if way == "call" else engine.generate(of("a"))
+        task = asyncio.ensure_future(asked)
+        await until(lambda: kept)
+        if way == "cancelled":
+            task.cancel()
+        await asyncio.wait([task])
+        del task, asked
+        await until(lambda: not any(each() for each in kept))
