@@ -175,7 +175,12 @@ class Pipeline:
         if not self._take_turns or not jobs:
             return []
         turn = self._generator(jobs[0])
-        self._bring_onto_device(turn)
+        try:
+            self._bring_onto_device(turn)
+        except Exception as error:  # of theirs alone; when memory is full they are tried again
+            for job in jobs:
+                if self._generator(job) is turn:
+                    job.outcome = error
         return [job for job in jobs if self._generator(job) is not turn]
 
     def _prepare_works(self, running: list[Job]) -> None:
@@ -210,7 +215,10 @@ class Pipeline:
     def _check_results(self, running: list[Job]) -> None:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
-            self._deliver(job, check)
+            try:
+                self._deliver(job, check)
+            except Exception as error:
+                job.outcome = error
 
     def _count_successes(self, running: list[Job]) -> None:
         """Count finished requests for the batch limits of all stages that they went through."""
@@ -232,7 +240,8 @@ class Pipeline:
                 other.discard_work()
             if paused:
                 release_cache()
-            job.discard_work()
+            if job.gaussians is None:  # a splat that is made already is only checked again
+                job.discard_work()
             job.outcome, job.retried, job.waits_for = None, True, list(going_on)
             going_on.append(job)  # several are retried one after the other
             if len(running) > 1:

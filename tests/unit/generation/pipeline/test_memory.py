@@ -1,16 +1,19 @@
 """Requests that run out of memory, and requests that are paused for others."""
 
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from generation.generators.base import Subject
 from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE
-from generation.pipeline.pipeline import Asset
-from tests.support.sculptor import Scene, ask, told
-from tests.support.standins import Painter
+from generation.pipeline.pipeline import Asset, Pipeline
+from generation.splats import ply
+from tests.support.sculptor import Scene, Sculptor, align, ask, told
+from tests.support.standins import Painter, WhiteIsBackground, colour_check
 
 
 class TestPausing:
@@ -183,3 +186,64 @@ class TestFullMemory:
         assert isinstance(huge, torch.OutOfMemoryError)
         assert small.ply
         assert pipeline.generate([ask("red")])[0].ply
+
+    def test_a_splat_is_made_once_when_there_is_no_memory_to_check_it(self, pipeline, sculptor, monkeypatch):
+        check_all, failed = pipeline._self_check.check_all, []
+
+        def full(splats: Any, fit: bool) -> Any:
+            if len(failed) < 4:  # both together, one as the half of them, each by itself
+                failed.append(len(splats))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return check_all(splats, fit)
+
+        monkeypatch.setattr(pipeline._self_check, "check_all", full)
+        outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2)])
+        assert failed == [2, 1, 1, 1]
+        assert all(outcome.ply for outcome in outcomes)
+        assert len(sculptor.begun_before) == 2
+
+    def test_one_that_can_not_be_written_fails_alone(self, pipeline, sculptor, monkeypatch):
+        write, errors = ply.write, [RuntimeError("can not be written"), torch.OutOfMemoryError("CUDA out of memory")]
+        monkeypatch.setattr(ply, "write", lambda gaussians: write(gaussians) if not errors else raised(errors.pop(0)))
+        unwritten, retried, other = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
+        assert str(unwritten) == "can not be written"
+        assert retried.ply
+        assert other.ply
+        assert len(sculptor.begun_before) == 3
+
+    def test_a_generator_that_does_not_fit_beside_the_others_works_gets_their_memory(self, monkeypatch):
+        text, image = TakingTurns(iters=5), TakingTurns(iters=5)
+        painter, matting = Painter(), WhiteIsBackground()
+        pipeline = Pipeline(painter, matting, text, image, colour_check(), "cpu", [], 4, take_turns=True)  # type: ignore[arg-type]
+        align(pipeline, monkeypatch, 0.9)
+        picture = Image.new("RGB", (64, 64), "white")
+        picture.paste((0, 0, 255), (16, 16, 48, 48))
+        jobs = [pipeline.begin(each) for each in (ask("red quick"), ask(None, image=picture), ask("red", seed=2))]
+        image.is_full = lambda: jobs[2].work is not None and jobs[2].outcome is None
+        for _ in range(100):
+            if unfinished := [job for job in jobs if job.outcome is None]:
+                pipeline.tick(unfinished)
+        assert all(job.outcome.ply for job in jobs)
+        assert len(text.begun_before) == 3  # one of them twice
+
+
+class TakingTurns(Sculptor):
+    """On the device for a while. What is quick is done after one tick."""
+
+    is_full: Callable[[], bool] = staticmethod(lambda: False)
+
+    def begin(self, subject: Subject) -> Scene:
+        scene = super().begin(subject)
+        scene.iters = 1 if "quick" in subject.words else self.iters
+        return scene
+
+    def offload(self) -> None:
+        pass
+
+    def onload(self) -> None:
+        if self.is_full():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def raised(error: Exception) -> Any:
+    raise error
