@@ -38,6 +38,9 @@ PRIORITIES = ("interactive", "background")
 MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MAX_IMAGE_SIDE = 4096  # pixels
 IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+# A scan of a JPEG may cover 4096 x 4096 pixels in 33 bytes and takes 7 ms: an upload of them takes a core for half an
+# hour (LJT-01-003 of libjpeg-turbo, which leaves the limit to its users). Real files have about ten.
+MAX_JPEG_SCANS = 500
 MAX_DATA_CHARACTERS = 64 * 1024 * 1024  # a splat in base64
 MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest prompt takes 12 kB
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
@@ -54,6 +57,8 @@ KEPT_IMAGE_SIDE = 2048
 LEAST_VISIBLE = 13  # of 255: a picture without a pixel of this alpha shows nothing
 _decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
 _PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8\xff"
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart
 _GREY_MOST = {"1": 1, "L;2": 3, "L;4": 15, "L": 255}  # the highest level, by Pillow's layouts
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -298,6 +303,8 @@ def decode_image(data: bytes, field: str) -> Picture:
 
 
 def _decode_image(data: bytes, field: str) -> Picture:
+    if data.startswith(_JPEG) and (scans := _jpeg_scans(data)) > MAX_JPEG_SCANS:
+        raise ApiError(422, field, f"a JPEG of {scans} scans", MAX_JPEG_SCANS)
     try:
         image = Image.open(io.BytesIO(data), formats=list(IMAGE_FORMATS))
         if max(image.size) > MAX_IMAGE_SIDE:
@@ -320,6 +327,17 @@ def _decode_image(data: bytes, field: str) -> Picture:
         least = f"a pixel with an alpha of {LEAST_VISIBLE} of 255"
         raise ApiError(422, field, "nothing is visible in it: all of it is transparent", least)
     return picture
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """How often pixels begin, at least as often as libjpeg sees it: what follows the end of the image is read, too."""
+    scans, position = 0, len(_JPEG) - 1
+    while (found := _JPEG_MARKER.search(data, position)) is not None:
+        marker, position = found[1][0], found.end()
+        if marker not in (0x01, 0xD8, 0xD9):  # which have no content
+            scans += marker == 0xDA
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return scans
 
 
 def _colours(image: Image.Image, layout: Any, data: bytes) -> Image.Image:

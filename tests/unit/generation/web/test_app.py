@@ -244,6 +244,19 @@ def test_image_bombs_are_refused_before_decoding(service: Service, size: tuple[i
     assert "4096" in refused["limit"]
 
 
+def test_a_jpeg_that_paints_its_pixels_very_often_is_refused(service: Service) -> None:
+    out = io.BytesIO()
+    Image.new("L", (16, 16)).save(out, "JPEG", progressive=True)
+    scan, end = out.getvalue()[out.getvalue().rindex(b"\xff\xda") : -2], out.getvalue()[-2:]
+
+    def of(scans: int) -> bytes:
+        return out.getvalue()[:-2] + (scans - 6) * scan + end  # libjpeg writes six
+
+    assert upload(service, of(intake.MAX_JPEG_SCANS), "a.jpg", "image/jpeg").status_code == 200
+    refused = error(upload(service, of(intake.MAX_JPEG_SCANS + 1), "a.jpg", "image/jpeg"), 422, "prompt_image_file")
+    assert refused["limit"] == intake.MAX_JPEG_SCANS
+
+
 def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
     assert upload(service, png(4096, 4096), seed="1").content == b"ply\nRGB (2048, 2048) 1"
 
