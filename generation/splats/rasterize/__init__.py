@@ -28,8 +28,8 @@ def rasterize(
     Follows gsplat 1.5: 0.3 pixels^2 added to the projected covariance, near plane 0.01, alpha at most 0.999 and skipped
     under 1/255, blending ends at a transmittance of 1e-4. On a CPU, Gaussians whose place, shape or colour is not
     finite are not drawn, and have no gradient.
-    Raises ValueError naming the input whose shape or type is wrong, or, on a CPU, when the Gaussians are so large that
-    the lists of what covers which part of the image would not fit into memory.
+    Raises ValueError naming the input whose shape or type is wrong, or, on a CPU or without gradients, when the
+    Gaussians are so large that the lists of what covers which part of the image would be too long.
     """
     _check(gaussians, cameras, width, height, background)
     return _backend(gaussians.means.device).rasterize(

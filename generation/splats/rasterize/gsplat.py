@@ -18,13 +18,47 @@ from generation.splats.rasterize import gsplat_build
 TILE = 8
 # Padding Gaussians: too transparent to be drawn, with a valid quaternion.
 PADDING = {"logit_opacities": -100.0, "quats": 1.0}
+# Pairs of a Gaussian and a tile that it touches, of all views of a call: gsplat numbers them with 32 bits. With more it
+# reads wherever that leads, and the process has lost its GPU.
+MAX_PAIRS = 2**31 - 1
+NEAR_PLANE, BLUR, EXTENT = 0.01, 0.3, 3.33  # gsplat's; the last one in standard deviations
 
 
 def rasterize(
     gaussians: Gaussians, cameras: Cameras, width: int, height: int, background: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """All views in one call; arguments as the package's `rasterize`, background (C, 3)."""
+    """All views in one call; arguments as the package's `rasterize`, background (C, 3).
+
+    Without gradients, Gaussians may be anybody's and of any size: then there are as many calls as gsplat needs.
+    """
+    if not torch.is_grad_enabled() and sum(pairs := _pairs(gaussians, cameras, width, height)) > MAX_PAIRS:
+        if len(cameras) == 1:
+            raise ValueError(
+                f"gaussians are too large: they may cover {pairs[0]:.0f} tiles of {TILE} x {TILE} pixels in a view, "
+                f"at most {MAX_PAIRS} are accepted"
+            )
+        half = len(cameras) // 2
+        rgb, alpha, info = rasterize(gaussians, cameras[:half], width, height, background[:half])
+        rgb2, alpha2, info2 = rasterize(gaussians, cameras[half:], width, height, background[half:])
+        joined = {name: torch.cat([info[name], info2[name]]) for name in info}
+        return torch.cat([rgb, rgb2]), torch.cat([alpha, alpha2]), joined
     return _rasterize(gaussians.tensors(), cameras.viewmats, cameras.Ks, width, height, background)
+
+
+def _pairs(gaussians: Gaussians, cameras: Cameras, width: int, height: int) -> list[float]:
+    """At least as many pairs of a Gaussian and a tile as gsplat has in each view."""
+    spread = gaussians.log_scales.amax(1).exp()
+    wide, high = -(-width // TILE), -(-height // TILE)
+    counts = []
+    for view, K in zip(cameras.viewmats, cameras.Ks, strict=True):
+        depth = gaussians.means @ view[2, :3] + view[2, 3]
+        focal = torch.maximum(K[0, 0], K[1, 1])
+        slope = max(width, height) / focal  # more than gsplat's limit of x/z and y/z
+        deviation = ((spread * focal / depth).square() * (1 + slope.square()) + BLUR).sqrt()
+        along = 2 * (EXTENT * deviation + 1) / TILE + 2
+        tiles = along.clamp(max=wide) * along.clamp(max=high)
+        counts.append(torch.where(depth < NEAR_PLANE, 0.0, tiles.nan_to_num(wide * high)).sum(dtype=torch.float64))
+    return torch.stack(counts).tolist()
 
 
 def rasterize_scenes(
@@ -88,8 +122,8 @@ def _rasterize(
         width=width,
         height=height,
         backgrounds=background,
-        near_plane=0.01,
-        eps2d=0.3,
+        near_plane=NEAR_PLANE,
+        eps2d=BLUR,
         packed=False,
         tile_size=TILE,
         rasterize_mode="classic",

@@ -171,3 +171,64 @@ def test_scenes_of_different_kinds_are_not_rendered_together():
     cameras = orbit(0.0, torch.tensor([0.0, 90.0]), 2.0, 49.1, 8, 8)
     with pytest.raises(ValueError, match="as many"):
         rasterize_scenes([(scene(3, 1), cameras, torch.ones(3)), (scene(3, 4), cameras, torch.ones(3))], 8, 8)
+
+
+class TestPairs:
+    """Of Gaussians and tiles, which gsplat numbers with 32 bits (TORCH_CHECKs of ROCm's gsplat say so)."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch) -> list[int]:
+        calls = []
+
+        def drawn(fields, viewmats, Ks, width, height, background):
+            views, n = len(viewmats), len(fields["means"])
+            calls.append(views)
+            info = {"means2d": torch.zeros(views, n, 2), "radii": torch.ones(views, n), "depths": torch.ones(views, n)}
+            return background[:, None, None].expand(views, 2, 2, 3), torch.ones(views, 2, 2, 1), info
+
+        monkeypatch.setattr(wrapper, "_rasterize", drawn)
+        return calls
+
+    @staticmethod
+    def huge(n: int) -> Gaussians:
+        place, colour = torch.zeros(n, 3), torch.zeros(n, 1, 3)
+        return Gaussians(place, torch.ones(n, 4), torch.full((n, 3), 5.0), torch.zeros(n), colour)
+
+    def draw(self, gaussians: Gaussians) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        cameras = orbit(15.0, torch.arange(15) * 24.0, 2.5, 49.1, 518, 518)
+        return wrapper.rasterize(gaussians, cameras, 518, 518, torch.arange(45.0).view(15, 3))
+
+    def test_what_is_too_much_for_one_call_is_drawn_in_several(self, calls):
+        with torch.no_grad():
+            rgb, alpha, info = self.draw(self.huge(34_000))  # each on 65 x 65 tiles of 15 views
+        assert calls == [7, 8]
+        assert torch.equal(rgb[:, 0, 0], torch.arange(45.0).view(15, 3))
+        assert (len(alpha), *(len(each) for each in info.values())) == (15,) * 4
+
+    def test_what_is_too_much_for_one_view_is_refused(self, calls):
+        with torch.no_grad(), pytest.raises(ValueError, match="gaussians are too large"):
+            self.draw(self.huge(510_000))
+        assert not calls
+
+    def test_what_fits_is_drawn_at_once(self, calls):
+        with torch.no_grad():
+            usual = scene(400_000, 1)
+            usual.log_scales.sub_(2.0)  # most are under a hundredth of the scene
+            self.draw(usual)
+            self.draw(self.huge(33_000))
+        assert calls == [15, 15]
+
+    @pytest.mark.parametrize("size", [-6.0, -3.0, 0.0])
+    def test_they_are_not_fewer_than_there_are(self, size):
+        gaussians = scene(500, 1)
+        gaussians.log_scales.copy_(gaussians.log_scales + 3.0 + size)
+        cameras = orbit(15.0, torch.arange(4) * 90.0, 2.5, 49.1, 130, 100)
+        with torch.no_grad():
+            info = rasterize(gaussians, cameras, 130, 100, torch.ones(3))[2]
+        radius, centre = info["radii"][..., None], info["means2d"]
+        tiles = torch.tensor([17, 13])
+        low = ((centre - radius) / wrapper.TILE).floor().clamp(min=0).minimum(tiles)
+        high = ((centre + radius) / wrapper.TILE).ceil().clamp(min=0).minimum(tiles)
+        there = ((high - low).prod(-1) * (info["radii"] > 0)).sum(1)
+        for counted, true in zip(wrapper._pairs(gaussians, cameras, 130, 100), there.tolist(), strict=True):
+            assert true <= counted <= 8 * true
