@@ -349,7 +349,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return answer(request, error.status, error.message, error.field, error.limit)
+        return answer(request, error.status, error.message, error.field, error.limit, **retry(error.retry_after))
 
     @app.exception_handler(Unavailable)
     async def unavailable(request: Request, error: Unavailable) -> Response:

@@ -132,6 +132,7 @@ class TestRoutes:
         answer = service.client.get("/studio/miner")
         assert answer.status_code == 503
         assert answer.json()["error"]["message"].startswith("No miner answers at http://127.0.0.1:9")
+        assert answer.headers["Retry-After"] == "2"
 
 
 @pytest.mark.parametrize(
