@@ -481,7 +481,7 @@ class TestMemory:
         engine, _ = ready_engine
         asset = await engine.generate(of("a"))
         scores = await engine.call(lambda pipeline: pipeline.validate(b"ply", "a", False, False, 0.6))
-        kept = [weakref.ref(asset), weakref.ref(scores)]
+        kept: list[weakref.ref[Any]] = [weakref.ref(asset), weakref.ref(scores)]
         del asset, scores
         await until(lambda: [each() for each in kept] == [None, None])
 

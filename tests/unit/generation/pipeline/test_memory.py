@@ -188,7 +188,8 @@ class TestFullMemory:
         assert pipeline.generate([ask("red")])[0].ply
 
     def test_a_splat_is_made_once_when_there_is_no_memory_to_check_it(self, pipeline, sculptor, monkeypatch):
-        check_all, failed = pipeline._self_check.check_all, []
+        check_all = pipeline._self_check.check_all
+        failed: list[int] = []
 
         def full(splats: Any, fit: bool) -> Any:
             if len(failed) < 4:  # both together, one as the half of them, each by itself
@@ -223,7 +224,7 @@ class TestFullMemory:
         for _ in range(100):
             if unfinished := [job for job in jobs if job.outcome is None]:
                 pipeline.tick(unfinished)
-        assert all(job.outcome.ply for job in jobs)
+        assert all(isinstance(job.outcome, Asset) and job.outcome.ply for job in jobs)
         assert len(text.begun_before) == 3  # one of them twice
 
 
