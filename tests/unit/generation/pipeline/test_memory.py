@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from generation.generators.base import Subject
+from generation.pipeline import batch_limit
+from generation.pipeline import pipeline as pipeline_module
 from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE
 from generation.pipeline.pipeline import Asset, Pipeline
 from generation.splats import ply
@@ -188,6 +190,8 @@ class TestFullMemory:
         assert pipeline.generate([ask("red")])[0].ply
 
     def test_a_splat_is_made_once_when_there_is_no_memory_to_check_it(self, pipeline, sculptor, monkeypatch):
+        monkeypatch.setattr(batch_limit, "release_cache", lambda: None)  # takes half a second
+        monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)
         check_all = pipeline._self_check.check_all
         failed: list[int] = []
 
@@ -213,6 +217,7 @@ class TestFullMemory:
         assert len(sculptor.begun_before) == 3
 
     def test_a_generator_that_does_not_fit_beside_the_others_works_gets_their_memory(self, monkeypatch):
+        monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)  # takes half a second
         text, image = TakingTurns(iters=5), TakingTurns(iters=5)
         painter, matting = Painter(), WhiteIsBackground()
         pipeline = Pipeline(painter, matting, text, image, colour_check(), "cpu", [], 4, take_turns=True)  # type: ignore[arg-type]
