@@ -63,6 +63,8 @@ function listen() {
     const result = results.find((each) => each.id === about.request_id);
     if (result && own.mine) select(result);
   });
+  // A browser comes back by itself when the connection broke, and not after an answer such as a proxy's 502.
+  events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000); };
   events.onopen = () => refresh().then(() => { if (!shown && results.length) select(results[0]); }, () => {});
 }
 
@@ -212,6 +214,7 @@ async function select(result) {
 
 function drawGallery() {
   const wanted = results.filter((each) => filter === "all" || each.outcome === filter);
+  const focused = byId("results").contains(document.activeElement) ? document.activeElement.dataset.id : null;
   byId("results").replaceChildren(...wanted.map((result) => {
     const thumbnail = result.files.includes("thumbnail.webp") ? "thumbnail.webp" : result.files.includes("picture.webp") ? "picture.webp" : null;
     const image = thumbnail ? element("img", { src: `requests/${result.id}/${thumbnail}`, alt: "", loading: "lazy" }) : result.outcome;
@@ -219,8 +222,10 @@ function drawGallery() {
       element("div", { className: "caption" }, element("span", {}, result.prompt ?? "a picture"),
         element("span", { className: result.outcome }, result.score === null ? result.outcome : `${result.outcome}, ${result.score.toFixed(2)}`)));
     if (shown?.id === result.id) card.setAttribute("aria-current", "true");
+    card.dataset.id = result.id;
     return element("li", {}, card);
   }));
+  if (focused) byId("results").querySelector(`[data-id="${focused}"]`)?.focus({ preventScroll: true });
   if (!wanted.length) byId("results").append(element("li", { className: "small" }, "Nothing here."));
 }
 
@@ -293,7 +298,8 @@ function route() {
   const page = location.hash === "#miner" ? "miner" : "make";
   for (const each of ["make", "miner"]) {
     byId(each).hidden = each !== page;
-    byId(`tab-${each}`).toggleAttribute("aria-current", each === page);
+    if (each === page) byId(`tab-${each}`).setAttribute("aria-current", "page");
+    else byId(`tab-${each}`).removeAttribute("aria-current");
   }
   showMiner(byId("miner"), page === "miner");
 }
