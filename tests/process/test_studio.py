@@ -374,6 +374,21 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         page.close()
 
 
+def test_what_ends_before_its_id_is_known_is_shown(studio: Studio) -> None:
+    def late(route: Any) -> None:
+        if route.request.method == "POST":
+            answer = route.fetch()
+            until(studio.results, "a result")
+            route.fulfill(response=answer)
+        else:
+            route.continue_()
+
+    studio.page.route("**/studio/requests", late)
+    studio.make("crash")
+    until(lambda: "failed" in studio.page.inner_text("#about"), "the failure on the page", 20)
+    assert studio.page.locator(".making").count() == 0
+
+
 def test_who_leaves_the_miners_page_leaves_no_polling_behind(studio: Studio) -> None:
     asked: list[Any] = []
     studio.page.route("**/studio/miner", asked.append)
