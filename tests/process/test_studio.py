@@ -254,7 +254,7 @@ def test_events_are_asked_for_again_after_an_answer_of_a_proxy(studio: Studio) -
 
     studio.page.route("**/events", once)
     studio.open()
-    until(lambda: refused, "a refusal")
+    until(lambda: studio.page.title() and refused, "a refusal")  # routes are served while the page is asked
     studio.make("a red ball")
     until(lambda: studio.page.locator("#results button").count() == 1, "the result on the page", 20)
 
@@ -365,7 +365,7 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         page.set_viewport_size({"width": 390, "height": 800})
         page.click("#tab-make")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.set_viewport_size({"width": 740, "height": 360})  # beside what turns by dragging there is room to scroll by
+        page.set_viewport_size({"width": 740, "height": 360})  # there is room to scroll by
         assert page.locator("#stage").bounding_box()["height"] <= 0.6 * 360
         assert page.get_attribute("#tab-make", "aria-current") == "page"
         metrics.close()
@@ -391,9 +391,9 @@ def test_what_ends_before_its_id_is_known_is_shown(studio: Studio) -> None:
 
 def test_who_leaves_the_miners_page_leaves_no_polling_behind(studio: Studio) -> None:
     asked: list[Any] = []
-    studio.page.route("**/studio/miner", asked.append)
+    studio.page.route("**/studio/miner", lambda route: asked.append(route))
     studio.page.click("#tab-miner")
-    until(lambda: asked, "the figures are asked for")
+    until(lambda: studio.page.title() and asked, "the figures are asked for")
     studio.page.click("#tab-make")
     asked[0].continue_()
     studio.page.wait_for_timeout(2500)  # longer than between two polls
