@@ -19,7 +19,7 @@ COPY --chown=miner neurons/__init__.py neurons/__init__.py
 FROM base AS generation-cpu
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf scripts/install.sh service && rm -rf /tmp/uv
 COPY --chown=miner . .
-RUN mkdir -p data logs run .cache
+RUN mkdir -p data logs run .cache/compiled
 EXPOSE 10006
 ENV COMPETITIVE_SERVICE_HOST=0.0.0.0
 HEALTHCHECK --interval=10s --timeout=11s --start-period=30m --start-interval=5s --retries=3 \

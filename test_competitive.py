@@ -151,10 +151,13 @@ def normal(name: str) -> str:
 def gpu_detected(service: Service) -> str:
     import torch
 
+    from scripts.ops.environment import has_gpu
+
     profile = service.about.get("profile", "no")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB, {profile} profile"
+    expect(not has_gpu(), f"nvidia-smi lists one, and torch {torch.__version__} can use none: a driver older than 580?")
     return f"none, {profile} profile"
 
 

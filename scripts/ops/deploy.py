@@ -32,6 +32,9 @@ LOOPBACK_VALIDATORS = 4
 REHEARSAL_TIME_SCALE = 20
 START_S = 180  # for the miner and the rehearsal network: importing bittensor is slow
 LOG_LINES = 12  # of a process that did not start
+#: What the processes run and read. Documents and tests may change beneath them.
+CODE = ("common", "configs", "generation", "neurons", "requirements", "scripts/ops")
+CODE_SUFFIXES = (".py", ".yaml", ".json", ".html", ".css", ".js", ".txt")
 ENDED = 130  # exit status after Ctrl-C and the like
 
 
@@ -295,6 +298,11 @@ def _runs_already(deployment: Deployment) -> bool:
         same = False
     if not same:
         raise Refused("already running with other flags. Stop it first: ./stop_competitive.sh")
+    if not (RUN / "code").exists() or (RUN / "code").read_text() != _code():
+        raise Refused(
+            "already running, and its code or configs have changed since: a git pull? For the new ones stop it first: "
+            "./stop_competitive.sh"
+        )
     if len(alive) < len(states):
         raise Refused("only a part of it is running. Stop it first: ./stop_competitive.sh")
     for name, state in states.items():
@@ -305,9 +313,20 @@ def _runs_already(deployment: Deployment) -> bool:
     return True
 
 
+def _code() -> str:
+    """The state of what the processes run and read, as a hash."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in CODE_SUFFIXES and path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def _start(deployment: Deployment) -> None:
     url, network = deployment.url, deployment.state / "network.json"
     (RUN / "flags").write_text(deployment.flags())
+    (RUN / "code").write_text(_code())
     joined = deployment.cluster
     if joined is not None:
         if not joined.is_head:

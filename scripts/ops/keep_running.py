@@ -10,6 +10,7 @@ command is, too. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -26,6 +27,7 @@ MAX_PAUSE_S = 60.0
 LASTING_S = 60.0  # a life that lasted so long was no failed start
 MAX_OUTPUT_BYTES = 1 << 20  # of what the command prints beside its log, over all lives; looked at every OUTPUT_CHECK_S
 OUTPUT_CHECK_S = 10.0
+CAN_NOT_START = 127  # a shell's exit status for it
 
 _PR_SET_PDEATHSIG = 1
 
@@ -47,19 +49,31 @@ class Keeper:
         pause = FIRST_PAUSE_S
         while True:
             began = time.monotonic()
-            self._child = subprocess.Popen(self._command, preexec_fn=_die_with_parent)
-            if self._stopping.is_set():  # while it was being started
-                self._child.terminate()
-            status = self._child.wait()
+            status, how = self._live()
             if self._stopping.is_set() or status == 0 or not self._up.exists():
                 return status if status >= 0 else 128 - status
             if time.monotonic() - began >= LASTING_S:
                 pause = FIRST_PAUSE_S
-            how = f"exit status {status}" if status > 0 else signal.Signals(-status).name
-            self._say(f"The process ended ({how}); it is started again in {pause:.0f} s")
+            self._say(f"The process {how}; it is started again in {pause:.0f} s")
             if self._stopping.wait(pause):
                 return 0
             pause = min(2 * pause, MAX_PAUSE_S)
+
+    def _live(self) -> tuple[int, str]:
+        """One life of the command: its exit status, negative for a signal, and how it ended.
+
+        Raises OSError when it can not be started while whoever starts it waits for it.
+        """
+        try:
+            self._child = subprocess.Popen(self._command, preexec_fn=_die_with_parent)
+        except OSError as error:  # no memory for a process, or .venv is being made anew
+            if not self._up.exists():
+                raise
+            return CAN_NOT_START, f"could not be started ({error})"
+        if self._stopping.is_set():  # while it was being started
+            self._child.terminate()
+        status = self._child.wait()
+        return status, f"ended ({f'exit status {status}' if status >= 0 else signal.Signals(-status).name})"
 
     def _say(self, text: str) -> None:
         now = time.time()
@@ -68,7 +82,8 @@ class Keeper:
             with self._log.open("a") as log:  # its writer is dead, so nobody else writes or rotates it
                 log.write(f"{stamp} ERROR   keep_running: {text}\n")
         except OSError as error:
-            print(f"{stamp} {text} ({self._log}: {error.strerror})", flush=True)
+            with contextlib.suppress(OSError):  # a full disk takes that no more than the log
+                print(f"{stamp} {text} ({self._log}: {error.strerror})", flush=True)
 
 
 def _die_with_parent() -> None:

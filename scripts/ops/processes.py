@@ -199,7 +199,12 @@ def start(name: str, arguments: Sequence[str], log: Path, variables: Mapping[str
             start_new_session=True,  # a closed terminal does not end it
             env={**variables, "PYTHONUNBUFFERED": "1"},
         )
-    pid_file(name).write_text(f"{child.pid}\n")
+    try:
+        pid_file(name).write_text(f"{child.pid}\n")
+    except BaseException:  # a full disk, or told to end: without the file nobody would find it again
+        child.kill()
+        child.wait()
+        raise
     return child.pid
 
 
@@ -233,7 +238,7 @@ def stop_all() -> list[str]:
     """What was stopped, a line each. Raises Refused, and stops nothing, when one of them is not ours."""
     refuse_foreign(list(MODULES))
     told = [line for line in map(stop, STOP_S) if line is not None]
-    for path in (RUN / "flags", RUN / "url", RUN / "boot", RUN / "miner.status", *RUN.glob("*.up")):
+    for path in (RUN / "flags", RUN / "code", RUN / "url", RUN / "boot", RUN / "miner.status", *RUN.glob("*.up")):
         path.unlink(missing_ok=True)
     return told
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -108,9 +109,8 @@ def check_can_install() -> pwd.struct_passwd:
 
 def install(names: Sequence[str], user: str, units: Path = UNITS) -> list[str]:
     """Write and start them; what was done. Raises Refused or OSError."""
-    target = units / TARGET
-    if target.exists() and f"in {ROOT}\n" not in target.read_text():
-        raise Refused(f"{target} is of another folder: --uninstall-service there first")
+    if other := _installed_from(units):
+        raise Refused(f"{units / TARGET} is of {other}: --uninstall-service there first")
     files = render(names, ROOT, user)
     _systemctl("stop", TARGET, may_fail=True)
     for name, content in files.items():
@@ -123,6 +123,9 @@ def install(names: Sequence[str], user: str, units: Path = UNITS) -> list[str]:
 
 
 def uninstall(units: Path = UNITS) -> list[str]:
+    """Stop and remove them; what was done. Raises Refused or OSError."""
+    if other := _installed_from(units):
+        raise Refused(f"{units / TARGET} is of {other}: --uninstall-service there")
     found = [name for name in (TARGET, *map(unit, ABOUT)) if (units / name).exists()]
     if found:
         _systemctl("disable", "--now", *found, may_fail=True)
@@ -130,6 +133,15 @@ def uninstall(units: Path = UNITS) -> list[str]:
             (units / name).unlink()
         _systemctl("daemon-reload")
     return [f"removed {units / name}" for name in found] or ["no service was installed"]
+
+
+def _installed_from(units: Path) -> str | None:
+    """The folder whose units are installed, where that is another one that is there."""
+    try:
+        found = re.search(r"^Description=Competitive miner in (.+)$", (units / TARGET).read_text(), re.MULTILINE)
+    except FileNotFoundError:
+        return None
+    return found[1] if found and found[1] != str(ROOT) and Path(found[1]).is_dir() else None
 
 
 def _systemctl(*arguments: str, may_fail: bool = False) -> None:

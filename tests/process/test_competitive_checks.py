@@ -16,6 +16,7 @@ import test_competitive as checks
 from generation.pipeline.pipeline import Asset, Job, Report, Scores
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
+from scripts.ops import environment
 from tests.support.service_harness import Service, StandInPipeline, serving, wait_until
 
 
@@ -111,6 +112,13 @@ def test_a_wrong_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "0.1" if name == "einops" else real(name))
     with pytest.raises(checks.Failed, match=r"einops 0.1 \(want "):
         checks.dependencies_installed(checks.NoService(""))
+
+
+def test_a_gpu_that_torch_can_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(checks.Failed, match=r"nvidia-smi lists one, and torch .* can use none"):
+        checks.gpu_detected(checks.NoService(""))
 
 
 def test_the_miner_checks_pass_with_the_miners_classes() -> None:

@@ -35,6 +35,10 @@ def test_deploy_twice_then_stop(clone: Clone) -> None:
     assert "Already running" in second.stdout
     assert {name: clone.pid(name) for name in pids} == pids
     refused(clone.deploy("--workers", "2"), "other flags", "stop_competitive.sh")
+    clone.write("docs/GUIDE.md", "of a git pull")
+    assert "Already running" in clone.deploy().stdout
+    clone.write("neurons/miner/new.py", "of a git pull")
+    refused(clone.deploy(), "code or configs have changed", "stop_competitive.sh")
 
     stopped = clone.stop()
     assert stopped.returncode == 0

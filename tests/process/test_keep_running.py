@@ -39,11 +39,11 @@ class Kept:
         self.folder = folder
         self.process: subprocess.Popen[bytes]
 
-    def start(self, way: str, up: bool = True, pause: float = 0.01) -> None:
+    def start(self, way: str, up: bool = True, pause: float = 0.01, python: str = sys.executable) -> None:
         (self.folder / "way").write_text(way)
         if up:
             (self.folder / "up").touch()
-        command = [sys.executable, "-c", KEEPER, str(pause), "up", "log", sys.executable, "-c", COMMAND]
+        command = [sys.executable, "-c", KEEPER, str(pause), "up", "log", python, "-c", COMMAND]
         with (self.folder / "out").open("wb") as out:
             self.process = subprocess.Popen(command, cwd=self.folder, stdout=out, env={"PYTHONPATH": str(ROOT)})
 
@@ -153,4 +153,24 @@ def test_nothing_outlives_a_keeper_that_is_killed(kept: Kept) -> None:
 def test_a_log_that_can_not_be_written_stops_nothing(kept: Kept) -> None:
     (kept.folder / "log").mkdir()
     kept.start("3")
+    until(lambda: len(kept.lives) == 2)
+
+
+def test_a_full_disk_stops_nothing(kept: Kept) -> None:
+    for name in ("log", "out"):
+        (kept.folder / name).symlink_to("/dev/full")
+    kept.start("3")
+    until(lambda: len(kept.lives) == 3)
+
+
+def test_what_can_not_be_started_for_a_while_is_tried_again(kept: Kept) -> None:
+    python = kept.folder / "python"  # of an environment that is being made anew
+    python.symlink_to(sys.executable)
+    kept.start("wait", python=str(python))
+    until(lambda: len(kept.lives) == 1)
+    python.unlink()
+    psutil.Process(kept.lives[0]).kill()
+    until(lambda: len(kept.log) >= 2)
+    assert "The process could not be started ([Errno 2] No such file or directory" in kept.log[1]
+    python.symlink_to(sys.executable)
     until(lambda: len(kept.lives) == 2)

@@ -236,6 +236,27 @@ def test_what_is_rejected_is_shown_with_its_reason(studio: Studio) -> None:
     studio.page.click("[data-show=rejected]")
     keep(studio.page, "rejected")
     assert studio.page.locator("#results .caption").all_inner_texts() == ["poor\nrejected, 0.30"]
+    studio.page.focus("#results button")
+    studio.page.keyboard.press("Enter")
+    assert studio.page.evaluate("document.activeElement.dataset.id") == studio.results()[1]["id"]
+
+
+def test_events_are_asked_for_again_after_an_answer_of_a_proxy(studio: Studio) -> None:
+    """With any other status than 200 browsers give up."""
+    refused: list[Any] = []
+
+    def once(route: Any) -> None:
+        if refused:
+            route.continue_()
+        else:
+            refused.append(route)
+            route.fulfill(status=502)
+
+    studio.page.route("**/events", once)
+    studio.open()
+    until(lambda: studio.page.title() and refused, "a refusal")  # routes are served while the page is asked
+    studio.make("a red ball")
+    until(lambda: studio.page.locator("#results button").count() == 1, "the result on the page", 20)
 
 
 def test_three_at_once_go_on_when_the_page_is_loaded_anew(studio: Studio) -> None:
@@ -334,12 +355,46 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         ]  # fmt: skip
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         keep(page, "miner-on-a-phone")
+        table = page.locator("section", has=page.get_by_role("heading", name="Validators"))
+        table.evaluate("each => { each.scrollLeft = 150; }")
+        metrics.show(replace(moment, cooldowns={1: 70.0}))
+        until(lambda: "70 s" in table.inner_text(), "the next figures")
+        assert table.evaluate("each => each.scrollLeft") == 150
         page.set_viewport_size({"width": 1280, "height": 900})
         keep(page, "miner")
         page.set_viewport_size({"width": 390, "height": 800})
         page.click("#tab-make")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.set_viewport_size({"width": 740, "height": 360})  # there is room to scroll by
+        assert page.locator("#stage").bounding_box()["height"] <= 0.6 * 360
+        assert page.get_attribute("#tab-make", "aria-current") == "page"
         metrics.close()
         page.click("#tab-miner")
         until(lambda: "No miner answers at" in page.inner_text("#miner"), "word that no miner runs")
         page.close()
+
+
+def test_what_ends_before_its_id_is_known_is_shown(studio: Studio) -> None:
+    def late(route: Any) -> None:
+        if route.request.method == "POST":
+            answer = route.fetch()
+            until(studio.results, "a result")
+            route.fulfill(response=answer)
+        else:
+            route.continue_()
+
+    studio.page.route("**/studio/requests", late)
+    studio.make("crash")
+    until(lambda: "failed" in studio.page.inner_text("#about"), "the failure on the page", 20)
+    assert studio.page.locator(".making").count() == 0
+
+
+def test_who_leaves_the_miners_page_leaves_no_polling_behind(studio: Studio) -> None:
+    asked: list[Any] = []
+    studio.page.route("**/studio/miner", lambda route: asked.append(route))
+    studio.page.click("#tab-miner")
+    until(lambda: studio.page.title() and asked, "the figures are asked for")
+    studio.page.click("#tab-make")
+    asked[0].continue_()
+    studio.page.wait_for_timeout(2500)  # longer than between two polls
+    assert len(asked) == 1

@@ -12,6 +12,7 @@ import yaml
 
 from common.settings import settings_of
 from generation.arguments import TABLES as SERVICE_TABLES
+from generation.splats.rasterize import gsplat_build
 from neurons.miner.options import TABLES as MINER_TABLES
 from scripts.ops import cluster, deploy
 from scripts.ops.processes import STOP_S
@@ -171,3 +172,27 @@ def test_stops_are_as_long_everywhere() -> None:
     for service, name in names.items():
         assert services[service]["stop_grace_period"] == f"{STOP_S[name]:.0f}s"
         assert f'app("{name}", {STOP_S[name]:.0f}' in (ROOT / "ecosystem.config.js").read_text()
+
+
+def test_no_container_that_may_crash_holds_the_network_of_others() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    holder = services.pop("network")
+    assert "build" not in holder
+    assert {each["network_mode"] for each in services.values()} == {"service:network"}
+    assert not any("ports" in each for each in services.values())  # Docker refuses them beside that
+
+
+def test_no_volume_outlives_what_an_image_brings() -> None:
+    """A named volume is filled from the first image alone, and hides the same folder of all later ones."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    made = {folder for line in re.findall(r"mkdir -p (.+?)(?: &&|\n)", dockerfile) for folder in line.split()}
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    for name in ("generation", "miner", "rehearsal"):
+        for volume in services[name]["volumes"]:
+            target = volume.removesuffix(":ro").rpartition(":")[2]
+            if target == "/wallets":
+                continue
+            assert target.removeprefix("/app/") in made, target  # by the user who writes there, and empty
+            assert target not in ("/app/.cache", "/app/.cache/gsplat")
+    assert "/app/.cache/compiled" in str(services["generation"]["volumes"])
+    assert gsplat_build.CACHE == ROOT / ".cache/gsplat"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,6 +117,32 @@ def test_one_deploy_or_stop_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     with processes.lock(), pytest.raises(processes.Refused, match="a deploy or stop is at work"):
         processes.lock()
     processes.lock().close()
+
+
+def test_what_no_pid_file_names_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", ".venv/bin", "scripts/ops"):
+        Path(folder).mkdir(parents=True)
+    Path(".venv/bin/python").symlink_to(sys.executable)
+    Path("scripts/ops/keep_running.py").write_text("import time; time.sleep(1000)")
+    Path("run/miner.pid").symlink_to("/dev/full")
+    started = []
+
+    def note(*arguments: Any, **settings: Any) -> Any:
+        started.append(subprocess_popen(*arguments, **settings))
+        return started[-1]
+
+    subprocess_popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", note)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            processes.start("miner", [], Path("log"), os.environ)
+        (child,) = started
+        assert child.poll() is not None
+    finally:
+        for child in started:
+            child.kill()
+            child.wait()
 
 
 def test_pid_files_are_forgotten_only_after_a_restart(running: int, monkeypatch: pytest.MonkeyPatch) -> None:

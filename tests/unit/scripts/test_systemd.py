@@ -61,9 +61,16 @@ def test_install_and_uninstall(tmp_path: Path, calls: list[tuple[str, ...]]) -> 
 
 
 def test_another_folders_units_stay(tmp_path: Path, calls: list[tuple[str, ...]]) -> None:
-    (tmp_path / "competitive.target").write_text("Description=Competitive miner in /opt/other\n")
-    with pytest.raises(Refused, match="another folder"):
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "competitive.target").write_text(f"[Unit]\nDescription=Competitive miner in {other}\n")
+    with pytest.raises(Refused, match=f"is of {other}"):
         systemd.install(NAMES, "somebody", tmp_path)
+    with pytest.raises(Refused, match=f"is of {other}"):
+        systemd.uninstall(tmp_path)
+    assert calls == []
+    other.rmdir()  # it was moved: nobody else could take them away
+    assert len(systemd.uninstall(tmp_path)) == 1
 
 
 def test_without_systemd_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ const INTERVAL_MS = 2000;
 const OUTCOMES = { accepted: "delivered", declined: "failed", broken: "rejected", empty: "rejected", refused: "failed", given_up: "rejected", unknown: "" };
 const SVG = "http://www.w3.org/2000/svg";
 
-let timer = null;
+let visit = 0; // what was asked for in an earlier one is not drawn
 
 /** Show it on `page` and keep it up to date, or stop doing so. */
 export function showMiner(page, visible) {
-  clearTimeout(timer);
-  if (!visible) return;
+  const own = ++visit;
   const update = async () => {
+    if (own !== visit) return;
     let state = null;
     let problem = "The service does not answer.";
     try {
@@ -23,29 +23,39 @@ export function showMiner(page, visible) {
     } catch {
       // It is tried again.
     }
+    if (own !== visit) return;
     try {
       draw(page, state, problem);
     } catch (error) {
       draw(page, null, `The miner's figures can not be shown (${error.message}): is it of another version?`);
     }
-    timer = setTimeout(update, INTERVAL_MS);
+    setTimeout(update, INTERVAL_MS);
   };
-  update();
+  if (visible) update();
 }
 
 function draw(page, state, problem) {
   if (!state) {
-    page.replaceChildren(element("div", { className: "card" }, element("h3", {}, "No miner"), element("p", { className: "small" }, problem)));
+    change(page, element("div", { className: "card" }, element("h3", {}, "No miner"), element("p", { className: "small" }, problem)));
     return;
   }
-  const scroll = page.querySelector("#outcomes")?.scrollTop ?? 0;
-  page.replaceChildren(...warnings(state), tiles(state),
+  change(page, warnings(state), tiles(state),
     element("div", { className: "two" }, card("Accepted results, each 10 minutes", bars(state)), card("Scores of accepted results", dots(state))),
     card("Validators", validators(state)),
     element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
     card("GPUs of this service", engines(state)),
     card("Results as they come", outcomes(state)));
-  page.querySelector("#outcomes").scrollTop = scroll;
+}
+
+/** Replaces what differs, and no more: scrolled tables, the focus and what is selected stay where they are. */
+function change(old, ...next) {
+  const before = [...old.childNodes];
+  if (before.length !== next.length) return old.replaceChildren(...next);
+  before.forEach((each, i) => {
+    if (each.isEqualNode(next[i])) return;
+    if (each.childNodes.length && each.cloneNode().isEqualNode(next[i].cloneNode())) change(each, ...next[i].childNodes);
+    else each.replaceWith(next[i]);
+  });
 }
 
 const card = (title, content) => element("section", { className: "card" }, element("h3", {}, title), content);
@@ -64,7 +74,7 @@ function warnings(state) {
     found.push(`This machine's clock is ${Math.abs(state.clock_behind).toFixed(0)} s ${state.clock_behind > 0 ? "behind" : "ahead of"} the validators': set it.`);
   }
   if (state.services && !Object.values(state.services).some(Boolean)) found.push("No generation service can take a task.");
-  return found.map((words) => element("p", { className: "card warning", role: "alert" }, words));
+  return element("div", { id: "warnings", role: "alert" }, ...found.map((words) => element("p", { className: "card warning" }, words)));
 }
 
 function tiles(state) {

@@ -23,6 +23,7 @@ export function element(tag, properties = {}, ...children) {
 }
 
 let view = null, results = [], making = new Map(), shown = null, filter = "all", picture = null;
+const own = new Set(); // ids of what was asked for here
 
 // ---- the service's answers ------------------------------------------------------------------------------------------
 
@@ -50,20 +51,23 @@ async function refresh() {
 function listen() {
   const events = new EventSource("../events");
   events.addEventListener("progress", ({ data }) => {
-    const about = JSON.parse(data), own = making.get(about.request_id);
-    if (!own) return;
-    Object.assign(own, { stage: about.stage, fraction: about.fraction, left: about.eta_seconds });
+    const about = JSON.parse(data), row = making.get(about.request_id);
+    if (!row) return;
+    Object.assign(row, { stage: about.stage, fraction: about.fraction, left: about.eta_seconds });
     drawProgress();
   });
   events.addEventListener("end", async ({ data }) => {
-    const about = JSON.parse(data), own = making.get(about.request_id);
-    if (!own) return;
-    making.delete(about.request_id);
-    await refresh().catch(() => {});
-    const result = results.find((each) => each.id === about.request_id);
-    if (result && own.mine) select(result);
+    const id = JSON.parse(data).request_id;
+    if (making.delete(id) || own.has(id)) await refresh().then(() => selectOwn(id), () => {});
   });
+  // A browser comes back by itself when the connection broke, and not after an answer such as a proxy's 502.
+  events.onerror = () => { if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000); };
   events.onopen = () => refresh().then(() => { if (!shown && results.length) select(results[0]); }, () => {});
+}
+
+function selectOwn(id) {
+  const result = results.find((each) => each.id === id);
+  if (result && own.delete(id)) select(result);
 }
 
 async function health() {
@@ -87,9 +91,10 @@ async function make(prompt, image, seed, candidates = "1") {
   else form.set("prompt", prompt);
   if (seed) form.set("seed", seed);
   if (candidates !== "1") form.set("candidates", candidates);
-  const { id, seed: given } = await (await ask("requests", { method: "POST", body: form })).json();
-  making.set(id, { id, prompt: image ? null : prompt, seed: given, stage: "queued", fraction: 0, ...making.get(id), mine: true });
-  drawProgress();
+  const { id } = await (await ask("requests", { method: "POST", body: form })).json();
+  own.add(id);
+  await refresh(); // its end may have been told before this answer came
+  selectOwn(id);
 }
 
 function choosePicture(file) {
@@ -212,6 +217,7 @@ async function select(result) {
 
 function drawGallery() {
   const wanted = results.filter((each) => filter === "all" || each.outcome === filter);
+  const focused = byId("results").contains(document.activeElement) ? document.activeElement.dataset.id : null;
   byId("results").replaceChildren(...wanted.map((result) => {
     const thumbnail = result.files.includes("thumbnail.webp") ? "thumbnail.webp" : result.files.includes("picture.webp") ? "picture.webp" : null;
     const image = thumbnail ? element("img", { src: `requests/${result.id}/${thumbnail}`, alt: "", loading: "lazy" }) : result.outcome;
@@ -219,8 +225,10 @@ function drawGallery() {
       element("div", { className: "caption" }, element("span", {}, result.prompt ?? "a picture"),
         element("span", { className: result.outcome }, result.score === null ? result.outcome : `${result.outcome}, ${result.score.toFixed(2)}`)));
     if (shown?.id === result.id) card.setAttribute("aria-current", "true");
+    card.dataset.id = result.id;
     return element("li", {}, card);
   }));
+  if (focused) byId("results").querySelector(`[data-id="${focused}"]`)?.focus({ preventScroll: true });
   if (!wanted.length) byId("results").append(element("li", { className: "small" }, "Nothing here."));
 }
 
@@ -293,7 +301,8 @@ function route() {
   const page = location.hash === "#miner" ? "miner" : "make";
   for (const each of ["make", "miner"]) {
     byId(each).hidden = each !== page;
-    byId(`tab-${each}`).toggleAttribute("aria-current", each === page);
+    if (each === page) byId(`tab-${each}`).setAttribute("aria-current", "page");
+    else byId(`tab-${each}`).removeAttribute("aria-current");
   }
   showMiner(byId("miner"), page === "miner");
 }
