@@ -27,10 +27,12 @@ from generation.fleet.fleet import Fleet
 from generation.schema.score import formula, shares
 from generation.settings import Settings
 from generation.web import docs_page, intake, openapi
+from generation.web.errors import ApiError
 from generation.web.events import Events, EventStream, Following
 from generation.web.hosts import SameSite
-from generation.web.intake import ApiError, BodyLimit
+from generation.web.intake import BodyLimit
 from generation.web.metrics import Metrics
+from generation.web.pictures import decode_image
 from generation.web.studio import routes as studio
 from generation.web.studio.gallery import Gallery
 from generation.web.studio.makers import Makers
@@ -153,7 +155,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         async with scoring_bodies[background]:
             body = await intake.read_score_request(request)
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
-            picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
+            picture = await asyncio.to_thread(decode_image, data, "prompt_image")
             return await _score(request, body, picture.target, background)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any, background: bool) -> dict[str, Any]:
@@ -212,7 +214,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
     async def follow(request_id: Annotated[str, Path(json_schema_extra=openapi.REQUEST_ID)]) -> Response:
-        """Progress of the request with this X-Request-Id, until its end. It may be called up to 30 s before the request."""
+        """Progress of the request with this X-Request-Id, from up to 30 s before it is sent until its end."""
         return EventStream(events, intake.check_request_id(request_id))
 
     @app.get("/events", response_class=Response, responses=openapi.EVENTS)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from generation.web import intake
+from generation.web import intake, pictures
 
 ABOUT = (
-    "Errors are JSON: which field, what is wrong, and the limit. An unknown path is answered with 404, an unknown method "
-    "with 405, an unknown Host with 421, and a request that another website makes in a browser with 403."
+    "Errors are JSON: which field, what is wrong, and the limit. An unknown path is answered with 404, an unknown "
+    "method with 405, an unknown Host with 421, and a request that another website makes in a browser with 403."
 )
 
 _ERROR_SCHEMA = {
@@ -70,8 +70,8 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 SCORES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "JSON: `score` (final, 0..1), its parts `alignment_score`, `ssim`, `iqa` (quality) and `lpips`, of "
-        "which the last two are null where their weights are missing, the requested previews in base64, and `gates`. "
+        "description": "JSON: `score` (final, 0..1), its parts `alignment_score`, `ssim`, `iqa` (quality) and `lpips`, "
+        "of which the last two are null if their weights are missing, the requested previews in base64, and `gates`. "
         "All scores are 0 if a gate fails"
     },
     **ERRORS,
@@ -126,7 +126,7 @@ _BUDGET = {
     "type": "number",
     "exclusiveMinimum": 0,
     "maximum": intake.MAX_BUDGET_S,
-    "description": "with several candidates: after this time the best so far is returned, or the first one to be finished",
+    "description": "with several candidates: after this time the best so far is returned, or else the first to finish",
 }
 
 
@@ -163,7 +163,7 @@ FORM = {
         "content": {
             "multipart/form-data": {
                 "schema": _object(_FORM_FIELDS, **_ONE),
-                "encoding": {"prompt_image_file": {"contentType": ", ".join(intake.IMAGE_FORMATS.values())}},
+                "encoding": {"prompt_image_file": {"contentType": ", ".join(pictures.IMAGE_FORMATS.values())}},
             },
             "application/x-www-form-urlencoded": {"schema": _object(_TEXT_FIELDS, required=["prompt"])},
         },

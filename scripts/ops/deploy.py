@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str], caller: Path) -> Given:
     line = CommandLine(
         PROGRAM,
         "Installs what is missing, and starts the generation service and the miner; without a wallet also simulated "
-        "validators, the rehearsal. It may be repeated: what runs is left alone. ./stop_competitive.sh stops everything.",
+        "validators, the rehearsal. It may be repeated: what runs is left alone. ./stop_competitive.sh stops all.",
         {**SERVICE_TABLES, **MINER_TABLES, **cluster.TABLES},
         default_file=ROOT / "competitive.toml",
         files_must_exist=True,
