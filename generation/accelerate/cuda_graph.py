@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -27,9 +28,15 @@ def split_batch(count: int) -> list[slice]:
     return slices
 
 
-#: All graphs of this process, which has one GPU. They never run at the same time, so they share one memory pool: it is as
-#: large as the largest of them needs, and not their sum.
+#: All graphs of this process, which has one GPU. They never run at the same time, so they share one memory pool: it is
+#: as large as the largest of them needs, and not their sum.
 _alive: WeakSet[Any] = WeakSet()
+
+
+@cache
+def _stream() -> Any:
+    """Of all warm-ups: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 def compiled_sizes(most: int) -> list[int]:
@@ -53,14 +60,13 @@ class GraphedFunction:
         self._function = function
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs; captured again at the next call
-        self._stream: Any = None  # of all warm-ups: cuBLAS keeps a workspace for every stream that it has seen
 
     def capture(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> None:
         """Warm the function up, then capture it for the shapes of ``inputs``. The graph keeps ``inputs`` as its own.
 
         Capture the largest shape first: what a smaller one needs then fits into the memory of the larger one.
         """
-        stream = self._stream = self._stream or torch.cuda.Stream()
+        stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
             for _ in range(2):  # the first call compiles and chooses algorithms

@@ -57,7 +57,7 @@ class TextToImage:
 
     @torch.no_grad()
     def warm_up(self, count: int) -> None:
-        """On a GPU, draw ``count`` pictures; before the first, set the blocks of transformer and autoencoder to compile.
+        """On a GPU, draw ``count`` pictures; before the first, prepare the blocks for the compiler.
 
         Blocks that are alike share compiled code. It is compiled once for one image and once for any larger batch:
         once for each size would reach torch's limit of 8 variants with four images. 4-bit layers are not compiled.

@@ -28,7 +28,8 @@ def load(options: LgmOptions, parts: Parts) -> Lgm:
     """Build LGM with the models that the options need. Raises WeightsError."""
     network = parts.load("lgm", LGM.from_checkpoint)
     name = "imagedream" if options.views_from == "picture" else "mvdream"
-    multiview = parts.load(name, partial(_load_multiview, options=options, config=network.config, offload=parts.offload))
+    build = partial(_load_multiview, options=options, config=network.config, offload=parts.offload)
+    multiview = parts.load(name, build)
     return Lgm(network, multiview, options, parts.device, parts.remove_background)
 
 

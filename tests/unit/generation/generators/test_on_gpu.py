@@ -101,6 +101,22 @@ def test_from_warm_up_to_gaussians(load: Callable[[Path, Path], Generator], mini
         assert all(isinstance(field, GpuTensor) for field in gaussians.tensors().values())
 
 
+@pytest.mark.slow
+def test_encoders_that_are_offloaded_are_on_the_gpu_while_they_encode(mini_models, tmp_path):
+    mini_checkpoints.imagedream(tmp_path)
+    conditions = []
+    for offload in (False, True):
+        views = ImageDream.load(tmp_path, DEVICE, torch.bfloat16, steps=2, offload_encoders=offload)
+        views._capture_encoder(1)
+        (sampling,) = views.begin([""], [torch.ones(4, 32, 32, device=DEVICE)], [0])
+        encoders = views._words.encoder, views._image_encoder
+        assert {each.is_there for encoder in encoders for each in encoder.parameters()} == {not offload}
+        assert all(parameter.is_there for parameter in views._unet.parameters())
+        conditions.append((sampling.words.cpu(), sampling.known[0].cpu()))
+    assert torch.equal(*(words for words, _ in conditions))
+    assert torch.equal(*(known for _, known in conditions))
+
+
 @pytest.mark.parametrize("position", ["absolute", "ray"])
 def test_lgms_pass_can_be_captured(position):
     network = LGM(Config(**{**vars(SMALL), "position": position})).half().to(DEVICE)
