@@ -51,13 +51,14 @@ class Narrow:
 
 
 def made(text: Narrow, image: Narrow, monkeypatch: pytest.MonkeyPatch, turns: bool = False, most: int = 4) -> Pipeline:
-    generators: Any = text, image
+    text_generator: Any = text
+    image_generator: Any = image
     painter: Any = Painter()
     matting: Any = WhiteIsBackground()
     painter.warm_up = matting.warm_up = lambda count: None
-    check = colour_check()
-    check.warm_up = check.encode = lambda counted: None  # type: ignore[method-assign]
-    pipeline = Pipeline(painter, matting, *generators, check, "cpu", [], most, turns)
+    check: Any = colour_check()
+    check.warm_up = check.encode = lambda counted: None
+    pipeline = Pipeline(painter, matting, text_generator, image_generator, check, "cpu", [], most, turns)
     pipeline._device = "cuda"
     monkeypatch.setattr(pipeline, "generate", lambda requests: ["an asset"])
     monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)
