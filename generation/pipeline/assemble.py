@@ -45,17 +45,24 @@ def enough_memory(settings: Settings) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise NotEnoughMemory(_advice(settings, *_memory_bytes(settings.device))) from error
+        raise NotEnoughMemory(_advice(settings)) from error
 
 
-def _memory_bytes(device: str) -> tuple[int, int]:
-    """Of the GPU's memory: in use by this process, and by others."""
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device)
-    return own, max(0, total - free - own)
+def _in_use(device: str) -> str:
+    """Who has the GPU's memory. Nothing where it is too full for CUDA to tell."""
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device)
+    except RuntimeError:
+        return ""
+    others = max(0, total - free - own)
+    return (
+        f"; {own / GIB:.1f} GiB are this process's, and {others / GIB:.1f} its CUDA context's and other programs', "
+        f"of {total / GIB:.1f}"
+    )
 
 
-def _advice(settings: Settings, own: int, others: int) -> str:
+def _advice(settings: Settings) -> str:
     classes = settings.models.memory_classes
     least = {each.name: each.least_gib for each in classes}
     smaller = [each.name for each in classes if each.least_gib < least.get(settings.memory_class or "", 0.0)]
@@ -65,8 +72,7 @@ def _advice(settings: Settings, own: int, others: int) -> str:
         todo = f"there is no smaller memory class; another generator may need less than {settings.config.name}"
     return (
         f"the GPU's memory is full, even for one request at a time (memory class {settings.memory_class}: "
-        f"{settings.memory_reason}); {own / GIB:.1f} GiB are this process's, and {others / GIB:.1f} its CUDA context's "
-        f"and other programs'. If other programs use the GPU, stop them. Else {todo}"
+        f"{settings.memory_reason}){_in_use(settings.device)}. If other programs use the GPU, stop them. Else {todo}"
     )
 
 

@@ -140,7 +140,8 @@ def test_what_is_to_do_where_the_memory_is_too_small_is_told(name, todo, monkeyp
         models=load_models(CONFIGS / "models_full.yaml"), memory_class=name, memory_reason="the GPU has 44.00 GiB",
         device="cuda:0", config=Path("configs/lgm.yaml"),
     )  # fmt: skip
-    monkeypatch.setattr(assemble, "_memory_bytes", lambda device: (40 * 2**30, 3 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 44 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 * 2**30)
 
     def load(*_: Any) -> Pipeline:
         raise FULL
@@ -150,9 +151,16 @@ def test_what_is_to_do_where_the_memory_is_too_small_is_told(name, todo, monkeyp
         assemble.load(settings)
     said = str(caught.value)
     assert f"memory class {name}: the GPU has 44.00 GiB" in said
-    assert "40.0 GiB are this process's, and 3.0 its CUDA context's" in said
+    assert "40.0 GiB are this process's, and 3.0 its CUDA context's and other programs', of 44.0. If" in said
     assert said.endswith(todo)
     assert caught.value.__cause__ is FULL
+
+    def full(device: str) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)  # for its context, too
+    with pytest.raises(assemble.NotEnoughMemory, match=r"44\.00 GiB\)\. If other programs"):
+        assemble.load(settings)
 
 
 def test_other_errors_of_loading_stay_as_they_are(monkeypatch):
