@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 import torch._dynamo  # before anything that it looks at is patched
@@ -130,11 +131,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class _Graph:
-    """Replayed, it computes again from the same tensors and writes over the same results."""
+    """Replayed, it computes again from the same tensors and writes over the same results, and over all other graphs'.
+
+    They share one memory pool.
+    """
+
+    alive: WeakSet[_Graph] = WeakSet()
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
         self._function = function
         self.outputs = self._captured()
+        self.alive.add(self)
 
     def _captured(self) -> tuple[Tensor, ...]:
         global _capturing
@@ -147,6 +154,9 @@ class _Graph:
         return outputs
 
     def replay(self) -> None:
+        for other in self.alive:
+            for output in other.outputs:
+                output.detach().zero_()
         for old, new in zip(self.outputs, self._captured(), strict=True):
             old.detach().copy_(new.detach())
 

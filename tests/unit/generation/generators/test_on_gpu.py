@@ -144,6 +144,17 @@ def test_lgms_weights_come_back_in_the_order_that_convolutions_want():
     assert not weight.is_contiguous()
 
 
+def test_a_result_of_a_graph_stays_when_another_is_replayed():
+    """As where a request's views are decoded while another one's are sampled: graphs share their memory."""
+    one, other = (GraphedFunction(lambda x: (x + 1,)) for _ in range(2))
+    for captured in (one, other):
+        captured.capture(torch.zeros(2, device=DEVICE))
+    (first,), (second,) = one(torch.ones(2, device=DEVICE)), other(torch.zeros(2, device=DEVICE))
+    one(torch.zeros(2, device=DEVICE))
+    assert first.tolist() == [2.0, 2.0]
+    assert second.tolist() == [1.0, 1.0]
+
+
 class TestThePretence:
     """That it fails where a GPU would."""
 
