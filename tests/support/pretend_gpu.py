@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 from weakref import WeakSet
 
@@ -136,7 +136,7 @@ class _Graph:
     They share one memory pool.
     """
 
-    alive: WeakSet[_Graph] = WeakSet()
+    alive: ClassVar[WeakSet[_Graph]] = WeakSet()
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
         self._function = function
