@@ -133,18 +133,24 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest: int, longest_keys: int, *_: Any
 ) -> tuple[Tensor, ...]:
-    """What the CPU has not, with what PyTorch's mha_varlen_fwd checks; more than ``longest`` it would not look at."""
-    assert q.dtype in (torch.float16, torch.bfloat16) and k.dtype == v.dtype == q.dtype
-    assert q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    assert all(each.stride(-1) == 1 for each in (q, k, v))
-    assert all(each.dtype == torch.int32 and each.is_contiguous() for each in (starts, key_starts))
-    assert len(starts) == len(key_starts) and k.shape == v.shape and k.shape[1:] == q.shape[1:]
+    """What the CPU has not, with what PyTorch's mha_varlen_fwd asks for. It sees no more than ``longest`` tokens."""
+    for each in (q, k, v):
+        assert each.dtype in (torch.float16, torch.bfloat16)
+        assert each.dtype == q.dtype
+        assert each.shape[1:] == q.shape[1:]
+        assert each.shape[-1] in range(8, 257, 8)
+        assert each.stride(-1) == 1
+    for each in (starts, key_starts):
+        assert each.dtype == torch.int32
+        assert each.is_contiguous()
+        assert each.shape == starts.shape
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
-    for (first, last), (first_key, last_key) in zip(starts.unfold(0, 2, 1), key_starts.unfold(0, 2, 1), strict=True):
+    ends = zip(starts.unfold(0, 2, 1).tolist(), key_starts.unfold(0, 2, 1).tolist(), strict=True)
+    for (first, last), (first_key, last_key) in ends:
         rows, keys = slice(first, min(last, first + longest)), slice(first_key, min(last_key, first_key + longest_keys))
         if first < last:
-            seen = [each.transpose(0, 1)[None] for each in (q[rows], k[keys], v[keys])]
-            out[rows] = F.scaled_dot_product_attention(*seen)[0].transpose(0, 1)
+            query, key, value = (each.transpose(0, 1)[None] for each in (q[rows], k[keys], v[keys]))
+            out[rows] = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
     nothing = torch.zeros(0)
     return out, nothing, nothing, nothing, nothing
 

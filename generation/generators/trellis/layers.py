@@ -170,7 +170,7 @@ class CrossAttention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
-    """(T, heads, D): each sequence's queries (T in all) see its own keys and values (S in all), heads beside each other.
+    """(T, heads, D): each sequence's queries (T in all) see its own keys and values (S in all), each head by itself.
 
     Only sequences that are alike go to ``scaled_dot_product_attention``: on Hopper and Blackwell it is cuDNN's, which
     makes a plan for each new shape. That takes the host tens of milliseconds, and every structure has new shapes.
@@ -231,7 +231,8 @@ class FlowBlock(nn.Module):
         q, k, v, changes = self.before(x, time, packing.owners)
         seen = attend(q, k, v, packing.samples, packing.samples)
         x, q = self.between(x, seen, changes, packing.owners, packing.tokens)
-        seen = attend(q, *context.unbind(1), packing.conditional, pictures)
+        k, v = context.unbind(1)
+        seen = attend(q, k, v, packing.conditional, pictures)
         return self.after(x, seen, changes, packing.owners)
 
     def before(self, x: Tensor, time: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
