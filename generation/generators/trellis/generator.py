@@ -145,7 +145,7 @@ class Trellis:
             self._see(works)
             if count == 1:
                 times = torch.ones(self._options.structures, device=self._device)
-                for guided in (0, self._options.structures):
+                for guided in (self._options.structures, 0):
                     self._alone.capture(works[0].structure, times, *_contexts(works), constants=(guided,))
             for guided in range(count + 1):
                 self._velocities(works, [Step(1.0, 0.9, number < guided) for number in range(count)])

@@ -109,13 +109,8 @@ def test_from_warm_up_to_gaussians(load: Callable[[Path, Path], Generator], mini
 
 
 def of_pictures(generator: Trellis, *seeds: int) -> list[TrellisWork]:
-    return [
-        generator.begin(Subject("", torch.rand(4, 56, 56, generator=seeded(seed)).to(DEVICE), seed)) for seed in seeds
-    ]
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    pictures = [torch.rand(4, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [generator.begin(Subject("", each.to(DEVICE), seed)) for each, seed in zip(pictures, seeds, strict=True)]
 
 
 def counted(owner: type, name: str) -> Any:
@@ -188,6 +183,22 @@ def test_attention_of_different_lengths_is_as_that_of_each_alone():
     first, key = (slice(0, each[0]) for each in (lengths, others))
     alike = attend(q[first], k[key], v[key], *(Sequences.alike_ones(1, n, cpu) for n in (5, 3)))
     assert float((alike - alone[first]).abs().max()) < 1e-3
+
+
+@pytest.mark.slow
+def test_encoders_that_are_offloaded_are_on_the_gpu_while_they_encode(mini_models, tmp_path):
+    mini_checkpoints.imagedream(tmp_path)
+    conditions = []
+    for offload in (False, True):
+        views = ImageDream.load(tmp_path, DEVICE, torch.bfloat16, steps=2, offload_encoders=offload)
+        views._capture_encoder(1)
+        (sampling,) = views.begin([""], [torch.ones(4, 32, 32, device=DEVICE)], [0])
+        encoders = views._words.encoder, views._image_encoder
+        assert {each.is_there for encoder in encoders for each in encoder.parameters()} == {not offload}
+        assert all(parameter.is_there for parameter in views._unet.parameters())
+        conditions.append((sampling.words.cpu(), sampling.known[0].cpu()))
+    assert torch.equal(*(words for words, _ in conditions))
+    assert torch.equal(*(known for _, known in conditions))
 
 
 @pytest.mark.parametrize("position", ["absolute", "ray"])

@@ -78,6 +78,9 @@ class TestMaking:
         assert len(first) != len(other)
         blank = generator.begin(Subject("", torch.zeros(4, 56, 56), 0))
         (of_another_picture,) = finished(generator, blank)
+        same_seed = generator.begin(subject(0))
+        finished(generator, same_seed)
+        assert not torch.equal(same_seed.structure, blank.structure)
         assert len(of_another_picture) != len(first) or apart(of_another_picture, first) > 1e-2
 
     def test_those_beside_it_change_nothing(self, folder):
