@@ -102,7 +102,7 @@ class Score:
     """The table [score], which service and miner share."""
 
     validation_threshold: float = setting(
-        0.6, Number(0, 1), "lowest final score that is delivered and submitted", metavar="X"
+        0.6, Number(0, 1), "lowest final score that is submitted; validators accept from 0.6", metavar="X"
     )
 
 
@@ -233,7 +233,7 @@ class CommandLine:
         add = self.parser.add_argument
         add("--version", action="version", version=f"{prog} {VERSION}")
         add("--config-file", metavar="PATH", help="TOML file of settings; flags and variables override it")
-        add("--save", action="store_true", help="write the flags given into that file, for the next time")
+        add("--save", action="store_true", help="write the given flags into that file, so that later starts need none")
         for table in tables:
             group = self.parser.add_argument_group(f"[{table}]")
             for each in self._settings:

@@ -47,26 +47,26 @@ class ServiceTable:
     profile: str = setting(
         "auto",
         Choice("auto", "full", "tiny"),
-        "models: full needs a CUDA GPU and the weights, tiny comes with the code",
+        "which models: full needs a CUDA GPU and downloaded weights, tiny comes with the code",
     )
     config: Path | None = setting(
         None,
         FilePath(exists=True),
-        "config of the generator for texts, a YAML",
+        "generator config for text prompts, a YAML file",
         default_is="the profile's",
         metavar="PATH",
     )
     image_config: Path | None = setting(
         None,
         FilePath(exists=True),
-        "config of the generator for pictures, a YAML",
+        "generator config for image prompts, a YAML file",
         default_is="the profile's",
         metavar="PATH",
     )
     models: Path | None = setting(
         None,
         FilePath(exists=True),
-        "models file: which checkpoint each stage loads",
+        "models file, a YAML file: which checkpoint each stage loads",
         default_is="the profile's",
         metavar="PATH",
     )
@@ -75,53 +75,62 @@ class ServiceTable:
     allowed_hosts: str = setting(
         "",
         Words(lambda text: text and parse_names(text), _HOSTS),
-        "who requests may call the service by, beside loopback's names, and --host where that is one address",
+        "further Host names that requests may use, beside loopback's and --host's",
         metavar="NAME,NAME",
     )
     flux_steps: int | None = setting(
-        None, Whole(1, 50), "steps of text to image", default_is="the profile's", metavar="N"
+        None, Whole(1, 50), "sampling steps of text to image", default_is="the profile's", metavar="N"
     )
     max_gaussians: int | None = setting(
         None,
-        Whole(MIN_GAUSSIANS, MAX_GAUSSIANS, "validators reject splats of fewer"),
-        "most Gaussians of a splat",
+        Whole(MIN_GAUSSIANS, MAX_GAUSSIANS, "validators reject fewer"),
+        "most Gaussians in a splat, in place of the config's number",
         default_is="the config's",
         metavar="N",
     )
     memory_class: str | None = setting(
-        None, Words(_is_there), "a memory class of the models file", default_is="by the GPU's memory", metavar="NAME"
+        None,
+        Words(_is_there),
+        "memory class of the models file, which decides precision and batch size",
+        default_is="by the GPU's memory",
+        metavar="NAME",
     )
     cluster: str = setting(
         "",
         Words(lambda text: text and parse_address(text), "a host and a port, as 10.0.0.1:6379"),
-        "work on all GPUs of the Ray cluster whose head listens there",
+        "use all GPUs of the Ray cluster whose head is at this address",
         default_is="this machine's GPUs",
         metavar="HOST:PORT",
     )
     cluster_token_file: Path = setting(
         Path("~/.404gen/cluster_token"),
         FilePath(),
-        "file of mode 0600 with the cluster's token",
+        "file with the cluster's token, mode 0600",
         metavar="PATH",
     )
-    gpus: str = setting("all", Words(_is_gpus, _GPUS), "GPUs to work on", metavar="all|N,N")
-    max_queue: int = setting(16, Whole(1, 10_000), "requests that may wait", metavar="N")
+    gpus: str = setting("all", Words(_is_gpus, _GPUS), "GPUs to use, as torch numbers them", metavar="all|N,N")
+    max_queue: int = setting(
+        16, Whole(1, 10_000), "most requests that may wait; more are answered with 503", metavar="N"
+    )
     log_file: Path = setting(
         ROOT / "logs" / "generation_service.log",
         FilePath(),
-        "log, rotated",
+        "log file, rotated",
         default_is="logs/generation_service.log",
         metavar="PATH",
     )
     gallery: Path = setting(
         ROOT / "data" / "studio",
         FilePath(),
-        "folder where Studio keeps its last results",
+        "folder of Studio's gallery",
         default_is="data/studio",
         metavar="PATH",
     )
     miner_url: str = setting(
-        "http://127.0.0.1:10007", Words(_is_http, _HTTP), "the miner's metrics, which Studio shows", metavar="URL"
+        "http://127.0.0.1:10007",
+        Words(_is_http, _HTTP),
+        "address of the miner's metrics, for Studio's page Miner",
+        metavar="URL",
     )
     profile_trace: Path | None = setting(
         None, FilePath(), "write a torch.profiler trace of the first request here (gzipped JSON)", metavar="PATH"

@@ -11,7 +11,6 @@ bound what can come in. Nothing proves who answered: the signatures of this prot
 from __future__ import annotations
 
 import base64
-import binascii
 import time
 from typing import Annotated, Any, Literal
 
@@ -156,13 +155,3 @@ def make_submission(task: Task, result: bytes, validator_hotkey: str, keypair: b
         submit_time=submit_time,
         signature=base64.b64encode(keypair.sign(message)).decode(),
     )
-
-
-def signature_is_valid(submission: SubmitResults, prompt: str, validator_hotkey: str, miner_hotkey: str) -> bool:
-    """Whether `miner_hotkey` signed exactly this submission of `prompt` to `validator_hotkey`."""
-    message = signed_message(submission.submit_time, prompt, validator_hotkey, miner_hotkey)
-    try:
-        signature = base64.b64decode(submission.signature, validate=True)
-        return bool(bt.Keypair(ss58_address=miner_hotkey).verify(message, signature))
-    except (binascii.Error, ValueError):
-        return False

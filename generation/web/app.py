@@ -27,10 +27,12 @@ from generation.fleet.fleet import Fleet
 from generation.schema.score import formula, shares
 from generation.settings import Settings
 from generation.web import docs_page, intake, openapi
+from generation.web.errors import ApiError
 from generation.web.events import Events, EventStream, Following
 from generation.web.hosts import SameSite
-from generation.web.intake import ApiError, BodyLimit
+from generation.web.intake import BodyLimit
 from generation.web.metrics import Metrics
+from generation.web.pictures import decode_image
 from generation.web.studio import routes as studio
 from generation.web.studio.gallery import Gallery
 from generation.web.studio.makers import Makers
@@ -88,7 +90,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         responses=openapi.results("application/octet-stream", "A 3DGS PLY"),
     )
     async def generate(request: Request) -> Response:
-        """A prompt or an image to a Gaussian splat. 200 with an empty body: not worth submitting, see X-Rejected."""
+        """Make a splat from a text or an image. An empty body means that it failed the self-check: see X-Rejected."""
         with followed(request) as following:
             asset, headers = await _generate(request, following)
         return Response(asset.ply, media_type="application/octet-stream", headers=headers)
@@ -101,7 +103,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         responses=openapi.results("video/mp4", "A turntable"),
     )
     async def generate_video(request: Request) -> Response:
-        """The same splat as from /generate/, filmed once around."""
+        """Make a splat as /generate/ does, and return a video of it turning once."""
         with followed(request) as following:
             asset, headers = await _generate(request, following)
             if not asset.ply:
@@ -138,7 +140,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         metrics.record(asset.report, time.monotonic() - started)
         return asset, {"X-Request-Id": following.request_id, **report_headers(asset.report)}
 
-    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.ERRORS)
+    @app.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.SCORES)
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
@@ -146,14 +148,14 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
             body = await intake.read_score_request(request)
             return await _score(request, body, intake.check_prompt(body.prompt or ""), background)
 
-    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.ERRORS)
+    @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.SCORES)
     async def validate_image(request: Request) -> dict[str, Any]:
-        """Score a splat against an image prompt (``prompt_image``), as the validators' scoring service does."""
+        """Score a splat against an image prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
         async with scoring_bodies[background]:
             body = await intake.read_score_request(request)
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
-            picture = await asyncio.to_thread(intake.decode_image, data, "prompt_image")
+            picture = await asyncio.to_thread(decode_image, data, "prompt_image")
             return await _score(request, body, picture.target, background)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any, background: bool) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/health", responses=openapi.COMMON)
     async def health() -> dict[str, Any]:
-        """State of the service, its engines, and totals so far."""
+        """State of the service and its engines, and totals since the start."""
         return {
             "status": engine.status,
             "reason": engine.reason,
@@ -212,7 +214,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/events/{request_id}", response_class=Response, responses=openapi.EVENTS)
     async def follow(request_id: Annotated[str, Path(json_schema_extra=openapi.REQUEST_ID)]) -> Response:
-        """Progress of the request that is, or will soon be, sent with this X-Request-Id, until it has ended."""
+        """Progress of the request with this X-Request-Id, from up to 30 s before it is sent until its end."""
         return EventStream(events, intake.check_request_id(request_id))
 
     @app.get("/events", response_class=Response, responses=openapi.EVENTS)
@@ -222,7 +224,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
 
     @app.get("/metrics", response_class=Response, responses=openapi.METRICS)
     async def get_metrics() -> Response:
-        """For Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)

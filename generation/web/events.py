@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from generation.engine.engine import Unavailable, priority
-from generation.web.intake import ApiError
+from generation.web.errors import ApiError
 from generation.web.time_left import TimeLeft
 
 MAX_LISTENERS = 32

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from generation.web import intake
+from generation.web import intake, pictures
 
 ABOUT = (
-    "Unknown paths are answered with 404, other methods than a path has with 405. Errors are JSON: which field, what "
-    "is wrong, and the limit. A foreign Host is answered with 421, a request of another website with 403."
+    "Errors are JSON: which field, what is wrong, and the limit. An unknown path is answered with 404, an unknown "
+    "method with 405, an unknown Host with 421, and a request that another website makes in a browser with 403."
 )
 
 _ERROR_SCHEMA = {
@@ -31,8 +31,8 @@ _EVENT = {  # each of a stream
     },
     "required": ["event", "data"],
 }
-_ID = {"X-Request-Id": {"description": "the request's id, where it has one", "schema": _TEXT}}
-_RETRY = {"Retry-After": {"description": "seconds; not given where waiting does not help", "schema": _TEXT}}
+_ID = {"X-Request-Id": {"description": "the request's id, if it has one", "schema": _TEXT}}
+_RETRY = {"Retry-After": {"description": "seconds; absent where waiting does not help", "schema": _TEXT}}
 
 
 def _error(text: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -41,49 +41,57 @@ def _error(text: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
 
 #: Of every route.
 COMMON: dict[int | str, dict[str, Any]] = {
-    403: _error("A request of another site (`Origin`, `Sec-Fetch-Site`)"),
-    421: _error("`Host` is none of the service's names: loopback's, and those of --allowed-hosts"),
+    403: _error("The request comes from another website (`Origin`, `Sec-Fetch-Site`)"),
+    421: _error("`Host` is neither a loopback name nor one of --allowed-hosts"),
     500: _error("This request failed", _ID),
 }
 _READING: dict[int | str, dict[str, Any]] = {
-    400: _error("The body can not be read as what it says it is", _ID),
+    400: _error("The body does not parse as its content type", _ID),
     408: _error(f"The body took longer than {intake.MAX_READ_S:.0f} s", _ID),
-    413: _error("A body or a field is too big", _ID),
+    413: _error("The body or a field is too large", _ID),
     415: _error("Wrong content type", _ID),
-    422: _error("A field is wrong: which, and its limit", _ID),
-    499: {"description": "The client hung up: nobody reads it"},
+    422: _error("A field is invalid: which one, and its limit", _ID),
+    499: {"description": "The client closed the connection"},
     503: _error("Loading, queue full, or no engine works", {**_ID, **_RETRY}),
-    504: _error("Took too long", _ID),
+    504: _error("The request took too long", _ID),
 }
 ERRORS: dict[int | str, dict[str, Any]] = {**COMMON, **_READING}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds; the generator's stage "
-        "has its name, such as `dreamgaussian`; the stage is `paused` while others go before it, and `candidates` once "
-        "the first of several is done) and `end` "
-        "(request_id, outcome, score, reason). Times are null until they were measured",
+        "description": "Events `progress` (request_id, priority, stage, fraction, eta_seconds) and `end` (request_id, "
+        "outcome, score, reason). The generator's stage has its name, such as `dreamgaussian`; the stage is `paused` "
+        "while other requests go first, and `candidates` once the first of several candidates is done. `eta_seconds` "
+        "is null until a request of its kind has been measured",
         "content": {"text/event-stream": {"schema": _EVENT}},
     },
-    422: _error("Can not be a request's id"),
-    503: _error("Too many listen, or the service is shutting down", _RETRY),
+    422: _error("Not a valid request id"),
+    503: _error("Too many listeners, or the service is shutting down", _RETRY),
     **COMMON,
 }
+SCORES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "JSON: `score` (final, 0..1), its parts `alignment_score`, `ssim`, `iqa` (quality) and `lpips`, "
+        "of which the last two are null if their weights are missing, the requested previews in base64, and `gates`. "
+        "All scores are 0 if a gate fails"
+    },
+    **ERRORS,
+}
 METRICS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Prometheus' text format", "content": {"text/plain": {"schema": _TEXT}}},
+    200: {"description": "Prometheus text format", "content": {"text/plain": {"schema": _TEXT}}},
     **COMMON,
 }
 _REPORT_HEADERS = {
     "X-Request-Id": "the request's id: as sent, or a new one",
-    "X-Score": "the validators' final score, 0..1, that the threshold is for",
-    "X-Score-Parts": "JSON: what it is made of: alignment, iqa, ssim, lpips; null for a part without weights",
-    "X-Seed": "the seed: it gives the same splat again on a CPU; on a GPU it differs, for sums have no fixed order",
-    "X-Scores": "JSON, of several candidates: [seed, score] of each that came to a result, the request's own seed "
+    "X-Score": "the final score, 0..1, computed as validators do; it is compared with the threshold",
+    "X-Score-Parts": "JSON: its parts alignment, iqa (quality), ssim, lpips; null for a part whose weights are missing",
+    "X-Seed": "the seed; on a CPU it gives the same splat again, on a GPU up to rounding",
+    "X-Scores": "JSON, with several candidates: [seed, score] of each that was finished, the request's own seed "
     "first; null for a score that was not measured",
     "X-Num-Gaussians": "number of Gaussians",
     "X-Seconds": "JSON: seconds per stage",
-    "X-Text-Cut": "JSON, when models read only the beginning of the prompt: tokens read, and of how many, by model",
-    "X-Rejected": "why the body is empty, when it is",
-    "X-Hopeless": "1 when no other seed would change that, as with a picture that shows nothing",
+    "X-Text-Cut": "JSON, when a model reads only the beginning of the prompt: tokens read and tokens in all, by model",
+    "X-Rejected": "why the body is empty, if it is",
+    "X-Hopeless": "1 when no other seed would help, as with a blank picture",
 }
 
 
@@ -102,7 +110,7 @@ _PROMPT = {
     "minLength": 1,
     "maxLength": intake.MAX_PROMPT_CHARACTERS,
     "pattern": rf"^[^\s{_CONTROLS}]([^{_CONTROLS}]*[^\s{_CONTROLS}])?$",
-    "description": "no control characters; white space around it does not count",
+    "description": "no control characters; leading and trailing white space does not count",
 }
 _PICTURE = {"type": "string", "format": "binary", "description": "PNG, JPEG or WEBP; instead of prompt"}
 _SEED = {"type": "integer", "minimum": 0, "maximum": intake.MAX_SEED, "description": "random when not given"}
@@ -111,13 +119,14 @@ _CANDIDATES = {
     "minimum": 1,
     "maximum": intake.MAX_CANDIDATES,
     "default": 1,
-    "description": "made with other seeds, where there is room beside other requests; the best by X-Score is returned",
+    "description": "how many splats to make, with other seeds, as far as other requests leave room; the one with the "
+    "highest X-Score is returned",
 }
 _BUDGET = {
     "type": "number",
     "exclusiveMinimum": 0,
     "maximum": intake.MAX_BUDGET_S,
-    "description": "of several candidates: after so many seconds the best so far is returned, or else the first",
+    "description": "with several candidates: after this time the best so far is returned, or else the first to finish",
 }
 
 
@@ -136,7 +145,7 @@ def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
 PRIORITY = {
     "name": "X-Priority",
     "in": "header",
-    "description": "requests in the background are paused while there are others, and have no deadline",
+    "description": "background requests are paused while there are interactive ones, and have no deadline",
     "schema": {"type": "string", "enum": list(intake.PRIORITIES), "default": intake.PRIORITIES[0]},
 }
 FORM = {
@@ -144,7 +153,7 @@ FORM = {
         {
             "name": "X-Request-Id",
             "in": "header",
-            "description": "names the request for /events/{request_id}",
+            "description": "the request's id, for /events/{request_id}",
             "schema": {"type": "string", **REQUEST_ID},
         },
         PRIORITY,
@@ -154,7 +163,7 @@ FORM = {
         "content": {
             "multipart/form-data": {
                 "schema": _object(_FORM_FIELDS, **_ONE),
-                "encoding": {"prompt_image_file": {"contentType": ", ".join(intake.IMAGE_FORMATS.values())}},
+                "encoding": {"prompt_image_file": {"contentType": ", ".join(pictures.IMAGE_FORMATS.values())}},
             },
             "application/x-www-form-urlencoded": {"schema": _object(_TEXT_FIELDS, required=["prompt"])},
         },
@@ -172,7 +181,9 @@ def score(prompt: str) -> dict[str, Any]:
     for number, kind in enumerate(("ply", "zstd", "spz")):
         data = {**schema["properties"]["data"], "format": f"{kind}-base64"}
         compression = {**schema["properties"]["compression"], "minimum": number, "maximum": number}
-        properties = {**schema["properties"], prompt: meant[prompt], "data": data, "compression": compression}
+        unused = {name: {**schema["properties"][name], "description": "unused here"} for name in meant}
+        changed = {prompt: meant[prompt], "data": data, "compression": compression}
+        properties = {**schema["properties"], **unused, **changed}
         required = [prompt, "data"] + (["compression"] if number else [])
         forms.append({"type": "object", "properties": properties, "required": required})
     content = {"application/json": {"schema": {"oneOf": forms}}}

@@ -74,12 +74,12 @@ class NetworkTable:
     name: str = setting(
         "auto",
         Words(_is_network),
-        "rehearsal, finney, test, ws://... or auto: finney when a wallet is named, else rehearsal",
+        "network: rehearsal, finney, test, or a chain's ws://... address; auto: finney with a wallet, else rehearsal",
         flags=("--network", "--subtensor.network"),
         metavar="NAME",
         secret=True,
     )
-    netuid: int = setting(NETUID, Whole(0, 65535), "subnet", metavar="N")
+    netuid: int = setting(NETUID, Whole(0, 65535), "number of the subnet", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,11 @@ class WalletTable:
 class MinerTable:
     """The table [miner]. `spool` and `ledger` where they are named."""
 
-    workers: int = setting(4, Whole(1, 64), "tasks in generation at once", metavar="N")
+    workers: int = setting(4, Whole(1, 64), "tasks that are generated at the same time", metavar="N")
     endpoints: tuple[str, ...] = setting(
         (DEFAULT_ENDPOINT,),
         Many(_endpoint, "http:// or https:// addresses", least=1),
-        "generation services; may be repeated",
+        "addresses of generation services; may be repeated",
         flags=("--generation.endpoint",),
         metavar="URL",
         secret=True,
@@ -113,52 +113,58 @@ class MinerTable:
     best_of: int | Literal["auto"] = setting(
         "auto",
         _AutoOr(1, 64),
-        "candidates of a task, of which the best is submitted, at most; auto: as many as cost no waiting",
+        "most candidates of a task, of which the best is submitted; auto: as many as idle GPU time allows",
         metavar="N",
     )
     retries: int = setting(
         2,
         Whole(0, 10),
-        "other seeds tried, in time, for a rejected result when more candidates would cost",
+        "further seeds to try for a rejected task when the GPU has other work, while there is time",
         metavar="N",
     )
     blacklist: Collection[int | str] = setting(
         DEFAULT_BLACKLIST,
         Many(_blacklist_entry, "UIDs and hotkeys"),
-        "validators never asked for tasks",
+        "validators that are never asked for tasks",
         metavar="UID|HOTKEY",
     )
     blacklist_file: Path | None = setting(
-        None, FilePath(exists=True), "more of them, one a line; read again when it changes", metavar="PATH"
+        None, FilePath(exists=True), "file with more of them, one per line; read again when it changes", metavar="PATH"
     )
     min_reward: float = setting(
         0.0,
         Number(0, 1),
-        "validators whose expected accepted results per GPU second are fewer are skipped; 0 skips none",
+        "skip validators from which fewer accepted results per GPU second are expected; 0 skips none",
         metavar="X",
     )
-    metrics_port: int = setting(METRICS_PORT, Whole(0, 65535), "Prometheus on 127.0.0.1; 0: none", metavar="N")
+    metrics_port: int = setting(
+        METRICS_PORT, Whole(0, 65535), "port of the Prometheus metrics, on 127.0.0.1; 0: no metrics", metavar="N"
+    )
     spool: Path | None = setting(
         None,
         FilePath(),
-        "folder of results on their way, of one miner alone",
+        "folder of results that validators have not answered yet; not shared between miners",
         default_is=f"in {_HOME}",
         metavar="PATH",
     )
     ledger: Path | None = setting(
         None,
         FilePath(),
-        "database of what happened, for scripts.ops.report",
+        "SQLite database of pulls, generations and submissions, which scripts.ops.report reads",
         default_is=f"in {_HOME}",
         metavar="PATH",
     )
     rehearsal_state: Path = setting(
-        REHEARSAL_STATE, FilePath(), "the rehearsal's folder", flags=("--rehearsal.state",), metavar="PATH"
+        REHEARSAL_STATE,
+        FilePath(),
+        "folder of the rehearsal's wallets, ledger and spool",
+        flags=("--rehearsal.state",),
+        metavar="PATH",
     )
     log_file: Path = setting(
-        Path("logs/miner.log"), FilePath(), "log, rotated", flags=("--logging.file",), metavar="PATH"
+        Path("logs/miner.log"), FilePath(), "log file, rotated", flags=("--logging.file",), metavar="PATH"
     )
-    status_file: Path | None = setting(None, FilePath(), "JSON that says when the miner is ready", metavar="PATH")
+    status_file: Path | None = setting(None, FilePath(), "JSON file that says when the miner is ready", metavar="PATH")
 
 
 TABLES = {"network": NetworkTable, "wallet": WalletTable, "miner": MinerTable, "score": Score}
@@ -179,11 +185,11 @@ class MinerOptions(MinerTable, Score):
     netuid: int = NETUID
 
     def spool_of(self, hotkey: str) -> Path:
-        """Folder of this hotkey's results on their way."""
+        """Folder of this hotkey's results that are not answered yet."""
         return self.spool or self._home(hotkey) / SPOOL_NAME
 
     def ledger_of(self, hotkey: str) -> Path:
-        """Database of what happened to this hotkey."""
+        """Database of this hotkey's pulls, generations and submissions."""
         return self.ledger or self._home(hotkey) / LEDGER_NAME
 
     def _home(self, hotkey: str) -> Path:

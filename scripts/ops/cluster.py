@@ -58,12 +58,12 @@ class ClusterTable:
     """The table [cluster]: what this machine is in one."""
 
     head: bool = setting(
-        False, Switch(), "start a cluster: its head, service and miner are on this machine", flags=("--cluster-head",)
+        False, Switch(), "start a cluster: this machine runs its head, service and miner", flags=("--cluster-head",)
     )
     join: str = setting(
         "",
         Words(lambda text: text and parse_address(text), "a host and a port, as 10.0.0.1:6379"),
-        "give this machine's GPUs to the cluster whose head is there, and start nothing else",
+        "lend this machine's GPUs to the cluster with this head, and start nothing else",
         flags=("--join",),
         metavar="HOST:PORT",
     )

@@ -41,18 +41,22 @@ ENDED = 130  # exit status after Ctrl-C and the like
 def parse(arguments: Sequence[str], caller: Path) -> Given:
     line = CommandLine(
         PROGRAM,
-        "From a fresh machine to a running miner. Running it again is quick and changes nothing; "
-        "./stop_competitive.sh stops it.",
+        "Installs what is missing, and starts the generation service and the miner; without a wallet also simulated "
+        "validators, the rehearsal. It may be repeated: what runs is left alone. ./stop_competitive.sh stops all.",
         {**SERVICE_TABLES, **MINER_TABLES, **cluster.TABLES},
         default_file=ROOT / "competitive.toml",
         files_must_exist=True,
     )
     service = line.parser.add_mutually_exclusive_group()
     service.add_argument(
-        "--install-service", action="store_true", help="save the flags, and have systemd start all at each boot"
+        "--install-service",
+        action="store_true",
+        help="save the flags, and write systemd units, which start everything at boot",
     )
-    service.add_argument("--uninstall-service", action="store_true", help="take that back")
-    line.parser.add_argument("--only-prepare", action="store_true", help="install and save, and start nothing")
+    service.add_argument("--uninstall-service", action="store_true", help="stop and remove these units")
+    line.parser.add_argument(
+        "--only-prepare", action="store_true", help="install, save the flags where --save is given, and start nothing"
+    )
     return line.parse(arguments, cwd=caller)
 
 

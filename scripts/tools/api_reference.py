@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from generation.web.app import create_app
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/API.md"
 HEAD = """# The generation service's HTTP API
 
-Written by `.venv/bin/python -m scripts.tools.api_reference` from the service's OpenAPI description, which it serves at
-`/openapi.json`, and as a page with forms at `/docs`. A text to a splat, a picture to a splat, and the score of a splat:
+The service makes splats from text or images, scores splats, and reports progress. It describes itself at
+`/openapi.json`, and at `/docs` as a page with forms. (This document is written from that description by
+`.venv/bin/python -m scripts.tools.api_reference`.) For example:
 
 ```bash
 curl -s -F prompt='a red cube' -F seed=1 -o cube.ply -D - http://127.0.0.1:10006/generate/
@@ -24,32 +26,64 @@ curl -sN http://127.0.0.1:10006/events
 curl -s http://127.0.0.1:10006/health
 ```
 
-Splats are binary little endian PLY with the fields of 3D Gaussian Splatting. An answer of 200 with an empty body means
-that the result was not worth submitting: the header `X-Rejected` says why.
+Splats are binary little endian PLY files with the fields of 3D Gaussian Splatting. An answer of 200 with an empty body
+means that the splat was made but failed the self-check: the header `X-Rejected` says why.
 """
 _LIMITS = ("enum", "format", "minimum", "maximum", "minLength", "maxLength", "default")
+_REPORT = "X-Seed"  # a header of answers that carry a report
 
 
 def render(openapi: dict[str, Any]) -> str:
-    """The document, for a description as ``FastAPI.openapi()`` gives it."""
-    parts = [HEAD, openapi["info"]["description"] + "\n"]
-    for path, methods in openapi["paths"].items():
-        for method, operation in methods.items():
-            parts.append(f"## {method.upper()} `{path}`\n")
-            parts.append(" ".join(operation.get("description", "").split()) + "\n")
-            parts += _operation(operation)
+    """The document, for a description as ``FastAPI.openapi()`` gives it. Answers of several routes are told once."""
+    routes = [
+        (f"{method.upper()} `{path}`", operation)
+        for path, methods in openapi["paths"].items()
+        for method, operation in methods.items()
+    ]
+    answers = [each for _, operation in routes for each in operation["responses"].items()]
+    errors = {}
+    for status in sorted({status for status, _ in answers if status >= "400"}):
+        told = [_answer(answer) for each, answer in answers if each == status]
+        errors[status] = max(told, key=told.count)
+    report = next(answer["headers"] for _, answer in answers if _REPORT in answer.get("headers", {}))
+    parts = [HEAD, textwrap.fill(openapi["info"]["description"], 120) + "\n"]
+    for title, operation in routes:
+        parts += [f"## {title}\n", " ".join(operation.get("description", "").split()) + "\n"]
+        parts += _operation(operation, errors)
+    parts += ["## Headers of a result\n", _table(("header", "meaning"), _headers(report))]
+    parts += ["## Errors\n", "What a status means, where the route does not say otherwise.\n"]
+    parts.append(_table(("status", "meaning"), errors.items()))
     return "\n".join(parts)
 
 
-def _operation(operation: dict[str, Any]) -> Iterator[str]:
+def _operation(operation: dict[str, Any], errors: dict[str, str]) -> Iterator[str]:
     if parameters := operation.get("parameters"):
         yield _table(("parameter", "in", "meaning"), ((f"`{p['name']}`", p["in"], _about(p)) for p in parameters))
-    for kind, content in operation.get("requestBody", {}).get("content", {}).items():
-        schema = content["schema"]
-        for form in [schema] if "properties" in schema else schema["oneOf"]:
-            fields = ((f"`{name}`", _about({"schema": field})) for name, field in form["properties"].items())
-            yield _table((f"field of `{kind}`", "meaning"), fields)
-    yield _table(("answer", "meaning"), ((status, _answer(each)) for status, each in operation["responses"].items()))
+    if content := operation.get("requestBody", {}).get("content"):
+        yield _table((f"field of {' or '.join(f'`{kind}`' for kind in content)}", "meaning"), _fields(content))
+    answers = {status: _answer(each) for status, each in operation["responses"].items()}
+    common = [status for status, told in answers.items() if errors.get(status) == told]
+    rows = [(status, told) for status, told in answers.items() if status not in common]
+    yield _table(("answer", "meaning"), [*rows, (", ".join(sorted(common)), "see [errors](#errors)")])
+
+
+def _fields(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field once: the forms that a body may have differ in what a field may be, or lack it."""
+    forms = [
+        (kind, form["properties"])
+        for kind, each in content.items()
+        for form in ([each["schema"]] if "properties" in each["schema"] else each["schema"]["oneOf"])
+    ]
+    for name in dict.fromkeys(name for _, fields in forms for name in fields):
+        having = [(kind, fields[name]) for kind, fields in forms if name in fields]
+        schema = dict(having[0][1])
+        for key in set(_LIMITS) & schema.keys():
+            values = list(dict.fromkeys(str(field[key]) for _, field in having))
+            bound = {"minimum": min, "maximum": max}.get(key)
+            schema[key] = bound(field[key] for _, field in having) if bound else "` or `".join(values)
+        kinds = {kind for kind, _ in having}
+        alone = "" if len(kinds) == len(content) else f"; in {', '.join(f'`{kind}`' for kind in kinds)} alone"
+        yield f"`{name}`", _about({"schema": schema}) + alone
 
 
 def _about(parameter: dict[str, Any]) -> str:
@@ -62,9 +96,15 @@ def _about(parameter: dict[str, Any]) -> str:
 
 
 def _answer(response: dict[str, Any]) -> str:
+    """A response in one cell. A report's headers are told apart, once."""
     headers = response.get("headers", {})
-    told = "".join(f"<br>`{name}`: {header['description']}" for name, header in headers.items())
-    return response["description"] + told
+    if _REPORT in headers:
+        return f"{response['description']}, with the [headers of a result](#headers-of-a-result)"
+    return response["description"] + "".join(f"<br>{name}: {meaning}" for name, meaning in _headers(headers))
+
+
+def _headers(headers: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{name}`", header["description"]) for name, header in headers.items()]
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -1,13 +1,10 @@
 """Writes every setting of service and miner as Markdown tables into docs/PRODUCTION_CONFIG.md, between its two marks.
 
-.venv/bin/python -m scripts.tools.settings_reference            # writes
-.venv/bin/python -m scripts.tools.settings_reference --check    # exit status 1 when the document is not true
+.venv/bin/python -m scripts.tools.settings_reference
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from common.settings import TABLES as ORDER
@@ -15,6 +12,7 @@ from common.settings import settings_of
 from generation import arguments
 from neurons.miner import options
 from scripts.ops import cluster
+from scripts.tools.generated_section import with_section
 
 DOCUMENT = Path("docs/PRODUCTION_CONFIG.md")
 BEGIN, END = "<!-- settings: written by scripts.tools.settings_reference -->", "<!-- /settings -->"
@@ -52,29 +50,15 @@ def reference() -> str:
 
 
 def with_reference(document: str) -> str:
-    """The document with the tables as they are now. Raises ValueError where it has not exactly one place for them."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"{DOCUMENT} needs {BEGIN} and {END}, once each")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{rest.split(END)[1]}"
+    """The document with what is true now. Raises ValueError unless it has exactly one place for it."""
+    return with_section(document, BEGIN, END, reference())
 
 
 def _default(words: str) -> str:
     if not words:
         return "none"
-    return words if words.startswith(("the ", "by ", "in ")) else f"`{words}`"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    document = DOCUMENT.read_text()
-    new = with_reference(document)
-    if parser.parse_args().check:
-        return int(new != document)
-    DOCUMENT.write_text(new)
-    return 0
+    return words if words.startswith(("the ", "this ", "by ", "in ")) else f"`{words}`"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    DOCUMENT.write_text(with_reference(DOCUMENT.read_text()))

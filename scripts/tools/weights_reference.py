@@ -1,13 +1,10 @@
 """Writes the table of checkpoints in docs/DEPLOYMENT_GUIDE.md, between its two marks, from the registry.
 
-.venv/bin/python -m scripts.tools.weights_reference            # writes
-.venv/bin/python -m scripts.tools.weights_reference --check    # exit status 1 when the document is not true
+.venv/bin/python -m scripts.tools.weights_reference
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from generation.settings import PROFILES
 from generation.weights import Entry
 from generation.weights.registry import REGISTRY
 from scripts.ops.download_weights import profile_entries
+from scripts.tools.generated_section import with_section
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/DEPLOYMENT_GUIDE.md"
 BEGIN, END = "   <!-- weights: written by scripts.tools.weights_reference -->", "   <!-- /weights -->"
@@ -45,23 +43,9 @@ def _cells(entry: Entry, stages: dict[str, str], default: bool) -> Iterator[str]
 
 
 def with_table(document: str) -> str:
-    """The document with the table as it is now. Raises ValueError where it has not exactly one place for it."""
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        raise ValueError(f"{DOCUMENT} needs {BEGIN} and {END}, once each")
-    before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    document = DOCUMENT.read_text()
-    new = with_table(document)
-    if parser.parse_args().check:
-        return int(new != document)
-    DOCUMENT.write_text(new)
-    return 0
+    """The document with what is true now. Raises ValueError unless it has exactly one place for it."""
+    return with_section(document, BEGIN, END, table())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text()))

@@ -4,10 +4,7 @@ ours must agree without it, and with a mistake in any convention it must not."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +26,7 @@ from generation.weights.loading import local_folder
 from generation.weights.registry import REGISTRY
 from scripts.tools import small_imagedream
 from scripts.tools.golden_weights import golden, weights
+from tests.support import downloads
 from tests.support.fake_hub import Repository, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -299,13 +297,7 @@ def test_downloaded_by_name_and_loaded_offline(folder, tmp_path, monkeypatch, no
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files |= {"unet/mv_unet.py": b"raise SystemExit", "README.md": b"#", "model_index.json": b"{}"}
     with serve({str(entry.repo): Repository(entry.revision, files)}) as hub:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        command = ["--only", "imagedream", "--revision", entry.revision]
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.ops.download_weights", *command],
-            env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = downloads.run(hub, tmp_path, "--only", "imagedream", "--revision", entry.revision)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

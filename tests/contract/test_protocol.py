@@ -18,9 +18,9 @@ from neurons.protocol import (
     SubmitResults,
     TextTask,
     make_submission,
-    signature_is_valid,
     signed_message,
 )
+from tests.support.signatures import signature_is_valid
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")
 VALIDATOR = bt.Keypair.create_from_uri("//validator").ss58_address

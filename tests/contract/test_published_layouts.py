@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import open_clip
@@ -22,7 +19,7 @@ from generation.settings import CONFIGS, ROOT, Settings
 from generation.weights import missing
 from generation.weights.registry import REGISTRY
 from scripts.tools.golden_weights import golden, weights
-from tests.support import mini_checkpoints, mini_matting
+from tests.support import downloads, mini_checkpoints, mini_matting
 from tests.support.fake_hub import Repository, serve
 
 GUIDED = CONFIGS / "tiny_mv_fast.yaml"
@@ -115,12 +112,7 @@ def published(tmp_path_factory) -> dict[str, Repository]:
 def test_downloaded_by_name_and_loaded_offline(published, tmp_path, monkeypatch, no_network):
     only = [argument for name in NAMES for argument in ("--only", name)]
     with serve(published) as hub:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.ops.download_weights", *only],
-            env={**clean, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1"},
-            cwd=ROOT, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        done = downloads.run(hub, tmp_path, *only)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

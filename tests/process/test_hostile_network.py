@@ -16,13 +16,16 @@ from aiohttp import web
 
 from common import spz
 from common.log_lines import SingleLineFormatter
-from generation.web.intake import ApiError, check_prompt, decode_image
+from generation.web.errors import ApiError
+from generation.web.intake import check_prompt
+from generation.web.pictures import decode_image
 from neurons.miner.app import CompetitiveMiner
-from neurons.protocol import SubmitResults, signature_is_valid
+from neurons.protocol import SubmitResults
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.network import RehearsalNetwork
 from neurons.rehearsal.rules import Limits
 from tests.support.miner_harness import PROMPTS, StandInService, accepted, options
+from tests.support.signatures import signature_is_valid
 from tests.support.waiting import until
 
 # A task every 3 s from each validator that behaves.

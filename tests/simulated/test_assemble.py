@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,9 @@ from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import Feedback, Task, TextTask
 from neurons.rehearsal.rules import Limits
-from scripts.bench import virtual_time
 from scripts.bench.simulated_subnet import MINER, Behaviour, SimulatedNetwork, StandInService, options_in
 from scripts.bench.virtual_time import now
+from tests.support.mining import in_virtual_time
 
 GENERATION_S = 10.0
 
@@ -93,10 +93,6 @@ async def mining(
         yield run
     finally:
         await run.stop()
-
-
-def in_virtual_time(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    virtual_time.run(test())
 
 
 async def earlier_run(options: MinerOptions, events: Sequence[Event]) -> None:

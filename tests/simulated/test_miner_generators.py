@@ -5,91 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any
 
 import pytest
 
 from neurons.miner.assignment import USEFUL_AGE_S
-from neurons.miner.generation.pool import (
-    FIRST_PAUSE_S,
-    FROZEN_AFTER,
-    HEALTH_INTERVAL_S,
-    GeneratorPool,
-    Pace,
-    ServiceUnavailable,
-)
-from neurons.miner.generation.service import (
-    HEALTH_TIMEOUT_S,
-    AttemptFailed,
-    EndpointUnavailable,
-    Generated,
-    GenerationFailed,
-)
-from neurons.protocol import Task, TextTask
+from neurons.miner.generation.pool import FIRST_PAUSE_S, HEALTH_INTERVAL_S, GeneratorPool, Pace, ServiceUnavailable
+from neurons.miner.generation.service import AttemptFailed, EndpointUnavailable, GenerationFailed
 from scripts.bench import virtual_time
 from scripts.bench.virtual_time import now
+from tests.support.timed_services import TASK, Service, with_pool
 
-TASK = TextTask(id="1", prompt="p")
 HOUR_S = 3600.0
-
-
-class Service:
-    """`outcomes` are what the next tasks get: a number of seconds, or an error. After them `seconds`."""
-
-    def __init__(self, endpoint: str, seconds: float = 10.0, at_once: int = 1) -> None:
-        self.endpoint = endpoint
-        self.seconds = seconds
-        self.outcomes: deque[float | Exception] = deque()
-        self.is_rejecting = False
-        self.asked: list[float] = []
-        self.cancelled = 0
-        self.status: str | Exception | None = "ready"
-        self.fails_after: float | None = None
-        self._slots = asyncio.Semaphore(at_once)
-
-    async def health(self) -> str | None:
-        if self.status is None:
-            await asyncio.sleep(HEALTH_TIMEOUT_S)
-            return None
-        if isinstance(self.status, Exception):
-            raise self.status
-        return self.status
-
-    async def generate(self, task: Task, seed: int, *effort: Any) -> Generated:
-        self.asked.append(now())
-        if self.fails_after is not None:
-            await asyncio.sleep(self.fails_after)
-            raise EndpointUnavailable("gone while at work")
-        outcome = self.outcomes.popleft() if self.outcomes else self.seconds
-        if isinstance(outcome, Exception):
-            raise outcome
-        try:
-            async with self._slots:
-                await asyncio.sleep(outcome)
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        if self.is_rejecting:
-            return Generated(b"", None, str(seed), "nothing in the picture", self.endpoint)
-        return Generated(b"ply", 0.8, str(seed), "", self.endpoint)
-
-
-def with_pool(test: Callable[[GeneratorPool, Service, Service], Awaitable[None]]) -> None:
-    """Runs `test` in virtual time with a pool of two services."""
-
-    async def main() -> None:
-        first, second = Service("http://first"), Service("http://second")
-        pool = GeneratorPool([first, second], now)
-        watching = asyncio.create_task(pool.watch())
-        await pool.ready.wait()
-        await asyncio.sleep(0)
-        await test(pool, first, second)
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-
-    virtual_time.run(main())
 
 
 def test_a_task_leaves_an_endpoint_that_vanished_with_it() -> None:
@@ -115,130 +41,6 @@ def test_a_health_check_that_fails_once_takes_no_task_away() -> None:
         await asyncio.sleep(0.1)
         first.status = EndpointUnavailable("not reachable")
         await asyncio.sleep(HEALTH_INTERVAL_S + 0.1)
-        first.status = "ready"
-        assert (await generating).endpoint == first.endpoint
-        assert not second.asked
-
-    with_pool(test)
-
-
-# How long a service can be silent before that is noticed, in seconds: each check waits 5 s for its answer.
-NOTICED_S = FROZEN_AFTER * (HEALTH_TIMEOUT_S + HEALTH_INTERVAL_S)
-
-
-def test_a_frozen_service_is_noticed_within_half_a_minute_and_its_task_goes_to_another() -> None:
-    """It accepts connections and answers nothing, so that its health is late for ever."""
-
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        first.seconds = 1e6
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status, began = None, now()
-        assert (await generating).endpoint == second.endpoint
-        assert now() - began <= NOTICED_S + second.seconds + 1 <= 42
-        assert pool.usable == {first.endpoint: False, second.endpoint: True}
-        assert first.cancelled == 1  # nobody waits for it any more
-        first.status = "ready"
-        await asyncio.sleep(HEALTH_INTERVAL_S + 0.1)
-        assert pool.usable[first.endpoint]
-
-    with_pool(test)
-
-
-def test_what_a_frozen_service_answers_after_all_is_taken() -> None:
-    """By the time that another one works on the task, too."""
-
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        first.seconds, second.seconds = 60.0, 60.0
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status, began = None, now()
-        assert (await generating).endpoint == first.endpoint
-        assert now() - began <= 60
-        assert len(second.asked) == second.cancelled == 1
-
-    with_pool(test)
-
-
-def test_a_frozen_service_keeps_its_task_while_there_is_no_other() -> None:
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        second.status = EndpointUnavailable("not reachable")
-        await asyncio.sleep(2 * HEALTH_INTERVAL_S)
-        first.seconds = 150.0
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status = None
-        await asyncio.sleep(NOTICED_S)
-        assert not pool.ready.is_set()  # no further task is pulled for it
-        assert (await generating).endpoint == first.endpoint
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(60)
-        assert len(first.asked) == 1
-        assert not second.asked
-        second.status, began = "ready", now()  # back again: the task was in the queue
-        assert (await generating).endpoint == second.endpoint
-        assert now() - began <= HEALTH_INTERVAL_S + second.seconds
-
-    with_pool(test)
-
-
-def test_a_task_of_a_frozen_service_goes_to_one_that_comes_later() -> None:
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        second.status = EndpointUnavailable("not reachable")
-        await asyncio.sleep(2 * HEALTH_INTERVAL_S)
-        first.seconds = 1e6
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status = None
-        await asyncio.sleep(100)
-        second.status, began = "ready", now()
-        assert (await generating).endpoint == second.endpoint
-        assert now() - began <= HEALTH_INTERVAL_S + second.seconds
-
-    with_pool(test)
-
-
-def test_two_frozen_services_are_waited_for_in_time() -> None:
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        first.seconds = second.seconds = 1e6
-        started = now()
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status = None
-        await asyncio.sleep(NOTICED_S)
-        second.status = None
-        with pytest.raises(AttemptFailed, match="no answer in"):
-            await generating
-        assert now() - started == pytest.approx(USEFUL_AGE_S)
-        assert len(first.asked) == len(second.asked) == 1
-
-    with_pool(test)
-
-
-def test_what_another_service_fails_at_is_not_waited_for_at_a_frozen_one() -> None:
-    """The worker tries another seed, with the one that works."""
-
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        first.seconds = 1e6
-        second.outcomes.append(AttemptFailed("500"))
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        first.status, began = None, now()
-        with pytest.raises(AttemptFailed, match="500"):
-            await generating
-        assert now() - began <= NOTICED_S
-
-    with_pool(test)
-
-
-def test_health_that_is_late_twice_gives_no_task_away() -> None:
-    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
-        first.seconds = 90.0
-        generating = asyncio.create_task(pool.generate(TASK, 1))
-        await asyncio.sleep(0.1)
-        for status in (None, "ready", None):
-            first.status = status
-            await asyncio.sleep(20)
         first.status = "ready"
         assert (await generating).endpoint == first.endpoint
         assert not second.asked

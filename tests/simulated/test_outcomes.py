@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from neurons.miner.submission.spool import Spool, SpooledResult
-from neurons.protocol import PullTask, SubmitResults, signature_is_valid
+from neurons.protocol import PullTask, SubmitResults
 from scripts.bench import virtual_time
 from tests.support.scripted_validator import (
     ACCEPTED,
@@ -36,6 +36,7 @@ from tests.support.scripted_validator import (
     Scripted,
     mine,
 )
+from tests.support.signatures import signature_is_valid
 
 
 @pytest.fixture(autouse=True)

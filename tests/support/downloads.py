@@ -67,7 +67,7 @@ def start(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subproc
 
 def run(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     with start(hub, cache, *arguments, **environment) as process:
-        output, problems = process.communicate(timeout=60)
+        output, problems = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, output, problems)
 
 

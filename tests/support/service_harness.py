@@ -163,3 +163,24 @@ def wait_until(condition: Callable[[], Any], patience: float = PATIENCE_S) -> No
     while not condition():
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(0.005)
+
+
+def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """The thread that makes the call, and a list that gets its result."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+    return thread, results
+
+
+def ask(service: Service, prompt: str, priority: str) -> tuple[threading.Thread, list[Any]]:
+    """A request in a thread: as ``in_thread``."""
+    form, headers = {"prompt": prompt}, {"X-Priority": priority}
+    return in_thread(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=PATIENCE_S))
+
+
+def hold(service: Service, priority: str = "interactive") -> tuple[threading.Thread, list[Any]]:
+    """Occupy the engine until ``service.pipeline.go`` is set."""
+    held = ask(service, "hold", priority)
+    wait_until(lambda: service.engine.active)
+    return held

@@ -20,8 +20,8 @@ from generation.engine.engine import Engine
 from generation.fleet.candidates import Candidates
 from generation.fleet.fleet import Fleet
 from generation.schema.results import Request
+from generation.web.errors import ApiError
 from generation.web.events import Events
-from generation.web.intake import ApiError
 from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Result
 
 MOST_IN_PROGRESS = 16

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 
 from generation.web import intake
-from generation.web.intake import ApiError
+from generation.web.errors import ApiError
 from generation.web.studio import miner
 from generation.web.studio.gallery import FILM, PICTURE, SPLAT, THUMBNAIL, as_json
 from generation.web.studio.makers import Makers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
 import json
 import socket
@@ -21,31 +20,21 @@ from generation.engine import engine as engine_module
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.pipeline.job import Job
 from generation.schema.results import Request
-from tests.support.service_harness import PATIENCE_S, Service, StandInPipeline, serving, wait_until
+from tests.support.service_harness import (
+    PATIENCE_S,
+    Service,
+    StandInPipeline,
+    ask,
+    hold,
+    in_thread,
+    serving,
+    wait_until,
+)
 from tests.support.waiting import until
 
 
 def of(prompt: str, seed: int = 1, background: bool = False) -> Request:
     return Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
-
-
-def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
-    thread.start()
-    return thread, results
-
-
-def ask(service: Service, prompt: str, priority: str) -> tuple[threading.Thread, list[Any]]:
-    form, headers = {"prompt": prompt}, {"X-Priority": priority}
-    return in_background(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=PATIENCE_S))
-
-
-def hold(service: Service, priority: str = "interactive") -> tuple[threading.Thread, list[Any]]:
-    """Occupy the engine until ``service.pipeline.go`` is set."""
-    held = ask(service, "hold", priority)
-    wait_until(lambda: service.engine.active)
-    return held
 
 
 def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
@@ -97,7 +86,7 @@ def test_a_failed_load_is_told_and_does_not_end_the_service() -> None:
 def test_a_full_queue_refuses_with_a_time_and_recovers() -> None:
     with serving(max_queue=2) as service:
         held = hold(service)
-        waiting = [in_background(lambda: httpx.post(service.url + "/generate/", data={"prompt": "a"})) for _ in "12"]
+        waiting = [in_thread(lambda: httpx.post(service.url + "/generate/", data={"prompt": "a"})) for _ in "12"]
         wait_until(lambda: service.engine.queue_depth == 2)
         refused = service.generate()
         assert refused.status_code == 503
@@ -129,100 +118,6 @@ def test_when_to_return_follows_generations_and_not_hang_ups() -> None:
         assert int(service.generate().headers["Retry-After"]) == expected
 
 
-def test_what_a_person_asks_for_pauses_the_background() -> None:
-    with serving(max_batch=2) as service:
-        paused = hold(service, "background")
-        first = hold(service)
-        wait_until(lambda: len(service.engine.active) == 2)
-        wait_until(lambda: service.engine.active[0]["stage"] == "paused")
-        assert [each["priority"] for each in service.client.get("/health").json()["active"]] == [
-            "background",
-            "interactive",
-        ]
-        assert service.generate("b").status_code == 200  # beside the first: what is paused takes no place
-        assert "generation_paused_requests" in service.client.get("/metrics").text
-        service.pipeline.go.set()
-        for thread, answers in (paused, first):
-            thread.join(PATIENCE_S)
-            assert answers[0].status_code == 200
-        together = [tick for tick in service.pipeline.ticks if len(tick) > 1]
-        assert together == [["hold", "b"]]
-        assert all("paused" not in json.loads(answers[0].headers["X-Seconds"]) for _, answers in (paused, first))
-
-
-def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None:
-    with serving(max_queue=1) as service:
-        held = [hold(service), ask(service, "b", "background")]
-        wait_until(lambda: service.engine.queue_depth == 1)
-        refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
-        assert refused.status_code == 503
-        assert "queue full" in refused.text
-        held.append(ask(service, "c", "interactive"))
-        wait_until(lambda: service.engine.queue_depth == 2)
-        service.pipeline.go.set()
-        for thread, answers in held:
-            thread.join(PATIENCE_S)
-            assert answers[0].status_code == 200
-        assert [request.prompt for request in service.pipeline.started] == ["hold", "c", "b"]
-
-
-async def test_calls_in_the_background_wait_for_generations_of_persons(
-    ready_engine: tuple[Engine, StandInPipeline],
-) -> None:
-    engine, pipeline = ready_engine
-    held = asyncio.create_task(engine.generate(of("hold")))
-    await until(lambda: engine.active)
-    order: list[str] = []
-    waits = asyncio.create_task(engine.call(lambda _: order.append("background"), background=True))
-    await engine.call(lambda _: order.append("interactive"))
-    pipeline.go.set()
-    await asyncio.gather(held, waits)
-    assert order == ["interactive", "background"]
-
-
-async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
-    ready_engine: tuple[Engine, StandInPipeline],
-) -> None:
-    engine, pipeline = ready_engine
-    tick, under_way, paused = pipeline.tick, threading.Event(), []
-
-    def first(jobs: list[Any]) -> None:
-        pipeline.tick = tick  # type: ignore[method-assign]
-        paused.append(jobs[0].paused())
-        under_way.set()
-        wait_until(lambda: engine.queue_depth)
-        paused.append(jobs[0].paused())
-        tick(jobs)
-
-    pipeline.tick = first  # type: ignore[method-assign]
-    background = asyncio.create_task(engine.generate(of("a", background=True)))
-    await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate(of("b"))).ply
-    assert (await background).ply
-    assert paused == [False, True]
-    assert [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
-
-
-async def test_the_background_has_no_deadline(
-    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A task must not be lost because a person asked for something meanwhile."""
-    engine, pipeline = ready_engine
-    monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
-    held = asyncio.create_task(engine.generate(of("hold", background=True)))
-    await until(lambda: engine.active)
-    assert pipeline.started[0].deadline is None
-    pipeline.go.set()
-    assert (await held).ply
-
-
-def test_an_unknown_priority_is_refused() -> None:
-    with serving() as service:
-        refused = service.client.post("/generate/", data={"prompt": "a"}, headers={"X-Priority": "urgent"})
-        assert (refused.status_code, refused.json()["error"]["field"]) == (422, "X-Priority")
-        assert refused.json()["error"]["limit"] == ["interactive", "background"]
-
-
 def test_a_client_that_hangs_up_while_waiting_frees_its_place() -> None:
     with serving(max_queue=1) as service:
         hold(service)
@@ -231,7 +126,7 @@ def test_a_client_that_hangs_up_while_waiting_frees_its_place() -> None:
         assert service.generate().status_code == 503
         client.close()
         wait_until(lambda: service.engine.queue_depth == 0)
-        thread, results = in_background(service.generate)
+        thread, results = in_thread(service.generate)
         wait_until(lambda: service.engine.queue_depth == 1)
         service.pipeline.go.set()
         thread.join(PATIENCE_S)
@@ -304,17 +199,6 @@ def test_full_memory_lets_fewer_join() -> None:
             thread.join(PATIENCE_S)
             assert answers[0].status_code == 200
         assert max(map(len, service.pipeline.ticks)) == 1
-
-
-@pytest.fixture
-def ready_engine() -> Any:
-    pipeline = StandInPipeline()
-    engine = Engine(lambda progress: pipeline, max_queue=4, max_batch=1)
-    engine.start()
-    wait_until(lambda: engine.status == "ready")
-    yield engine, pipeline
-    pipeline.go.set()
-    engine.stop(PATIENCE_S)
 
 
 async def test_a_request_that_takes_too_long_ends_at_its_deadline(
@@ -396,25 +280,6 @@ async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest
     engine.stop(PATIENCE_S)
 
 
-def test_scoring_in_the_background_keeps_nobody_s_scoring_waiting() -> None:
-    """It waits for the end of a person's generation, and there are only so many bodies at once."""
-    body = {"prompt": "a cube", "data": base64.b64encode(b"ply").decode()}
-
-    def score(priority: str) -> httpx.Response:
-        url, headers = service.url + "/validate_txt_to_3d_ply/", {"X-Priority": priority}
-        return httpx.post(url, json=body, headers=headers, timeout=5)
-
-    with serving() as service:
-        held, _ = hold(service)
-        waiting = [in_background(lambda: score("background"))[0] for _ in range(2)]
-        wait_until(lambda: service.engine.queue_depth == 2)
-        assert score("interactive").status_code == 200
-        assert service.engine.queue_depth == 2
-        service.pipeline.go.set()
-        for thread in (held, *waiting):
-            thread.join(PATIENCE_S)
-
-
 def test_a_client_that_hangs_up_stops_all_its_candidates() -> None:
     with serving(max_batch=4) as service:
         client = send_and_keep_open(service, "hold&candidates=3")
@@ -422,35 +287,6 @@ def test_a_client_that_hangs_up_stops_all_its_candidates() -> None:
         client.close()
         wait_until(lambda: len(service.pipeline.cancelled) == 3)
         assert service.generate().status_code == 200
-
-
-def test_candidates_in_the_background_do_not_delay_a_person() -> None:
-    with serving(max_batch=2) as service:
-        form, headers = {"prompt": "hold", "candidates": "64"}, {"X-Priority": "background"}
-        many = in_background(lambda: httpx.post(service.url + "/generate/", data=form, headers=headers, timeout=60))
-        wait_until(lambda: service.engine.active)
-        for _ in range(3):
-            assert service.generate("a person's").status_code == 200
-        assert not any("a person's" in tick and "hold" in tick for tick in service.pipeline.ticks)
-        service.pipeline.go.set()
-        many[0].join(PATIENCE_S)
-        assert len(json.loads(many[1][0].headers["X-Scores"])) == 64
-
-
-def test_what_would_take_no_place_of_others() -> None:
-    with serving(max_batch=3) as service:
-        assert service.engine.spare() == 2
-        held = hold(service)
-        assert (service.engine.spare(), service.engine.spare(background=True)) == (1, 0)
-        service.pipeline.go.set()
-        held[0].join(PATIENCE_S)
-    with serving(max_batch=1) as service:
-        assert service.engine.spare(background=True) == 1
-        held = hold(service, "background")
-        wait_until(lambda: service.engine.spare(background=True) == 0)
-        assert service.engine.spare() == 1
-        service.pipeline.go.set()
-        held[0].join(PATIENCE_S)
 
 
 def test_a_client_that_hangs_up_while_it_sends_is_no_error(caplog: pytest.LogCaptureFixture) -> None:

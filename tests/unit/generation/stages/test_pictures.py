@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from generation.schema.results import Request
-from generation.web.intake import ApiError, Picture, decode_image
+from generation.web.errors import ApiError
+from generation.web.pictures import Picture, decode_image
 from tests.support.fleet_harness import running
 from tests.support.service_harness import Service, serving
 

@@ -26,7 +26,7 @@ from PIL import Image
 from common import spz
 from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
-from generation.web import intake
+from generation.web import intake, pictures
 from tests.support.service_harness import Service, serving, wait_until
 
 
@@ -127,7 +127,7 @@ def test_what_came_in_is_one_request_all_the_way() -> None:
         assert replace(text, deadline=None) == Request(prompt="a red cube", seed=42, threshold=0.6)
         files, headers = {"prompt_image_file": ("a.png", png(mode="RGBA"), "image/png")}, {"X-Priority": "background"}
         assert service.client.post("/generate/", data={"seed": "7"}, files=files, headers=headers).status_code == 200
-        picture = intake.decode_image(png(mode="RGBA"), "prompt_image_file")
+        picture = pictures.decode_image(png(mode="RGBA"), "prompt_image_file")
         assert service.pipeline.started[1] == Request(
             image=picture.image, target=picture.target, seed=7, threshold=0.6, background=True
         )
@@ -215,7 +215,7 @@ def test_image_modes_are_made_rgb_or_rgba(service: Service) -> None:
 def test_pictures_of_16_bits_keep_their_levels(level: int, shown: int) -> None:
     out = io.BytesIO()
     Image.new("I;16", (3, 2), level).save(out, "PNG")
-    assert intake.decode_image(out.getvalue(), "picture").image.getpixel((2, 1)) == (shown,) * 3
+    assert pictures.decode_image(out.getvalue(), "picture").image.getpixel((2, 1)) == (shown,) * 3
 
 
 def test_what_is_not_an_image(service: Service) -> None:
@@ -252,9 +252,9 @@ def test_a_jpeg_that_paints_its_pixels_very_often_is_refused(service: Service) -
     def of(scans: int) -> bytes:
         return out.getvalue()[:-2] + (scans - 6) * scan + end  # libjpeg writes six
 
-    assert upload(service, of(intake.MAX_JPEG_SCANS), "a.jpg", "image/jpeg").status_code == 200
-    refused = error(upload(service, of(intake.MAX_JPEG_SCANS + 1), "a.jpg", "image/jpeg"), 422, "prompt_image_file")
-    assert refused["limit"] == intake.MAX_JPEG_SCANS
+    assert upload(service, of(pictures.MAX_JPEG_SCANS), "a.jpg", "image/jpeg").status_code == 200
+    refused = error(upload(service, of(pictures.MAX_JPEG_SCANS + 1), "a.jpg", "image/jpeg"), 422, "prompt_image_file")
+    assert refused["limit"] == pictures.MAX_JPEG_SCANS
 
 
 def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
@@ -262,8 +262,8 @@ def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
 
 
 def test_an_image_over_10_mb_is_refused(service: Service) -> None:
-    refused = error(upload(service, bytes(intake.MAX_IMAGE_BYTES + 1)), 413, "prompt_image_file")
-    assert refused["limit"] == intake.MAX_IMAGE_BYTES
+    refused = error(upload(service, bytes(pictures.MAX_IMAGE_BYTES + 1)), 413, "prompt_image_file")
+    assert refused["limit"] == pictures.MAX_IMAGE_BYTES
 
 
 def test_bodies_are_bounded_while_they_stream(service: Service) -> None:

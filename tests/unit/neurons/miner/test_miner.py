@@ -36,7 +36,8 @@ from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.dendrite import DateListener
 from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
-from neurons.protocol import Feedback, PullTask, SubmitResults, Task, TextTask, signature_is_valid
+from neurons.protocol import Feedback, PullTask, SubmitResults, Task, TextTask
+from tests.support.signatures import signature_is_valid
 from tests.support.waiting import until
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")

@@ -25,12 +25,12 @@ from neurons.protocol import (
     SubmitResults,
     TextTask,
     make_submission,
-    signature_is_valid,
 )
 from neurons.rehearsal import __main__ as rehearsal
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.rules import Limits
 from tests.support.answers import went
+from tests.support.signatures import signature_is_valid
 from tests.support.waiting import until
 
 KEYPAIR = bt.Keypair.create_from_uri("//miner")

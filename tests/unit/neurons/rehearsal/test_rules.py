@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from common import ply, spz
-from generation.web.intake import decode_image
+from generation.web.pictures import decode_image
 from neurons.protocol import ImageTask, TextTask, make_submission
 from neurons.rehearsal import __main__ as command
 from neurons.rehearsal.checks import Unacceptable, check_results, signature_matches
