@@ -43,18 +43,21 @@ class FusedUpsample(nn.Module):
 
     def __init__(self, plain: Upsample2D) -> None:
         super().__init__()
-        self.plain = plain
-        # (C, O, 4, 4): a pixel contributes to its own four pixels and to their neighbours.
-        kernel = plain.conv.weight.detach().float().transpose(0, 1).flip(-2, -1)
-        shifted = [F.pad(kernel, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]
-        kernel = torch.stack(shifted).sum(0).to(plain.conv.weight.dtype)
-        self.kernel = kernel.contiguous(memory_format=torch.channels_last)
+        weight = plain.conv.weight.detach()
+        # (C, O, 4, 4): a pixel contributes to its own four pixels and to their neighbours. Summed in 32 bits.
+        wide = weight.new_zeros(*weight.shape[1::-1], 4, 4, dtype=torch.float32)
+        for x in (0, 1):
+            for y in (0, 1):
+                wide[..., y : y + 3, x : x + 3] += weight.transpose(0, 1).flip(-2, -1)
+        kernel = wide.to(weight.dtype, memory_format=torch.channels_last)
+        self.kernel = nn.Parameter(kernel, requires_grad=False)
+        self.bias = plain.conv.bias
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        if output_size is not None:  # the image has an odd side
-            result: Tensor = self.plain(x, output_size)
-            return result
-        return F.conv_transpose2d(x, self.kernel, self.plain.conv.bias, stride=2, padding=1)
+        """``output_size`` must be None, as it is unless a side is odd at some level. Raises ValueError."""
+        if output_size is not None:
+            raise ValueError(f"upsampling to {tuple(output_size)}: a compiled model has even sides at all levels")
+        return F.conv_transpose2d(x, self.kernel, self.bias, stride=2, padding=1)
 
 
 def compile_autoencoder(vae: AutoencoderKL, any_batch: bool = False) -> None:

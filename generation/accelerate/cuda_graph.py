@@ -7,7 +7,9 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,6 +28,22 @@ def split_batch(count: int) -> list[slice]:
     return slices
 
 
+#: All graphs of this process, which has one GPU. They never run at the same time, so they share one memory pool: it is
+#: as large as the largest of them needs, and not their sum.
+_alive: WeakSet[Any] = WeakSet()
+
+
+@cache
+def _stream() -> Any:
+    """Of all warm-ups: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
+
+
+def compiled_sizes(most: int) -> list[int]:
+    """Sizes of the slices that up to ``most`` are split into, largest first."""
+    return [size for size in COMPILED_SIZES if size <= most]
+
+
 class _Graph(NamedTuple):
     graph: Any  # torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -35,28 +53,31 @@ class _Graph(NamedTuple):
 class GraphedFunction:
     """A function of tensors. For shapes that were captured, a call replays a CUDA graph.
 
-    The function must not synchronise with the device. The next call overwrites the results.
+    The function must not synchronise with the device.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self._function = function
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._forgotten: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}  # inputs; captured again at the next call
-        self._pool: Any = None  # one memory pool for all graphs: they never run at the same time
-        self._stream: Any = None  # of all warm-ups: cuBLAS keeps a workspace for every stream that it has seen
 
     def capture(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> None:
-        """Warm the function up, then capture it for the shapes of ``inputs``. The graph keeps ``inputs`` as its own."""
-        stream = self._stream = self._stream or torch.cuda.Stream()
+        """Warm the function up, then capture it for the shapes of ``inputs``. The graph keeps ``inputs`` as its own.
+
+        Capture the largest shape first: what a smaller one needs then fits into the memory of the larger one.
+        """
+        stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
             for _ in range(2):  # the first call compiles and chooses algorithms
                 self._function(*inputs, *constants)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # A pool is gone with its last graph, and its name can not be used again.
+        pool = next((other.pool() for other in _alive), None)
+        with torch.cuda.graph(graph, pool=pool):
             outputs = self._function(*inputs, *constants)
-        self._pool = self._pool or graph.pool()
+        _alive.add(graph)
         self._graphs[_key(inputs, constants)] = _Graph(graph, inputs, outputs)
 
     def forget(self) -> None:
@@ -66,11 +87,10 @@ class GraphedFunction:
         """
         self._forgotten |= {key: graph.inputs for key, graph in self._graphs.items()}
         self._graphs.clear()
-        self._pool = None
 
     def __call__(self, *inputs: Tensor, constants: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
         key = _key(inputs, constants)
-        if (static_inputs := self._forgotten.get(key)) is not None:
+        if key not in self._graphs and (static_inputs := self._forgotten.get(key)) is not None:
             self.capture(*static_inputs, constants=constants)  # when memory is full the next call tries again
             del self._forgotten[key]
         captured = self._graphs.get(key)
@@ -79,7 +99,7 @@ class GraphedFunction:
         for static, value in zip(captured.inputs, inputs, strict=True):
             static.copy_(value, non_blocking=True)
         captured.graph.replay()
-        return captured.outputs
+        return tuple(output.clone() for output in captured.outputs)  # the next replay of any graph may overwrite them
 
 
 def _key(inputs: tuple[Tensor, ...], constants: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -44,10 +45,12 @@ def fuse_encoder(vae: AutoencoderKL) -> None:
     """Replace an autoencoder's encoder by ``FusedEncoder``. Results are the same up to rounding.
 
     Parameters are frozen: only the input gets a gradient. Images must have even sides at all levels. Raises ValueError
-    for a block that Stable Diffusion's autoencoder does not have.
+    for a block that Stable Diffusion's autoencoder does not have. Where memory runs out in the middle, it may be called
+    again.
     """
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    vae.encoder = FusedEncoder(vae.encoder)
+    if not isinstance(vae.encoder, FusedEncoder):
+        vae.encoder = FusedEncoder(copy.deepcopy(vae.encoder))  # which it takes apart
 
 
 class FusedEncoder(nn.Module):

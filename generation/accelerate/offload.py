@@ -13,7 +13,7 @@ class Offloaded:
     """A frozen model whose parameters stay in pinned memory of the CPU, and are copied to its device when it works.
 
     The parameters never change. So offloading only drops the copies on the device. Buffers, the scales of 4-bit weights
-    and what was joined of weights (``compile_unet``, ``fuse_encoder``: a tenth of a model) stay there.
+    and some of what was joined of weights (``TextProjections``, ``fuse_encoder``: a tenth of a model) stay there.
     """
 
     def __init__(self, model: nn.Module, device: str | torch.device) -> None:

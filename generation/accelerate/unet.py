@@ -17,24 +17,24 @@ from generation.accelerate.group_norm import FusedGroupNorm
 def compile_unet(unet: UNet2DConditionModel) -> None:
     """Rewrite a UNet to launch fewer kernels. Results are the same up to rounding.
 
-    Its transformers are compiled at their first call, for each batch size. Afterwards it has no backward pass.
+    Its transformers are compiled at their first call, for each batch size. Afterwards it has no backward pass. Where
+    memory runs out in the middle, it may be called again.
     """
     _join_projections(unet)
-    blocks = []
     for module in list(unet.modules()):
         for name, child in module.named_children():
             if isinstance(child, ResnetBlock2D) and _is_usual(child):
-                blocks.append(ResidualBlock(child))
-                setattr(module, name, blocks[-1])
+                setattr(module, name, ResidualBlock(child))
             elif isinstance(child, nn.GroupNorm) and isinstance(module, Transformer2DModel):
                 setattr(module, name, FusedGroupNorm(child))
+    blocks = [each for each in unet.modules() if isinstance(each, ResidualBlock) and hasattr(each, "projection")]
     if blocks:
         unet.time_embed_act = TimeProjections(unet.time_embed_act, blocks)
     _take_biases_of_upsampling(unet)
     if isinstance(unet.conv_norm_out, nn.GroupNorm) and isinstance(unet.conv_act, nn.SiLU):
         unet.conv_norm_out, unet.conv_act = FusedGroupNorm(unet.conv_norm_out, silu=True), nn.Identity()
     for module in unet.modules():
-        if isinstance(module, Transformer2DModel):
+        if isinstance(module, Transformer2DModel) and _keep_channels_last not in module._forward_hooks.values():
             module.register_forward_hook(_keep_channels_last)
     compile_blocks(unet, (ResnetBlock2D, Transformer2DModel))
 
@@ -65,9 +65,9 @@ class ResidualBlock(nn.Module):
 
     def take_bias(self, bias: Tensor) -> None:
         """From now on add ``bias`` to the first channels of x, because the layer before leaves it out."""
-        self.bias = F.pad(bias, (0, self._channels - len(bias)))
-        residual = self.bias if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ self.bias
-        self.last = self.last + residual
+        added = F.pad(bias, (0, self._channels - len(bias)))
+        residual = added if self.shortcut is None else self.shortcut.weight.detach()[..., 0, 0] @ added
+        self.bias, self.last = added, self.last + residual
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         """x (N, C, H, W), channels last. ``temb`` is unused, because ``time`` was set before."""
@@ -92,7 +92,7 @@ class TimeProjections(nn.Module):
         super().__init__()
         self.before = before
         self._blocks = blocks  # a plain list: they are not submodules of this one
-        self.weight = torch.cat([block.projection for block in blocks])
+        self.weight = nn.Parameter(torch.cat([block.projection for block in blocks]), requires_grad=False)
         self.bias = torch.cat([block.projection_bias for block in blocks])
         self._widths = [len(block.projection) for block in blocks]
         for block in blocks:
@@ -122,6 +122,8 @@ class TextProjections:
         self._results = [_Precomputed() for _ in layers]
         for layer, result in zip(layers, self._results, strict=True):
             layer.to_kv = result
+            if self._image_tokens:
+                layer.to_k_ip = layer.to_v_ip = None
 
     def __call__(self, unet: nn.Module, args: tuple[Tensor, ...]) -> None:
         """``args[2]`` are the text states (N, L, C)."""
@@ -147,7 +149,8 @@ def _take_biases_of_upsampling(unet: UNet2DConditionModel) -> None:
     """Have the residual block after an upsampling add the bias of its convolution, which saves a pass."""
     for level, following in zip(unet.up_blocks, unet.up_blocks[1:], strict=False):
         upsampler, block = (level.upsamplers or [None])[0], following.resnets[0]
-        if isinstance(upsampler, Upsample2D) and upsampler.use_conv and isinstance(block, ResidualBlock):
+        takes = isinstance(upsampler, Upsample2D) and upsampler.use_conv and isinstance(block, ResidualBlock)
+        if takes and upsampler.conv.bias is not None:
             block.take_bias(upsampler.conv.bias.detach())
             upsampler.conv.bias = None
 
@@ -169,9 +172,17 @@ def _join_projections(unet: UNet2DConditionModel) -> None:
     """
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
     for layer in layers:
-        layer.fuse_projections()
+        if not layer.fused_projections:
+            layer.fuse_projections()
+        for name in ("to_k", "to_v") if layer.is_cross_attention else ("to_q", "to_k", "to_v"):
+            setattr(layer, name, None)  # diffusers would keep both
     cross_attentions = [
-        each for each in layers if each.is_cross_attention and not each.norm_cross and each.to_kv.bias is None
+        each
+        for each in layers
+        if each.is_cross_attention
+        and not each.norm_cross
+        and isinstance(each.to_kv, nn.Linear)
+        and each.to_kv.bias is None
     ]
     if cross_attentions:
         unet.register_forward_pre_hook(TextProjections(cross_attentions))

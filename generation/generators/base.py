@@ -174,10 +174,15 @@ class Parts:
         remove_background: RemoveBackground,
         device: str,
         progress: Callable[[str], None] = lambda text: None,
+        offload: bool = False,
     ) -> None:
-        """``checkpoints``: those that the generators' options need, by name. ``device``: such as "cpu" or "cuda:1"."""
+        """``checkpoints``: those that the generators' options need, by name. ``device``: such as "cpu" or "cuda:1".
+
+        ``offload``: memory is scarce. What works once a request should be on the device only then.
+        """
         self.remove_background = remove_background
         self.device = device
+        self.offload = offload
         self._checkpoints = checkpoints
         self._progress = progress
         self._loaded: dict[Hashable, Any] = {}

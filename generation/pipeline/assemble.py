@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import diffusers
+import torch
 import transformers
 
 from generation.generators import kinds
 from generation.generators.base import Checkpoint, Generator, Parts
+from generation.pipeline.batch_limit import is_out_of_memory
 from generation.pipeline.pipeline import Pipeline
+from generation.schema.memory_class import GIB
 from generation.settings import Settings
 from generation.splats.rasterize import warm_up
 from generation.stages.background import BackgroundRemover
@@ -20,12 +23,60 @@ from generation.weights import local_folder, lookup
 from generation.weights.strict import naming
 
 
+class NotEnoughMemory(Exception):
+    """The GPU has too little memory to start. The message says how much there is, and what to do."""
+
+
 def load(settings: Settings, progress: Callable[[str], None] = lambda text: None, warm: bool = True) -> Pipeline:
     """Load every model that ``settings`` need onto ``settings.device``. ``progress`` is called with a text per step.
 
     With ``warm`` the pipeline is warmed up, too. Downloads nothing. Raises WeightsError when a checkpoint is missing or
-    can not be used.
+    can not be used, and NotEnoughMemory.
     """
+    with enough_memory(settings):
+        return _load(settings, progress, warm)
+
+
+@contextmanager
+def enough_memory(settings: Settings) -> Iterator[None]:
+    """Raise an out-of-memory error within it as NotEnoughMemory."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemory(_advice(settings)) from error
+
+
+def _in_use(device: str) -> str:
+    """Who has the GPU's memory. Nothing where it is too full for CUDA to tell."""
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device)
+    except RuntimeError:
+        return ""
+    others = max(0, total - free - own)
+    return (
+        f"; {own / GIB:.1f} GiB are this process's, and {others / GIB:.1f} its CUDA context's and other programs', "
+        f"of {total / GIB:.1f}"
+    )
+
+
+def _advice(settings: Settings) -> str:
+    classes = settings.models.memory_classes
+    least = {each.name: each.least_gib for each in classes}
+    smaller = [each.name for each in classes if each.least_gib < least.get(settings.memory_class or "", 0.0)]
+    if smaller:
+        todo = f"take a smaller memory class: --memory-class {max(smaller, key=least.__getitem__)}"
+    else:
+        todo = f"there is no smaller memory class; another generator may need less than {settings.config.name}"
+    return (
+        f"the GPU's memory is full, even for one request at a time (memory class {settings.memory_class}: "
+        f"{settings.memory_reason}){_in_use(settings.device)}. If other programs use the GPU, stop them. Else {todo}"
+    )
+
+
+def _load(settings: Settings, progress: Callable[[str], None], warm: bool) -> Pipeline:
     _quiet_libraries()
     models, device = settings.models, settings.device
     choices = {**models.needed(settings.options, settings.image_options), **models.optional}
@@ -49,7 +100,8 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
         for name, choice in models.of_generators.items()
         if name in folders
     }
-    text, image = load_generators(settings, Parts(checkpoints, background.remove, device, progress))
+    parts = Parts(checkpoints, background.remove, device, progress, models.offload_generators)
+    text, image = load_generators(settings, parts)
     with loading("clip"):
         for stage in models.optional:
             progress(f"loading {entries[stage].name} for {stage} onto {device}")

@@ -56,10 +56,7 @@ class Pipeline:
         Without ``text_to_image``, ``text`` must take texts directly. ``image`` must take pictures. With ``take_turns``
         both are offloaded at first, and one at a time is on the device.
         """
-        #: batch limit of the generators' ticks: lowered for a while after an out-of-memory error
-        self.limit = BatchLimit(max_batch)
-        # The other stages have their own limits, because they need different amounts of memory per picture.
-        self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
+        self._set_limits(max_batch)
         self._text_to_image = text_to_image
         self._background = background
         self._text, self._image = text, image
@@ -70,22 +67,48 @@ class Pipeline:
         #: for /health: name, revision (and whether it is a commit), licence, precision and device of each model
         self.models = models
 
+    def _set_limits(self, max_batch: int) -> None:
+        #: batch limit of the generators' ticks: lowered for a while after an out-of-memory error
+        self.limit = BatchLimit(max_batch)
+        # The other stages have their own limits, because they need different amounts of memory per picture.
+        self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
+
     def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
         """On a GPU, compile everything and make a first splat, so that requests do not pay for it. Else do nothing.
 
-        Raises any error of these.
+        Where memory runs out, it begins again for half as many at once, and these are the most from then on. Raises
+        any other error, and that of one alone.
         """
         if not self._device.startswith("cuda"):
             return
         torch.backends.cudnn.benchmark = True  # few shapes: benchmark the algorithms for each
+        while True:
+            try:
+                self._warm_up(progress)
+                return
+            except Exception as error:
+                if not is_out_of_memory(error) or self.limit.maximum == 1:
+                    raise
+                reason = str(error).partition("\n")[0]
+            self._expect_fewer(reason)  # after the except block: the exception's frames held tensors
+
+    def _expect_fewer(self, reason: str) -> None:
+        most = self.limit.maximum
+        log.warning("Out of GPU memory while starting for %d at once, now for %d: %s", most, most // 2, reason)
+        self._set_limits(most // 2)
+        self._loaded = None
+        for generator in self._generators():
+            generator.offload()  # with its CUDA graphs, of which those for more are not captured again
+        release_cache()
+        if not self._take_turns:
+            for generator in self._generators():
+                generator.onload()
+
+    def _warm_up(self, progress: Callable[[str], None]) -> None:
         for generator in self._generators():
             self._bring_onto_device(generator)
             generator.warm_up(self.limit.maximum, progress)
-        if self._text_to_image is not None:
-            progress("compiling text to image, or loading it from its cache")
-            self._text_to_image.warm_up(self.limit.maximum)
-        progress("looking for the fastest kernels of background removal and self-check")
-        self._warm_up_batches()
+        self._warm_up_stages(progress)
         progress("making a first splat of a text and of a picture, to warm up")
         disc = Image.new("RGB", (256, 256), "white")
         ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
@@ -97,21 +120,31 @@ class Pipeline:
             if isinstance(outcome, Exception):
                 raise outcome
 
-    def _warm_up_batches(self) -> None:
-        """Run each possible batch size once, because cuDNN chooses algorithms per batch size."""
-        for stage, work in (("background", self._background.warm_up), ("self_check", self._self_check.warm_up)):
-
-            def each(batch: list[int], work: Callable[[int], None] = work) -> list[int]:
-                work(len(batch))
-                return batch
-
-            for count in range(self.limit.maximum, 0, -1):
-                in_batches(self._stage_limits[stage], list(range(count)), each)
+    def _warm_up_stages(self, progress: Callable[[str], None]) -> None:
+        """What all generators share, with each number of requests at once."""
+        most = self.limit.maximum
+        if self._text_to_image is not None:
+            progress("compiling text to image, or loading it from its cache")
+            # One before several: fewer variants are compiled in this order.
+            self._warm_up_batches("text_to_image", self._text_to_image.warm_up, range(1, most + 1))
+        progress("looking for the fastest kernels of background removal and self-check")
+        self._warm_up_batches("background", self._background.warm_up, range(most, 0, -1))
+        self._warm_up_batches("self_check", self._self_check.warm_up, range(most, 0, -1))
         self._bring_onto_device(self._text)
-        for count in range(1, self.limit.maximum + 1):
+        for count in range(1, most + 1):
             texts = [f"{number} of {count}" for number in range(count)]
             self._text.encode(texts)
             self._self_check.encode(texts)
+
+    def _warm_up_batches(self, stage: str, work: Callable[[int], None], counts: Sequence[int]) -> None:
+        """Run each batch size of a stage once, because cuDNN chooses algorithms per batch size."""
+
+        def each(batch: list[int]) -> list[int]:
+            work(len(batch))
+            return batch
+
+        for count in counts:
+            in_batches(self._stage_limits[stage], list(range(count)), each)
 
     def begin(
         self,

@@ -19,10 +19,11 @@ class MemoryClass(BaseModel):
 
     name: str = Field(min_length=1)
     least_gib: float = Field(ge=0, le=10_000)
-    quantization: Quantization = "none"  # of FLUX's transformer and T5
+    quantization: Quantization = "none"  # of FLUX's transformer
+    quantization_t5: Quantization | None = None  # of T5; None: the same
     offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
     offload_self_check: bool = False  # the self-check's CLIPs are in pinned memory while they look at nothing
-    offload_generators: bool = False  # of two generators one is on the GPU at a time: they take turns
+    offload_generators: bool = False  # two generators take turns on the GPU; encoders are there while they encode
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 
 

@@ -21,7 +21,7 @@ from generation.schema.memory_class import MemoryClass, Quantization
 log = logging.getLogger("generation.schema.options")
 
 #: keys of text_to_image that memory classes set instead
-CLASS_KEYS = {"quantization", "offload_t5"}
+CLASS_KEYS = {"quantization", "quantization_t5", "offload_t5"}
 
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -115,12 +115,21 @@ class TextToImageModel(ModelChoice):
     image_size: int = Field(ge=64, le=2048, multiple_of=16)  # pixels
     steps: int = Field(4, ge=1, le=50)
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
-    quantization: Quantization = "none"  # of the transformer and T5
+    quantization: Quantization = "none"  # of the transformer
+    quantization_t5: Quantization | None = None  # of T5; None: the same
     offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
 
     @property
+    def t5(self) -> Quantization:
+        """T5's quantization."""
+        return self.quantization if self.quantization_t5 is None else self.quantization_t5
+
+    @property
     def precision(self) -> str:
-        return self.dtype if self.quantization == "none" else f"{self.quantization} and {self.dtype}"
+        of_transformer, of_t5 = (
+            self.dtype if kind == "none" else f"{kind} and {self.dtype}" for kind in (self.quantization, self.t5)
+        )
+        return of_transformer if of_transformer == of_t5 else f"{of_transformer}, T5 {of_t5}"
 
 
 class BackgroundModel(ModelChoice):
@@ -155,7 +164,7 @@ class Models(Schema):
     quality: ModelChoice | None = None
     lpips: ModelChoice | None = None
     offload_self_check: bool = False  # the two CLIPs are in pinned memory while they look at nothing
-    offload_generators: bool = False  # of two generators one is on the GPU at a time: they take turns
+    offload_generators: bool = False  # two generators take turns on the GPU; encoders are there while they encode
 
     @classmethod
     def load(cls, path: Path) -> Models:
@@ -188,7 +197,7 @@ class Models(Schema):
         """A copy with the values of a memory class."""
         if memory_class is None:
             return self
-        fitting = {"quantization": memory_class.quantization, "offload_t5": memory_class.offload_t5}
+        fitting = {key: getattr(memory_class, key) for key in CLASS_KEYS}
         text_to_image = self.text_to_image.model_copy(update=fitting)
         return self.model_copy(
             update={

@@ -25,6 +25,11 @@ _OPAQUE = 0.5
 _MIN_SHARE = 0.001
 
 
+#: Pixels that go through the net at once: two pictures of 1024 pixels a side, which take 2.3 GiB of activations in 16
+#: bits. A small GPU is busy with one; on an H200 one takes 0.07 s, and four together took 0.13.
+_AT_ONCE = 2 * 1024**2
+
+
 class NothingInImage(Exception):
     """There is no object in the picture."""
 
@@ -65,6 +70,9 @@ class BackgroundRemover:
     @torch.no_grad()
     def remove(self, images: torch.Tensor) -> torch.Tensor:
         """Alpha (B, 1, H, W) in 0..1, float32, of images (B, 3, H, W) in 0..1."""
+        return torch.cat([self._remove(some) for some in images.split(max(1, _AT_ONCE // self._size**2))])
+
+    def _remove(self, images: torch.Tensor) -> torch.Tensor:
         parameter = next(self._net.parameters())
         x = F.interpolate(
             images.to(parameter.device, torch.float32),

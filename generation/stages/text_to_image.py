@@ -26,6 +26,7 @@ class TextToImage:
         self._options = options
         self._device = device
         self._texts = TextCache(self._encode)
+        self._is_compiled = False
         #: T5, if it is on the device only while it encodes prompts that are not cached
         self._offloaded = Offloaded(pipe.text_encoder_2, device) if options.offload_t5 else None
         if self._offloaded:
@@ -35,12 +36,12 @@ class TextToImage:
     def load(cls, folder: Path, options: TextToImageModel, device: str) -> TextToImage:
         """Load a diffusers FLUX folder (model_index.json and one folder a component) onto ``device``.
 
-        With ``quantization: nf4`` the two large models come one layer after the other, so that the device never holds
-        their 16-bit weights. Raises WeightsError when a file is not exactly what it should be.
+        With ``quantization: nf4`` a model comes one layer after the other, so that the device never holds its 16-bit
+        weights. Raises WeightsError when a file is not exactly what it should be.
         """
         dtype = getattr(torch, options.dtype)
         t5 = load_model(T5EncoderModel, folder / "text_encoder_2", dtype)
-        if options.quantization == "nf4":
+        if options.t5 == "nf4":
             quantise_linears(t5.encoder, device)
         t5.to(device)
         transformer = load_model(FluxTransformer2DModel, folder / "transformer", dtype)
@@ -55,19 +56,20 @@ class TextToImage:
         return cls(pipe.to(device), options, device)
 
     @torch.no_grad()
-    def warm_up(self, max_batch: int) -> None:
-        """On a GPU, compile the blocks of transformer and autoencoder, and run each batch size up to ``max_batch``.
+    def warm_up(self, count: int) -> None:
+        """On a GPU, draw ``count`` pictures; before the first, prepare the blocks for the compiler.
 
         Blocks that are alike share compiled code. It is compiled once for one image and once for any larger batch:
         once for each size would reach torch's limit of 8 variants with four images. 4-bit layers are not compiled.
         """
         if self._pipe.device.type != "cuda":
             return
-        if self._options.quantization == "none":
-            self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
-        compile_autoencoder(self._pipe.vae, any_batch=True)
-        for size in range(1, max_batch + 1):
-            self.generate([f"{number} of {size}" for number in range(size)], list(range(size)))
+        if not self._is_compiled:
+            compile_autoencoder(self._pipe.vae, any_batch=True)
+            if self._options.quantization == "none":
+                self._pipe.transformer.compile_repeated_blocks(fullgraph=True)
+            self._is_compiled = True
+        self.generate([f"{number} of {count}" for number in range(count)], list(range(count)))
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int]) -> list[Tensor]:

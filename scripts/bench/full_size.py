@@ -87,7 +87,12 @@ def on(device: str, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = torch.bfloat16) -> FluxPipeline:
+def flux(
+    device: str,
+    quantization: Quantization = "none",
+    dtype: torch.dtype = torch.bfloat16,
+    quantization_t5: Quantization | None = None,
+) -> FluxPipeline:
     """FLUX.1-schnell: 11.9 billion parameters, T5-XXL's encoder with 4.8 and CLIP-L's with 0.12."""
     with on("meta", dtype):
         transformer = FluxTransformer2DModel(
@@ -101,7 +106,7 @@ def flux(device: str, quantization: Quantization = "none", dtype: torch.dtype = 
             )
         )  # fmt: skip
     _draw(transformer, [*transformer.transformer_blocks, *transformer.single_transformer_blocks], device, quantization)
-    _draw(t5, list(t5.encoder.block), device, quantization)
+    _draw(t5, list(t5.encoder.block), device, quantization_t5 or quantization)
     with on(device, dtype):
         clip = _clip_text(768, 12, 12)
         vae = _vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159)
@@ -228,7 +233,7 @@ class RandomParts(Parts):
             name: Checkpoint(Path("random weights"), lookup(choice), choice, device)
             for name, choice in models.stages.items()
         }
-        super().__init__(checkpoints, remove_background, device, progress)
+        super().__init__(checkpoints, remove_background, device, progress, models.offload_generators)
 
     def load(self, name: str, build: Callable[[Checkpoint], Any]) -> Any:
         with ExitStack() as stack:
@@ -300,7 +305,9 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     """Every model of the full profile, as the settings say, on their device; warmed up, too."""
     models, device = settings.models, settings.device
     progress("drawing the weights of FLUX.1-schnell")
-    text_to_image = TextToImage(flux(device, models.text_to_image.quantization), models.text_to_image, device)
+    drawing = models.text_to_image
+    pipe = flux(device, drawing.quantization, quantization_t5=drawing.t5)
+    text_to_image = TextToImage(pipe, drawing, device)
     progress("drawing the weights of the others")
     background = matting(device, models.background.image_size)
     text, image = load_generators(settings, RandomParts(models, background.remove, device, progress))

@@ -59,7 +59,6 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     started = time.perf_counter()
     pipeline, settings = load(args)
-    most = min(args.in_flight, pipeline.limit.maximum)
     say(
         f"{device_name(settings.device)}, torch {torch.__version__}, {os.cpu_count()} CPU cores; "
         f"config {settings.config.name}"
@@ -77,9 +76,11 @@ def main() -> None:
         write(args, figures)
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
-    pipeline.warm_up(say)
+    with assemble.enough_memory(settings):
+        pipeline.warm_up(say)
     figures["warm_up_s"] = time.perf_counter() - started
-    say(f"warmed up in {figures['warm_up_s']:.1f} s")
+    most = min(args.in_flight, pipeline.limit.maximum)
+    say(f"warmed up in {figures['warm_up_s']:.1f} s, for {most} at once")
     reset_peak()
     figures["one"] = one_by_one(pipeline, args.requests)
     show("one request", figures["one"], figures.get("eager"))

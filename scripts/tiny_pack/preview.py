@@ -16,7 +16,7 @@ from generation.generators.multiview.attention import camera_embedding, join_vie
 from .captions import caption, evaluation_specs
 from .models import FLUX_SIZE
 from .render import FRONT_ELEVATION, orbit
-from .text import MAX_TOKENS
+from .text import MAX_TOKENS, T5_TOKENS
 from .training import PACK
 
 
@@ -30,7 +30,7 @@ def flux_sheet(pack: Path, prompts: list[str], device: str, steps: int) -> torch
         guidance_scale=0.0,
         height=FLUX_SIZE,
         width=FLUX_SIZE,
-        max_sequence_length=MAX_TOKENS,
+        max_sequence_length=T5_TOKENS,
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     )

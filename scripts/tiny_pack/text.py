@@ -17,6 +17,7 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 from .captions import caption, nonsense, sample_spec
 
 MAX_TOKENS = 32
+T5_TOKENS = 20  # FLUX sees the padding as well, so it is sampled with as many as it was trained with
 CLIP_VOCABULARY = 1024
 T5_WORDS = 600
 

@@ -19,6 +19,7 @@ KEPT = ("script", "seed", "device", "objects", "batch", "steps", "minutes", "fin
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 P = ParamSpec("P")
 T = TypeVar("T")
+MAX_SKIPPED = 20  # steps without finite gradients; beyond that a twentieth of all
 PACK = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
 
 
@@ -44,6 +45,8 @@ def arguments(description: str, minutes: float, more: dict[str, dict] | None = N
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+        # Its backward pass gives NaN on H100 and H200 since torch 2.11 (pytorch/pytorch#196678); the others do not.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return args
 
 
@@ -77,6 +80,8 @@ def fit(
     """Minimise `loss()` (which draws its own batch) for `args.minutes`; the learning rate follows the clock.
 
     A checkpoint is kept every minute in `args.work`; a run that finds one goes on from it, with the time it had left.
+    A step whose gradients are not finite is skipped and counted. More of them than MAX_SKIPPED and a twentieth of all
+    raise FloatingPointError, with a checkpoint of what was trained.
     A run that is not done when the time is `until` (of `time.monotonic`) keeps one, and returns what it has. With
     `args.within` the minutes are no more than what is left of it, and the learning rate ends with them.
     Returns the averaged module and {"steps", "minutes", "final_loss"} for the card.
@@ -84,10 +89,13 @@ def fit(
     optimiser = torch.optim.AdamW(
         module.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay, fused=args.device == "cuda"
     )
+    # Its scale stays 1: it skips a step whose gradients are not finite, on the device and without waiting for it.
+    scaler = torch.amp.GradScaler(args.device, init_scale=1.0)
+    finite = torch.zeros((), dtype=torch.long, device=args.device)
     average = Average(module, decay)
     path = args.work / f"{name}.pt"
     args.work.mkdir(parents=True, exist_ok=True)
-    step, spent = 0, 0.0
+    step, spent, tried, skipped, failed = 0, 0.0, 0, 0, False
     if path.exists():
         state = torch.load(path, map_location=args.device, weights_only=True)
         module.load_state_dict(state["module"])
@@ -106,23 +114,29 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimiser.step()
+        scaler.scale(value).backward()
+        scaler.unscale_(optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        scaler.step(optimiser)
+        scaler.update(1.0)
+        finite += torch.isfinite(norm)
         optimiser.zero_grad(set_to_none=True)
         average.update()
         step += 1
+        tried += 1
         if step % 10 == 0:
-            if not math.isfinite(value.item()):
-                raise FloatingPointError(f"{name}: the loss is {value.item()} at step {step}")
-            running = value.item() if running is None else 0.9 * running + 0.1 * value.item()
-        if time.monotonic() - shown > 20 or ends:
+            now, skipped = value.item(), tried - int(finite)
+            failed = skipped > max(MAX_SKIPPED, tried / 20)
+            if math.isfinite(now):
+                running = now if running is None else 0.9 * running + 0.1 * now
+        if time.monotonic() - shown > 20 or ends or failed:
             print(
-                f"{name}: step {step}, {elapsed / 60:.1f}/{budget / 60:.1f} min, loss {running or value.item():.5f}",
+                f"{name}: step {step}, {elapsed / 60:.1f}/{budget / 60:.1f} min, loss {running or value.item():.5f}"
+                + (f", {skipped} steps skipped: gradients not finite" if skipped else ""),
                 flush=True,
             )
             shown = time.monotonic()
-        if time.monotonic() - saved > 60 or ends:
+        if time.monotonic() - saved > 60 or ends or failed:
             state = {
                 "module": module.state_dict(),
                 "average": average.module.state_dict(),
@@ -131,6 +145,10 @@ def fit(
             torch.save(state | {"step": step, "spent": elapsed}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
             saved = time.monotonic()
+        if failed:
+            raise FloatingPointError(
+                f"{name}: the gradients of {skipped} of {tried} steps were not finite; {path} has what was trained"
+            )
         if ends:
             final = running or value.item()
             averaged: ModuleT = average.module  # type: ignore[assignment]  # it is a copy of the module

@@ -17,7 +17,7 @@ from generation.generators.trellis.structure_decoder import StructureDecoder
 from generation.generators.trellis.structure_flow import StructureFlow
 from generation.generators.trellis.weights import build as build_network
 
-WIDTH, CHANNELS, SIDE, PICTURE = 24, 4, 16, 56
+WIDTH, CHANNELS, SIDE, PICTURE = 32, 4, 16, 56
 _FLOW: dict[str, Any] = {
     "in_channels": CHANNELS, "out_channels": CHANNELS, "model_channels": WIDTH, "cond_channels": WIDTH,
     "num_blocks": 2, "num_heads": 2, "mlp_ratio": 2, "pe_mode": "ape", "qk_rms_norm": True, "use_fp16": True,

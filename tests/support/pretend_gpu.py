@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
+from weakref import WeakSet
 
 import torch
 import torch._dynamo  # before anything that it looks at is patched
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -122,19 +124,50 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     plain_args, plain = tree_map(lambda each: getattr(each, "held", each), (args, kwargs))
-    out = func(*plain_args, **plain)
+    out = (_flash_attention if packet is _aten._flash_attention_forward else func)(*plain_args, **plain)
     if not result_on_gpu:
         return args[0] if packet is _aten.copy_ else out
     out = tree_map(lambda each: GpuTensor(each) if isinstance(each, Tensor) else each, out)
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, key_starts: Tensor, longest: int, longest_keys: int, *_: Any
+) -> tuple[Tensor, ...]:
+    """What the CPU has not, with what PyTorch's mha_varlen_fwd asks for. It sees no more than ``longest`` tokens."""
+    for each in (q, k, v):
+        assert each.dtype in (torch.float16, torch.bfloat16)
+        assert each.dtype == q.dtype
+        assert each.shape[1:] == q.shape[1:]
+        assert each.shape[-1] in range(8, 257, 8)
+        assert each.stride(-1) == 1
+    for each in (starts, key_starts):
+        assert each.dtype == torch.int32
+        assert each.is_contiguous()
+        assert each.shape == starts.shape
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+    ends = zip(starts.unfold(0, 2, 1).tolist(), key_starts.unfold(0, 2, 1).tolist(), strict=True)
+    for (first, last), (first_key, last_key) in ends:
+        rows, keys = slice(first, min(last, first + longest)), slice(first_key, min(last_key, first_key + longest_keys))
+        if first < last:
+            query, key, value = (each.transpose(0, 1)[None] for each in (q[rows], k[keys], v[keys]))
+            out[rows] = F.scaled_dot_product_attention(query, key, value)[0].transpose(0, 1)
+    nothing = torch.zeros(0)
+    return out, nothing, nothing, nothing, nothing
+
+
 class _Graph:
-    """Replayed, it computes again from the same tensors and writes over the same results."""
+    """Replayed, it computes again from the same tensors and writes over the same results, and over all other graphs'.
+
+    They share one memory pool.
+    """
+
+    alive: ClassVar[WeakSet[_Graph]] = WeakSet()
 
     def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
         self._function = function
         self.outputs = self._captured()
+        self.alive.add(self)
 
     def _captured(self) -> tuple[Tensor, ...]:
         global _capturing
@@ -147,6 +180,9 @@ class _Graph:
         return outputs
 
     def replay(self) -> None:
+        for other in self.alive:
+            for output in other.outputs:
+                output.detach().zero_()
         for old, new in zip(self.outputs, self._captured(), strict=True):
             old.detach().copy_(new.detach())
 
@@ -166,6 +202,7 @@ def pretend_gpu() -> Iterator[None]:
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
         (torch.cuda, "device", lambda device: nullcontext()),
         (torch.cuda, "empty_cache", lambda: None),
         (torch.cuda, "synchronize", lambda *_: None),

@@ -134,7 +134,9 @@ def test_the_table_of_memory_classes() -> None:
         row = next(line for line in GUIDE.splitlines() if f"| `{each['name']}` |" in line)
         assert row.startswith(f"| from {each['least_gib']} GiB ")
         assert row.endswith(f"| {each['max_batch']} |")
-        assert ("NF4" in row) == (each["quantization"] == "nf4")
+        forms = {"none": "bfloat16", "nf4": "4 bits (NF4)"}
+        transformer, t5 = each["quantization"], each.get("quantization_t5", each["quantization"])
+        assert f"| {forms[transformer]}{'' if t5 == transformer else f'; T5 {forms[t5]}'} |" in row
 
 
 def test_the_table_of_weights() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.cuda_graph import GraphedFunction, compiled_sizes, split_batch
 from generation.accelerate.offload import Offloaded
 from generation.generators.base import Checkpoint, CutoutFrame, Parts, RemoveBackground, Subject
 from generation.generators.lgm.network import LGM, Config, to_gaussians
@@ -28,11 +28,14 @@ def load(options: LgmOptions, parts: Parts) -> Lgm:
     """Build LGM with the models that the options need. Raises WeightsError."""
     network = parts.load("lgm", LGM.from_checkpoint)
     name = "imagedream" if options.views_from == "picture" else "mvdream"
-    multiview = parts.load(name, partial(_load_multiview, options=options, config=network.config))
+    build = partial(_load_multiview, options=options, config=network.config, offload=parts.offload)
+    multiview = parts.load(name, build)
     return Lgm(network, multiview, options, parts.device, parts.remove_background)
 
 
-def _load_multiview(checkpoint: Checkpoint, options: LgmOptions, config: Config) -> ImageDream | MVDreamViews:
+def _load_multiview(
+    checkpoint: Checkpoint, options: LgmOptions, config: Config, offload: bool
+) -> ImageDream | MVDreamViews:
     use = checkpoint.entry.used_as(MultiViewUse)
     common: dict[str, Any] = {
         "front_azimuth": use.front_azimuth if use else 0.0,
@@ -40,6 +43,7 @@ def _load_multiview(checkpoint: Checkpoint, options: LgmOptions, config: Config)
         "guidance_scale": options.guidance_scale,
         "negative_prompt": options.negative_prompt,
         "views": config.views,
+        "offload_encoders": offload,
     }
     if options.views_from == "picture":
         if config.background != (1.0, 1.0, 1.0):
@@ -112,7 +116,7 @@ class Lgm:
         self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._offloaded = Offloaded(self._network, self._device)  # what is pinned of it is in another order
         size = self._multiview.image_size
-        for count in sorted({part.stop - part.start for n in range(1, most + 1) for part in split_batch(n)}):
+        for count in compiled_sizes(most):
             progress(f"capturing LGM for {count} of {most} at once")
             self._pass.capture(torch.rand(count, len(self._network.config.views), 3, size, size, device=self._device))
 

@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.cuda_graph import GraphedFunction, compiled_sizes, split_batch
 from generation.accelerate.offload import Offloaded
 from generation.accelerate.pinned import copy_async
 from generation.accelerate.unet import compile_unet
 from generation.generators.multiview.attention import camera_embedding
-from generation.generators.multiview.sampling import Sampler, Schedule, ViewSampling, compiled_sizes
+from generation.generators.multiview.sampling import Sampler, Schedule, ViewSampling
 from generation.generators.multiview.text_encoder import TextEncoder
 from generation.splats.cameras import orbit
 
@@ -39,8 +39,12 @@ class MultiViewModel:
         steps: int,
         negative_prompt: str,
         backdrop: Sequence[float],
+        offload_encoders: bool,
     ) -> None:
-        """`views`: their cameras. `front_azimuth`: see `camera_embedding`. `backdrop`: RGB behind the object, 0..1."""
+        """`views`: their cameras. `front_azimuth`: see `camera_embedding`. `backdrop`: RGB behind the object, 0..1.
+
+        `offload_encoders`: those of texts and pictures, which work once a request, are on the GPU only then.
+        """
         self.image_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
         self._unet = unet.eval().requires_grad_(False)
         self._vae = vae.eval().requires_grad_(False)
@@ -54,7 +58,13 @@ class MultiViewModel:
         size = unet.config.sample_size
         self._latent_shape = (len(views), unet.config.out_channels, size, size)
         self._decode = GraphedFunction(self._images)
-        self._networks = nn.ModuleList([unet, vae, words.encoder])
+        self._offloads_encoders = offload_encoders
+        self._networks = nn.ModuleList([unet, vae])
+        if offload_encoders:
+            words.offloaded = Offloaded(words.encoder, unet.device)
+            words.offloaded.offload()
+        else:
+            self._networks.append(words.encoder)
         self._offloaded = Offloaded(self._networks, unet.device)
         self._is_compiled = False
 
@@ -89,7 +99,7 @@ class MultiViewModel:
     def views(self, samplings: Sequence[ViewSampling]) -> Tensor:
         """Decode finished samplings: (S, V, 3, image_size, image_size) in 0..1, on the model's device."""
         latents = torch.stack([self._final_latents(sampling) for sampling in samplings])
-        return torch.cat([self._decode(latents[some])[0].clone() for some in split_batch(len(samplings))])
+        return torch.cat([self._decode(latents[some])[0] for some in split_batch(len(samplings))])
 
     def encode(self, texts: Sequence[str]) -> None:
         """Encode texts in one batch into the cache that `begin` reads."""

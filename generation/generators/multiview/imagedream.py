@@ -8,6 +8,7 @@ the latents are zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from generation.accelerate.cuda_graph import GraphedFunction, split_batch
+from generation.accelerate.offload import Offloaded
 from generation.generators.multiview.attention import join_views
 from generation.generators.multiview.base import FOUR_VIEWS, MultiViewModel, ViewAngles
 from generation.generators.multiview.image_prompt import SEEN_WIDTH, load_image_prompt_unet
@@ -44,12 +46,21 @@ class ImageDream(MultiViewModel):
         steps: int = 30,
         guidance_scale: float = 5.0,
         negative_prompt: str = "",
+        offload_encoders: bool = False,
     ) -> None:
         white = (1.0, 1.0, 1.0)
-        super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, white)
+        super().__init__(
+            unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, white, offload_encoders
+        )
         self._resampler = resampler.eval().requires_grad_(False)
         self._image_encoder = image_encoder.eval().requires_grad_(False)
-        self._networks.extend([resampler, image_encoder])
+        self._networks.append(resampler)
+        self._resting: Offloaded | None = None
+        if offload_encoders:
+            self._resting = Offloaded(image_encoder, unet.device)
+            self._resting.offload()
+        else:
+            self._networks.append(image_encoder)
         self._processor = processor
         self._scale = guidance_scale
         self._cameras = F.pad(self._cameras, (0, 0, 0, 1))  # the picture's frame has no camera: zeros
@@ -96,8 +107,8 @@ class ImageDream(MultiViewModel):
         given = [cutout for cutout in cutouts if cutout is not None]
         if len(given) < len(cutouts):
             raise ValueError("ImageDream draws views of a picture: a cut-out is missing")
-        # Cloned at once: the next call overwrites them.
-        seen = [[part.clone() for part in self._look(*self._prepared(given[some]))] for some in split_batch(len(given))]
+        with self._resting.on_device() if self._resting else nullcontext():
+            seen = [self._look(*self._prepared(given[some])) for some in split_batch(len(given))]
         tokens, means, deviations = (torch.cat(parts) for parts in zip(*seen, strict=True))
         samplings = []
         for text, generator, token, mean, deviation in zip(words, generators, tokens, means, deviations, strict=True):
@@ -124,6 +135,8 @@ class ImageDream(MultiViewModel):
         return [*super()._captured(), self._look]
 
     def _capture_encoder(self, size: int) -> None:
+        if self._resting:  # a graph would know where its weights were
+            return
         cutout = torch.ones(4, self.image_size, self.image_size)
         self._look.capture(*self._prepared([cutout] * size))
 

@@ -35,11 +35,14 @@ class MVDreamViews(MultiViewModel):
         negative_prompt: str = "",
         known_view: bool = False,
         backdrop: Sequence[float] = (1.0, 1.0, 1.0),
+        offload_encoders: bool = False,
     ) -> None:
         """`views` are four, as in training, or more. With `known_view` the cut-out is the first view, and the others
         are sampled to be consistent with it.
         """
-        super().__init__(unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, backdrop)
+        super().__init__(
+            unet, vae, words, scheduler, front_azimuth, views, steps, negative_prompt, backdrop, offload_encoders
+        )
         self._known_view = known_view
         self._scale = guidance_scale
         self._joint = join_views(unet, len(views), shared_text=True)

@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from generation.accelerate.cuda_graph import COMPILED_SIZES, GraphedFunction, split_batch
+from generation.accelerate.cuda_graph import GraphedFunction, split_batch
 from generation.accelerate.pinned import copy_async
 from generation.weights import WeightsError
 
@@ -132,7 +132,7 @@ class Sampler:
         latents = []
         for some in split_batch(len(samplings)):
             (after,) = self.captured(*self._inputs(samplings[some]))
-            latents += list(after.clone())
+            latents += list(after)
         for sampling, after in zip(samplings, latents, strict=True):
             sampling.latents, sampling.at = after, sampling.at + 1
 
@@ -154,8 +154,3 @@ class Sampler:
         noise = noise[:, : latents.shape[1]].to(latents)
         clean = (latents - (1 - signal).sqrt() * noise) / signal.sqrt()
         return (after.sqrt() * clean + (1 - after).sqrt() * noise,)
-
-
-def compiled_sizes(most: int) -> list[int]:
-    """Sizes of the batches that up to `most` samplings are split into."""
-    return [size for size in COMPILED_SIZES if size <= most]

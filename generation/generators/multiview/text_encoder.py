@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from generation.accelerate.offload import Offloaded
 from generation.accelerate.pinned import copy_async
 from generation.accelerate.text_cache import TextCache, truncation
 from generation.weights.strict import load_model
@@ -15,6 +17,9 @@ from generation.weights.strict import load_model
 
 class TextEncoder(TextCache[Tensor]):
     """Texts to text states (L, C)."""
+
+    #: set where the encoder is on its device only while it encodes
+    offloaded: Offloaded | None = None
 
     def __init__(self, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
         super().__init__(self._states)
@@ -44,5 +49,6 @@ class TextEncoder(TextCache[Tensor]):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        states = self.encoder(copy_async(ids, self.encoder.device)).last_hidden_state
+        with self.offloaded.on_device() if self.offloaded else nullcontext():
+            states = self.encoder(copy_async(ids, self.encoder.device)).last_hidden_state
         return [each.clone() for each in states]

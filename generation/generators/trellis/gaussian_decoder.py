@@ -15,6 +15,8 @@ from generation.generators.trellis.layers import (
     BLOCK_EPS,
     FeedForward,
     SelfAttention,
+    Sequences,
+    attend,
     plain_norm,
     position_embedding,
 )
@@ -35,50 +37,19 @@ class RawGaussians:
     opacities: Tensor  # (N,) logits
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    rows: Tensor  # (W, L) tokens of each window; T: there is none
-    there: Tensor  # (W, 1, 1, L)
-
-
 class Windows:
-    """Tokens by the window that they are in, windows of alike numbers of tokens together."""
+    """Tokens by the window that they are in. The host waits for nothing: windows without a token are there, too."""
 
     def __init__(self, level: Level, size: int, shift: int) -> None:
-        coords = (level.coords + shift) // size
-        device, total = coords.device, len(coords)
-        side = int(coords.max()) + 1
-        code = ((level.owners * side + coords[:, 0]) * side + coords[:, 1]) * side + coords[:, 2]
-        order = code.argsort(stable=True)
-        _, counts = code[order].unique_consecutive(return_counts=True)
-        starts = counts.cumsum(0) - counts
-        places = torch.empty(total, dtype=torch.int64, device=device)
-        self.buckets: list[_Bucket] = []
-        ends = [16]
-        while ends[-1] < int(counts.max()):
-            ends.append(2 * ends[-1])
-        laid = 0
-        for least, most in zip([0, *ends[:-1]], ends, strict=True):
-            (chosen,) = torch.nonzero((counts > least) & (counts <= most), as_tuple=True)
-            if not len(chosen):
-                continue
-            inside = torch.arange(most, device=device)
-            there = inside < counts[chosen, None]
-            rows = torch.where(there, F.pad(order, (0, 1))[(starts[chosen, None] + inside).clamp_max(total)], total)
-            places[rows[there]] = laid + torch.nonzero(there.flatten())[:, 0]
-            laid += rows.numel()
-            self.buckets.append(_Bucket(rows, there[:, None, None]))
-        self.places = places  # (T,) of each token among the buckets' rows
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(T, heads, D): each token sees those of its window."""
-        qkv = F.pad(torch.stack([q, k, v]), (0, 0, 0, 0, 0, 1))
-        seen = []
-        for bucket in self.buckets:
-            q, k, v = qkv[:, bucket.rows].transpose(2, 3)  # (W, heads, L, D) each
-            result = F.scaled_dot_product_attention(q, k, v, attn_mask=bucket.there)
-            seen.append(result.transpose(1, 2).flatten(0, 1))
-        return torch.cat(seen)[self.places]
+        count = -(-(level.resolution + shift) // size)  # along an axis
+        x, y, z = ((level.coords + shift) // size).unbind(1)
+        window = ((level.owners * count + x) * count + y) * count + z
+        each = torch.arange(len(level.lengths) * count**3 + 1, device=window.device)
+        self.order = window.argsort(stable=True)  # (T,) tokens, those of a window beside each other
+        self.places = torch.empty_like(self.order)  # (T,) of each token among them
+        self.places[self.order] = torch.arange(len(window), device=window.device)
+        starts = torch.searchsorted(window[self.order], each, out_int32=True)
+        self.sequences = Sequences(starts, min(size**3, max(level.lengths)))
 
 
 class WindowBlock(nn.Module):
@@ -90,7 +61,8 @@ class WindowBlock(nn.Module):
         self.mlp = FeedForward(channels, ratio)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
-        seen = windows.attend(*self.attn.project(plain_norm(x, BLOCK_EPS).to(x.dtype)))
+        q, k, v = self.attn.project(plain_norm(x, BLOCK_EPS).to(x.dtype)[windows.order])
+        seen = attend(q, k, v, windows.sequences, windows.sequences)[windows.places]
         x = x + self.attn.to_out(seen.flatten(1))
         return x + self.mlp(plain_norm(x, BLOCK_EPS).to(x.dtype))
 
@@ -175,11 +147,11 @@ class GaussianDecoder(nn.Module):
         bias = float(about["scaling_bias"])
         spread = F.softplus(scales + bias + math.log(-math.expm1(-bias)))
         least, opaque = float(about["3d_filter_kernel_size"]), float(about["opacity_bias"])
-        identity = quats.new_tensor([1.0, 0.0, 0.0, 0.0])
+        quats[..., 0] += 1  # the identity; a tensor of it would be a copy that the host waits for
         return RawGaussians(
             means=means.flatten(0, 1),
             colours=colours.flatten(0, 1),
             scales=(spread.square() + least**2).sqrt().flatten(0, 1),
-            quats=(quats + identity).flatten(0, 1),
+            quats=quats.flatten(0, 1),
             opacities=(opacities + math.log(opaque / (1 - opaque))).flatten(),
         )

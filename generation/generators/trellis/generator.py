@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from generation.accelerate.cuda_graph import GraphedFunction
 from generation.accelerate.offload import Offloaded
 from generation.accelerate.pinned import copy_async
 from generation.generators.base import Checkpoint, CutoutFrame, NoSplat, Parts, Subject, Work
 from generation.generators.trellis.condition import Condition
-from generation.generators.trellis.layers import FlowBlock, FlowBlocks, KeyValues
+from generation.generators.trellis.layers import FlowBlock, FlowBlocks
 from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.sampler import Step, schedule
 from generation.generators.trellis.sparse import Voxels
@@ -53,7 +54,7 @@ class TrellisWork:
         self.structure = structure  # (structures, C, R, R, R) noisy latents of the structure flow
         self.generator = generator
         self.features: Tensor | None = None
-        self.context: list[KeyValues] = []  # of the current flow
+        self.context: Tensor | None = None  # of the current flow
         self.voxels: Voxels | None = None
         self.latents: Tensor | None = None  # (N, C), from when its voxels are known
         self.step = 0  # of the current flow
@@ -81,7 +82,7 @@ class TrellisWork:
 
     def end(self, result: Gaussians | NoSplat) -> None:
         self._result = result
-        self.context, self.latents, self.voxels = [], None, None
+        self.context, self.latents, self.voxels = None, None, None
 
 
 class Trellis:
@@ -96,6 +97,7 @@ class Trellis:
         self._structure_steps = schedule(o.structure_steps, o.structure_rescale, o.structure_interval)
         self._slat_steps = schedule(o.slat_steps, o.slat_rescale, o.slat_interval)
         self._offloaded = [Offloaded(network, device) for network in self._all()]
+        self._alone = GraphedFunction(self._of_one)  # of one work; several keep the GPU busy by themselves
         self._joined: tuple[list[Voxels], int, Voxels, Voxels] | None = None
 
     def picture_prompt(self, words: str) -> str:
@@ -111,6 +113,7 @@ class Trellis:
         return None
 
     def offload(self) -> None:
+        self._alone.forget()
         for each in self._offloaded:
             each.offload()
 
@@ -140,6 +143,10 @@ class Trellis:
             cutouts = torch.rand(count, 4, size, size, device=self._device)
             works = [self.begin(Subject("", cutout, seed)) for seed, cutout in enumerate(cutouts)]
             self._see(works)
+            if count == 1:
+                times = torch.ones(self._options.structures, device=self._device)
+                for guided in (self._options.structures, 0):
+                    self._alone.capture(works[0].structure, times, *_contexts(works), constants=(guided,))
             for guided in range(count + 1):
                 self._velocities(works, [Step(1.0, 0.9, number < guided) for number in range(count)])
             for work in works:
@@ -193,10 +200,18 @@ class Trellis:
     def _velocities(self, works: list[TrellisWork], steps: list[Step]) -> Velocities:
         """Velocities of the works' structures at their steps. Guided works come first."""
         each, guided = self._options.structures, sum(step.guided for step in steps)
-        x = torch.cat([work.structure for work in works])
-        contexts = [work.context for work in works for _ in range(each)]
-        out = self._networks.structure_flow(x, self._times(steps, each), contexts, guided * each)
+        x, times = torch.cat([work.structure for work in works]), self._times(steps, each)
+        contexts = _contexts(works)
+        if len(works) == 1:
+            (out,) = self._alone(x, times, *contexts, constants=(guided * each,))
+        else:
+            contexts = [context for context in contexts for _ in range(each)]
+            out = self._networks.structure_flow(x, times, contexts, guided * each)
         return _pairs(out.split(each), len(works))
+
+    def _of_one(self, x: Tensor, times: Tensor, context: Tensor, guided: int) -> tuple[Tensor]:
+        """Velocities of one work's structures."""
+        return (self._networks.structure_flow(x, times, [context] * len(x), guided),)
 
     def _times(self, steps: list[Step], each: int) -> Tensor:
         """Times of the steps, filled in on the device: a copy to it would synchronise."""
@@ -240,7 +255,7 @@ class Trellis:
         x = torch.cat([work.latents for work in works if work.latents is not None])
         samples = [work.voxels for work in works if work.voxels is not None]
         voxels, doubled = self._join(samples, sum(step.guided for step in steps))
-        out = self._networks.slat_flow(x, self._times(steps, 1), [work.context for work in works], voxels, doubled)
+        out = self._networks.slat_flow(x, self._times(steps, 1), _contexts(works), voxels, doubled)
         return _pairs(out.split(doubled.fine.lengths), len(works))
 
     def _join(self, samples: list[Voxels], guided: int) -> tuple[Voxels, Voxels]:
@@ -260,12 +275,22 @@ class Trellis:
         latents = torch.cat(samples) * networks.std + networks.mean
         voxels, _ = self._join([work.voxels for work in works if work.voxels is not None], 0)
         self._joined = None  # its last use
-        for work, raw in zip(works, networks.gaussian_decoder(latents, voxels.fine), strict=True):
-            gaussians = to_gaussians(raw)
-            if all(bool(field.isfinite().all()) for field in gaussians.tensors().values()):
-                work.end(sharpened(capped(gaussians, self._options.max_gaussians)))
+        made = [to_gaussians(raw) for raw in networks.gaussian_decoder(latents, voxels.fine)]
+        finite = torch.stack([_is_finite(gaussians) for gaussians in made])
+        results = [sharpened(capped(gaussians, self._options.max_gaussians)) for gaussians in made]
+        for work, gaussians, usable in zip(works, results, finite.tolist(), strict=True):  # here the CPU waits, once
+            if usable:
+                work.end(gaussians)
             else:
                 work.end(NoSplat("latents: they, or the Gaussians made of them, are not finite"))
+
+
+def _is_finite(gaussians: Gaussians) -> Tensor:
+    return torch.stack([field.isfinite().all() for field in gaussians.tensors().values()]).all()
+
+
+def _contexts(works: Sequence[TrellisWork]) -> list[Tensor]:
+    return [work.context for work in works if work.context is not None]
 
 
 def _pairs(parts: Sequence[Tensor], works: int) -> Velocities:

@@ -9,42 +9,56 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generation.accelerate.pinned import copy_async
+
 #: of the layer norms inside of blocks; those before an output layer and of the condition have PyTorch's own 1e-5
 BLOCK_EPS = 1e-6
-#: keys and values (S, heads, D) of a picture's features in one block
-KeyValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of tokens that stand one after the other."""
+
+    starts: Tensor  # (S + 1,) int32: where each begins, and where the last one ends
+    longest: int  # none has more tokens
+    alike: bool = False  # all have that many, and such batches come again and again
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Sequences:
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(copy_async(starts, device), max(lengths))
+
+    @classmethod
+    def alike_ones(cls, count: int, length: int, device: torch.device) -> Sequences:
+        starts = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
+        return cls(starts, length, alike=True)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The host waits for them."""
+        lengths: list[int] = self.starts.diff().tolist()
+        return lengths
 
 
 @dataclass(frozen=True)
 class Packing:
     """Samples whose tokens stand one after the other.
 
-    First come all samples, conditional on a picture. Then the first ``guided`` ones once more, unconditional:
-    classifier-free guidance needs both.
+    First come all samples, conditional on a picture. Then the first ones once more, unconditional: classifier-free
+    guidance needs both.
     """
 
-    lengths: tuple[int, ...]  # tokens of each conditional sample
-    guided: int
-
-    @cached_property
-    def all_lengths(self) -> tuple[int, ...]:
-        return self.lengths + self.lengths[: self.guided]
-
-    @cached_property
-    def conditional(self) -> int:
-        """Number of conditional tokens; they come first."""
-        return sum(self.lengths)
-
-    @cached_property
-    def again(self) -> int:
-        """Number of unconditional tokens."""
-        return sum(self.lengths[: self.guided])
+    samples: Sequences
+    owners: Tensor  # (T,) the sample of each token
+    conditional: Sequences  # those of them that are
+    tokens: int  # of the conditional ones
 
 
 def owners(lengths: Sequence[int], device: torch.device) -> Tensor:
@@ -140,11 +154,9 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_channels, 2 * channels)
         self.to_out = nn.Linear(channels, channels)
 
-    def project_context(self, features: Tensor) -> KeyValues:
-        """Keys and values (S, heads, D) of a picture's features (S, C). They are the same at all steps of a flow."""
-        kv = self.to_kv(features.to(self.to_kv.weight.dtype)).view(len(features), 2, self.heads, -1)
-        k, v = kv.unbind(1)
-        return k.contiguous(), v.contiguous()
+    def project_context(self, features: Tensor) -> Tensor:
+        """Keys and values (S, 2, heads, D) of a picture's features (S, C)."""
+        return self.to_kv(features).view(len(features), 2, self.heads, -1)
 
     def unconditional(self) -> Tensor:
         """The result (C,) of attention to a picture's features that are all zero, which is the unconditional case.
@@ -157,18 +169,37 @@ class CrossAttention(nn.Module):
         return result
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], context: tuple[int, ...]) -> Tensor:
-    """(T, heads, D): each sample's queries (T in all) see its own keys and values (S in all), heads beside each other.
+def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
+    """(T, heads, D): each sequence's queries (T in all) see its own keys and values (S in all), each head by itself.
 
-    ``lengths`` and ``context`` are how many of T and S each sample has.
+    Only sequences that are alike go to ``scaled_dot_product_attention``: on Hopper and Blackwell it is cuDNN's, which
+    makes a plan for each new shape. That takes the host tens of milliseconds, and every structure has new shapes.
     """
-    if len(set(lengths)) == 1 and len(set(context)) == 1:
-        batch = len(lengths)
+    if queries.alike and keys.alike:
+        batch = len(queries.starts) - 1
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
-        # Detached it is no view, as what is concatenated below: torch.compile would make code for both.
+        # Detached it is no view, as what is made below: torch.compile would make code for both.
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).detach()
-    parts = zip(q.split(lengths), k.split(context), v.split(context), strict=True)
-    return torch.cat([attend(*part, (len(part[0]),), (len(part[1]),)) for part in parts])
+    if _has_flash_attention(q):
+        # what torch.nn.attention.varlen calls, without its 0.04 ms of Python, which 48 calls a step are too many for
+        result: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, queries.starts, keys.starts, queries.longest, keys.longest, 0.0, False, False
+        )[0]
+        return result
+    parts = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True)
+    seen = [[x.transpose(0, 1)[None] for x in part] for part in parts if len(part[0])]
+    return torch.cat([F.scaled_dot_product_attention(*part)[0].transpose(0, 1) for part in seen])
+
+
+def _has_flash_attention(q: Tensor) -> bool:
+    """Whether PyTorch's own FlashAttention takes such queries: half precision, Ampere or newer, widths by eight."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def plain_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -191,36 +222,40 @@ class FlowBlock(nn.Module):
         self.mlp = FeedForward(channels, ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
 
-    def forward(
-        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, contexts: Sequence[KeyValues]
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, packing: Packing, context: Tensor, pictures: Sequences) -> Tensor:
         """Tokens (T, C) one block on.
 
-        time: (B, C) of each sample of T; owners: (T,) the sample of each token; contexts: of each conditional sample.
+        time: (B, C) of each sample of T; context: (S, 2, heads, D) keys and values of all conditional samples'
+        ``pictures``.
         """
-        shift, scale, gate, *feed_forward = self.adaLN_modulation(time).chunk(6, dim=1)
-        q, k, v = self.before(x, shift, scale, owners)
-        seen = attend(q, k, v, packing.all_lengths, packing.all_lengths)
-        x, q = self.between(x, seen, gate, owners, packing.conditional)
-        keys, values = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*contexts, strict=True))
-        seen = attend(q, keys, values, packing.lengths, tuple(len(keys) for keys, _ in contexts))
-        return self.after(x, seen, owners, *feed_forward)
+        q, k, v, changes = self.before(x, time, packing.owners)
+        seen = attend(q, k, v, packing.samples, packing.samples)
+        x, q = self.between(x, seen, changes, packing.owners, packing.tokens)
+        k, v = context.unbind(1)
+        seen = attend(q, k, v, packing.conditional, pictures)
+        return self.after(x, seen, changes, packing.owners)
 
-    def before(self, x: Tensor, shift: Tensor, scale: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, time: Tensor, owners: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values of self attention, and what the time changes (B, 6 C): shift, scale and gate of self
+        attention, then of the feed-forward."""
+        changes: Tensor = self.adaLN_modulation(time)
+        shift, scale, *_ = changes.chunk(6, dim=1)
         h = plain_norm(x, BLOCK_EPS).to(x.dtype)
-        return self.self_attn.project(h * (1 + scale[owners]) + shift[owners])
+        return (*self.self_attn.project(h * (1 + scale[owners]) + shift[owners]), changes)
 
-    def between(self, x: Tensor, seen: Tensor, gate: Tensor, owners: Tensor, conditional: int) -> tuple[Tensor, Tensor]:
+    def between(
+        self, x: Tensor, seen: Tensor, changes: Tensor, owners: Tensor, conditional: int
+    ) -> tuple[Tensor, Tensor]:
         """Tokens after self attention, and the cross attention's queries (conditional, heads, D) of the first ones."""
+        gate = changes.chunk(6, dim=1)[2]
         x = x + self.self_attn.to_out(seen.flatten(1)) * gate[owners]
         norm = self.norm2
         h = F.layer_norm(x[:conditional].float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
         return x, self.cross_attn.to_q(h).unflatten(1, (self.cross_attn.heads, -1))
 
-    def after(
-        self, x: Tensor, seen: Tensor, owners: Tensor, shift: Tensor, scale: Tensor, gate: Tensor
-    ) -> Tensor:  # fmt: skip
+    def after(self, x: Tensor, seen: Tensor, changes: Tensor, owners: Tensor) -> Tensor:
         """Tokens after the block. ``seen`` has a row for each conditional token; they come first."""
+        *_, shift, scale, gate = changes.chunk(6, dim=1)
         conditional = len(seen)
         unconditional = self.cross_attn.unconditional().expand(len(x) - conditional, -1)
         x = x + torch.cat([self.cross_attn.to_out(seen.flatten(1)), unconditional])
@@ -245,14 +280,15 @@ class FlowBlocks(nn.ModuleList):
         """What they compute in."""
         return next(iter(self)).self_attn.to_out.weight.dtype
 
-    def project_context(self, features: Tensor) -> list[KeyValues]:
-        """Keys and values of a picture's features (S, C) for each block. They are the same at all steps."""
-        return [block.cross_attn.project_context(features) for block in self]
+    def project_context(self, features: Tensor) -> Tensor:
+        """Keys and values (blocks, S, 2, heads, D) of a picture's features (S, C). They are the same at all steps."""
+        features = features.to(self.dtype)
+        return torch.stack([block.cross_attn.project_context(features) for block in self])
 
-    def run(
-        self, x: Tensor, time: Tensor, packing: Packing, owners: Tensor, contexts: Sequence[list[KeyValues]]
-    ) -> Tensor:
-        """Tokens (T, C) after all of them; see ``FlowBlock.forward``."""
+    def run(self, x: Tensor, time: Tensor, packing: Packing, contexts: Sequence[Tensor]) -> Tensor:
+        """Tokens (T, C) after all of them, with the keys and values of each conditional sample's picture."""
+        pictures = Sequences.alike_ones(len(contexts), contexts[0].shape[1], x.device)
         for number, block in enumerate(self):
-            x = block(x, time, packing, owners, [context[number] for context in contexts])
+            own = [context[number] for context in contexts]
+            x = block(x, time, packing, torch.cat(own) if len(own) > 1 else own[0], pictures)
         return x

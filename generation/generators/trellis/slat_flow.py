@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from generation.generators.trellis.layers import (
     BLOCK_EPS,
     FlowBlocks,
-    KeyValues,
     Packing,
     TimeEmbedding,
     plain_norm,
@@ -85,13 +84,11 @@ class SlatFlow(nn.Module):
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.input_blocks, self.blocks, self.out_blocks]
 
-    def project_context(self, features: Tensor) -> list[KeyValues]:
+    def project_context(self, features: Tensor) -> Tensor:
         """See ``FlowBlocks.project_context``."""
         return self.blocks.project_context(features)
 
-    def forward(
-        self, x: Tensor, t: Tensor, contexts: Sequence[list[KeyValues]], voxels: Voxels, doubled: Voxels
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, contexts: Sequence[Tensor], voxels: Voxels, doubled: Voxels) -> Tensor:
         """Velocities (N + G, C) float32 of the noisy latents (N, C) of all samples' voxels at each sample's time, ``t``
         (B,), 0 to 1000.
 
@@ -99,7 +96,8 @@ class SlatFlow(nn.Module):
         ones once more: the result has the conditional velocities, and then the unconditional ones of those.
         """
         guided = len(doubled.fine.lengths) - len(voxels.fine.lengths)
-        packing = Packing(voxels.coarse.lengths, guided)
+        whole, half = doubled.coarse, voxels.coarse
+        packing = Packing(whole.sequences, whole.owners, half.sequences, len(half.coords))
         dtype = self.blocks.dtype
         h, time = self.input_layer(x).to(dtype), self.t_embedder(t).to(dtype)
         skips = []
@@ -108,8 +106,8 @@ class SlatFlow(nn.Module):
             rows = len(doubled.coarse.coords if block.change else doubled.fine.coords)
             skips.append(twice(h, rows - len(h)))
         h = h + position_embedding(voxels.coarse.coords, h.shape[1]).to(dtype)
-        h, time = twice(h, packing.again), twice(time, guided)
-        h = self.blocks.run(h, time, packing, doubled.coarse.owners, contexts)
+        h, time = twice(h, len(whole.coords) - len(h)), twice(time, guided)
+        h = self.blocks.run(h, time, packing, contexts)
         for block in self.out_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), time, doubled)
         velocity: Tensor = self.out_layer(plain_norm(h))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generation.generators.trellis.layers import owners
+from generation.generators.trellis.layers import Sequences, owners
 
 #: how many numbers are gathered at once for a convolution
 GATHERED = 2**27
@@ -27,11 +27,16 @@ class Level:
     coords: Tensor  # (N, 3) int64
     neighbours: Tensor  # (N, 27) rows of the voxels around and of the voxel itself; N: there is none
     lengths: tuple[int, ...]  # voxels of each sample
+    resolution: int
 
     @cached_property
     def owners(self) -> Tensor:
         """(N,) the sample of each voxel."""
         return owners(self.lengths, self.coords.device)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        return Sequences.of(self.lengths, self.coords.device)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def _level(coords: Tensor, resolution: int) -> Level:
     table[places] = torch.arange(len(coords), device=coords.device)
     steps = torch.arange(-1, 2, device=coords.device)
     offsets = _flat(torch.cartesian_prod(steps, steps, steps), side)
-    return Level(coords, table[places[:, None] + offsets], (len(coords),))
+    return Level(coords, table[places[:, None] + offsets], (len(coords),), resolution)
 
 
 def _starts(counts: list[int]) -> list[int]:
@@ -105,6 +110,7 @@ def _join(levels: list[Level]) -> Level:
         torch.cat([level.coords for level in levels]),
         _shifted([level.neighbours for level in levels], [len(level.coords) for level in levels]),
         tuple(length for level in levels for length in level.lengths),
+        levels[0].resolution,
     )
 
 

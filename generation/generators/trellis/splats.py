@@ -52,9 +52,7 @@ def sharpened(gaussians: Gaussians) -> Gaussians:
     What is added there is taken away here, as many pixels as a splat of this size has before validators. Opacities
     stay: to take from them what the training's renderer takes was measured to bring the picture no closer.
     """
-    side = float((gaussians.means.amax(0) - gaussians.means.amin(0)).max())
-    if side <= 0:
-        return gaussians
+    side = (gaussians.means.amax(0) - gaussians.means.amin(0)).max().clamp_min(1e-6)
     pixels = PIXELS * BOX_SIDE / side  # of a unit
     variance = (2 * gaussians.log_scales).exp() * pixels**2
     left = (variance - (SHOWN_WITH - TRAINED_WITH)).clamp_min(LEAST)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from generation.generators.trellis.layers import (
     FlowBlocks,
-    KeyValues,
     Packing,
+    Sequences,
     TimeEmbedding,
     owners,
     plain_norm,
@@ -51,22 +51,23 @@ class StructureFlow(nn.Module):
         """The parts that are computed in half precision where the checkpoint says so."""
         return [self.blocks]
 
-    def project_context(self, features: Tensor) -> list[KeyValues]:
+    def project_context(self, features: Tensor) -> Tensor:
         """See ``FlowBlocks.project_context``."""
         return self.blocks.project_context(features)
 
-    def forward(self, x: Tensor, t: Tensor, contexts: Sequence[list[KeyValues]], guided: int) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, contexts: Sequence[Tensor], guided: int) -> Tensor:
         """Velocities (B + guided, C, R, R, R) float32 of noisy latents at times ``t`` (B,), 0 to 1000.
 
         contexts: of each sample, from ``project_context``. The result has the conditional velocities, and then the
         unconditional ones of the first ``guided`` samples.
         """
         cells = self.resolution**3
-        packing = Packing((cells,) * len(x), guided)
-        sample_of = owners(packing.all_lengths, x.device)
+        count, device = len(x) + guided, x.device
+        samples, conditional = (Sequences.alike_ones(each, cells, device) for each in (count, len(x)))
+        packing = Packing(samples, owners([cells] * count, device), conditional, len(x) * cells)
         dtype = self.blocks.dtype
         h = (self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb).flatten(0, 1).to(dtype)
-        h, time = twice(h, packing.again), twice(self.t_embedder(t).to(dtype), guided)
-        h = self.blocks.run(h, time, packing, sample_of, contexts)
+        h, time = twice(h, guided * cells), twice(self.t_embedder(t).to(dtype), guided)
+        h = self.blocks.run(h, time, packing, contexts)
         h = self.out_layer(plain_norm(h)).view(-1, cells, self.out_layer.out_features)
         return h.transpose(1, 2).unflatten(2, x.shape[2:])

@@ -96,9 +96,9 @@ class TestScoreParts:
     def test_small_cards_keep_the_clips_and_the_idle_generator_off_the_gpu(self):
         models = load_models(settings.PROFILES["full"].models)
         fitted = {each.name: models.fitted(each) for each in models.memory_classes}
-        offloaded = {name: each.offload_self_check for name, each in fitted.items()}
-        assert offloaded == {name: each.offload_generators for name, each in fitted.items()}
-        assert offloaded == {"48gb": False, "24gb": True, "16gb": True}
+        offloaded = {name: (each.offload_self_check, each.offload_generators) for name, each in fitted.items()}
+        both, neither = (True, True), (False, False)
+        assert offloaded == {"80gb": neither, "48gb": (True, False), "24gb": both, "16gb": both}
 
 
 class TestResolve:
@@ -141,8 +141,8 @@ class TestResolve:
     @pytest.mark.parametrize(
         ("gib", "name", "precision", "max_batch"),
         [
-            (79.2, "48gb", "bfloat16", 4),
-            (44.4, "48gb", "bfloat16", 4),  # an L40S
+            (79.2, "80gb", "bfloat16", 4),
+            (44.4, "48gb", "bfloat16, T5 nf4 and bfloat16", 4),  # an L40S
             (39.5, "24gb", "nf4 and bfloat16", 4),
             (24, "24gb", "nf4 and bfloat16", 4),
             (21.9, "24gb", "nf4 and bfloat16", 4),  # an L4
@@ -179,12 +179,13 @@ class TestResolve:
             Settings.resolve({"profile": "full"})
 
     @pytest.mark.parametrize(
-        ("profile", "words"), [("full", "'80gb': must be one of 48gb, 24gb, 16gb"), ("tiny", "'80gb': there are none")]
+        ("profile", "words"),
+        [("full", "'1tb': must be one of 80gb, 48gb, 24gb, 16gb"), ("tiny", "'1tb': there are none")],
     )
     def test_an_unknown_class_is_refused(self, machine, profile, words):
         machine(True, [])
         with pytest.raises(SettingsError, match=f"models_{profile}.yaml: memory_class: {words}"):
-            Settings.resolve({"profile": profile, "memory_class": "80gb"})
+            Settings.resolve({"profile": profile, "memory_class": "1tb"})
 
     @pytest.mark.parametrize("more", [{}, {"models": settings.PROFILES["full"].models}])
     def test_full_without_a_gpu_is_refused(self, machine, more):

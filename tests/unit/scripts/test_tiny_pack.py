@@ -18,6 +18,7 @@ from neurons.rehearsal.network import PICTURES
 from scripts.tiny_pack import matting_net, render
 from scripts.tiny_pack.captions import HELD_OUT, ObjectSpec, caption, evaluation_specs, sample_spec
 from scripts.tiny_pack.shapes import COLOURS, MAX_PRIMITIVES, SHAPES
+from scripts.tiny_pack.text import T5_TOKENS, t5_tokenizer
 
 PACK = Path(__file__).resolve().parents[3] / "generation" / "weights" / "tiny"
 
@@ -45,6 +46,15 @@ def test_captions_vary_but_always_name_shape_and_colour() -> None:
     assert all(any(w in c.lower() for w in ("sofa", "couch")) for c in ways)
     assert all(any(w in c.lower() for w in ("gray", "grey")) for c in ways)
     assert caption(ObjectSpec("cube", "red"), rng, plain=True) == "a red cube"
+
+
+def test_words_are_padded_as_they_were_in_training() -> None:
+    """FLUX masks no padding: with 32 tokens, trained with 20, its error is 7 to 35 % higher (decision 96)."""
+    settings = Settings.resolve({"profile": "tiny"})
+    assert settings.models.text_to_image.max_sequence_length == T5_TOKENS
+    rng, tokenizer = random.Random(2), t5_tokenizer()
+    asked = [caption(sample_spec(rng), rng) for _ in range(1000)]
+    assert max(len(ids) for ids in tokenizer(asked).input_ids) <= T5_TOKENS
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
-"""The tiny pack's training loop: how long it goes on, and what becomes of the learning rate."""
+"""The tiny pack's training loop: how long it goes on, the learning rate, and gradients that are not finite."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,70 @@ def test_a_run_ends_within_the_seconds_that_it_is_given(tmp_path: Path, monkeypa
     assert run == {"steps": 301, "minutes": 5.0, "final_loss": run["final_loss"]}
     assert now == 1000 + 400 + 1
     assert rates[-1] == pytest.approx(0.02)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One second a look."""
+    seconds = count(1000.0)
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(seconds))
+
+
+def arguments_of(monkeypatch: pytest.MonkeyPatch, words: str):
+    monkeypatch.setattr(sys, "argv", ["train", *words.split()])
+    return training.arguments("", minutes=1)
+
+
+def spoiled(module: torch.nn.Linear, steps: Iterator[bool]) -> Callable[[], torch.Tensor]:
+    """The square of what `module` makes of 1, with gradients that are NaN, and a finite loss, where `steps` say so."""
+
+    def loss() -> torch.Tensor:
+        value = module(torch.ones(1, 1)).square().mean()
+        return value + (value * 0).sqrt() if next(steps) else value
+
+    return loss
+
+
+def test_a_step_without_finite_gradients_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments_of(monkeypatch, f"--minutes 30 --device cpu --work {tmp_path}")
+    module = torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(module.weight, 2.0)
+    average, run = training.fit("line", module, spoiled(module, (i % 40 == 3 for i in count())), args, lr=0.5)
+    assert run["steps"] > 200
+    assert run["final_loss"] < 0.1
+    assert all(bool(p.isfinite().all()) for p in [*module.parameters(), *average.parameters()])
+    assert "steps skipped: gradients not finite" in capsys.readouterr().out
+
+
+def test_a_run_that_never_has_finite_gradients_ends_and_keeps_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: None
+) -> None:
+    args = arguments_of(monkeypatch, f"--minutes 30 --device cpu --work {tmp_path}")
+    module = torch.nn.Linear(1, 1)
+    before = module.weight.item()
+    with pytest.raises(FloatingPointError, match="line: the gradients of 30 of 30 steps were not finite"):
+        training.fit("line", module, spoiled(module, (True for _ in count())), args, lr=0.1)
+    kept = torch.load(tmp_path / "line.pt", weights_only=True)
+    assert kept["module"]["weight"].item() == kept["average"]["weight"].item() == before
+    assert kept["step"] == 30
+
+
+def test_on_a_gpu_training_attends_without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward pass gives NaN on H100 and H200 (pytorch/pytorch#196678)."""
+    before = (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.benchmark,
+    )
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        arguments_of(monkeypatch, "--device cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.backends.cudnn.benchmark = before[2]

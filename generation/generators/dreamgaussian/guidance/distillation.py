@@ -88,7 +88,7 @@ class Distillation:
             self._is_compiled = True
             self._offloaded = Offloaded(self._networks, device)  # they have other parameters now
         condition = self._any_condition()
-        for count in range(1, scenes + 1):
+        for count in range(scenes, 0, -1):
             progress(f"compiling {type(self).__name__} for {count} of {scenes} at once")
             images = self.views * count
             self._step.capture(

@@ -242,8 +242,7 @@ class TestPipeline:
     ) -> None:
         pipeline, text, image = made(resolve(BALL, SCULPTURE), most=1)
         pipeline._device = "cuda"  # what only a GPU needs runs anywhere
-        monkeypatch.setattr(pipeline, "_warm_up_batches", lambda: None)
-        monkeypatch.setattr(Painter, "warm_up", lambda self, most: None, raising=False)
+        monkeypatch.setattr(pipeline, "_warm_up_stages", lambda progress: None)
         monkeypatch.setattr(pipeline, "_draw", lambda jobs: [torch.zeros(3, 64, 64)] * len(jobs))
         told: list[str] = []
         pipeline.warm_up(told.append)

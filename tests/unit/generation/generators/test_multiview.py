@@ -99,26 +99,6 @@ def test_a_failed_step_leaves_all_as_they_were(multiview, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_graph_that_looks_twice_keeps_no_picture_for_another(multiview, monkeypatch):
-    """Eight are looked at four by four, and a CUDA graph's results are overwritten by its next call."""
-    look = multiview._look
-    results: dict[int, tuple[Tensor, ...]] = {}
-
-    def overwriting(pixels: Tensor, images: Tensor) -> tuple[Tensor, ...]:
-        seen = look(pixels, images)
-        for old, new in zip(results.setdefault(len(pixels), seen), seen, strict=True):
-            old.copy_(new)
-        return results[len(pixels)]
-
-    pictures = [each.roll(shift, 1) for each in cutouts()[:2] for shift in range(0, 40, 10)]
-    alone = [multiview.begin([""], [picture], [1])[0] for picture in pictures]
-    monkeypatch.setattr(multiview, "_look", overwriting)
-    for one, expected in zip(multiview.begin([""] * 8, pictures, [1] * 8), alone, strict=True):
-        assert torch.allclose(one.words, expected.words, atol=1e-4)
-        assert torch.allclose(one.known[0], expected.known[0], atol=1e-4)
-
-
-@pytest.mark.slow
 def test_a_picture_is_needed(multiview):
     with pytest.raises(ValueError, match="a cut-out is missing"):
         multiview.begin(["a red cube", ""], [small_imagedream.cutout(), None], [1, 2])

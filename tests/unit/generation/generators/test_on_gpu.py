@@ -6,9 +6,11 @@ Their tensors' devices and types are as there, and a CUDA graph holds no copy fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +23,14 @@ from generation.generators.lgm.network import LGM, Config
 from generation.generators.lgm.options import LgmOptions
 from generation.generators.multiview import ImageDream, MVDreamViews
 from generation.generators.trellis.condition import Condition
-from generation.generators.trellis.generator import Trellis
+from generation.generators.trellis.generator import Trellis, TrellisWork
+from generation.generators.trellis.layers import Sequences, attend
 from generation.generators.trellis.options import TrellisOptions
+from generation.generators.trellis.splats import capped, sharpened, to_gaussians
 from generation.generators.trellis.weights import Networks
 from generation.stages.background import recentre
 from tests.support import mini_checkpoints, mini_trellis
+from tests.support import pretend_gpu as pretend_gpu_module
 from tests.support.pretend_gpu import DEVICE, GpuTensor, pretend_gpu
 
 SMALL = Config(
@@ -65,11 +70,13 @@ def of_both(mini_models: Path, tmp_path: Path) -> Lgm:
     return lgm(views, views_from="picture_and_words")
 
 
-def trellis(mini_models: Path, tmp_path: Path) -> Trellis:
+def trellis(mini_models: Path, tmp_path: Path, **options: Any) -> Trellis:
     mini_trellis.build(tmp_path)
     networks = Networks.load(tmp_path / "trellis", str(DEVICE), torch.float16)
     condition = Condition.load(tmp_path / "dinov2", str(DEVICE), torch.float16)
-    return Trellis(networks, condition, TrellisOptions(structure_steps=2, slat_steps=2), str(DEVICE))
+    return Trellis(
+        networks, condition, TrellisOptions(**{"structure_steps": 2, "slat_steps": 2} | options), str(DEVICE)
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,99 @@ def test_from_warm_up_to_gaussians(load: Callable[[Path, Path], Generator], mini
         assert all(isinstance(field, GpuTensor) for field in gaussians.tensors().values())
 
 
+def of_pictures(generator: Trellis, *seeds: int) -> list[TrellisWork]:
+    pictures = [torch.rand(4, 56, 56, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return [generator.begin(Subject("", each.to(DEVICE), seed)) for each, seed in zip(pictures, seeds, strict=True)]
+
+
+def counted(owner: type, name: str) -> Any:
+    return mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name))
+
+
+@pytest.mark.parametrize("structures", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_trelliss_captured_steps_are_as_those_that_are_not(mini_models, tmp_path, structures):
+    """Of two works that take turns, each alone, then beside each other, with an offload between."""
+    generator = trellis(mini_models, tmp_path, structures=structures, structure_steps=3, structure_interval=(0.8, 1.0))
+
+    def made() -> torch.Tensor:
+        first, second = works = of_pictures(generator, 0, 1)
+        generator.tick([first])
+        generator.tick([second])
+        generator.offload()
+        generator.onload()
+        generator.tick([first])
+        generator.tick(works)
+        generator.tick([second])
+        assert all(work.voxels is not None for work in works)
+        return torch.cat([work.structure.cpu() for work in works])
+
+    before = made()
+    generator.warm_up(1, lambda text: None)
+    with counted(GraphedFunction, "capture") as captures, counted(pretend_gpu_module._Graph, "replay") as replays:
+        after = made()
+    assert (captures.call_count, replays.call_count) == (2, 4)  # after the offload guided and not guided
+    assert torch.equal(before, after)
+
+
+def test_trelliss_host_waits_once_for_a_structure_and_once_for_its_gaussians(mini_models, tmp_path):
+    """All else could be captured: no copy to or from the host, nothing that it waits for."""
+    generator = trellis(mini_models, tmp_path)
+    networks, works = generator._networks, of_pictures(generator, 0, 1)
+    for _ in range(3):
+        generator.tick(works)
+    latents, times = torch.cat([work.latents for work in works]), torch.full((2,), 700.0, device=DEVICE)
+    voxels, doubled = generator._join([work.voxels for work in works], 1)
+
+    def step(latents: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        velocities = networks.slat_flow(latents, times, [work.context for work in works], voxels, doubled)
+        splats = [to_gaussians(raw) for raw in networks.gaussian_decoder(latents, voxels.fine)]
+        return velocities, *(field for each in splats for field in sharpened(capped(each, 3000)).tensors().values())
+
+    with torch.no_grad():
+        eager = step(latents, times)  # which also makes tables that all steps share
+        captured = GraphedFunction(step)
+        captured.capture(latents, times)
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(eager, captured(latents, times), strict=True))
+
+
+def test_attention_of_different_lengths_is_as_that_of_each_alone():
+    """Without one that has no tokens, and whatever is longest; FlashAttention would miss what is longer."""
+    lengths, others = [5, 0, 9, 1], [3, 2, 4, 7]
+    q, k, v = (torch.randn(sum(each), 2, 8).half() for each in (lengths, others, others))
+    there = [x.to(DEVICE) for x in (q, k, v)]
+
+    def sequences(each: list[int], device: torch.device, shorter: int = 0) -> Sequences:
+        made = Sequences.of(each, device)
+        return replace(made, longest=made.longest - shorter)
+
+    cpu = torch.device("cpu")
+    alone = attend(q, k, v, sequences(lengths, cpu), sequences(others, cpu))
+    together = attend(*there, sequences(lengths, DEVICE), sequences(others, DEVICE)).cpu()
+    assert float((together - alone).abs().max()) < 1e-3
+    for wrong in ((1, 0), (0, 1)):
+        given = [sequences(each, DEVICE, by) for each, by in zip((lengths, others), wrong, strict=True)]
+        assert not torch.allclose(attend(*there, *given).cpu(), alone, atol=1e-2)
+    first, key = (slice(0, each[0]) for each in (lengths, others))
+    alike = attend(q[first], k[key], v[key], *(Sequences.alike_ones(1, n, cpu) for n in (5, 3)))
+    assert float((alike - alone[first]).abs().max()) < 1e-3
+
+
+@pytest.mark.slow
+def test_encoders_that_are_offloaded_are_on_the_gpu_while_they_encode(mini_models, tmp_path):
+    mini_checkpoints.imagedream(tmp_path)
+    conditions = []
+    for offload in (False, True):
+        views = ImageDream.load(tmp_path, DEVICE, torch.bfloat16, steps=2, offload_encoders=offload)
+        views._capture_encoder(1)
+        (sampling,) = views.begin([""], [torch.ones(4, 32, 32, device=DEVICE)], [0])
+        encoders = views._words.encoder, views._image_encoder
+        assert {each.is_there for encoder in encoders for each in encoder.parameters()} == {not offload}
+        assert all(parameter.is_there for parameter in views._unet.parameters())
+        conditions.append((sampling.words.cpu(), sampling.known[0].cpu()))
+    assert torch.equal(*(words for words, _ in conditions))
+    assert torch.equal(*(known for _, known in conditions))
+
+
 @pytest.mark.parametrize("position", ["absolute", "ray"])
 def test_lgms_pass_can_be_captured(position):
     network = LGM(Config(**{**vars(SMALL), "position": position})).half().to(DEVICE)
@@ -126,6 +226,17 @@ def test_lgms_weights_come_back_in_the_order_that_convolutions_want():
     weight = generator._network.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+
+
+def test_a_result_of_a_graph_stays_when_another_is_replayed():
+    """As where a request's views are decoded while another one's are sampled: graphs share their memory."""
+    one, other = (GraphedFunction(lambda x: (x + 1,)) for _ in range(2))
+    for captured in (one, other):
+        captured.capture(torch.zeros(2, device=DEVICE))
+    (first,), (second,) = one(torch.ones(2, device=DEVICE)), other(torch.zeros(2, device=DEVICE))
+    one(torch.zeros(2, device=DEVICE))
+    assert first.tolist() == [2.0, 2.0]
+    assert second.tolist() == [1.0, 1.0]
 
 
 class TestThePretence:

@@ -73,7 +73,7 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
         "densification_interval: 100"
     )
     pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
-    pipeline._warm_up_batches()  # what only a GPU needs runs anywhere
+    pipeline._warm_up_stages(lambda text: None)  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
     matting: Any = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
     pipeline._background = matting

@@ -271,7 +271,9 @@ def test_what_only_looks_like_a_contradiction_loads(tmp_path, text):
     DreamGaussianOptions.load(write(tmp_path, text))
 
 
-@pytest.mark.parametrize("line", ["max_batch: 2", "  quantization: nf4", "  offload_t5: true"])
+@pytest.mark.parametrize(
+    "line", ["max_batch: 2", "  quantization: nf4", "  quantization_t5: nf4", "  offload_t5: true"]
+)
 def test_what_memory_classes_say_is_not_said_beside_them(tmp_path, line):
     text = settings.PROFILES["full"].models.read_text()
     text = text.replace("  steps: 4\n", f"  steps: 4\n{line}\n") if line.startswith(" ") else f"{line}\n{text}"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageSegmentation
 
 from generation.schema.options import Models
+from generation.stages import background
 from generation.stages.background import BackgroundRemover, NothingInImage, recentre
 from generation.weights import WeightsError, local_folder, lookup
 
@@ -31,6 +32,18 @@ def test_alpha_has_the_images_size(choice, no_network):
     assert alpha.dtype == torch.float32
     assert alpha.min() >= 0
     assert alpha.max() <= 1
+
+
+def test_many_pictures_take_no_more_memory_than_two(choice, no_network, monkeypatch):
+    """LGM cuts out 16 views for four requests, which would be 18.6 GiB of activations at full size."""
+    remover = BackgroundRemover.load(local_folder(lookup(choice)), choice, "cpu")
+    seen: list[int] = []
+    remover._net.register_forward_pre_hook(lambda net, args: seen.append(len(args[0])))
+    images = torch.rand(5, 3, 40, 40)
+    together = remover.remove(images)
+    monkeypatch.setattr(background, "_AT_ONCE", 2 * choice.image_size**2)
+    assert torch.allclose(remover.remove(images), together, atol=1e-5)
+    assert seen == [5, 2, 2, 1]
 
 
 def test_half_precision_is_near(choice, no_network):

@@ -135,6 +135,12 @@ def test_four_bits_are_in_all_large_layers(mini_models):
         assert all(module.weight.quant_type == "nf4" and module.weight.bnb_quantized for module in linears)
 
 
+def test_four_bits_may_be_t5s_alone(mini_models):
+    pipe = load(mini_models, quantization_t5="nf4")._pipe
+    assert any(isinstance(module, Linear4bit) for module in pipe.text_encoder_2.modules())
+    assert not any(isinstance(module, Linear4bit) for module in pipe.transformer.modules())
+
+
 def test_an_offloaded_model_is_on_its_device_only_while_it_works(monkeypatch):
     """The moves alone: a copy stands for what is on a GPU."""
     model = torch.nn.Linear(3, 2)
