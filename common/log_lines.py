@@ -1,4 +1,4 @@
-"""One line for one event, whatever a stranger's text contains."""
+"""Log lines of untrusted text: one line per event."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def escape(text: str) -> str:
 
 
 def quoted(text: object) -> str:
-    """A stranger's text for a log line: escaped, quoted, cut to MAX_QUOTED_CHARACTERS."""
+    """Untrusted text for a log line: escaped, quoted, cut to MAX_QUOTED_CHARACTERS."""
     text = str(text)
     # Cut first: escaping a prompt of megabytes is work.
     cut = repr(text[:MAX_QUOTED_CHARACTERS])[1:-1][:MAX_QUOTED_CHARACTERS]
@@ -51,7 +51,7 @@ def shown_network(network: str) -> str:
 
 
 def is_regular_file(stream: object) -> bool:
-    """Whether what is written there ends in a file that nobody rotates; not in a terminal, a journal or a pipe."""
+    """Whether the stream is a file, which nobody rotates, and not a terminal, journal or pipe."""
     try:
         return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)  # type: ignore[attr-defined]
     except (OSError, ValueError, AttributeError):

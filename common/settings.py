@@ -49,8 +49,8 @@ def setting(
     metavar: str = "",
     secret: bool = False,
 ) -> Any:
-    """A field of a table. `flags` where they are not the field's name with dashes; `default_is`: the default in words,
-    where its value says nothing; `secret`: the value may hold a password, and is shown nowhere.
+    """A field of a table. `flags`: if not the field's name with dashes; `default_is`: the default in words, if its
+    value is not telling; `secret`: the value may hold a password, and is never shown.
     """
     told = {
         "check": check, "help": help, "flags": tuple(flags), "default_is": default_is, "metavar": metavar,
@@ -61,7 +61,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting under its three names, and what it takes."""
+    """One setting: its three names, and the check of its values."""
 
     table: str
     key: str
@@ -137,13 +137,13 @@ class Given:
         return self._tables[table]
 
     def has(self, table: str, key: str) -> bool:
-        """Whether anything gave it."""
+        """Whether a flag, variable or file sets it."""
         return any((each.table, each.key) == (table, key) for each in self._merged)
 
     def flags(self, *tables: str) -> list[str]:
-        """The command line that gives all that was given for these tables, whatever gave it.
+        """Flags for all values given for these tables, whatever their source.
 
-        Without what may hold a password: any user of the machine can read command lines. See `variable_of`.
+        Without values that may hold a password, since any user can read command lines. See `variable_of`.
         """
         words = []
         for each in self._settings:
@@ -165,13 +165,13 @@ class Given:
         return each.variable
 
     def refuse(self, table: str, key: str, reason: str) -> NoReturn:
-        """Ends the process with status 2 and one line about a value that passed its own check."""
+        """Exits with status 2 and one line about a value that is wrong in combination with others."""
         (each,) = (each for each in self._settings if (each.table, each.key) == (table, key))
         source = next((source for source, values in self._values.items() if each in values), None)
         _refuse(self._prog, [f"{_named(each, source or 'flag', self._file)}: {reason}"])
 
     def save(self) -> None:
-        """Writes what the flags gave into the file, which keeps its comments. Raises OSError."""
+        """Writes the values of flags into the file, and keeps its comments. Raises OSError."""
         import tomlkit
 
         assert self._file is not None
@@ -204,14 +204,14 @@ _HEADER = "# Settings of service and miner. All there are: configs/competitive.e
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         _refuse(self.prog, [message.removeprefix("argument ")])
 
 
 class CommandLine:
-    """The command line of one process. `parser` takes flags that are no settings."""
+    """The command line of one process. Flags that are not settings may be added to `parser`."""
 
     def __init__(
         self,
@@ -222,8 +222,8 @@ class CommandLine:
         default_file: Path | None = None,
         files_must_exist: bool = False,
     ) -> None:
-        """`default_file` is read where it exists and no other is named. `files_must_exist`: so must those without which
-        a process can not begin.
+        """`default_file` is read if it exists and no other is named. `files_must_exist`: whether files that a process
+        needs at its start have to exist already.
         """
         self._tables = dict(tables)
         self._settings = settings_of(tables)
@@ -241,9 +241,9 @@ class CommandLine:
                     _add(group, each)
 
     def parse(self, argv: Sequence[str], cwd: Path | None = None) -> Given:
-        """Exits with status 2 and a line for each thing that is wrong: with its name, its value and its limit.
+        """The settings that are given. Exits with status 2 and a line per error, with name, value and limit.
 
-        `cwd`: where relative paths of flags and variables begin; None: where the process is.
+        `cwd`: where relative paths of flags and variables begin; None: the process's working directory.
         """
         prog = self.parser.prog
         args = self.parser.parse_args(argv)

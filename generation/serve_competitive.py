@@ -27,7 +27,7 @@ from generation.web.app import create_app
 if TYPE_CHECKING:
     from generation.pipeline.pipeline import Pipeline
 
-#: What the requests in flight get to finish in, after SIGTERM. In seconds.
+#: Seconds that requests in flight have after SIGTERM.
 GRACE_S = 20
 
 log = logging.getLogger("generation.serve")
@@ -36,7 +36,7 @@ log = logging.getLogger("generation.serve")
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, before the slow imports: clients wait instead of being refused. Raises OSError.
 
-    Also UnicodeError, for what can be no host's name.
+    Also UnicodeError, if ``host`` is not a host name.
     """
     family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -73,7 +73,7 @@ def make_cluster_fleet(arguments: Arguments, values: Mapping[str, Any]) -> Fleet
 
 
 class Server(uvicorn.Server):
-    """Ends the event streams before it waits for its open answers, which would never be done."""
+    """At its end closes the event streams, which never finish, before it waits for open responses."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.events.close()  # type: ignore[union-attr]
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.info("Listening on %s port %d", settings.host, settings.port)
     app = create_app(engine, settings)
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
-    # uvicorn raises the signal that stopped it once more when it is done; by then there is nothing left to end.
+    # uvicorn raises the signal again after its shutdown; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)
     Server(config).run(sockets=[listener])

@@ -22,11 +22,11 @@ CONFIGS = ROOT / "configs"
 
 
 class Profile(NamedTuple):
-    """The files that a profile goes by where the command line names no others."""
+    """A profile's default files."""
 
     models: Path
-    config: Path  # of the generator for texts
-    image_config: Path | None  # of the one for pictures; None: the same as for texts, whichever that is
+    config: Path  # generator config for texts
+    image_config: Path | None  # generator config for pictures; None: the one for texts
 
 
 PROFILES = {
@@ -36,12 +36,12 @@ PROFILES = {
 
 
 class Settings(Schema):
-    """Everything that the service needs to know, resolved."""
+    """The resolved settings of the service."""
 
     profile: Literal["full", "tiny"]
     profile_reason: str
     device: str
-    memory_class: str | None  # None: the models file has none, or there is no GPU
+    memory_class: str | None  # None: no GPU, or a models file without classes
     memory_reason: str
     config: Path  # of the generator for texts
     options: GeneratorOptions
@@ -53,20 +53,20 @@ class Settings(Schema):
     validation_threshold: UnitInterval
     log_file: Path
     max_queue: int
-    gpus: tuple[int, ...]  # numbers of the GPUs to work on; empty on a CPU
+    gpus: tuple[int, ...]  # the GPUs to use, as torch numbers them; empty on a CPU
     profile_trace: Path | None
-    allowed_hosts: tuple[str, ...] = ()  # beside loopback's names
-    #: stages that the score goes without: which weights are missing, and the command that fetches them
+    allowed_hosts: tuple[str, ...] = ()  # allowed in ``Host``, beside loopback's names
+    #: optional stage -> why it is left out: the missing weights, and the command that fetches them
     missing: dict[str, str] = Field(default_factory=dict)
-    gallery: Path = ROOT / "data" / "studio"  # what was made in Studio
-    miner_url: str = "http://127.0.0.1:10007"  # where the miner tells of itself
+    gallery: Path = ROOT / "data" / "studio"  # folder of Studio's gallery
+    miner_url: str = "http://127.0.0.1:10007"  # the miner's metrics port
 
     @classmethod
     def resolve(cls, values: Mapping[str, Any] | None = None, memory: int | None = None) -> Settings:
-        """Settings from values of ``Arguments``, by key, as text or typed; None counts as not given.
+        """Resolve values of ``Arguments``, by key, as text or typed; None counts as not given.
 
-        ``memory`` is what to use of the GPU's memory, in bytes; None: all that it has.
-        Raises SettingsError naming the key, the value and the limit, or the weights that are missing.
+        ``memory``: bytes of GPU memory to use; None: all. Raises SettingsError naming the key, the value and the limit,
+        or the missing weights.
         """
         try:
             arguments = checked(values or {})
@@ -100,9 +100,9 @@ class Settings(Schema):
 
     @classmethod
     def _of_cluster(cls, arguments: Arguments) -> Settings:
-        """The service's own, on a machine that needs no GPU and no weights: engines resolve theirs where they are.
+        """Settings of a cluster's service, which needs no GPU and no weights. Engines resolve theirs on their machines.
 
-        A cluster's machines must make the same splats, so what is on one of them can not decide the profile.
+        The profile must be given: it may not depend on what one machine has, since all must make the same splats.
         """
         for name, given in (("gpus", arguments.gpus != "all"), ("profile_trace", arguments.profile_trace is not None)):
             if given:
@@ -162,8 +162,10 @@ class Settings(Schema):
 
 
 def resolve_elsewhere(values: Mapping[str, Any], root: Path) -> Settings:
-    """What the service's ``values`` come to on a machine of its cluster, where this is called. ``root`` is the folder
-    of the service's code: files in it are taken from here. Raises SettingsError.
+    """Resolve the service's ``values`` on another machine of its cluster, where this is called.
+
+    ``root`` is the folder of the service's code: paths in it are taken from this machine's code folder instead. Raises
+    SettingsError.
     """
     own = {key: value for key, value in values.items() if key not in ("cluster", "cluster_token_file")}
     own["profile"] = "tiny" if own.get("profile") == "tiny" else "full"
@@ -174,10 +176,10 @@ def resolve_elsewhere(values: Mapping[str, Any], root: Path) -> Settings:
 
 
 def _allowed_hosts(arguments: Arguments) -> tuple[str, ...]:
-    """Those that are asked for, and the one address that it listens on: nobody could reach it otherwise."""
+    """The given names, and the address that the service listens on, if it is a single one."""
     own: tuple[str, ...] = ()
     if not is_wildcard(arguments.host):
-        with suppress(ValueError):  # no host at all: listening there says so
+        with suppress(ValueError):  # not a host: listening on it will fail with a message
             own = parse_names(arguments.host)
     given = parse_names(arguments.allowed_hosts) if arguments.allowed_hosts else ()
     return tuple(dict.fromkeys(name for name in (*own, *given) if not is_loopback(name)))
@@ -191,7 +193,7 @@ def gpu_memory(gpus: Sequence[int]) -> int | None:
 
 
 class _Generators(NamedTuple):
-    """The two configs, and what they say."""
+    """The generator configs for texts and for pictures, and their options."""
 
     config: Path
     text: GeneratorOptions
@@ -200,15 +202,15 @@ class _Generators(NamedTuple):
 
     @classmethod
     def load(cls, profile: Literal["full", "tiny"], arguments: Arguments) -> _Generators:
-        """Those that the command line names, else the profile's. Raises SettingsError."""
+        """The configs in the arguments, or else the profile's. Raises SettingsError."""
         config = arguments.config or PROFILES[profile].config
         image_config = arguments.image_config or PROFILES[profile].image_config or config
         return cls(config, load_options(config), image_config, load_options(image_config))
 
     def needed(self, models: Models) -> dict[str, ModelChoice]:
-        """The checkpoints that both need together.
+        """The checkpoints that both need.
 
-        Raises SettingsError where there are none for something, or where pictures would go to what takes words alone.
+        Raises SettingsError if one is missing in the models file, or if the config for pictures takes texts only.
         """
         if not self.image.draws:
             raise SettingsError(f"image_config: {self.image_config}: makes splats from words alone, not from pictures")
@@ -222,7 +224,7 @@ def needed_by_profile(profile: Literal["full", "tiny"]) -> dict[str, ModelChoice
 
 
 def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["full", "tiny"], str, str]:
-    """(profile, why, device): full only where a CUDA GPU with enough memory and all weights are already there."""
+    """(profile, why, device). Full only with a CUDA GPU, enough memory and all weights."""
     import torch  # seconds to import: only when a profile is really resolved
 
     from generation.splats.rasterize import gsplat_build
@@ -265,7 +267,7 @@ def _choose_profile(arguments: Arguments, memory: int | None) -> tuple[Literal["
 def _without_absent(models: Models) -> tuple[Models, dict[str, str]]:
     """The models without optional ones that are not on this machine, and why each is left out.
 
-    Raises SettingsError for one that is there and damaged.
+    Raises SettingsError for one that exists but is damaged.
     """
     from generation.weights import MissingWeights, WeightsError, local_folder, lookup
 
@@ -281,10 +283,10 @@ def _without_absent(models: Models) -> tuple[Models, dict[str, str]]:
 
 
 def _choose_gpus(asked: str) -> tuple[int, ...]:
-    """Numbers of GPUs as torch counts them. Raises SettingsError when there are not so many."""
+    """The GPUs to use, as torch numbers them. Raises SettingsError if one does not exist."""
     import torch
 
-    # A driver that is too old shows its cards all the same.
+    # With a driver that is too old, torch counts the cards but cannot use them.
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "all":
         return tuple(range(count))

@@ -19,7 +19,7 @@ import bittensor as bt
 from common.log_lines import shown_network
 
 FETCH_TIMEOUT_S = 60.0
-# On top of it, for the chain's client can ignore the cancellation at its time-out, and then its thread never ends.
+# Seconds on top of it: the chain's client may ignore the cancellation at its time-out, and then its thread never ends.
 GIVE_UP_S = 30.0
 MAX_NETWORK_FILE_BYTES = 1 << 20
 

@@ -1,4 +1,4 @@
-"""A home folder that can not be written, or none at all: bittensor's import makes folders in it, and fails."""
+"""Makes bittensor importable without a writable home folder, in which its import creates folders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from pathlib import Path
 
 
 def do_without() -> str:
-    """Makes bittensor's import work without one; returns what is wrong with the home folder, "" where nothing is.
-
-    To be called before that import.
-    """
+    """To be called before bittensor's import. Returns what is wrong with the home folder; "" if it is usable."""
     try:
         home = Path.home()
     except RuntimeError:  # no HOME, and no entry for this user in /etc/passwd

@@ -1,4 +1,4 @@
-"""Log files of the neurons: rotated, one record per line whatever a stranger's text contains."""
+"""Log files of miner and rehearsal: rotated, one record per line, even with untrusted text."""
 
 from __future__ import annotations
 

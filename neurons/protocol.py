@@ -4,8 +4,8 @@ A synapse's class name is its HTTP route on the validator's axon. An axon first 
 headers, and those carry only fields declared without a default: that is why `results`, `submit_time` and `signature`
 have none.
 
-What a validator answers is data of a stranger: `ANSWER_FIELDS` names all that is taken from it, and the types here
-bound what can come in. Nothing proves who answered: the signatures of this protocol are the miner's.
+A validator's answer is untrusted: `ANSWER_FIELDS` names all that is taken from it, and the types here bound it.
+Answers are not authenticated: only the miner's requests are signed in this protocol.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DECLARATION = (
     "display, distribute and make available my submitted results to this subnet and its end users"
 )
 PULL_TIMEOUT_S = 12.0
-# A validator gives its scoring service 300 s. Who waits no longer than that never hears that it gave no answer.
+# Seconds. A validator gives its scoring service 300, and tells a miner that waits longer when that did not answer.
 SUBMIT_TIMEOUT_S = 330.0
 COMPRESSION_SPZ = 2
-# Beyond any date or count that matters, and within what a float or a database holds exactly.
+# Larger than any real date or count, and exact in a float and in the database.
 LARGEST_INTEGER = 1 << 53
 
 
@@ -47,7 +47,7 @@ Integer = Annotated[int, AfterValidator(lambda value: min(max(value, -LARGEST_IN
 Text = Annotated[str, AfterValidator(_with_utf8)]
 
 
-# Many times what a validator's scoring takes (1,024), and what a UUID has (36).
+# Characters: many times what a validator's scoring accepts (1,024), and what a UUID has (36).
 MAX_PROMPT_CHARACTERS = 65_536
 MAX_ID_CHARACTERS = 1024
 
@@ -72,7 +72,7 @@ Task = TextTask | ImageTask
 
 
 class Feedback(BaseModel):
-    """What a validator says of a result and of its miner. A value that makes no sense counts as not said."""
+    """A validator's answer about a result and its miner. Values that make no sense are replaced by the defaults."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -100,10 +100,10 @@ class PullTask(bt.Synapse):
 
 
 class SubmitResults(bt.Synapse):
-    """Hands in a result; empty `results` say that nothing worth submitting was made.
+    """Submits a result; empty `results` mean that nothing worth submitting was made.
 
-    The validator fills in `feedback` and `cooldown_until` (unix seconds). Where these make no sense they count as not
-    said: the validator has the result all the same, and a second submission would be one too many.
+    The validator fills in `feedback` and `cooldown_until` (unix seconds). Values that make no sense are replaced by the
+    defaults: the validator has the result all the same, and must not get it twice.
     """
 
     task: Task | None = None
@@ -144,11 +144,11 @@ def signed_message(submit_time: int, prompt: str, validator_hotkey: str, miner_h
 
 
 def make_submission(task: Task, result: bytes, validator_hotkey: str, keypair: bt.Keypair) -> SubmitResults:
-    """A signed submission of `result` (`.spz`, or b"" for nothing)."""
+    """A signed submission of `result` (`.spz`, or b"" for an empty one)."""
     submit_time = time.time_ns()
     message = signed_message(submit_time, task.prompt, validator_hotkey, keypair.ss58_address)
     return SubmitResults(
-        # Validators that know no `task_id` yet look here; those that know it know image tasks, whose prompt is large.
+        # For older validators, which do not know `task_id`. Image tasks, whose prompt is large, need newer ones anyway.
         task=task if isinstance(task, TextTask) else None,
         task_id=task.id,
         results=base64.b64encode(result).decode(),

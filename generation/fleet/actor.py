@@ -1,6 +1,6 @@
-"""What runs as an actor on a machine of a Ray cluster: an engine, as ``generation.fleet.worker`` has one.
+"""An engine as an actor on a machine of a Ray cluster, as ``generation.fleet.worker`` is one as a process.
 
-``generation.fleet.actors`` supervises it. Messages are pickled here, not by Ray: so they mean the same as a process's.
+``generation.fleet.actors`` supervises it. Messages are pickled here and not by Ray, as they are for a process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from generation.fleet.ray_environment import ROOT
 from generation.fleet.worker import FLUSH_S, EngineProcess, LogForwarder
 from generation.logging_setup import install
 
-#: So much is handed over at once, beyond the first message: what is small need not wait for what is large.
+#: Bytes of messages per ``collect``, beyond the first message: small messages do not wait for many large ones.
 PARCEL_BYTES = 1 << 20
 
 
 @cache
 def software() -> str:
-    """What must be the same where the service is and where the engine is, in words."""
+    """The versions that must be equal at the service and at the engine, in words."""
     digest = hashlib.sha256()
     for folder in ("common", "generation"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -41,7 +41,7 @@ def software() -> str:
 
 
 class Mailbox:
-    """The engine's end of a link: the service collects what is sent, by calls. In the place of a ``Channel``."""
+    """The engine's end of the link, in place of a ``Channel``: the service calls to collect what is sent."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -52,7 +52,7 @@ class Mailbox:
         self.on_message: Callable[[Any], object] = lambda message: None
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
-        """The end is Ray's to see: it ends actors with the service that made them."""
+        """``on_end`` is not used: Ray ends actors with the service that made them."""
         self.on_message = on_message
 
     def send(self, message: Any) -> None:
@@ -69,13 +69,13 @@ class Mailbox:
         self._new_state.set()
 
     def flush(self, timeout: float) -> None:
-        """Wait until all has arrived. Not on the asyncio thread."""
+        """Wait at most ``timeout`` seconds until everything was collected. Not on the asyncio thread."""
         arrived = threading.Event()
         self._loop.call_soon_threadsafe(self._flushing.append, arrived)
         arrived.wait(timeout)
 
     async def collect(self) -> list[bytes]:
-        """Messages that have not been collected yet, in their order, waited for. A call says that the last arrived."""
+        """Wait for messages, and return those not collected yet, in order. The next call confirms that they arrived."""
         if not self._outgoing:
             for arrived in self._flushing:
                 arrived.set()
@@ -88,27 +88,27 @@ class Mailbox:
         return parcel
 
     async def state(self) -> bytes:
-        """The next state that is told."""
+        """Wait for the next state."""
         self._new_state.clear()
         await self._new_state.wait()
         return self._state
 
 
 class EngineActor:
-    """An actor's class, once ``generation.fleet.cluster`` has made it one."""
+    """The class that ``generation.fleet.cluster`` makes an actor of."""
 
     def __init__(self) -> None:
         self._mailbox: Mailbox
         self._work: asyncio.Task[None]
 
     async def about(self) -> tuple[str, int]:
-        """Its software, and its process."""
+        """Its software, in words, and its PID."""
         return software(), os.getpid()
 
     async def begin(self, data: bytes) -> None:
-        """``data`` is a pickled ``Resolve``. Returns at once; what comes of it is collected."""
+        """Start the engine by a pickled ``Resolve``. Returns at once; ``collect`` brings the outcome."""
         message: Resolve = pickle.loads(data)
-        # Ray makes it 1 for an actor that is promised no CPUs. torch, which reads it, is not imported yet.
+        # Ray sets it to 1 for an actor without CPUs of its own. torch, which reads it, is not imported yet.
         os.environ["OMP_NUM_THREADS"] = str(message.threads)
         self._mailbox = Mailbox()
         install([LogForwarder(self._mailbox)])
@@ -136,7 +136,7 @@ class EngineActor:
 
 
 async def _end_of(process: int | None) -> None:
-    """Only then is its GPU's memory free. Ray tells of an end when it has asked for it."""
+    """Wait for that process to end, since only then is its GPU's memory free. Ray reports the end too early."""
     with suppress(psutil.NoSuchProcess):
         before = None if process is None else psutil.Process(process)
         while before is not None and before.is_running() and before.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110 - nothing tells of it

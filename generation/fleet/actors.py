@@ -1,4 +1,4 @@
-"""Engines on the machines of a Ray cluster, and the fleet of all of them."""
+"""The service's side of a Ray cluster: engines that run as actors, and the fleet of them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from generation.fleet.messages import Broken, Resolve, Resolved
 from generation.fleet.ray_environment import ENGINE
 from generation.fleet.remote import NotStarted, RemoteEngine
 
-#: Between looks at which machines there are.
+#: Seconds between checks of which machines there are.
 LOOK_S = 1.0
-#: The head says within so long which machines there are.
+#: Seconds within which the head has to answer such a check.
 HEAD_ANSWERS_S = 5.0
-#: Requests wait for so long for a machine to come when the last one is gone: its keeper starts it again.
+#: Seconds that requests wait for a machine after the last one has left: its keeper restarts it.
 MACHINE_BACK_S = 120.0
 
 log = logging.getLogger("generation.fleet.actors")
 
 
 class ActorLink:
-    """Carries messages to an actor and back. For the asyncio thread alone."""
+    """Carries messages to an actor and back. For the asyncio thread."""
 
     def __init__(self, actor: Any, first: Resolve) -> None:
-        self.cause = ""  # of the end, in words
+        self.cause = ""  # why the link ended, in words
         self.process: int | None = None
         self._actor, self._first = actor, first
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
@@ -69,7 +69,7 @@ class ActorLink:
         self._work.cancel()
 
     async def _tell(self) -> None:
-        while True:  # one after the other: Ray keeps no order of an asyncio actor's calls
+        while True:  # one call at a time: Ray does not keep the order of calls of an asyncio actor
             await self._actor.tell.remote(await self._outgoing.get())
 
     async def _collect(self, on_message: Callable[[Any], object]) -> None:
@@ -78,15 +78,15 @@ class ActorLink:
                 on_message(pickle.loads(data))
 
     async def _follow(self, on_message: Callable[[Any], object]) -> None:
-        """Not with the rest: large results take long on a slow network, and no state for long means that it hangs."""
+        """Collect states apart from results: a large result on a slow network must not look like a hanging engine."""
         while True:
             on_message(pickle.loads(await self._actor.state.remote()))
 
 
 class ActorEngine(RemoteEngine):
-    """An actor on a ``machine``. ``first`` gives it its settings, there; ``accept`` says what is wrong with them."""
+    """An engine as an actor on ``machine``. ``first`` resolves its settings there; ``accept`` says why to refuse it."""
 
-    silent_checks = 10  # a cut cable is noticed by nothing else
+    silent_checks = 10  # nothing else notices a cut cable
 
     def __init__(
         self,
@@ -117,10 +117,10 @@ class ActorEngine(RemoteEngine):
         return self._ours
 
     def _has_ended(self) -> bool:
-        return False  # the link tells
+        return False  # the link ends with the process
 
     async def _finish(self) -> None:
-        with suppress(Exception):  # it is dead, or unknown: then its machine is cut off
+        with suppress(Exception):  # the actor is dead, or its machine is cut off
             self._cluster.end(self._actor)
             async with asyncio.timeout(remote.ENDING_S):
                 while True:
@@ -142,18 +142,18 @@ class ActorEngine(RemoteEngine):
 
 
 class ClusterFleet(Fleet):
-    """A fleet over all engines of a cluster, as its machines come and go.
+    """A fleet of all engines of a cluster, whose machines come and go.
 
-    ``resolve`` is called without arguments where an engine is and gives its ``generation.settings.Settings``; like the
-    loader ("module:function") it must be picklable. The first engine's settings are ``resolved``: all others must
-    make the same of a request.
+    ``resolve`` must be picklable: it is called on each engine's machine, and returns its
+    ``generation.settings.Settings``. ``loader`` is "module:function". The first engine's settings become ``resolved``;
+    engines whose settings would make another splat of the same request are refused.
     """
 
     def __init__(self, cluster: Cluster, resolve: Callable[[], Any], max_queue: int, loader: str = LOADER) -> None:
         super().__init__({})
         self._max_queue = max_queue
         self._cluster, self._resolve, self._loader = cluster, resolve, loader
-        software()  # as it is now: what is on disk may change
+        software()  # cached now, since the code on disk may change later
         self._machines: dict[Machine, list[ActorEngine]] = {}
         self._emptied = time.monotonic()
         self._looking: asyncio.Task[None]
@@ -184,11 +184,11 @@ class ClusterFleet(Fleet):
                 if machine not in self._machines:
                     self._join(machine)
             if not self._engines:
-                self._hand_out()  # turns away those that have waited for too long
+                self._hand_out()  # fails requests that have waited too long
             await asyncio.sleep(LOOK_S)
 
     async def _there(self) -> Collection[Machine]:
-        """The machines that there are now, or were when the head last answered."""
+        """The machines as the head lists them, or as it did when it last answered."""
         asked = asyncio.ensure_future(asyncio.to_thread(self._cluster.machines))
         done, _ = await asyncio.wait([asked], timeout=HEAD_ANSWERS_S)
         if not done:
@@ -206,7 +206,7 @@ class ClusterFleet(Fleet):
         log.info("Machine %s has joined, with %d engines", machine.address, machine.engines)
         first = Resolve(self._resolve, self._loader, threads=max(1, machine.cores // machine.engines))
         place = f"{machine.address}/{'gpu' if machine.has_gpu else 'cpu'}"
-        taken = {engine.device for engine in self._engines}  # by a machine that has not left yet, and is back
+        taken = {engine.device for engine in self._engines}  # the same machine may be back before its old node has left
         free = (name for number in itertools.count() if (name := f"{place}{number}") not in taken)
         self._machines[machine] = [
             ActorEngine(device, self._cluster, machine, first, self._check, self._hand_out)
@@ -231,7 +231,7 @@ class ClusterFleet(Fleet):
 
 
 def _decisive(settings: Any) -> dict[str, Any]:
-    """What all engines must agree on, by name. Memory classes may differ: they change speed, but for rounding."""
-    parts = getattr(settings.models, "score_parts", None)  # which depend on the optional weights that are there
+    """Settings, by name, that must be equal on all engines. Memory classes only change speed and rounding."""
+    parts = getattr(settings.models, "score_parts", None)  # these depend on which optional weights are there
     own = {name: getattr(settings, name, None) for name in ("profile", "device", "options", "image_options")}
     return {**own, "parts of the score": parts}

@@ -1,4 +1,4 @@
-"""All that is asked of Ray, which nothing else imports, and this only once a cluster is to be joined."""
+"""All calls of Ray. No other module imports it, and this one only to join a cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from generation.fleet.ray_environment import ENGINE, environment
 from generation.schema.hosts import parse_address
 
 NAMESPACE = "generation"
-#: How long a head is waited for that does not listen yet.
+#: Seconds to wait for a head that does not listen yet.
 HEAD_S = 60.0
 MOST_WORDS = 300  # characters of an error of Ray's
 
@@ -23,13 +23,14 @@ log = logging.getLogger("generation.fleet.cluster")
 
 
 class ClusterError(Exception):
-    """The cluster can not be used. One line that says why."""
+    """The cluster cannot be used. The message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A node, as Ray calls it, which is new each time that Ray starts on the machine. ``address`` is what Ray names
-    it by. It has so many ``engines``: one for each GPU, or where there is none, as many as it declares.
+    """One of Ray's nodes: each start of Ray on a machine makes a new one.
+
+    ``address`` is its IP address. ``engines`` is how many it takes: one per GPU; without GPUs, as many as it declares.
     """
 
     node: str
@@ -40,7 +41,7 @@ class Machine:
 
 
 class Cluster:
-    """A connection, of which a process has one at most."""
+    """The connection to a cluster. A process has at most one."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
@@ -52,7 +53,7 @@ class Cluster:
         self._class = ray.remote(EngineActor)
 
     def machines(self) -> list[Machine]:
-        """Those that are there and have engines. Asks the head."""
+        """The machines that are alive and have room for engines. Asks the head."""
         found = []
         for node in self._ray.nodes():
             resources = node["Resources"]
@@ -64,7 +65,7 @@ class Cluster:
         return found
 
     def begin(self, machine: Machine) -> Any:
-        """Have an actor made there. Returns its handle at once."""
+        """Create an actor on the machine. Returns its handle at once."""
         needs = {"num_gpus": 1} if machine.has_gpu else {"num_gpus": 0, "resources": {ENGINE: 1}}
         here = self._on(machine.node, soft=False)
         return self._class.options(
@@ -72,11 +73,11 @@ class Cluster:
         ).remote()
 
     def end(self, actor: Any) -> None:
-        """Kill the actor's process, if there still is one."""
+        """Kill the actor's process, if it still runs."""
         self._ray.kill(actor, no_restart=True)
 
     def close(self) -> None:
-        """Ray ends the actors of a connection that is closed."""
+        """Close the connection. Ray then ends its actors."""
         self._ray.shutdown()
 
 
@@ -96,7 +97,7 @@ def connect(address: str, token_file: Path) -> Cluster:
         import ray  # reads the environment
     except ImportError as error:
         raise ClusterError("the package ray is not installed: it is in the extra [cluster]") from error
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")  # somebody listens there, and it may not be Ray
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")  # whoever listens there may not be Ray
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
     except Exception as error:
@@ -114,7 +115,7 @@ def _refusal(error: BaseException, token_file: Path) -> str:
 
 
 def _wait_for(address: str) -> None:
-    """Until somebody listens there: Ray itself would wait for minutes, and ends the process. Raises ClusterError."""
+    """Wait until somebody listens there: Ray would wait for minutes, then end the process. Raises ClusterError."""
     end = time.monotonic() + HEAD_S
     while True:
         try:
@@ -127,7 +128,7 @@ def _wait_for(address: str) -> None:
 
 
 def in_words(error: BaseException) -> str:
-    """One short line: Ray's own are pages, with hints for its users."""
+    """An error in one short line: Ray's own messages are pages long."""
     kind, text = type(error).__name__, str(error)
     if kind == "ActorUnschedulableError":
         return "its machine has left the cluster"
@@ -140,7 +141,7 @@ def in_words(error: BaseException) -> str:
             return "it was killed"
         if "worker process has died" in text:
             return "its process was killed or crashed"
-    # What our own code raised there: Ray's text is its traceback, in colours.
+    # For an error of our own code, Ray's text is a traceback in colours: take the error itself.
     cause = getattr(error, "cause", None)
     line = describe(cause) if isinstance(cause, BaseException) else text or kind
     line = " ".join(line.split())

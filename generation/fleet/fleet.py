@@ -1,4 +1,4 @@
-"""Several engines as one: the least busy takes a request, and a request outlives the engine that it ran on."""
+"""Several engines as one: the least busy engine takes a request, and runs it again if another engine was lost."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Request
 
 LOADER = "generation.pipeline.trace:load"
-#: How many engines a request may lose until it passes for what they are lost by.
+#: After losing so many engines a request is taken for the cause, and fails.
 MAX_RUNS = 3
 
 log = logging.getLogger("generation.fleet")
 
 T = TypeVar("T")
-#: Makes an engine of a device's name, its settings, the loader, and what to call when it joins or leaves the rotation.
+#: Makes an engine from a device's name, its settings, the loader, and a callback for joining or leaving the rotation.
 Form = Callable[[str, Any, str, Callable[[], None]], RemoteEngine]
 
 
 class _Place:
-    """What a request waits for: a place on an engine. ``isolated``: on one that runs nothing else meanwhile."""
+    """A request's place on an engine, once it is given. ``isolated``: the engine runs nothing else meanwhile."""
 
     def __init__(self, is_call: bool, background: bool, isolated: bool) -> None:
         self.is_call = is_call
@@ -47,14 +47,14 @@ class _Place:
 
 
 class Fleet:
-    """Takes the place of an ``Engine``, over several of them.
+    """Has the methods of an ``Engine``, and spreads requests over several engines.
 
-    ``devices`` maps a device's name (see ``ProcessEngine``) to its ``generation.settings.Settings``: each gets an
-    engine of the ``form``, which is given these, and the loader ("module:function"). The first device's settings say
-    how many requests may wait. All public methods are for the asyncio thread, but for ``stop``.
+    ``devices`` maps each device's name (see ``ProcessEngine``) to its ``generation.settings.Settings``. ``form`` makes
+    its engine from these and from ``loader`` ("module:function"). The first device's ``max_queue`` limits how many
+    requests may wait. All public methods but ``stop`` are for the asyncio thread.
     """
 
-    #: What the engines run with, where that is known only once one has been started; else None.
+    #: The engines' settings, where they are known only after a start (on a cluster); otherwise None.
     resolved: Any = None
 
     def __init__(self, devices: Mapping[str, Any], loader: str = LOADER, form: Form = ProcessEngine) -> None:
@@ -72,7 +72,7 @@ class Fleet:
         self._supervision = {each: self._loop.create_task(each.supervise()) for each in self._engines}
 
     def stop(self, timeout: float) -> None:
-        """Give up all requests and wait for the processes for at most ``timeout`` seconds. From another thread only."""
+        """Fail all requests, and wait at most ``timeout`` seconds for the processes. Not on the asyncio thread."""
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(timeout)
 
@@ -88,7 +88,7 @@ class Fleet:
         self._supervision[engine] = self._loop.create_task(engine.supervise())
 
     def _remove(self, engine: RemoteEngine, reason: str) -> None:
-        """Its requests run elsewhere."""
+        """Take an engine out for good. Its requests run on others."""
         self._engines.remove(engine)
         engine.end(reason)
         task = self._supervision[engine]
@@ -97,7 +97,7 @@ class Fleet:
 
     @property
     def status(self) -> str:
-        """An engine that is ready is enough to be "ready", and one that loads for "loading"."""
+        """ "ready" if any engine is, else "loading" if any engine is, else "failed"."""
         states = ["failed"] if self._stopping else [each.status for each in self._engines]
         return next((status for status in ("ready", "loading", "failed") if status in states), "loading")
 
@@ -111,25 +111,25 @@ class Fleet:
 
     @property
     def models(self) -> list[dict[str, Any]]:
-        """Of one engine: all have the same. Empty until one is ready."""
+        """The models of one engine, since all have the same. Empty until one is ready."""
         return next((each.models for each in self._engines if each.models), [])
 
     @property
     def queue_depth(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return len(self._waiting) + sum(each["queue_depth"] for each in self.health())
 
     @property
     def active(self) -> list[dict[str, Any]]:
-        """What runs now, as an ``Engine`` tells it."""
+        """The running requests, as ``Engine.active``."""
         return [request for each in self.health() for request in each["active"]]
 
     def health(self) -> list[dict[str, Any]]:
-        """An entry for each engine, as an ``Engine`` has it."""
+        """An entry for each engine, as in ``Engine.health``."""
         return [each.health() for each in self._engines]
 
     def spare(self, background: bool = False) -> int:
-        """As ``Engine.spare``, of all engines."""
+        """As ``Engine.spare``, summed over all engines."""
         if self._waiting:
             return 0
         engines = [each for each in self._engines if each.in_rotation and each.has_room(background)]
@@ -190,11 +190,11 @@ class Fleet:
             self._calls[background] -= 1
 
     async def _run(self, is_call: bool, background: bool, work: Callable[[RemoteEngine], Awaitable[T]]) -> T:
-        """``work`` on the least busy engine, and again when that engine is lost meanwhile.
+        """Run ``work`` on the least busy engine, and again on another one if that engine is lost.
 
-        The second run is isolated. It is not known which request an engine was lost by, and the others must not be
-        lost to the same one again. Raises StageFailed after MAX_RUNS lost engines, DeadlineExceeded, and Unavailable
-        when no engine can be waited for.
+        Further runs are isolated: any of the requests on a lost engine may have been the cause, and it must not take
+        the others with it again. Raises StageFailed after MAX_RUNS lost engines, DeadlineExceeded, and Unavailable when
+        there is no engine to wait for.
         """
         lost: list[str] = []
         had_a_turn = False
@@ -218,7 +218,7 @@ class Fleet:
 
     @asynccontextmanager
     async def _place(self, is_call: bool, background: bool, isolated: bool, first: bool) -> AsyncIterator[RemoteEngine]:
-        """A place on the engine with the least work, waited for behind those that wait already, or ``first``."""
+        """Wait for a place on the engine with the least work, at the queue's end or, with ``first``, at its head."""
         if self._stopping:
             raise self._no_engine()
         place = _Place(is_call, background, isolated)
@@ -239,10 +239,10 @@ class Fleet:
                 self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give places to those that wait, in their order, the background last.
+        """Give free places to waiting requests, in their order, background requests last.
 
-        An isolated request that finds no idle engine reserves one, and the others go on. When no engine is left to wait
-        for, all are turned away.
+        An isolated request that finds no idle engine reserves one; other requests use the rest. If there is no engine
+        to wait for, all waiting requests fail.
         """
         in_rotation = [each for each in self._engines if each.in_rotation]
         reserved: list[RemoteEngine] = []
@@ -253,7 +253,7 @@ class Fleet:
             engines = [each for each in open_ones if place.is_call or each.has_room(place.background, place.isolated)]
             if engines:
                 self._waiting.remove(place)
-                # A person's request disturbs others where it must, and only the background.
+                # An interactive request goes to the engine with the fewest other interactive ones.
                 place.engine = min(engines, key=lambda each: (not place.is_call and each.interactive, each.load))
                 place.given.set_result(None)
                 _count(place, 1)

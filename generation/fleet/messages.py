@@ -24,7 +24,7 @@ _LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True)
 class Start:
-    """The first message. ``loader`` is "module:function", called as function(settings, progress) for a pipeline."""
+    """The first message: load a pipeline. ``loader`` is "module:function", called as function(settings, progress)."""
 
     settings: Any
     loader: str
@@ -32,9 +32,9 @@ class Start:
 
 @dataclass(frozen=True)
 class Resolve:
-    """The first message to an engine on another machine: ``function`` gives the settings that hold there.
+    """The first message to an engine on another machine: call ``function`` there to get its settings, then load.
 
-    ``threads`` is how many of the machine's CPU cores are the engine's; ``after`` the process that had its GPU before.
+    ``threads``: the engine's share of that machine's CPU cores. ``after``: PID of the process that had its GPU before.
     """
 
     function: Callable[[], Any]
@@ -63,7 +63,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Give up the request of this number."""
+    """Cancel the request with this number."""
 
     number: int
 
@@ -73,27 +73,27 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The settings of an engine that was told to resolve them."""
+    """The settings that ``Resolve`` gave."""
 
     settings: Any
 
 
 @dataclass(frozen=True)
 class State:
-    """Comes at short, regular intervals: a process that stops telling hangs."""
+    """The engine's state, sent at short regular intervals. A process that stops sending it hangs."""
 
     models: list[dict[str, Any]]
-    health: dict[str, Any]  # the engine's entry
+    health: dict[str, Any]  # the entry of ``Engine.health``
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A stage of a request has come to this fraction, 0..1."""
+    """Progress of a request: its stage, and the fraction of that stage, 0..1."""
 
     number: int
     stage: str
     fraction: float
-    preview: tuple[bytes, ...] = ()  # a WEBP, where the request asks for some
+    preview: tuple[bytes, ...] = ()  # one WEBP, if the request asked for previews
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """``input``: a call's verdict on its input. ``stage``: StageFailed. ``late``: DeadlineExceeded."""
+    """An error, by kind. ``input``: ValueError of a call. ``stage``: StageFailed. ``late``: DeadlineExceeded."""
 
     number: int
     kind: Literal["input", "stage", "late"]
@@ -122,13 +122,13 @@ class Log:
 
 @dataclass(frozen=True)
 class Broken:
-    """The last message: nothing that this process does from now on can be relied on."""
+    """The last message: the process has become unreliable, as after a CUDA error."""
 
     reason: str
 
 
 class Channel:
-    """One end. What is sent arrives in order; the other end's death, or ``close``, ends both directions."""
+    """One end of a socket for messages, which arrive in order. ``close`` or the other end's death ends both ways."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -136,7 +136,7 @@ class Channel:
         self._writer = threading.Thread(target=self._write, name="channel writer", daemon=True)
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
-        """Both are called on a thread of the channel, ``on_end`` once, after the last message."""
+        """Both callbacks come from a thread of the channel; ``on_end`` comes once, after the last message."""
 
         def read() -> None:
             try:
@@ -159,12 +159,12 @@ class Channel:
         self._outgoing.put(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
     def receive(self) -> Any:
-        """Waits for a message. Raises EOFError or OSError when none will come any more."""
+        """Wait for the next message. Raises EOFError or OSError when the channel is closed."""
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         return pickle.loads(self._read(length))
 
     def flush(self, timeout: float) -> None:
-        """Wait until all is written; nothing can be sent afterwards."""
+        """Wait at most ``timeout`` seconds until everything is written. Nothing can be sent afterwards."""
         self._outgoing.put(None)
         self._writer.join(timeout)
 

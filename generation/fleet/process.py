@@ -1,4 +1,4 @@
-"""An engine in a process of its own on this machine."""
+"""An engine in a process on this machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from generation.fleet.remote import NotStarted, RemoteEngine
 
 
 class ProcessEngine(RemoteEngine):
-    """``device`` is "cuda:N" as this process counts its GPUs, and the only one that the engine's process will see; any
-    other name is a name and no more.
+    """An engine in a child process, which ends with the service.
+
+    With a ``device`` "cuda:N", as this process counts its GPUs, the child sees only that GPU. Any other name changes
+    nothing.
     """
 
     silent_checks = 30
@@ -64,7 +66,7 @@ class ProcessEngine(RemoteEngine):
 
 
 def _environment(device: str) -> dict[str, str]:
-    """This process's own, with no GPU to be seen but ``device``."""
+    """This process's environment, with ``device`` as the only visible GPU."""
     environment = dict(os.environ)
     kind, _, index = device.partition(":")
     if kind == "cuda":

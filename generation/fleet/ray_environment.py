@@ -1,4 +1,4 @@
-"""What every process of a Ray cluster is started with: the token that lets it in, and Ray's settings.
+"""Environment variables of every process of a Ray cluster: the token that admits it, and Ray's settings.
 
 Standard library alone: ``deploy_competitive.sh`` needs it before anything is installed.
 """
@@ -12,32 +12,32 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-#: Whoever reaches Ray's ports and knows the token runs code there, so it is as long as a key.
+#: Whoever reaches Ray's ports and knows the token can run code there, so it is as long as a key.
 LEAST_CHARACTERS, MOST_BYTES = 32, 4096
-#: A machine without GPUs offers as many engines as it declares of this resource; one with GPUs offers these.
+#: Ray resource by which a machine without GPUs declares its number of engines; with GPUs, these count.
 ENGINE = "engine"
 
 _SETTINGS = {
     "RAY_AUTH_MODE": "token",  # not Ray's default
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_enable_metrics_collection": "0",
-    # It ends processes of a machine whose memory is nearly full, such as an engine with its models in pinned memory.
+    # The memory monitor is off: it would kill an engine with models in pinned memory when main memory is nearly full.
     "RAY_memory_monitor_refresh_ms": "0",
-    # A machine that does not answer the head for 10 s is gone; Ray's own values take 15 to 60.
+    # A machine that does not answer the head for 10 s is gone; Ray's defaults take 15 to 60.
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "2000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
-    # Without its head a machine ends after so long, and its keeper joins it to the next one.
+    # Seconds after which a machine without its head ends; its keeper then joins the next head.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
-    # The fleet runs elsewhere what a machine leaves; nothing would end sooner for the wait.
+    # No draining: the fleet reruns a leaving machine's requests elsewhere anyway.
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "RAY_prestart_worker_first_driver": "0",  # processes that no engine would use
+    "RAY_prestart_worker_first_driver": "0",  # no processes that no engine would use
 }
 
 
 def check_token_file(path: Path) -> None:
-    """Raises ValueError, in one line that does not quote the token, where the file is not fit to hold one."""
+    """Raises ValueError if the file is not fit to hold a token: one line, which does not quote it."""
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"cluster_token_file: {path}: {why}")
@@ -75,11 +75,11 @@ def environment(token_file: Path, given: Mapping[str, str] | None = None) -> dic
     token = variables.get("RAY_AUTH_TOKEN")
     if not token or token_file.exists():
         check_token_file(token_file)
-        variables.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it
+        variables.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it to the file
         variables["RAY_AUTH_TOKEN_PATH"] = str(token_file.absolute())
     elif len(token) < LEAST_CHARACTERS:
         raise ValueError(f"RAY_AUTH_TOKEN: must have at least {LEAST_CHARACTERS} characters")
-    # Engines import this code where Ray starts them.
+    # Ray starts engines elsewhere, and they import this code.
     others = [path for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
     variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
     return variables

@@ -1,4 +1,4 @@
-"""An engine elsewhere as the service sees it: its requests, its supervision, its restarts."""
+"""The service's proxy of an engine in another process: its requests, supervision and restarts."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from generation.fleet.messages import (
 )
 from generation.schema.results import Asset, Request
 
-#: Before an engine that ended is started again, in seconds: doubled with each one in a row that answered nothing.
+#: Seconds before a lost engine is restarted: doubled after each start that answered no request.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-#: Between looks at an engine's process.
+#: Seconds between checks of an engine's process.
 CHECK_S = 2.0
-#: A step of an engine that takes so long will never end: its GPU hangs.
+#: An engine whose step takes longer than this hangs with its GPU.
 STUCK_S = 120.0
-#: Neither will a start. The longest one known compiles for six minutes.
+#: A start that takes longer than this hangs, too. The longest one known compiles for six minutes.
 LOADING_S = 1800.0
-#: What an idle process gets to end in when its link closes.
+#: Seconds that an idle process has to end after its link was closed.
 ENDING_S = 2.0
 
 log = logging.getLogger("generation.fleet.remote")
 
 
 class EngineLost(Exception):
-    """The engine's process ended, or can not be relied on any more, before it answered."""
+    """The engine's process ended or became unreliable before it answered."""
 
 
 class NotSent(Exception):
-    """The engine left the rotation before it was told of the request, which so can not be the cause."""
+    """The engine left the rotation before the request was sent, so the request cannot be the cause."""
 
 
 class NotStarted(Exception):
@@ -53,26 +53,26 @@ class NotStarted(Exception):
 
 
 class Link(Protocol):
-    """What carries messages to an engine's process and back, in order."""
+    """Carries messages to an engine's process and back, in order."""
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
-        """Both are called on any thread, ``on_end`` once, after the last message."""
+        """Both callbacks may come from any thread; ``on_end`` comes once, after the last message."""
 
     def send(self, message: Any) -> None:
         """Returns at once. Raises what pickle does when the message can not be pickled."""
 
     def close(self) -> None:
-        """Nothing arrives any more, here or there."""
+        """Close both directions."""
 
 
 class RemoteEngine(ABC):
-    """Everything is done on the asyncio thread. ``changed`` is called when the engine joins or leaves the rotation.
+    """An engine in another process. Subclasses know how to start, check and end that process.
 
-    ``machine`` is where it runs, None for this one. What the forms of an engine differ in is how their process is
-    started, looked at and ended.
+    ``machine`` is where it runs; None for this machine. ``changed`` is called when it joins or leaves the rotation. All
+    methods are for the asyncio thread.
     """
 
-    #: An engine in rotation that says nothing for so many looks in a row hangs, and is ended.
+    #: An engine in rotation that is silent for so many checks in a row hangs, and is ended.
     silent_checks: ClassVar[int]
 
     def __init__(self, device: str, machine: str | None, capacity: int, changed: Callable[[], None]) -> None:
@@ -80,11 +80,11 @@ class RemoteEngine(ABC):
         self.machine = machine
         self.memory_class: str | None = None
         self.models: list[dict[str, Any]] = []
-        self.generations = self.calls = 0  # in flight; the fleet counts
+        self.generations = self.calls = 0  # in flight; the fleet changes these
         self.interactive = 0  # of the generations
-        #: Whether an isolated request runs here, and its priority: no other one of that priority is put beside it.
+        #: The priority of the isolated request that runs here, if any: none of that priority is put beside it.
         self.isolates: Literal["interactive", "background"] | None = None
-        #: Whether it works, or its start may yet succeed: False in the pause after one that did not.
+        #: Whether it works or may still start: False in the pause after a failed start.
         self.hopeful = True
         self.next_start = 0.0  # on time.monotonic(), while it is "failed"
         self.capacity = capacity
@@ -97,8 +97,8 @@ class RemoteEngine(ABC):
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[asyncio.Future[Any], OnProgress | None]] = {}
         self._heard = False
-        self._ended = False  # the channel to the worker: nothing that is sent arrives any more
-        self._broken = ""  # what it, or we, said was wrong
+        self._ended = False  # the link is closed: nothing that is sent arrives any more
+        self._broken = ""  # why it left the rotation, if it did
 
     @property
     def status(self) -> str:
@@ -111,20 +111,20 @@ class RemoteEngine(ABC):
 
     @property
     def load(self) -> float:
-        """What is in flight, in shares of what the engine takes at once."""
+        """Requests in flight, as a share of the engine's capacity; over 1 if some wait there."""
         return (self.generations + self.calls) / self.capacity
 
     @property
     def in_rotation(self) -> bool:
-        """Whether it can be asked: it is ready, and its process is not known to have ended."""
+        """Whether it takes requests: it is ready, and its process is not known to have ended."""
         return self.status == "ready" and not self._ended
 
     def has_room(self, background: bool, isolated: bool = False) -> bool:
-        """For one more generation; ``isolated``: for one that is to have the engine for itself.
+        """Whether one more generation fits; ``isolated``: one that needs the engine for itself.
 
-        A request in the background would only wait behind an interactive one, so it is not put beside one. No request
-        joins an isolated one, but for one case: an isolated request in the background is paused while an interactive
-        one runs. So it can not take that one with it, and a person does not wait for it.
+        A background request is not put beside an interactive one, where it would only be paused. No request joins an
+        isolated one, with one exception: an interactive request may join an isolated background request, which is
+        paused meanwhile and so can do no harm.
         """
         if isolated:
             return not self.generations
@@ -137,7 +137,7 @@ class RemoteEngine(ABC):
         return {**self._health, **own}
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
-        """As ``Engine.generate``, but raises EngineLost when the process ends first, and NotSent when it had."""
+        """As ``Engine.generate``. Also raises EngineLost if the process ends first, and NotSent if it had already."""
         message = Generate(next(self._numbers), request, on_progress is not None)
         asset: Asset = await self._ask(message, on_progress)
         asset.report.device = self.device
@@ -163,7 +163,7 @@ class RemoteEngine(ABC):
             del self._asked[message.number]
 
     async def supervise(self) -> None:
-        """Starts the worker, and starts it again whenever it ends. Cancelling this ends the worker."""
+        """Start the worker, and restart it whenever it ends. Cancelling this ends the worker."""
         pause = FIRST_PAUSE_S
         while True:
             self._set("loading", "starting")
@@ -187,14 +187,14 @@ class RemoteEngine(ABC):
             pause = min(2 * pause, MAX_PAUSE_S)
 
     def _lose(self, reason: str) -> None:
-        """Fail the requests that wait for an answer with EngineLost."""
+        """Fail the unanswered requests with EngineLost."""
         waiting = [future for future, _ in self._asked.values() if not future.done()]
         for future in waiting:
             future.set_exception(EngineLost(reason))
         self._lost += len(waiting)
 
     async def _run_worker(self) -> str:
-        """From a worker's start to its end. Returns the cause of the end in words."""
+        """Run a worker from its start to its end. Returns why it ended, in words."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         self._broken, self._ended = "", False
         try:
@@ -213,15 +213,15 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     def _launch(self) -> Link:
-        """Begin to start a process for the engine. Raises NotStarted."""
+        """Start a process for the engine, without waiting until it is ready. Raises NotStarted."""
 
     @abstractmethod
     def _has_ended(self) -> bool:
-        """Whether the process is known to have ended, though the link has not told."""
+        """Whether the process has ended although the link is still open."""
 
     @abstractmethod
     async def _finish(self) -> None:
-        """Wait until the process has ended, by force if need be: only then is its GPU's memory free."""
+        """Wait until the process has ended, and kill it if need be: only then is its GPU's memory free."""
 
     @abstractmethod
     def _cause(self) -> str:
@@ -237,7 +237,7 @@ class RemoteEngine(ABC):
         await self._finish()
 
     async def _watch(self, ended: asyncio.Event) -> None:
-        """Returns when the worker ends, says nothing for too long, or does not get ready."""
+        """Return when the worker ends, is silent for too long, or does not become ready."""
         silent, started = 0, time.monotonic()
         while not ended.is_set() and not self._has_ended() and silent < self.silent_checks:
             self._heard = False
@@ -252,7 +252,7 @@ class RemoteEngine(ABC):
 
     def _take(self, message: Any) -> None:
         if self._broken:
-            return  # what was still on its way
+            return  # sent before it left the rotation
         self._heard = True
         if isinstance(message, State):
             joins = self.status != "ready" and message.health["status"] == "ready"
@@ -284,7 +284,7 @@ class RemoteEngine(ABC):
                 future.set_exception(_failure(message))
 
     def end(self, reason: str) -> None:
-        """Leave the rotation at once: a process may take long to end, which is up to its supervisor."""
+        """Leave the rotation at once. Its process may take longer to end, for which ``supervise`` waits."""
         self._broken = reason
         self._set("failed", reason)
         self._lose(reason)
@@ -312,7 +312,7 @@ def _failure(message: Failure) -> Exception:
 
 
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Await its end, and be cancelled only then."""
+    """Await the work to its end, even when cancelled meanwhile; then pass the cancellation on."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)

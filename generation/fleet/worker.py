@@ -1,4 +1,4 @@
-"""The worker: an engine in its own process. ``generation.fleet.remote`` supervises it; it ends with their socket."""
+"""The engine's process: runs an engine for the service. It ends when its link to ``generation.fleet.remote`` closes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ log = logging.getLogger("generation.fleet.worker")
 
 
 class ServiceEnd(Protocol):
-    """The engine's end of a link to the service: a ``Channel``, or what takes its place."""
+    """The engine's end of the link to the service: a ``Channel``, or a ``generation.fleet.actor.Mailbox``."""
 
     def start(self, on_message: Callable[[Any], object], on_end: Callable[[], object]) -> None:
-        """Both are called on any thread."""
+        """Both callbacks may come from any thread."""
 
     def send(self, message: Any) -> None:
         """Returns at once, on any thread. Raises what pickle does when the message can not be pickled."""
@@ -55,7 +55,7 @@ class ServiceEnd(Protocol):
 
 
 class LogForwarder(logging.Handler):
-    """Records go to the service, which writes its log alone. A traceback goes along as the text that it will be."""
+    """Sends log records to the service, which alone writes the log. Tracebacks are formatted here."""
 
     def __init__(self, channel: ServiceEnd) -> None:
         super().__init__()
@@ -68,11 +68,11 @@ class LogForwarder(logging.Handler):
             trace = self._formatter.formatException(record.exc_info) if record.exc_info else None
             self._channel.send(Log({**attributes, "msg": record.getMessage(), "exc_text": trace}))
         except Exception:
-            self.handleError(record)  # a line that can not be made is no reason for its writer to fail
+            self.handleError(record)  # a broken log line must not fail its caller
 
 
 class EngineProcess:
-    """Does what the messages ask for, on an ``Engine`` around the pipeline that the loader gives."""
+    """Handles the service's messages with an ``Engine`` around the loader's pipeline."""
 
     def __init__(self, channel: ServiceEnd, start: Start) -> None:
         settings = start.settings
@@ -83,14 +83,14 @@ class EngineProcess:
 
         self._channel = channel
         self._tasks: dict[int, asyncio.Task[None]] = {}
-        # What may wait is the fleet's decision.
+        # The fleet limits how many requests wait; here there is no limit.
         self._engine = Engine(load, sys.maxsize, settings.models.max_batch, settings.device)
 
     async def run(self) -> None:
-        """Until the service is gone, or nothing can be relied on here any more."""
+        """Run until the service is gone, or this process has become unreliable."""
         loop = asyncio.get_running_loop()
         self._engine.start()
-        # At once and whatever else is under way: without its service an engine has nothing to finish.
+        # At once, whatever is under way: without its service an engine has nothing to finish.
         self._channel.start(lambda message: loop.call_soon_threadsafe(self._take, message), lambda: os._exit(0))
         while True:
             if self._engine.status == "failed":
@@ -113,7 +113,7 @@ class EngineProcess:
 
         on_progress = progress if message.wants_progress else None
         asset = await self._engine.generate(message.request, on_progress)
-        return replace(asset, gaussians=None)  # they are on the device, and the PLY holds the same
+        return replace(asset, gaussians=None)  # they are on the device, and the PLY has the same content
 
     async def _answer(self, message: Generate | Call) -> None:
         number = message.number
@@ -134,13 +134,13 @@ class EngineProcess:
     async def _give_up(self, reason: str) -> None:
         self._channel.send(Broken(reason))
         await asyncio.to_thread(self._channel.flush, FLUSH_S)
-        os._exit(1)  # a device thread that hangs, or CUDA's own clearing up, would only be in the way
+        os._exit(1)  # no clean exit: the device thread may hang, and so may CUDA's own clean-up
 
 
 def _lost_device(error: BaseException | None) -> str | None:
-    """The CUDA error behind ``error`` that fails every later call of this process too; None when there is none.
+    """The CUDA error behind ``error`` after which every later CUDA call of this process fails; None if there is none.
 
-    Out of memory is not one: it passes.
+    Out of memory is not one.
     """
     found = None
     while error is not None:
@@ -153,11 +153,10 @@ def _lost_device(error: BaseException | None) -> str | None:
 
 
 def die_with(service: int) -> None:
-    """Have the kernel kill this process when the one that started it, of this PID, has ended.
+    """Have the kernel kill this process when its parent, of PID ``service``, has ended (PR_SET_PDEATHSIG).
 
-    No thread of ours could: gsplat holds Python's lock while it waits for a GPU, for ever when that hangs. The setting
-    is the calling thread's own, so it is the main thread's; and it is about the thread that forked us: the service's
-    event loop, which lives as long as the service does.
+    No thread of ours could do it: gsplat holds Python's lock while it waits for a GPU, for ever if that hangs. The
+    signal follows the parent's thread that forked us, which is the event loop's and lives as long as the service.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != service:  # it ended before
@@ -165,7 +164,7 @@ def die_with(service: int) -> None:
 
 
 def main() -> None:
-    """Run the engine of this process until its socket ends."""
+    """Run an engine until its socket is closed."""
     die_with(int(sys.argv[2]))
     # Signals to the whole group or service unit: the service decides how long requests in flight may take.
     for stop in (signal.SIGINT, signal.SIGTERM):

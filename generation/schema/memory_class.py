@@ -21,8 +21,8 @@ class MemoryClass(BaseModel):
     least_gib: float = Field(ge=0, le=10_000)
     quantization: Quantization = "none"  # of FLUX's transformer
     quantization_t5: Quantization | None = None  # of T5; None: the same
-    offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
-    offload_self_check: bool = False  # the self-check's CLIPs are in pinned memory while they look at nothing
+    offload_t5: bool = False  # T5 is in pinned memory while it is idle
+    offload_self_check: bool = False  # so are the self-check's CLIPs
     offload_generators: bool = False  # two generators take turns on the GPU; encoders are there while they encode
     max_batch: int = Field(ge=1, le=64)  # requests that run together
 

@@ -117,7 +117,7 @@ class TextToImageModel(ModelChoice):
     max_sequence_length: int = Field(256, ge=8, le=512)  # tokens for the T5 encoder
     quantization: Quantization = "none"  # of the transformer
     quantization_t5: Quantization | None = None  # of T5; None: the same
-    offload_t5: bool = False  # T5 is in pinned memory while it encodes nothing
+    offload_t5: bool = False  # T5 is in pinned memory while it is idle
 
     @property
     def t5(self) -> Quantization:
@@ -163,7 +163,7 @@ class Models(Schema):
     image_clip: ModelChoice | None = None
     quality: ModelChoice | None = None
     lpips: ModelChoice | None = None
-    offload_self_check: bool = False  # the two CLIPs are in pinned memory while they look at nothing
+    offload_self_check: bool = False  # the two CLIPs are in pinned memory while they are idle
     offload_generators: bool = False  # two generators take turns on the GPU; encoders are there while they encode
 
     @classmethod

@@ -16,15 +16,15 @@ class Request:
     """One request, from intake to the result. Raises ValueError unless it has exactly one of prompt and image."""
 
     prompt: str | None = None
-    image: Image.Image | None = None  # with transparency it is a cut-out already, and is not matted
+    image: Image.Image | None = None  # if transparent, it is a cut-out already and is not matted
     target: Image.Image | None = None  # of an image prompt: the picture as a validator opens it, RGB
     seed: int  # 0..2**32 - 1; all random numbers come from it
     threshold: float  # lowest score worth submitting, 0..1
-    candidates: int = 1  # made with other seeds, of which the best is the outcome
-    budget_seconds: float | None = None  # after which the best so far is the outcome
+    candidates: int = 1  # number of splats to make with other seeds; the best is the result
+    budget_seconds: float | None = None  # after which the best candidate so far is the result
     # A person watches it: previews are reported, and a rejected splat is delivered all the same.
     watched: bool = False
-    background: bool = False  # paused while there are requests that a person waits for, and without a deadline
+    background: bool = False  # paused while there are interactive requests, and without a deadline
     deadline: float | None = None  # on time.monotonic(), set by the engine; later, it fails with TimeoutError
 
     def __post_init__(self) -> None:
@@ -45,20 +45,20 @@ class GateResult:
 
 @dataclass
 class Report:
-    """What is reported of a request beside its PLY."""
+    """The report of a request, beside its PLY."""
 
     seed: int
     score: float | None = None  # the validators' final score, 0..1. None: not measured (rejected before the scoring)
-    # what it is made of: alignment, iqa, ssim, lpips; None for a part without weights
+    # its parts: alignment, iqa, ssim, lpips; None for a part without weights
     parts: dict[str, float | None] = field(default_factory=dict)
     gates: dict[str, GateResult] = field(default_factory=dict)
     num_gaussians: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
-    rejected: str | None = None  # the reason, when it was
-    hopeless: bool = False  # rejected for what does not depend on the seed
-    text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> tokens it reads, of how many
-    device: str = ""  # that it ran on: the engine says
-    # of a request with several candidates: seed and score of each that came to a result, its own seed's first
+    rejected: str | None = None  # the reason, if it was rejected
+    hopeless: bool = False  # rejected for a reason that does not depend on the seed
+    text_cut: dict[str, tuple[int, int]] = field(default_factory=dict)  # model -> (tokens read, tokens in all)
+    device: str = ""  # where it ran; set by the engine
+    # of several candidates: (seed, score) of each that was finished, the request's own seed first
     candidates: list[tuple[int, float | None]] = field(default_factory=list)
 
     @property
@@ -80,8 +80,8 @@ class Asset:
 class Scores:
     """The answer of the validators' scoring service.
 
-    Where a gate is not passed all of it is 0. What there are no weights for is None. Previews are PNG files: the view
-    that validators show, and the four that duels are judged on.
+    If a gate fails, all scores are 0. A part without weights is None. Previews are PNG files: the view that validators
+    show, and the four that duels are judged on.
     """
 
     score: float

@@ -1,7 +1,6 @@
-"""``/docs``: the OpenAPI description as one page of HTML, without scripts and without anything from elsewhere.
+"""``/docs``: the OpenAPI description as one HTML page, without scripts or external resources.
 
-FastAPI's own page fetches its script and styles from a CDN, which may be out of reach, and whose script could do all
-that the service does.
+FastAPI's own page loads script and styles from a CDN, which may be out of reach, and whose script could call us.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-#: Nothing is loaded, nothing runs, and forms go to the service itself.
+#: Content security policy: no resources, no scripts, and forms go to the service only.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"}
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;

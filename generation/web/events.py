@@ -1,6 +1,6 @@
-"""Progress of requests as server-sent events, for whoever listens. What a request asks for is in none of them.
+"""Progress of requests as server-sent events. They never contain prompts or pictures.
 
-Engines tell progress from threads of their own and never wait here: what a slow listener has not read is dropped.
+Engines report progress from their own threads and never wait here: for a slow listener, old events are dropped.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from generation.web.time_left import TimeLeft
 MAX_LISTENERS = 32
 MAX_PENDING = 256  # events of one listener
 KEEP_ALIVE_S = 15.0
-MAX_STALL_S = 60.0  # a listener that reads nothing for so long is dropped
-MAX_WAIT_S = 30.0  # for the request of an id to arrive
+MAX_STALL_S = 60.0  # a listener that reads nothing for longer is disconnected
+MAX_WAIT_S = 30.0  # that a listener to an id waits for its request to arrive
 LISTENER_RETRY_S = 5
 STOP_S = 1.0  # for listeners to read their last events, when the service ends
 
@@ -37,7 +37,7 @@ class Following:
         self.request_id = request_id
         self.background = background
         self.stage = ""
-        self._paused_at = 0.0  # on time.monotonic(), while that is its stage
+        self._paused_at = 0.0  # on time.monotonic(), while its stage is "paused"
         self.latest = b""  # its latest event
         self.ended = False
         self.report: Any = None  # once there is a result
@@ -45,9 +45,9 @@ class Following:
         self._time_left = events.time_left.begin("")
 
     def queued(self, kind: str) -> None:
-        """It is complete, and waits. Requests of a ``kind`` take about the same time."""
+        """The request was received completely. Requests of the same ``kind`` take about the same time."""
         self._time_left = self._events.time_left.begin(kind)
-        self.show("queued", 0.0, None)  # how long it waits is up to others
+        self.show("queued", 0.0, None)  # how long it waits depends on other requests
 
     def progress(self, stage: str, fraction: float) -> None:
         """Progress of a stage, 0..1. May be called from any thread."""
@@ -67,7 +67,7 @@ class Following:
         self._events.publish(self, "progress", about)
 
     def end(self, outcome: str, reason: str | None, score: float | None = None) -> None:
-        """The outcome. With a score it went through all stages."""
+        """Publish the outcome. A request with a score went through all stages, so its times enter the averages."""
         if score is not None:
             self._time_left.finished(time.monotonic())
         about = {"request_id": self.request_id, "outcome": outcome, "score": score, "reason": reason}
@@ -86,7 +86,7 @@ class Events:
 
     @contextmanager
     def request(self, request_id: str, background: bool = False) -> Iterator[Following]:
-        """A request that is in progress inside of the ``with``. Raises ApiError when its id is in use."""
+        """A request, in progress inside of the ``with``. Raises ApiError when its id is in use."""
         following = Following(self, request_id, background)
         with self._lock:
             if request_id in self._in_progress:
@@ -101,7 +101,7 @@ class Events:
 
     @contextmanager
     def listen(self, request_id: str | None) -> Iterator[Listener]:
-        """To one request, in progress or about to be; None: to all. Raises Unavailable when too many listen."""
+        """Listen to one request, in progress or soon to come; None: to all. Raises Unavailable when too many listen."""
         with self._lock:
             if self._closed:
                 raise Unavailable("the service is shutting down", None)
@@ -121,7 +121,7 @@ class Events:
     def publish(self, following: Following, kind: str, about: dict[str, Any]) -> None:
         event = encode(kind, about)
         with self._lock:
-            if following.ended:  # an engine's last word may come late
+            if following.ended:  # an engine's last progress may come late
                 return
             following.latest, following.ended = event, kind == "end"
             for listener in self._listeners:
@@ -129,7 +129,7 @@ class Events:
                     listener.offer(kind, event)
 
     def close(self) -> None:
-        """End all listening. For the asyncio thread, before the server waits for its open answers."""
+        """Disconnect all listeners. For the asyncio thread, before the server waits for open responses."""
         with self._lock:
             self._closed = True
             for listener in self._listeners:
@@ -154,7 +154,7 @@ class Listener:
 
     def offer(self, kind: str, event: bytes) -> None:
         with self._lock:
-            if len(self._pending) == MAX_PENDING:  # the oldest progress goes; only ends are kept longer
+            if len(self._pending) == MAX_PENDING:  # drop the oldest progress event; "end" events are kept
                 oldest = (index for index, (kind, _) in enumerate(self._pending) if kind == "progress")
                 del self._pending[next(oldest, 0)]
             self._pending.append((kind, event))
@@ -167,11 +167,11 @@ class Listener:
         self._be_patient(STOP_S)
 
     def _be_patient(self, seconds: float) -> None:
-        with suppress(RuntimeError):  # patience has just run out
+        with suppress(RuntimeError):  # the time has just run out
             self.patience.reschedule(self._loop.time() + seconds)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Events, and comments between them, until the one request has ended or the service does."""
+        """Events, and keep-alive comments between them, until the request or the service ends."""
         yield b": listening\n\n"
         give_up = None if self._request_id is None else self._loop.time() + MAX_WAIT_S
         while True:
@@ -218,5 +218,5 @@ class EventStream(StreamingResponse):
 
 
 def encode(kind: str, about: dict[str, Any]) -> bytes:
-    """One event in the wire format. JSON has its line ends escaped, so it is one line."""
+    """One event in the wire format, on one line: JSON escapes line ends."""
     return f"event: {kind}\ndata: {json.dumps(about)}\n\n".encode()

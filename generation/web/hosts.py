@@ -1,8 +1,9 @@
 """Checks of Host and Origin headers: the service has no authentication, so websites must not reach it.
 
-Two ways lead from a website to a service on the visitor's own machine, or behind its tunnel: a name of the website's
-that stands for the service's address (DNS rebinding), told by ``Host``; and a request across sites, which browsers mark
-with ``Origin`` (the Fetch standard) and ``Sec-Fetch-Site`` (Fetch Metadata). curl and other programs send neither.
+A website can reach a service on its visitor's machine, or behind the visitor's tunnel, in two ways. It can give one of
+its own names the service's address (DNS rebinding): ``Host`` shows that. Or it can send cross-site requests: browsers
+mark them with ``Origin`` (the Fetch standard) and ``Sec-Fetch-Site`` (Fetch Metadata), which curl and other programs do
+not send.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class SameSite:
-    """ASGI middleware. ``allowed``: names and addresses that a request may call the service by, beside loopback's."""
+    """ASGI middleware. ``allowed``: names and addresses that a ``Host`` may have, beside loopback's."""
 
     def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
         self.app, self._allowed = app, allowed
@@ -54,7 +55,7 @@ class SameSite:
 
 
 def _host_of(origin: str) -> str:
-    """The ``NAME:PORT`` of an ``Origin``; nothing of "null", which any website can send."""
+    """The ``NAME:PORT`` of an ``Origin``; "" for "null", which any website can send."""
     try:
         parts = urlsplit(origin)
     except ValueError:

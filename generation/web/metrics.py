@@ -1,7 +1,7 @@
-"""What the service does, for Prometheus, at ``/metrics``.
+"""The service's Prometheus metrics, at ``/metrics``.
 
-Counters and histograms of requests follow their reports; what engines count themselves (ticks, memory, totals) is taken
-from their health when somebody asks.
+Counters and histograms of requests are updated from their reports. Ticks, memory and totals are read from the engines'
+health at each scrape.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-# From a self-check on a GPU to an optimisation on two CPU cores.
+# Seconds: from a self-check on a GPU to an optimisation on two CPU cores.
 _STAGE_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 _REQUEST_BUCKETS_S = (1, 2, 3, 4, 5, 8, 15, 30, 60, 120, 240, 480, 900, 1800)
 _BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -112,7 +112,7 @@ class Metrics:
         )
 
     def record(self, report: Any, seconds: float) -> None:
-        """A request that came to a result, with its report and the time from its arrival."""
+        """Count a request with a result. ``seconds``: from its arrival to the result."""
         self._request_s.labels(report.device).observe(seconds)
         for stage, spent in report.seconds.items():
             self._stage_s.labels(stage, report.device).observe(spent)
@@ -130,7 +130,7 @@ class Metrics:
 
 
 def rejection(report: Any) -> str:
-    """The label of a rejection: nothing in the image, a gate's name, or the score."""
+    """The label of a rejection: an empty image, a gate's name, or the score."""
     if report.score is not None:
         return "score"
     return next((name for name, gate in report.gates.items() if not gate.passed), "no_object")

@@ -33,7 +33,7 @@ class Trip:
         return None if mean is None or mean <= since else mean - since
 
     def delay(self, seconds: float) -> None:
-        """Leave out a pause of so many seconds."""
+        """Exclude a pause of so many seconds."""
         self._reached = {checkpoint: reached + seconds for checkpoint, reached in self._reached.items()}
 
     def finished(self, now: float) -> None:

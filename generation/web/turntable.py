@@ -20,7 +20,7 @@ FRAMES = 96
 FPS = 24
 ELEVATION = 15.0  # degrees
 FOVY = 49.1  # degrees
-DISTANCE = 2.5 / 1.5  # of the camera, in longest sides of the bounding box: as the validators look at it
+DISTANCE = 2.5 / 1.5  # camera distance, in longest sides of the bounding box, as the validators have it
 _BATCH = 8
 
 

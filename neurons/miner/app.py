@@ -1,4 +1,4 @@
-"""The miner process: who it is, and its parts from start to stop."""
+"""The miner process: its hotkey, and its parts from start to stop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class CompetitiveMiner:
-    """Runs until `stop` is called. Being unregistered, without service or without network is logged and waited out."""
+    """Runs until `stop` is called. While it is not registered, or has no service or network, it logs that and waits."""
 
     def __init__(self, options: MinerOptions) -> None:
         self._options = options
@@ -46,7 +46,7 @@ class CompetitiveMiner:
         self._stopping.set()
 
     async def run(self) -> int:
-        """The process' exit status: 0 after `stop`, 1 when it can not begin, which a line in the log explains."""
+        """Runs the miner. Returns the exit status: 0 after `stop`, 1 if it cannot start, as a log line explains."""
         options = self._options
         try:
             blacklist = Blacklist(options.blacklist, options.blacklist_file)
@@ -86,7 +86,7 @@ class CompetitiveMiner:
             await self.mine(miner, books)
 
     async def mine(self, miner: Miner, books: Bookkeeping) -> None:
-        """Runs the parts until `stop`, then hands in what there is time for."""
+        """Runs the parts until `stop`, then finishes and submits what there is time for."""
         books.start()
         try:
             workers = [_start(f"Worker {number}", worker.run) for number, worker in enumerate(miner.workers, start=1)]
@@ -139,7 +139,7 @@ class CompetitiveMiner:
         return await chain.fetch(options.network, options.netuid)
 
     async def _report_status(self, miner: Miner, books: Bookkeeping) -> None:
-        """Keeps the status file as things are, and says in the log when there is nothing to do."""
+        """Keeps the status file up to date, and logs when there is nothing to do."""
         idle_log, clock_log = IdleLog(miner.clocks.now), ClockLog()
         manager, pool = miner.manager, miner.pool
         while True:

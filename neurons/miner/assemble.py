@@ -34,7 +34,7 @@ REHEARSAL_SYNC_INTERVAL_S = 5.0
 
 
 class Dendrite(ValidatorCaller, Protocol):
-    """ValidatorDendrite, or what stands in for validators. `assemble` sets both attributes."""
+    """ValidatorDendrite, or a simulation of validators. `assemble` sets both attributes."""
 
     on_date: DateListener
     seconds_ahead: Callable[[str], float]
@@ -44,21 +44,21 @@ class Books(Protocol):
     """What the parts need of Bookkeeping."""
 
     def record(self, event: Event) -> None:
-        """Takes an event; returns at once and never raises."""
+        """Records an event. Returns at once and never raises."""
 
     def worth_asking_at(self, hotkey: str) -> float:
-        """The unix time from which the validator is worth a pull; 0 for right away."""
+        """The unix time from which a pull is worth its cost; 0 for right away."""
 
     async def cooldowns(self) -> Mapping[str, float]:
         """Hotkey -> unix time until which the validator may not be asked."""
 
     async def submissions(self) -> Sequence[PastSubmission]:
-        """Those of an earlier run that validators may still count, oldest first."""
+        """Submissions of an earlier run that validators may still count, oldest first."""
 
 
 @dataclass(frozen=True)
 class Miner:
-    """The parts of one miner. None of them runs yet."""
+    """The parts of one miner, not started yet."""
 
     clocks: ValidatorClocks
     directory: ValidatorDirectory

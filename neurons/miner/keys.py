@@ -9,7 +9,7 @@ import bittensor as bt
 
 
 class KeyUnusable(Exception):
-    """There is no key to mine with. The message says why in a line, and nothing of what the file holds."""
+    """There is no key to mine with. The message says why in one line, and quotes nothing of the file."""
 
 
 def load(wallet_name: str, hotkey: str, folder: Path) -> bt.Keypair:
@@ -29,7 +29,7 @@ def load(wallet_name: str, hotkey: str, folder: Path) -> bt.Keypair:
     try:
         is_encrypted = file.is_encrypted()
         if is_encrypted and file.env_var_name() not in os.environ:
-            # bittensor would ask whoever is at the terminal, and mostly nobody is.
+            # bittensor would ask for it at the terminal, where mostly nobody is.
             raise unusable("has a password, and the miner asks nobody for it: mine with a hotkey that has none")
         keypair = wallet.hotkey
     except bt.KeyFileError:

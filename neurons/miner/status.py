@@ -1,4 +1,4 @@
-"""What the miner says about itself: a status file for scripts, and a log line when there is nothing to do."""
+"""The miner's state: a status file for scripts, and log lines when there is nothing to do or a clock is off."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def snapshot(
 
 
 class StatusFile:
-    """JSON at `path`, whole at any moment; nowhere when that is None."""
+    """A JSON file at `path`, replaced atomically; nothing if `path` is None."""
 
     def __init__(self, path: Path | None, network: str) -> None:
         self._path = path
         self._network = network
 
     def write(self, **fields: Any) -> None:
-        """Replaces the file. What stands in the way is a log line."""
+        """Replaces the file. An error is only logged."""
         if self._path is None:
             return
         content = {**fields, "network": self._network, "pid": os.getpid()}
@@ -67,20 +67,20 @@ class StatusFile:
             log.error("Status file %s: %s", self._path, error)
 
     def remove(self) -> None:
-        """Says that the miner has ended. Raises OSError when the file can not be deleted."""
+        """Deletes the file, as the miner ends. Raises OSError."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
 
 class IdleLog:
-    """Says, once a minute, that all validators are on cooldown or do not answer."""
+    """Logs once a minute that all validators are on cooldown or do not answer."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._logged_at = 0.0
 
     def update(self, manager: AsyncTaskManager, eligible: int) -> None:
-        """To be called every second or so. `eligible`: how many validators there are."""
+        """To be called about every second. `eligible`: number of eligible validators."""
         now = self._now()
         cooldowns, silent = manager.cooldowns, manager.silent
         if not eligible or len(cooldowns) + silent < eligible or now - self._logged_at < IDLE_LOG_INTERVAL_S:
@@ -96,7 +96,7 @@ class IdleLog:
 
 
 class ClockLog:
-    """Says when this machine's clock is off, by the validators' ones, and when it is right again. Once each."""
+    """Logs once when this machine's clock differs from the validators', and once when it is right again."""
 
     def __init__(self) -> None:
         self._is_off = False

@@ -1,4 +1,4 @@
-"""Keeps the miner's parts running, whatever breaks in them."""
+"""Keeps the miner's parts running after errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 async def keep_running(name: str, part: Callable[[], Awaitable[None]]) -> None:
-    """Runs `part` until it returns. When it breaks, logs why and starts it again, later and later.
+    """Runs `part` until it returns. After an error, logs it and runs the part again, with growing pauses.
 
-    A cancellation that nobody asked for is a break as well: the chain's client cancels futures of its own when a
-    request fails, and one that comes through would end the part without a word.
+    A CancelledError without a request to cancel counts as an error: the chain's client cancels its own futures when a
+    request fails, and such a cancellation would silently end the part.
     """
     clock = asyncio.get_running_loop().time
     pause = FIRST_RESTART_S

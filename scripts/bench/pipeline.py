@@ -293,7 +293,7 @@ def trellis_parts(trellis: Trellis, works: int) -> dict[str, float]:
         first, flow = running[0], "structure" if running[0].latents is None else "latents"
         steps = trellis._structure_steps if flow == "structure" else trellis._slat_steps
         name = f"{flow}, {'guided' if steps[first.step].guided else 'unguided'} step"
-        if first.step in (0, len(steps) - 1) and not (flow == "latents" and first.step == 0):
+        if first.step in (0, len(steps) - 1):
             name = f"{flow}, {'first' if first.step == 0 else 'last'} tick"
         synchronise()
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What was made in Studio, kept on disk: the last results, bounded in number and in bytes. No torch."""
+"""Studio's last results on disk, bounded in number and in bytes. No torch."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class Result(BaseModel):
 
     id: str = Field(pattern=r"^[A-Za-z0-9-]{1,64}$")
     made_at: float
-    prompt: str | None  # None: of a picture, which is kept beside it
+    prompt: str | None  # None for an image prompt, which is kept as a file
     seed: int
     outcome: Literal["delivered", "rejected", "failed"]
     reason: str | None = None
     score: float | None = None
     parts: dict[str, float | None] = Field(default_factory=dict)
-    candidates: list[tuple[int, float | None]] = Field(default_factory=list)  # seed and score, where there were several
+    candidates: list[tuple[int, float | None]] = Field(default_factory=list)  # (seed, score), if several
     num_gaussians: int = 0
     seconds: dict[str, float] = Field(default_factory=dict)  # per stage
-    files: tuple[str, ...] = ()  # of those named above
+    files: tuple[str, ...] = ()  # those of the files named above that exist
 
 
 class Gallery:
-    """A folder for each result. Not for use by several threads at once.
+    """Keeps each result in a folder, which exists completely or not at all. Not thread-safe.
 
-    What can not be read is left out, with a log line; a result is there as a whole or not at all.
+    Folders that cannot be read are skipped, with a log line.
     """
 
     def __init__(self, folder: Path, most: int = MOST_RESULTS, most_bytes: int = MOST_BYTES) -> None:
@@ -51,7 +51,7 @@ class Gallery:
         self._bytes: dict[str, int] = {}
         with suppress(OSError):
             for each in folder.iterdir():
-                if each.name.startswith(".new-"):  # a write that a crash cut short
+                if each.name.startswith(".new-"):  # left by a crash while writing
                     shutil.rmtree(each, ignore_errors=True)
         for result in sorted(self._read(), key=lambda result: result.made_at):
             self._results[result.id] = result
@@ -76,11 +76,11 @@ class Gallery:
         return result_id in self._results
 
     def results(self) -> list[Result]:
-        """All, the newest first."""
+        """All results, newest first."""
         return list(reversed(self._results.values()))
 
     def add(self, result: Result, files: Mapping[str, bytes]) -> None:
-        """Keep it, and let the oldest go where there is too much. Raises OSError when it can not be written."""
+        """Add a result, and remove the oldest ones over the limits. Raises OSError when it cannot be written."""
         self._folder.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=self._folder))
         try:
@@ -98,7 +98,7 @@ class Gallery:
         self._forget()
 
     def add_film(self, result_id: str, content: bytes) -> None:
-        """The turntable, which is made when it is asked for. Raises OSError; KeyError when the result is gone."""
+        """Add a result's turntable, which is made on demand. Raises OSError, and KeyError when the result is gone."""
         result = self._results[result_id]
         (self._folder / result_id / FILM).write_bytes(content)
         self._results[result_id] = result.model_copy(update={"files": (*result.files, FILM)})
@@ -106,12 +106,12 @@ class Gallery:
         self._bytes[result_id] += len(content)
 
     def path(self, result_id: str, name: str) -> Path | None:
-        """Of one of a result's files; None when there is none."""
+        """Path of one of a result's files; None if it does not exist."""
         result = self._results.get(result_id)
         return None if result is None or name not in result.files else self._folder / result_id / name
 
     def remove(self, result_id: str) -> bool:
-        """Whether it was there."""
+        """Remove a result. Returns whether it existed."""
         if self._results.pop(result_id, None) is None:
             return False
         self._bytes.pop(result_id)
@@ -130,5 +130,5 @@ def _size(folder: Path) -> int:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """For the page."""
+    """The result as the page gets it."""
     return dict(json.loads(result.model_dump_json()))

@@ -1,4 +1,4 @@
-"""Requests that the page has started. They run on when the page is closed."""
+"""Requests started in Studio. They continue when the page is closed."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Making:
     prompt: str | None
     seed: int
     task: asyncio.Task[None] | None = None
-    preview: bytes = b""  # a WEBP of it so far
+    preview: bytes = b""  # the latest preview, a WEBP
 
 
 class Makers:
-    """Runs requests on the engine, and keeps what becomes of them in the gallery. For the asyncio thread."""
+    """Runs requests on the engine, and keeps their results in the gallery. For the asyncio thread."""
 
     def __init__(
         self,
@@ -62,17 +62,17 @@ class Makers:
 
     @property
     def in_progress(self) -> list[Making]:
-        """The newest first."""
+        """The requests in progress, newest first."""
         return list(reversed(self._in_progress.values()))
 
     def check_room(self) -> None:
-        """Raises ApiError when too many are in progress, and what the engine's admission raises."""
+        """Raises ApiError when too many are in progress, and Unavailable as the engine's admission does."""
         if len(self._in_progress) >= MOST_IN_PROGRESS:
             raise ApiError(503, None, f"{MOST_IN_PROGRESS} requests of this page are in progress", MOST_IN_PROGRESS, 5)
         self._engine.check_admission()
 
     def start(self, asked: Request) -> str:
-        """Begin to make it; its id, by which its events are told."""
+        """Start a request. Returns its id, for /events/{request_id}."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
         making = Making(request_id, asked.prompt, asked.seed)
         work = self._make(making, replace(asked, watched=True))
@@ -82,17 +82,17 @@ class Makers:
         return request_id
 
     def preview(self, request_id: str) -> bytes:
-        """A WEBP of what it looks like so far; empty where there is none."""
+        """The latest preview of a request, a WEBP; b"" if there is none."""
         making = self._in_progress.get(request_id)
         return making.preview if making else b""
 
     def cancel(self, request_id: str) -> bool:
-        """Whether it was in progress."""
+        """Cancel a request. Returns whether it was in progress."""
         making = self._in_progress.get(request_id)
         return making is not None and making.task is not None and making.task.cancel()
 
     async def stop(self) -> None:
-        """Give up all that is in progress."""
+        """Cancel all requests in progress."""
         tasks = [making.task for making in self._in_progress.values() if making.task is not None]
         for task in tasks:
             task.cancel()
@@ -126,7 +126,7 @@ class Makers:
             self._record(asset.report, time.monotonic() - began)
             if asset.ply:
                 files[SPLAT] = asset.ply
-                with suppress(Exception):  # the page shows it without
+                with suppress(Exception):  # the page then shows the result without it
                     files[THUMBNAIL] = await self._engine.call(
                         partial(_thumbnail, data=asset.ply, device=self._device()), False
                     )
@@ -164,7 +164,7 @@ def _webp(image: Image.Image) -> bytes:
 
 
 def _thumbnail(pipeline: Any, data: bytes, device: str) -> bytes:
-    """A front view, as a WEBP. Runs beside the pipeline, perhaps in another process."""
+    """A front view of the PLY ``data``, as a WEBP. Runs on the engine thread, perhaps in another process."""
     from generation.splats import ply
     from generation.web import turntable
 

@@ -1,4 +1,4 @@
-"""What the miner tells of itself, fetched from its own port and handed on to the page."""
+"""The miner's activity, fetched from its metrics port for the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MOST_BYTES = 1024 * 1024
 
 
 class NoMiner(Exception):
-    """In words for the page."""
+    """The miner's activity is not available. The message is for the page."""
 
 
 def activity(url: str) -> dict[str, Any]:
-    """Of the miner at ``url``: http, a host and a port. No proxy is asked, no redirect followed. Raises NoMiner."""
+    """The activity of the miner at ``url`` (http, host, port), without proxies or redirects. Raises NoMiner."""
     place = urlsplit(url)
     try:
         with closing(HTTPConnection(place.hostname or "", place.port or 80, timeout=PATIENCE_S)) as connection:

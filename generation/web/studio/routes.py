@@ -1,4 +1,4 @@
-"""The page and what it asks for. Everything that it shows comes from here: its policy lets it reach nothing else."""
+"""Studio's routes: the page and its data. The page's content security policy allows no other origin."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ KEPT = {
     "thumbnail.webp": (THUMBNAIL, "image/webp"),
     "picture.webp": (PICTURE, "image/webp"),
 }
-#: makes the turntable of a PLY
+#: Makes the turntable (mp4) of a PLY.
 Film = Callable[[bytes], Awaitable[bytes]]
 
 
 def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIRouter:
-    """All under /studio."""
+    """The routes under /studio."""
     routes = APIRouter(prefix="/studio", include_in_schema=False)
     pages = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
     filming = asyncio.Lock()
@@ -66,7 +66,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
 
     @routes.get("/requests")
     async def requests() -> dict[str, Any]:
-        """What is in progress, and what was made."""
+        """Requests in progress, and results in the gallery."""
         return {
             "in_progress": [{"id": each.id, "prompt": each.prompt, "seed": each.seed} for each in makers.in_progress],
             "results": [as_json(each) for each in makers.gallery.results()],
@@ -74,7 +74,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
 
     @routes.post("/requests", status_code=202)
     async def make(request: Request) -> dict[str, Any]:
-        """A form as /generate/ takes it. It is made in any case, whether the page stays open or not."""
+        """Start a request, with a form as for /generate/. It continues when the page is closed."""
         makers.check_room()
         asked = await intake.read_form(request, threshold, False)
         makers.check_room()
@@ -89,13 +89,13 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
 
     @routes.delete("/requests/{request_id}", status_code=204)
     async def give_up(request_id: str) -> None:
-        """Cancel it, or remove it from the gallery."""
+        """Cancel a request, or remove its result from the gallery."""
         if not makers.cancel(request_id) and not makers.gallery.remove(request_id):
             raise ApiError(404, "request_id", "no such request")
 
     @routes.get("/requests/{request_id}/splat.spz")
     async def spz(request_id: str) -> Response:
-        """As validators get it."""
+        """The result as `.spz`, as validators get it."""
         from common.spz import compress
 
         data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
@@ -103,20 +103,20 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
 
     @routes.get("/requests/{request_id}/turntable.mp4")
     async def turntable(request_id: str) -> Response:
-        """Filmed from the splat that is kept, once."""
+        """The result's turntable, made at the first call and kept."""
         async with filming:
             if makers.gallery.path(request_id, FILM) is None:
                 data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
                 content = await film(data)
                 try:
                     makers.gallery.add_film(request_id, content)
-                except (OSError, KeyError):  # it is shown all the same
+                except (OSError, KeyError):  # it is returned all the same
                     return Response(content, media_type="video/mp4")
         return FileResponse(kept(request_id, FILM), media_type="video/mp4")
 
     @routes.get("/requests/{request_id}/preview.webp")
     async def preview(request_id: str) -> Response:
-        """What it looks like so far, while it is in progress."""
+        """The latest preview of a request in progress."""
         if not (content := makers.preview(request_id)):
             raise ApiError(404, "request_id", "there is no preview of this request")
         return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})

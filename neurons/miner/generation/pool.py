@@ -1,4 +1,4 @@
-"""Several generation services as one: least outstanding work first, failing ones left out and tried again."""
+"""Several generation services as one: least outstanding work first; failing ones are left out for a while."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from neurons.miner.validators.clock import steady_time
 from neurons.protocol import Task
 
 HEALTH_INTERVAL_S = 5.0
-# How long a failing endpoint is left out. Doubled with each failure in a row.
+# Seconds for which a failing endpoint is left out. Doubled with each failure in a row.
 FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
-# A failure may be the task's own. An endpoint is left out after more than this in a row.
+# A failure may be the task's fault, so an endpoint is left out only after more than this many in a row.
 TOLERATED_FAILURES = 2
-# An endpoint that could not be reached so many times in a row is gone: another one gets its tasks.
+# An endpoint that could not be reached this many times in a row is gone: another one gets its tasks.
 GONE_AFTER = 2
-# An endpoint that did not answer so many health checks in a row, which takes 30 s, may be frozen. Another one gets its
-# tasks as well, and the first answer counts.
+# An endpoint that did not answer this many health checks in a row, which takes 30 s, may be frozen. Its tasks are also
+# given to another one, and the first answer counts.
 FROZEN_AFTER = 3
 # Weight of the newest measurement in the moving averages.
 NEWEST_SHARE = 0.1
-# An endpoint that had nothing to do for so long, and for so many times what a candidate took there, may have become
+# An endpoint that was idle for this many seconds, and for this many times what a candidate took there, may have become
 # faster: it gets the next task, and is measured anew.
 STALE_AFTER_S = 300.0
 STALE_AFTER_COSTS = 20.0
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ServiceUnavailable(Exception):
-    """No endpoint could take the task in time. The task itself is fine."""
+    """No endpoint could take the task in time. It is not the task's fault."""
 
 
 class Service(Protocol):
@@ -59,12 +59,12 @@ class Pace:
     """How fast an endpoint works, as moving averages over its finished tasks. In seconds.
 
     `cost`: time in which it had any work, per finished candidate, whether it works on one at a time or on many.
-    `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter one at once
-    and a longer one slowly, because the shortest is what a task takes without a wait. Several candidates of a task take
-    longer than one, but at most as many times as long: they shorten it by their whole time, and lengthen it by a share.
+    `duration`: from the start to the end of a task, its wait in the service included. It follows a shorter task at once
+    and a longer one slowly, because the shortest is what a task takes without a wait. N candidates take between 1 and N
+    times as long as one, so their whole time can shorten it, and an N-th of their time can lengthen it.
 
-    What was measured long ago is stale. It stands until the next task is finished, and is forgotten then: an endpoint
-    that was slow once gets no tasks, so that no average over tasks would ever show that it is fast again.
+    Old measurements are stale: they are replaced when the next task is finished. An endpoint that was slow once gets no
+    tasks, so an average over tasks would never show that it is fast again.
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
@@ -79,19 +79,19 @@ class Pace:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the next task should tell how fast the endpoint is."""
+        """Whether the endpoint should get the next task, to be measured anew."""
         idle = self._now() - self._changed_at
         return not self.in_work and idle >= max(STALE_AFTER_S, STALE_AFTER_COSTS * (self.cost or 0.0))
 
     def begin(self) -> float:
-        """To be handed to `end`."""
+        """Starts a task. Returns the time, to be passed to `end`."""
         if self.is_stale:
             self._busy = self._busy_sum = self._finished = 0.0
         self._advance(1)
         return self._changed_at
 
     def end(self, begun: float, finished: int) -> None:
-        """`begun`: what `begin` returned. `finished`: how many candidates it brought, which the averages are of."""
+        """Ends a task. `begun`: from `begin`. `finished`: how many candidates it brought, over which is averaged."""
         self._advance(-1)
         if finished:
             self._busy_sum = (1 - NEWEST_SHARE) * self._busy_sum + self._busy
@@ -126,7 +126,7 @@ class _Endpoint:
 
 
 class GeneratorPool:
-    """`ready` is set while at least one endpoint can take a task."""
+    """Distributes tasks over endpoints. `ready` is set while at least one can take a task."""
 
     def __init__(self, services: Sequence[Service], now: Callable[[], float] = steady_time) -> None:
         self._endpoints = [_Endpoint(service, now) for service in services]
@@ -141,11 +141,11 @@ class GeneratorPool:
         return {endpoint.service.endpoint: endpoint in usable for endpoint in self._endpoints}
 
     def stop_waiting(self) -> None:
-        """From now on a task that no endpoint can take raises ServiceUnavailable at once."""
+        """From now on `generate` raises ServiceUnavailable at once if no endpoint can take a task."""
         self._stopping.set()
 
     def expected_seconds(self, tasks: int) -> float | None:
-        """In how many seconds `tasks` tasks are finished when all are begun now; None while nothing is measured."""
+        """Seconds until `tasks` tasks that begin now would be finished; None before the first measurement."""
         paces = [endpoint.pace for endpoint in self._usable()]
         durations = [pace.duration for pace in paces if pace.duration is not None]
         if not durations:
@@ -154,12 +154,12 @@ class GeneratorPool:
         return max(*durations, tasks / rate if rate else 0.0)
 
     def seconds_without_wait(self) -> float | None:
-        """What one task takes on whichever endpoint it comes to, without a wait; None while nothing is measured."""
+        """Seconds that a task takes on the slowest usable endpoint, without queueing; None before a measurement."""
         return max((each.pace.duration for each in self._usable() if each.pace.duration is not None), default=None)
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
-        """How many candidates each of `tasks` tasks can have within `seconds`, on whichever endpoint it comes to; 0 as
-        well while one of them is not measured.
+        """How many candidates each of `tasks` tasks can have within `seconds`, even on the slowest usable endpoint; 0
+        also while one of them is not measured.
         """
         paces = [endpoint.pace for endpoint in self._usable()]
         if not paces or any(not pace.cost or pace.duration is None or pace.duration > seconds for pace in paces):
@@ -168,7 +168,7 @@ class GeneratorPool:
         return int(min(seconds / (pace.cost * beside) for pace in paces if pace.cost))
 
     async def watch(self) -> None:
-        """Keeps up with the endpoints' health, for as long as it runs."""
+        """Follows the endpoints' health until it is cancelled."""
         async with asyncio.TaskGroup() as group:
             for endpoint in self._endpoints:
                 group.create_task(self._watch(endpoint))
@@ -181,11 +181,11 @@ class GeneratorPool:
         candidates: int = 1,
         budget: float | None = None,
     ) -> Generated:
-        """The splat of one task, moved on to another endpoint when one fails. Given up after `patience` seconds. The
-        best of so many candidates as an endpoint makes within `budget` seconds.
+        """The splat of one task: the best of at most `candidates` that an endpoint makes within `budget` seconds.
 
-        A frozen endpoint keeps the task while another one is asked for it too: the first answer counts. Raises
-        GenerationFailed, AttemptFailed (by every endpoint that could be asked), or ServiceUnavailable.
+        When an endpoint fails, another one is asked. When one is frozen, another one is asked as well, and the first
+        answer counts. Raises GenerationFailed, AttemptFailed (at every endpoint that could be asked), or
+        ServiceUnavailable, and gives up after `patience` seconds.
         """
         give_up_at = self._now() + patience
         ask = partial(_ask, task=task, seed=seed, candidates=candidates, budget=budget)
@@ -222,8 +222,8 @@ class GeneratorPool:
             await asyncio.gather(*attempts, return_exceptions=True)
 
     async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
-        """Waits until an attempt ends or an endpoint freezes; with all frozen, until an attempt ends or there is
-        another endpoint. Returns the attempts that ended.
+        """Waits until an attempt ends or an endpoint freezes; if all are frozen, until an attempt ends or another
+        endpoint is usable. Returns the attempts that ended.
         """
         working = [endpoint for endpoint in attempts.values() if not endpoint.frozen.is_set()]
         events = [endpoint.frozen for endpoint in working] or [self.ready]
@@ -236,11 +236,11 @@ class GeneratorPool:
         return [attempt for attempt in attempts if attempt.done()]
 
     async def _attempt(self, endpoint: _Endpoint, ask: _Ask, begun: float, give_up_at: float) -> Generated:
-        """One endpoint's answer; its failures are counted."""
+        """One endpoint's answer. Counts its failures."""
         try:
             generated = await self._generate(endpoint, ask, give_up_at)
         except EndpointUnavailable as error:
-            # A service that says for how long it is busy has not failed.
+            # A service that is busy, and says for how long, has not failed.
             self._failed(endpoint, begun, error, error.seconds, counts=error.seconds is None)
             raise
         except AttemptFailed as error:
@@ -250,7 +250,7 @@ class GeneratorPool:
         return generated
 
     async def _generate(self, endpoint: _Endpoint, ask: _Ask, give_up_at: float) -> Generated:
-        """Gives up when the endpoint is gone, too, for a machine that vanished never closes the connection."""
+        """As the service's `generate`, but ends when the endpoint is gone: a lost machine closes no connection."""
         asked_at = self._now()
         working = asyncio.ensure_future(ask(endpoint.service))
         gone = asyncio.ensure_future(endpoint.gone.wait())
@@ -268,8 +268,8 @@ class GeneratorPool:
             await asyncio.gather(working, gone, return_exceptions=True)
 
     def _least_busy(self, failed: list[_Endpoint]) -> _Endpoint | None:
-        """The usable endpoint, none of `failed`, that would be done first with one more task; before all others one of
-        which it is not known.
+        """The usable endpoint, not in `failed`, that would be the first to finish one more task. One that is not
+        measured comes before all others.
         """
         usable = [endpoint for endpoint in self._usable() if endpoint not in failed]
         costs = [endpoint.pace.cost for endpoint in usable if endpoint.pace.cost is not None]
@@ -299,12 +299,12 @@ class GeneratorPool:
     def _failed(
         self, endpoint: _Endpoint, begun_at: float, error: Exception, pause: float | None, counts: bool = True
     ) -> None:
-        """Leaves the endpoint out for `pause` seconds; None: for twice as long with each failure in a row.
+        """Leaves the endpoint out for `pause` seconds; None: twice as long with each failure in a row.
 
-        `counts`: whether this is a failure of that row.
+        `counts`: whether this counts as such a failure.
         """
         if begun_at < endpoint.failed_at:
-            return  # With an endpoint that goes all its tasks fail, which is one failure.
+            return  # When an endpoint goes, all its tasks fail: that counts once.
         endpoint.failed_at = self._now()
         if pause is None:
             pause = min(FIRST_PAUSE_S * 2 ** min(endpoint.failures, 10), MAX_PAUSE_S)
@@ -327,14 +327,14 @@ class GeneratorPool:
             _set(endpoint.gone, endpoint.unreachable >= GONE_AFTER)
             _set(endpoint.frozen, endpoint.unanswered >= FROZEN_AFTER)
             if said is None:
-                # A busy service answers late.
+                # A busy service may answer late.
                 said = "ready" if endpoint.healthy and not endpoint.frozen.is_set() else "not answering"
             if said != endpoint.said:
                 level = logging.INFO if said == "ready" else logging.WARNING
                 log.log(level, "Generation service at %s: %s", endpoint.service.endpoint, quoted(said))
                 endpoint.said = said
             if said == "ready" and not endpoint.healthy:
-                # Started again, or over what it had: its failures were those of before.
+                # It was restarted or has recovered: forget its earlier failures.
                 endpoint.failures, endpoint.left_out_until = 0, 0.0
             endpoint.healthy = said == "ready"
             self._update_ready()
@@ -353,7 +353,7 @@ async def _ask(service: Service, task: Task, seed: int, candidates: int, budget:
 
 def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:
     result = None if attempt.cancelled() or attempt.exception() is not None else attempt.result()
-    # What was rejected before its splat was made says nothing of the time that a splat takes.
+    # A task rejected before a splat was made tells nothing of the time that a splat takes.
     is_made = result is not None and (result.ply or result.score is not None)
     pace.end(begun, finished=result.candidates if result is not None and is_made else 0)
 

@@ -22,30 +22,30 @@ from neurons.protocol import ImageTask, Task
 MAX_PROMPT_CHARACTERS = 1024
 MAX_PLY_BYTES = 512 << 20
 MAX_HEALTH_BYTES = 1 << 20
-# The pool gives up earlier on a task that was pulled some time ago.
+# Upper limit: the pool gives up earlier on a task that was pulled some time ago.
 REQUEST_TIMEOUT_S = USEFUL_AGE_S
 CONNECT_TIMEOUT_S = 10.0
-# Who asks the service in person goes first: what is made for validators is paused meanwhile.
+# The miner's requests are paused while people use the service.
 PRIORITY = {"X-Priority": "background"}
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_CONNECT_TIMEOUT_S = 3.0
-# The service closes idle connections after 5 s. A POST on one that is just closing would be lost.
+# Less than the service's 5 s: a POST on a connection that it is just closing would be lost.
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
 PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
-# Statuses that are about the task: another attempt would get the same. Others below 500 come from a proxy or a gateway.
+# Statuses that depend on the task, so another attempt would get the same. Others below 500 come from a proxy.
 OF_THE_TASK = (400, 413, 415, 422)
 BUSY = (429, 503)
 NO_CONNECTION = "not reachable (no connection in time)"
 
 
 class GenerationFailed(Exception):
-    """This task can not be generated; another attempt would end the same way."""
+    """This task cannot be generated: another attempt would end the same way."""
 
 
 class AttemptFailed(Exception):
-    """The service failed at this task; another attempt, or another service, may do better.
+    """The service failed at this task. Another attempt, or another service, may succeed.
 
     `endpoint`: which service, and `seconds`: how long it had the task.
     """
@@ -57,7 +57,7 @@ class AttemptFailed(Exception):
 
 
 class EndpointUnavailable(Exception):
-    """The service is not there, or asks to be left alone for `seconds`. The task itself is fine."""
+    """The service cannot be reached, or is busy for `seconds`. It is not the task's fault."""
 
     def __init__(self, reason: str, seconds: float | None = None) -> None:
         super().__init__(reason)
@@ -68,7 +68,7 @@ class EndpointUnavailable(Exception):
 class Generated:
     """The service's answer: a PLY, or b"" when its own checks reject the result.
 
-    `score`: the validators' final score, and `parts`: what it is made of ("alignment", "iqa", "ssim", "lpips").
+    `score`: the final score, computed as validators do; `parts`: its parts ("alignment", "iqa", "ssim", "lpips").
     `endpoint`: which service, and `seconds`: how long it had the task.
     """
 
@@ -79,21 +79,21 @@ class Generated:
     endpoint: str = ""
     seconds: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
-    scores: tuple[float | None, ...] = ()  # of several candidates, that of the seed asked for first
+    scores: tuple[float | None, ...] = ()  # of several candidates; the requested seed's comes first
 
     @property
     def candidates(self) -> int:
-        """Of how many it is the best."""
+        """The number of candidates of which this is the best."""
         return max(len(self.scores), 1)
 
     @property
     def first_score(self) -> float | None:
-        """That of the seed asked for."""
+        """The score of the requested seed."""
         return self.scores[0] if self.scores else self.score
 
 
 def prompt_problem(prompt: str) -> str | None:
-    """What makes a text prompt unfit for generation; None when nothing does."""
+    """Why a text prompt cannot be generated; None if it can."""
     if not 1 <= len(prompt) <= MAX_PROMPT_CHARACTERS:
         return f"{len(prompt)} characters, 1 to {MAX_PROMPT_CHARACTERS} are allowed"
     # Cc: control characters. Cs: lone surrogates, which have no UTF-8.
@@ -105,7 +105,7 @@ def prompt_problem(prompt: str) -> str | None:
 class GenerationService:
     """One generation service at `url` (http://host:port). To be used as an async context manager.
 
-    `endpoint` is how it is named to people: the URL without the user and the password that may be in it.
+    `endpoint` is its name in logs: the URL without user and password.
     """
 
     def __init__(self, url: str) -> None:
@@ -125,7 +125,7 @@ class GenerationService:
         await self._session.close()
 
     async def health(self) -> str | None:
-        """What the service's /health says, "ready" when it can work; None when it is there but answers late.
+        """The status in the service's /health, such as "ready"; None if it is reachable but answers late.
 
         Raises EndpointUnavailable.
         """
@@ -133,7 +133,7 @@ class GenerationService:
         try:
             timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S, sock_connect=HEALTH_CONNECT_TIMEOUT_S)
             async with self._session.get(f"{self._url}/health", timeout=timeout) as response:
-                if response.status in (403, 421):  # it tells why, and the flag that lets us in
+                if response.status in (403, 421):  # the answer says why, and which flag would let us in
                     message = (await response.content.read(500)).decode(errors="replace")
                     raise EndpointUnavailable(f"refuses to answer ({response.status}): {quoted(message)}")
                 body = json.loads(await _read(response, MAX_HEALTH_BYTES, "health"))
@@ -146,7 +146,7 @@ class GenerationService:
             raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
 
     async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
-        """The splat of one task, the best of so many candidates that can be made within `budget` seconds.
+        """The splat of one task: the best of at most `candidates` that the service makes within `budget` seconds.
 
         Raises GenerationFailed, AttemptFailed or EndpointUnavailable.
         """
@@ -171,7 +171,7 @@ class GenerationService:
                         raise GenerationFailed(reason)
                     if response.status >= 500 or response.status == 408:
                         raise failed(reason)
-                    raise EndpointUnavailable(reason)  # of whatever stands before the service
+                    raise EndpointUnavailable(reason)  # from a proxy in front of the service
                 ply = await _read(response, MAX_PLY_BYTES, "PLY")
                 headers = response.headers
                 if not ply and headers.get("X-Hopeless") == "1":
@@ -198,13 +198,13 @@ def _form(task: Task, seed: int) -> aiohttp.FormData:
     form = aiohttp.FormData({"seed": str(seed)})
     if isinstance(task, ImageTask):
         try:
-            encoded = task.prompt.encode().translate(None, string.whitespace.encode())  # MIME has it in lines
+            encoded = task.prompt.encode().translate(None, string.whitespace.encode())  # MIME breaks base64 into lines
             image = base64.b64decode(encoded, validate=True)
         except (binascii.Error, ValueError) as error:
             raise GenerationFailed(f"image prompt is not base64 ({error})") from error
         form.add_field("prompt_image_file", image, filename="prompt", content_type="application/octet-stream")
         return form
-    prompt = " ".join(task.prompt.split())  # a line break is no reason to lose the task
+    prompt = " ".join(task.prompt.split())  # the service refuses line breaks
     problem = prompt_problem(prompt)
     if problem is not None:
         raise GenerationFailed(f"prompt {problem}")
@@ -230,7 +230,7 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
 
 
 def _parts(header: str | None) -> dict[str, float]:
-    """The parts of the score that were measured; those that are no numbers are left out."""
+    """The measured parts of the score; values that are not numbers are left out."""
     try:
         values = json.loads(header or "{}")
         return {part: number for part in PARTS if (number := _score(str(values.get(part)))) is not None}

@@ -1,1 +1,1 @@
-"""What happened, and what follows from it."""
+"""Events, the ledger and metrics of them, and what follows from them: verdicts, standings, policy."""

@@ -1,4 +1,4 @@
-"""What the miner does and earns, as JSON for Studio: read from the ledger when it is asked for."""
+"""What the miner does and earns, as JSON for Studio, read from the ledger on demand."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from neurons.miner.records import standings
 from neurons.miner.records.metrics import Snapshot
 from neurons.miner.records.verdicts import WINDOW_S
 
-# The validators' cooldown: one task in this time is the most that each gives to a miner.
+# The validators' cooldown in seconds, in which each gives a miner at most one task.
 TASK_COOLDOWN_S = 300.0
 BINS = 24
 MOST_OUTCOMES = 200
-#: Asked more often than this it says the same again: whoever asks costs the miner nothing.
+#: Seconds for which an answer is reused, so that frequent requests cost the miner nothing.
 KEPT_S = 1.0
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Of the miner. `hotkey`: its public address."""
+    """Who the miner is. `hotkey`: its public address."""
 
     hotkey: str
     network: str
@@ -35,7 +35,7 @@ class Identity:
 
 
 class Activity:
-    """May be asked from any thread. `now`: unix seconds, the ledger's clock."""
+    """The miner's activity. For any thread. `now`: unix seconds, the ledger's clock."""
 
     def __init__(self, identity: Identity, ledger: Path, now: Callable[[], float]) -> None:
         self._identity, self._ledger, self._now = identity, ledger, now
@@ -43,7 +43,7 @@ class Activity:
         self._told: tuple[float, bytes] = (-math.inf, b"")
 
     def as_json(self, moment: Snapshot) -> bytes:
-        """The last 4 hours, as the ledger has them, and this moment."""
+        """The last 4 hours from the ledger, and the current state from `moment`."""
         with self._lock:
             asked_at = time.monotonic()
             if asked_at - self._told[0] > KEPT_S:
@@ -108,7 +108,7 @@ class Activity:
 
 
 def _bins(outcomes: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
-    """Results in each 24th of the window, the oldest first."""
+    """Results in each 24th of the window, oldest first."""
     width = WINDOW_S / BINS
     bins = [{"accepted": 0, "lost": 0} for _ in range(BINS)]
     for each in outcomes:

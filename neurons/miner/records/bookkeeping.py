@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class Bookkeeping:
-    """`totals` counts events, such as "submission accepted". `metrics_port` 0: nothing is served; there, `identity` is
-    who Studio is told that the miner is.
+    """`totals` counts events, such as "submission accepted". `metrics_port` 0: no metrics are served. `identity`: the
+    miner, as Studio shows it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Bookkeeping:
         self._now = now
 
     def start(self) -> None:
-        """Begins to write and to serve. A port that is taken is a log line."""
+        """Starts writing and serving. If the port is taken, that is only logged."""
         self._ledger.start()
         if self._metrics_port:
             self._metrics.serve(self._metrics_port, self._activity)
@@ -59,7 +59,7 @@ class Bookkeeping:
         await asyncio.to_thread(self._ledger.close, stopping.LEDGER_S)
 
     def record(self, event: Event) -> None:
-        """Tells everyone. Returns at once and never raises."""
+        """Passes the event on. Returns at once and never raises."""
         if isinstance(event, Settlement):
             if event.outcome != "unknown" and self.totals["submission unknown"] > 0:
                 self.totals["submission unknown"] -= 1
@@ -70,7 +70,7 @@ class Bookkeeping:
         self._ledger.record(event)
 
     def show(self, snapshot: Snapshot) -> None:
-        """What the gauges say from now on."""
+        """Updates the gauges."""
         self._metrics.show(snapshot)
 
     def worth_asking_at(self, hotkey: str) -> float:
@@ -101,7 +101,7 @@ class Bookkeeping:
             return {}  # no ledger yet
 
     async def submissions(self) -> list[PastSubmission]:
-        """Those of an earlier run that its validators may still count, oldest first."""
+        """Submissions of an earlier run that validators may still count, oldest first."""
         try:
             return await asyncio.to_thread(_submissions, self._ledger.path, self._now())
         except sqlite3.Error:

@@ -1,7 +1,7 @@
-"""What happens in the miner, as facts: for the ledger, for the metrics, for whoever wants to know.
+"""Events of the miner, for the ledger and the metrics.
 
-The parts of the miner call `record(event)` and go on. Nothing in here waits, and nothing in here fails. What validators
-sent may be anything that its type allows: those who keep events bound and escape it.
+The miner's parts call `record(event)`, which neither waits nor fails. Values from validators are not checked beyond
+their types: whoever stores events has to bound and escape them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Literal
 from neurons.chain import Neuron
 from neurons.protocol import Feedback, Task
 
-# task: a new one, or one given out again. cooldown: asked too early. refused: no task, no cooldown. failed: no answer.
+# task: a new one, or the same again. cooldown: asked too early. refused: neither task nor cooldown. failed: no answer.
 PullOutcome = Literal["task", "cooldown", "refused", "failed"]
-# generated: goes out. rejected: the self-check said no. failed: no splat. endpoint: the service was at fault, the task
-# moves on. given_up: out of time or stopping before there was a result.
+# generated: to be submitted. rejected: by the self-check. failed: no splat. endpoint: the service failed, and the task
+# goes to another one. given_up: no result before the time was over or the miner stopped.
 GenerationOutcome = Literal["generated", "rejected", "failed", "endpoint", "given_up"]
-# accepted, declined: by the validator. broken: its scoring service gave no answer. empty: nothing was in it. refused:
-# by the axon, for good. given_up: it never got through. unknown: the answer was lost, and it is not asked for any more.
+# accepted, declined: by the validator. broken: its scoring service did not answer. empty: an empty result. refused: by
+# the axon, finally. given_up: it never got through. unknown: the answer was lost, and the task is over.
 SubmissionOutcome = Literal["accepted", "declined", "broken", "empty", "refused", "given_up", "unknown"]
 
 
 @dataclass(frozen=True)
 class Pull:
-    """One pull, when its answer or its failure is in.
+    """One finished pull.
 
     `seconds`: from request to answer. `ask_again_at`: unix seconds by our clock, where the answer set a time.
     `violations`: the validator's count of pulls that were too early, where it answered.
@@ -42,13 +42,13 @@ class Pull:
 
 @dataclass(frozen=True)
 class Generation:
-    """One attempt at one task, when it is over. A task of which two attempts are rejected makes three events.
+    """One finished attempt at a task. A task with two rejected attempts before the last one makes three events.
 
-    `candidates`: of how many it is the best, `first_score`: of the first. Candidates of several requests that led to
-    one result are one attempt, and `seconds` their sum.
+    `candidates`: the number of which this is the best; `first_score`: the first one's score. Candidates of several
+    requests for one result are one attempt, and `seconds` is their sum.
 
-    `seconds`: for how long the endpoint had the task, 0 where none had it. `score`: by the self-check, as the
-    validators score. `size`: bytes of the packed result. `endpoint`: address of the service.
+    `seconds`: how long endpoints had the task, 0 if none had it. `score`: final score of the self-check. `size`: bytes
+    of the packed result. `endpoint`: address of the service.
     """
 
     validator: Neuron
@@ -65,9 +65,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Submission:
-    """One result's way to its validator, when it is over: one event a result, however often it was sent.
+    """One finished submission: one event per result, however often it was sent.
 
-    `seconds`: from the first attempt to the answer that told. `size`: bytes of the packed result.
+    `seconds`: from the first attempt to the answer that told the outcome. `size`: bytes of the packed result.
     """
 
     validator: Neuron
@@ -82,7 +82,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What became of a result that was recorded as unknown. It may stay unknown."""
+    """The outcome of a result that was recorded as unknown. It may stay unknown."""
 
     validator: Neuron
     task_id: str

@@ -1,7 +1,7 @@
-"""What the miner does, for Prometheus, on a port of this machine.
+"""The miner's Prometheus metrics, on a port of this machine.
 
-Counters and histograms follow the events. What is true at a moment (queue, ages, cooldowns) is handed over as a whole
-by the event loop, and read by the server's thread.
+Counters and histograms follow the events. Gauges (queue, ages, cooldowns) are passed as one snapshot from the event
+loop to the server's thread.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from neurons.miner.records.events import Event, Generation, Pull, Settlement
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 ACTIVITY = "/activity"
-# Up to the protocol's time-outs for a pull and for a submission, and to what the service may take.
+# Buckets in seconds, up to the protocol's time-outs for pulls and submissions, and the service's for generations.
 _PULL_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 12)
 _GENERATION_BUCKETS_S = (1, 2, 4, 8, 15, 30, 60, 120, 240, 300)
 _CANDIDATE_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -44,12 +44,12 @@ class Snapshot:
     endpoints: Mapping[str, bool] = field(default_factory=dict)
     ledger_backlog: int = 0
     clock_behind: float | None = None
-    status: str = ""  # in words
+    status: str = ""  # what the miner is doing, in words
     held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
 
 
 class _Moment(Collector):
-    """The gauges, made anew from the latest snapshot, so that no validator stays in them after it has left."""
+    """The gauges, made from the latest snapshot at each scrape, so that validators that left disappear."""
 
     def __init__(self) -> None:
         self.snapshot = Snapshot()
@@ -83,7 +83,7 @@ class _Moment(Collector):
 
 
 class _Disk(Collector):
-    """What the spool's folder holds, looked at when somebody asks."""
+    """Gauges of the spool's folder and its disk, read at each scrape."""
 
     def __init__(self, spool: Path) -> None:
         self._spool = spool
@@ -92,7 +92,7 @@ class _Disk(Collector):
         try:
             sizes = [path.stat().st_size for path in self._spool.glob("*.result")]
             free = shutil.disk_usage(self._spool).free
-        except OSError:  # gone this very moment, or not there yet: the next scrape tells
+        except OSError:  # just removed, or not there yet: the next scrape will have it
             return
         yield GaugeMetricFamily("miner_spool_results", "Results on disk that wait for their validator", len(sizes))
         yield GaugeMetricFamily("miner_spool_bytes", "What they take", sum(sizes))
@@ -112,7 +112,7 @@ class Metrics:
     """
 
     def __init__(self, spool: Path | None = None) -> None:
-        """`spool`: its folder; None: nothing is told of it, nor of the disk."""
+        """`spool`: its folder; None: no metrics of the spool and its disk."""
         self.registry = CollectorRegistry()
         self._moment = _Moment()
         self.registry.register(self._moment)
@@ -183,13 +183,13 @@ class Metrics:
                 self._submissions.labels(uid, event.outcome).inc()
 
     def show(self, snapshot: Snapshot) -> None:
-        """What the gauges say from now on."""
+        """Updates the gauges."""
         self._moment.snapshot = snapshot
 
     def serve(self, port: int, activity: Callable[[Snapshot], bytes] | None = None) -> int | None:
-        """Answers on 127.0.0.1:`port`, with 0 on any free one; the port, or None when that can not be.
+        """Serves on 127.0.0.1:`port`; 0: any free port. Returns the port, or None if it is taken.
 
-        /activity is what `activity` makes of the latest snapshot, as JSON; all else are the metrics.
+        `/activity` answers with `activity(snapshot)`, as JSON; all other paths with the metrics.
         """
         try:
             server, thread = start_http_server(port, HOST, self.registry)
@@ -217,7 +217,7 @@ class Metrics:
         return server.server_port
 
     def close(self) -> None:
-        """Takes up to half a second when it has served."""
+        """Stops serving, which takes up to half a second."""
         self._stop_serving()
 
 

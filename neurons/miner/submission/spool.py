@@ -1,4 +1,4 @@
-"""Keeps results on disk until it is known what became of them."""
+"""Keeps results on disk until their outcome is known."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from neurons.protocol import Task
 
-# Tasks are long gone after that: validators close them within minutes.
+# Seconds. Validators close tasks within minutes, so older results are useless.
 MAX_AGE_S = 3600.0
-# Twice what can be on its way: one result for each of at most 256 neurons.
+# Twice the possible number: one result for each of at most 256 neurons.
 MAX_ENTRIES = 512
 MAX_BYTES = 4 << 30
 LOCK_NAME = "lock"
-# Files of the first version do not say theirs. One of a later version is dropped, as if it were damaged.
+# Files of the first version have no version number. Files of a later version are dropped, like damaged ones.
 FORMAT_VERSION = 1
 
 _TASK: TypeAdapter[Task] = TypeAdapter(Task)
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 
 class SpoolInUse(Exception):
-    """Another miner has the spool; the message says so in a line."""
+    """Another miner uses the spool. The message is one line."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Keeps other miners off the spool in `folder`: they would hand in these results as theirs. Raises SpoolInUse.
+    """Locks the spool in `folder`, since another miner would submit these results as its own. Raises SpoolInUse.
 
-    The lock is gone with its process, however that ends; its file stays.
+    The lock ends with its process, however that ends; the lock's file stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("ab") as file:
@@ -62,18 +62,18 @@ class SpooledResult:
 class Spool:
     """One file per validator and task: a line of JSON, then the result's bytes.
 
-    File names are hashes, for task ids come from strangers. A removed file is the mark that its validator has answered:
-    no crash can leave half of that.
+    File names are hashes, since task ids come from strangers. Removing a file marks the result as answered, which is
+    atomic: no crash can leave a half-made mark.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # Answered, whatever became of their files.
+        # Answered entries, even if their files could not be deleted.
         self._removed: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, entry: SpooledResult) -> None:
-        """Writes the entry, whole or not at all; the oldest ones make room. Raises OSError (disk full)."""
+        """Writes the entry atomically, and removes the oldest ones over the limits. Raises OSError (disk full)."""
         path = self._path(entry.validator_hotkey, entry.task.id)
         head = {
             "version": FORMAT_VERSION,
@@ -95,7 +95,7 @@ class Spool:
             temporary.unlink(missing_ok=True)
 
     def get(self, validator_hotkey: str, task: Task) -> SpooledResult | None:
-        """The entry for exactly this task; None too when it is too old, or has this id and another prompt."""
+        """The entry for exactly this task; None also if it is too old, or has this id but another prompt."""
         path = self._path(validator_hotkey, task.id)
         if path in self._removed or self.age(validator_hotkey, task.id) > MAX_AGE_S:
             return None
@@ -103,19 +103,19 @@ class Spool:
         return entry if entry is not None and entry.task == task else None
 
     def age(self, validator_hotkey: str, task_id: str) -> float:
-        """Seconds since the entry was written; 0 for what is not there."""
+        """Seconds since the entry was written; 0 if there is none."""
         try:
             return max(time.time() - self._path(validator_hotkey, task_id).stat().st_mtime, 0.0)
         except OSError:
             return 0.0
 
     def is_empty(self, validator_hotkey: str, task_id: str) -> bool:
-        """Whether the entry says that there is nothing worth submitting."""
+        """Whether the entry is the empty result, for nothing worth submitting."""
         entry = self._read(self._path(validator_hotkey, task_id))
         return entry is not None and not entry.result
 
     def remove(self, validator_hotkey: str, task_id: str) -> None:
-        """Its validator has answered. Never raises OSError: what can not be deleted is ignored from now on."""
+        """Removes an answered entry. Never raises OSError: a file that cannot be deleted is ignored from now on."""
         path = self._path(validator_hotkey, task_id)
         try:
             path.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class Spool:
     def entries(self) -> dict[str, list[Task]]:
         """Validator hotkey -> its tasks with a result here, oldest first.
 
-        What is too old, not readable or beyond the limits is dropped, with a log line.
+        Entries that are too old, unreadable or over the limits are dropped, with a log line.
         """
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -143,7 +143,7 @@ class Spool:
         return entries
 
     def _make_room(self, entries: int, size: int) -> None:
-        """For so many more entries of `size` bytes together."""
+        """Removes the oldest entries, so that `entries` more with `size` bytes in all fit."""
         files = self._files()
         total = size + sum(file_size for _, _, file_size in files)
         for index, (_, path, file_size) in enumerate(files):
@@ -160,7 +160,7 @@ class Spool:
         for path in self._folder.glob("*.result"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # answered this very moment
+            except FileNotFoundError:  # it has just been answered
                 continue
             files.append((now - status.st_mtime, path, status.st_size))
         return sorted(files, reverse=True)

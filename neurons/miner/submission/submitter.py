@@ -1,9 +1,9 @@
-"""Hands results to validators without making anyone wait, and keeps them until it is known what became of them.
+"""Submits results in the background, and keeps each until its outcome is known.
 
-A result is sent again while its validator can not be reached. After a lost answer it is sent again only as long as the
-validator's lock keeps it from being scored twice. Then the next pull decides: if it names the task, the result is sent
-again; if not, nobody wants it any more. A result that can not be delivered is given up, and its task is ended with an
-empty one, because a validator hands out no other task before.
+A result is sent again while its validator cannot be reached. After a lost answer it is sent again only as long as the
+validator's lock keeps it from being scored twice. Later, the next pull decides: if it names the task, the result is
+sent again; if not, the task is over. A result that cannot be delivered is given up, and its task is ended with an empty
+result, because the validator gives out no other task before.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from neurons.miner.validators.dendrite import NO_CONNECTION
 from neurons.miner.validators.directory import ValidatorDirectory
 from neurons.protocol import SUBMIT_TIMEOUT_S, Feedback, PullTask, SubmitResults, Task, make_submission
 
-# After a submission that did not get through. Doubled with each one in a row.
+# Seconds after a submission that did not get through. Doubled with each one in a row.
 FIRST_RETRY_S = 2.0
 MAX_RETRY_S = 60.0
-# A result is sent again for so long before a pull has to confirm that it is still wanted.
+# Seconds for which a result is sent again before a pull has to confirm that it is still wanted.
 RETRY_FOR_S = 300.0
-# A repetition within this time meets the validator's lock. 5 s of that are for the upload.
+# Within this time (the validator's lock of 30 s, less 5 s for the upload) a repetition is not scored twice.
 UNDER_LOCK_S = LOCK_S - 5.0
-# How many pulls may ask for a result that the validator then does not take.
+# How many pulls may ask for a result that the validator then refuses.
 MAX_ROUNDS = 12
-# Before the pull that tells what became of a task. This and LOCK_S are doubled with each result in a row of which
-# a validator tells nothing: each costs a generation.
+# Seconds before the pull that tells a task's outcome. This and LOCK_S are doubled with each result in a row whose
+# outcome a validator does not tell, since each costs a generation.
 SOON_S = 2.0
 MAX_PAUSE_S = 300.0
-# The next attempt may be answered differently: not authorised (a nonce), too slow, too early, too many.
+# Statuses after which another attempt may succeed: not authorised (a nonce), too slow, too early, too many.
 PASSING_STATUSES = (401, 408, 425, 429)
 
 SynapseT = TypeVar("SynapseT", bound=bt.Synapse)
@@ -75,25 +75,25 @@ class ValidatorCaller(Protocol):
 
 @dataclass
 class _Kept:
-    """A result whose fate is not known yet."""
+    """A result whose outcome is not known yet."""
 
-    size: int | None  # None: not looked at yet, in the spool since an earlier run
+    size: int | None  # None: in the spool since an earlier run, not read yet
     first_sent: float
-    still_open_at: float  # when its validator last waited for it
-    in_memory: SpooledResult | None = None  # where it could not be spooled
-    may_have_arrived: bool = False  # with an answer that was lost
+    still_open_at: float  # when its validator was last known to wait for it
+    in_memory: SpooledResult | None = None  # the result, if it could not be spooled
+    may_have_arrived: bool = False  # an answer was lost, so the validator may have it
     rounds: int = 0
     seconds_tried: float = 0.0
     reason: str = "no answer"
     refused: bool = False
-    given_up: SubmissionOutcome | None = None  # and its task is to be ended with an empty result
-    ask_again_at: float | None = None  # by the answer that ended its task
+    given_up: SubmissionOutcome | None = None  # set when its task is to be ended with an empty result
+    ask_again_at: float | None = None  # from the answer that ended its task
     recorded: bool = False
 
 
 @dataclass
 class _Unsettled:
-    """A result whose fate only the validator's next count can tell. `otherwise`: the outcome if that has not grown."""
+    """A result whose outcome only the validator's next count tells. `otherwise`: its outcome if that has not grown."""
 
     task_id: str
     span: Span
@@ -102,7 +102,7 @@ class _Unsettled:
 
 @dataclass
 class _Memory:
-    """What one validator's answers have told so far."""
+    """What is known from one validator's answers."""
 
     window: Window = field(default_factory=Window)
     unsettled: list[_Unsettled] = field(default_factory=list)
@@ -111,7 +111,7 @@ class _Memory:
 
 
 class Submitter:
-    """Owns the submissions under way and the results that are kept."""
+    """Owns the running submissions and the kept results."""
 
     def __init__(
         self,
@@ -133,31 +133,31 @@ class Submitter:
         self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
         self._memories: defaultdict[str, _Memory] = defaultdict(_Memory)
-        self._untold: Counter[str] = Counter()  # hotkey -> results in a row that it told nothing of
+        self._untold: Counter[str] = Counter()  # hotkey -> number of results in a row without an outcome
         self._kept: dict[tuple[str, str], _Kept] = {}
         for hotkey, tasks in spool.entries().items():
             for task in tasks:
                 written_at = self._now() - spool.age(hotkey, task.id)
-                # Whether an earlier run sent it is not known.
+                # It is not known whether an earlier run sent it.
                 self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
         for past in history:
             self._remember(past)
 
     def submit(self, assignment: Assignment, result: bytes, kept: bool = False) -> None:
-        """Starts handing in `result` (`.spz`, or b"" for nothing) and returns at once.
+        """Starts submitting `result` (`.spz`, or b"" for nothing), and returns at once.
 
-        `kept`: it came from `kept_result`. `assignment` is settled when its validator can be asked again.
+        `kept`: it came from `kept_result`. Settles `assignment` when it is known when to ask its validator again.
         """
         delivery = asyncio.create_task(self._deliver(assignment, result, kept))
         self._under_way.add(delivery)
         delivery.add_done_callback(self._finished)
 
     def keeps_for(self, hotkey: str) -> bool:
-        """Whether there is a result for which the validator's next pull decides."""
+        """Whether there is a result whose outcome the validator's next pull decides."""
         return any(kept_for == hotkey for kept_for, _ in self._kept)
 
     async def kept_result(self, validator: Neuron, task: Task) -> bytes | None:
-        """The result for exactly this task, if there is one."""
+        """The kept result for exactly this task; None if there is none."""
         kept = self._kept.get((validator.hotkey, task.id))
         if kept is None:
             return None
@@ -170,18 +170,18 @@ class Submitter:
         return entry.result
 
     def pulled(self, validator: Neuron, answer: PullTask) -> None:
-        """To be called with the answer to each pull. A result that it does not ask for is dropped."""
+        """To be called with the answer to each pull. Drops the result that it does not ask for."""
         hotkey = validator.hotkey
         if answer.cooldown_until > 0:
             self._memories[hotkey].last_told = answer.cooldown_until
         if answer.task is None and answer.cooldown_until <= 0:
-            return  # refused without a reason: this says nothing of the task
+            return  # refused without a reason, which tells nothing about the task
         for kept_for, task_id in list(self._kept):
             if kept_for == hotkey and (answer.task is None or answer.task.id != task_id):
                 self._let_go(validator, task_id, answer)
 
     async def drain(self, seconds: float) -> None:
-        """Waits for the submissions under way; after so many seconds leaves them to the spool."""
+        """Waits for running submissions, at most `seconds`; leaves the rest in the spool."""
         if self._under_way:
             _, late = await asyncio.wait(self._under_way, timeout=seconds)
             for delivery in late:
@@ -196,7 +196,7 @@ class Submitter:
             log.error("Submission failed", exc_info=error)
 
     async def _deliver(self, assignment: Assignment, result: bytes, again: bool) -> None:
-        """Spool, send, find out what became of it, forget. If this ends early, the result stays in the spool."""
+        """Spool, send, learn the outcome, forget. If this is interrupted, the result stays in the spool."""
         hotkey, task = assignment.validator.hotkey, assignment.task
         kept = self._kept.get((hotkey, task.id)) if again else None
         is_new = kept is None
@@ -229,9 +229,9 @@ class Submitter:
         self._kept.pop((hotkey, task_id), None)
 
     async def _hand_in(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
-        """The time from which the validator may be asked again; None when the task is to be ended with an empty result.
+        """Submits. Returns when the validator may be asked again, or None to end the task with an empty result.
 
-        Where the result's fate is not known, that time is soon, because the next pull tells.
+        If the outcome is not known, that time is soon, because the next pull tells it.
         """
         validator, shown = assignment.validator, quoted(assignment.task.id)
         kept.rounds += 1
@@ -264,7 +264,7 @@ class Submitter:
         return self._after(SOON_S, validator, kept)
 
     def _after(self, seconds: float, validator: Neuron, kept: _Kept) -> float:
-        """When to ask again a validator that tells nothing of this result."""
+        """When to ask a validator again that did not tell this result's outcome."""
         if kept.rounds == 1:
             self._untold[validator.hotkey] += 1
         return self._now() + min(seconds * 2.0 ** min(max(self._untold[validator.hotkey] - 1, 0), 10), MAX_PAUSE_S)
@@ -272,13 +272,13 @@ class Submitter:
     def _told(
         self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
     ) -> float | None:
-        """Acts on an answer with feedback; returns what `_hand_in` does."""
+        """Handles an answer with feedback. Returns as `_hand_in` does."""
         validator, task, now = assignment.validator, assignment.task, self._now()
         hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
         ahead = self._clocks.ahead(hotkey, until)
         outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
         memory.last_told = until or memory.last_told
-        # Then an earlier copy of it may have been accepted, or be under way still.
+        # Then an earlier copy may have been accepted, or may still be in progress.
         repeated = kept.may_have_arrived and outcome in ("declined", "broken")
         span = Span(kept.first_sent - ANSWER_S, now)
         found = memory.window.answered(
@@ -324,7 +324,7 @@ class Submitter:
         return ask_again_at
 
     def _give_up(self, assignment: Assignment, kept: _Kept, result: bytes, outcome: SubmissionOutcome) -> float | None:
-        """Ends the task with an empty result: its validator hands out no other one before."""
+        """Ends the task with an empty result, since its validator gives out no other one before."""
         validator, task = assignment.validator, assignment.task
         kept.given_up = kept.given_up or outcome
         if result:
@@ -333,18 +333,18 @@ class Submitter:
                 *(validator.uid, quoted(task.id), kept.reason),
             )
             return None
-        # The empty one was not taken either. It is kept as long as the validator asks for it.
+        # The empty result was refused, too. Keep it as long as the validator asks for it.
         self._conclude(validator, task.id, kept, kept.given_up)
         return self._now() + MAX_PAUSE_S
 
     async def _send(self, assignment: Assignment, result: bytes, kept: _Kept) -> SubmitResults | None:
-        """The validator's answer, be it a refusal; None when there was none, and none is to be expected for a while."""
+        """The validator's answer, even a refusal; None if none came and none is expected for a while."""
         started = self._now()
         first_lost: float | None = None
 
         async def attempt() -> SubmitResults:
             nonlocal first_lost
-            # Where it is now: it may have moved since the pull.
+            # Its current address: it may have moved since the pull.
             validator = self._directory.eligible.get(assignment.validator.hotkey, assignment.validator)
             submission = make_submission(assignment.task, result, validator.hotkey, self._keypair)
             sent = self._now()
@@ -380,15 +380,15 @@ class Submitter:
         )
         return await retrying(attempt)
 
-    # What became of results
+    # Outcomes of results
 
     def _let_go(self, validator: Neuron, task_id: str, answer: PullTask) -> None:
-        """The validator's pull does not ask for this result: its task is over, or forgotten."""
+        """The validator's pull did not ask for this result: its task is over, or forgotten."""
         hotkey, now = validator.hotkey, self._now()
         kept, memory = self._kept[hotkey, task_id], self._memories[hotkey]
         is_empty = self._spool.is_empty(hotkey, task_id) if kept.size is None else kept.size == 0
         self._forget(hotkey, task_id)
-        # What an unregistered miner is told counts no violation, and is no cooldown.
+        # The answer to an unregistered miner is no cooldown, and counts no violation.
         cooling = answer.task is None and answer.cooldown_violations > 0
         ask_again_at = self._clocks.next_pull_at(hotkey, answer.cooldown_until) if cooling else None
         outcome: SubmissionOutcome = kept.given_up or ("refused" if kept.refused else "given_up")
@@ -399,7 +399,7 @@ class Submitter:
                 declined = is_penalty(ahead, now - kept.still_open_at, memory.usual_cooldown)
             outcome = "empty" if is_empty else "declined" if declined else "unknown"
             if declined is None:
-                ask_again_at = None  # which says so in the ledger; the pull has it, too
+                ask_again_at = None  # recorded so in the ledger; the pull's row has the time
         if outcome == "unknown" and not kept.recorded:
             span = Span(kept.first_sent - ANSWER_S, now)
             memory.unsettled.append(_Unsettled(task_id, span, "unknown" if ask_again_at is None else "broken"))
@@ -414,7 +414,7 @@ class Submitter:
         feedback: Feedback | None = None,
         ask_again_at: float | None = None,
     ) -> None:
-        """Once for each result."""
+        """Records a result's outcome, once."""
         if kept.recorded:
             return
         kept.recorded = True
@@ -424,7 +424,7 @@ class Submitter:
         self._record(Submission(validator, task_id, outcome, seconds, kept.size or 0, feedback, ask_again_at, reason))
 
     def _settle(self, validator: Neuron, memory: _Memory, accepted: list[bool | None]) -> None:
-        """Concludes the unsettled results by what this answer's count tells. No later answer can tell more."""
+        """Concludes the unsettled results by this answer's count. No later answer can tell more."""
         for each, is_accepted in zip(memory.unsettled, accepted, strict=True):
             outcome = each.otherwise
             if is_accepted:
@@ -471,13 +471,13 @@ def _say(validator: Neuron, task_id: str, outcome: SubmissionOutcome, reason: st
 
 
 def _is_final(answer: bt.Synapse) -> bool:
-    """Whether the validator has the result (status 200, readable or not), or refused it for good."""
+    """Whether the validator has the result (status 200, readable or not), or has finally refused it."""
     status = _status_code(answer)
     return status is not None and (status == 200 or 400 <= status < 500) and status not in PASSING_STATUSES
 
 
 def _may_have_arrived(answer: bt.Synapse) -> bool:
-    """Whether the validator may be at work on a submission that got no answer."""
+    """Whether the validator may still be working on a submission without an answer."""
     status = _status_code(answer)
     if status is not None:
         return status >= 500

@@ -1,1 +1,1 @@
-"""From a pull to a result: ``task_manager`` decides on pulls, ``admission`` on how many tasks are held."""
+"""From a pull to a result: when to pull, how many tasks to hold, and how many candidates to make."""

@@ -1,4 +1,4 @@
-"""How many tasks the miner holds: enough to keep the generators busy, and none that would be finished too late."""
+"""Limits the tasks that the miner holds: enough to keep the generators busy, none that would be finished too late."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PLANNED_AGE_S = 240.0
 
 
 class Forecast(Protocol):
-    """Who knows how fast the generation services are."""
+    """Knows how fast the generation services are."""
 
     def expected_seconds(self, tasks: int) -> float | None:
-        """Seconds in which `tasks` tasks are finished; None while nothing is measured."""
+        """Seconds until `tasks` tasks would be finished; None before the first measurement."""
 
 
 class Place:
@@ -24,7 +24,7 @@ class Place:
         self._admission: Admission | None = admission
 
     def leave(self) -> None:
-        """Nothing was pulled, or the task is done. Harmless when it was called before."""
+        """Frees the place: nothing was pulled, or the task is done. Further calls do nothing."""
         admission, self._admission = self._admission, None
         if admission is not None:
             admission.held -= 1
@@ -32,7 +32,7 @@ class Place:
 
 
 class Admission:
-    """Lets pulls through, in the order in which they came. `held` counts them, and tasks not generated yet."""
+    """Admits pulls in the order of their arrival. `held` counts admitted pulls, and tasks not generated yet."""
 
     def __init__(self, forecast: Forecast, workers: int) -> None:
         self._forecast = forecast
@@ -53,12 +53,12 @@ class Admission:
             raise
 
     def enter_at_once(self) -> Place:
-        """For a pull that is expected to bring no new work."""
+        """A place without waiting, for a pull that is expected to bring no new work."""
         self.held += 1
         return Place(self)
 
     def let_in(self) -> None:
-        """Gives the room that there is to those who wait."""
+        """Admits waiting pulls while there is room."""
         while self._waiting and (self._waiting[0].done() or self._has_room()):
             waiting = self._waiting.popleft()
             if not waiting.done():
@@ -66,7 +66,7 @@ class Admission:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next to enter would have to wait."""
+        """Whether the next pull would have to wait."""
         return bool(self._waiting) or not self._has_room()
 
     def _has_room(self) -> bool:

@@ -1,4 +1,4 @@
-"""How many candidates a task gets: what fits into the time that costs nothing."""
+"""How many candidates a task gets: as many as fit into the time for which holding it is free."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from typing import Literal, Protocol
 
 from neurons.miner.assignment import Assignment
 
-# What one request to a generation service asks for at most, and for how long: a task that comes meanwhile may wait so
-# long for a worker.
+# Limits of one request to a generation service. A task that comes meanwhile may have to wait for its end.
 MAX_CANDIDATES = 64
 ROUND_S = 5.0
-# Of the planned time of a request, for its splat's way here.
+# Seconds of a request's planned time that are left for sending the splat here.
 TRANSFER_S = 0.5
-# A validator reckons in whole seconds.
+# Validators count in whole seconds.
 MARGIN_S = 1.0
 MAX_SUBMISSION_S = 60.0
-# Weight of a shorter submission in what the next one is expected to take. A longer one counts at once.
+# Weight of a shorter submission in the expected duration of the next one. A longer one replaces it at once.
 SHORTER_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class Round:
-    """One request to a generation service: so many `candidates` within so many `seconds`."""
+    """One request to a generation service: `candidates` of them within `seconds`."""
 
     candidates: int
     seconds: float
 
     @property
     def budget(self) -> float:
-        """What the service is given of the seconds."""
+        """The part of `seconds` that the service gets as its budget."""
         return max(self.seconds - TRANSFER_S, 0.1)
 
 
 class Capacity(Protocol):
-    """Who knows how fast the generation services are."""
+    """Knows how fast the generation services are."""
 
     def seconds_without_wait(self) -> float | None:
-        """What one task takes on whichever service it comes to; None while nothing is measured."""
+        """Seconds that a task takes on the slowest usable service, without queueing; None before a measurement."""
 
     def candidates_within(self, seconds: float, tasks: int) -> int:
-        """How many each of so many tasks can have in that time; 0 as well while nothing is measured."""
+        """How many candidates each of `tasks` tasks can have within `seconds`; 0 also before the first measurement."""
 
 
 class BestOf:
-    """Plans rounds of candidates. A task's cooldown counts from its assignment, so that it costs nothing to hold it for
-    the validator's throttle period, less what the submission takes. Whoever waits meanwhile gets an equal share.
+    """Plans rounds of candidates.
+
+    A task's cooldown counts from its assignment, so holding the task for the validator's throttle period, less the time
+    of the submission, costs nothing. Tasks that are held at the same time share the generators equally.
     """
 
     def __init__(self, most: int | Literal["auto"], capacity: Capacity, workers: int, now: Callable[[], float]) -> None:
@@ -57,13 +58,13 @@ class BestOf:
         self._submission_s: dict[str, float] = {}
 
     def round(self, assignment: Assignment, made: int, tasks: int) -> Round | None:
-        """The next one of a task that has `made` candidates; None when another one would cost something.
+        """The next round for a task that has `made` candidates; None if another one would delay something.
 
-        `tasks`: how many are worked on or wait for it, this one included.
+        `tasks`: how many tasks are in generation or wait for it, this one included.
         """
         left = MAX_CANDIDATES if self._most is None else min(self._most - made, MAX_CANDIDATES)
         one = self._capacity.seconds_without_wait()
-        # Of a validator that has not answered a submission yet it is not known what time is free.
+        # Without an answered submission the free time of this validator is not known.
         submission = self._submission_s.get(assignment.validator.hotkey)
         if left <= 0 or self._most == 1 or one is None or submission is None:
             return None
@@ -76,7 +77,7 @@ class BestOf:
         return Round(min(count, left), seconds) if count > 0 else None
 
     def free_seconds(self, assignment: Assignment) -> float:
-        """How long the validator's next task can be held for more candidates; 0 where it gets no more than one."""
+        """Seconds for which the validator's next task may be held for more candidates; 0 if it gets only one."""
         submission = self._submission_s.get(assignment.validator.hotkey)
         if self._most == 1 or submission is None:
             return 0.0
@@ -84,7 +85,7 @@ class BestOf:
         return free if self._capacity.candidates_within(free - TRANSFER_S, 1) > 1 else 0.0
 
     def submitted(self, assignment: Assignment) -> None:
-        """Its result is on its way: how long that takes is what the next one has to leave time for."""
+        """Measures the submission that begins now: its duration is reserved in the next task's time."""
         began, hotkey = self._now(), assignment.validator.hotkey
 
         def settled(_: object) -> None:

@@ -1,4 +1,4 @@
-"""When validators are asked: apart, so that each task has the generators for itself for as long as it may be held."""
+"""Spreads pulls over time, so that each task has the generators for itself for as long as holding it is free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from neurons.miner.assignment import Assignment
 
-# Of what there is for each validator in a cooldown. The rest is room to move.
+# Share of the time per validator in a cooldown that is used. The rest is slack.
 USED = 0.9
 # Shares of the distance that is aimed at. Who is nearer to another one than the first is moved, for an exact distance
 # would be lost to every delay on the network. Where he is moved the second is enough.
@@ -14,23 +14,25 @@ KEPT, ENOUGH = 0.33, 0.7
 
 
 class Phases:
-    """Validators that were asked at the same moment end their cooldowns at the same moment, so that their tasks share
-    the seconds that cost nothing. Asking one of them later costs that delay once: the next cooldowns end apart.
+    """Moves pulls apart in time.
+
+    Validators that were asked at the same moment end their cooldowns at the same moment, and their tasks would share
+    the free time. Asking one of them later costs that delay once: its later cooldowns then end at other moments.
     """
 
     def __init__(self, free_seconds: Callable[[Assignment], float]) -> None:
-        """`free_seconds`: how long it pays to have the generators for a validator's task alone."""
+        """`free_seconds`: how long a validator's task profits from having the generators for itself."""
         self._free_seconds = free_seconds
         self._asked_at: dict[str, float] = {}  # hotkey -> when it is, or was, to be asked; of those that it pays for
         self._validators = 1
 
     def keep(self, hotkeys: Collection[str]) -> None:
-        """All validators that are asked; others are forgotten."""
+        """Forgets all validators but these."""
         self._validators = max(len(hotkeys), 1)
         self._asked_at = {hotkey: at for hotkey, at in self._asked_at.items() if hotkey in hotkeys}
 
     def apart(self, assignment: Assignment, at: float) -> float:
-        """The unix time from which to ask the validator of a finished task, which allows it from `at` on."""
+        """The unix time at which to ask the validator of a finished task again; it allows that from `at` on."""
         hotkey, free = assignment.validator.hotkey, self._free_seconds(assignment)
         self._asked_at.pop(hotkey, None)
         if free > 0:
@@ -42,7 +44,7 @@ class Phases:
 
 
 def _apart(at: float, period: float, gap: float, others: list[float]) -> float:
-    """The first moment from `at` on that is about `gap` from all others, each of which comes again after `period`."""
+    """The first moment from `at` on that is about `gap` away from all `others`, which recur every `period` seconds."""
 
     def distance(moment: float) -> float:
         return min(abs((moment - other + period / 2) % period - period / 2) for other in others)

@@ -1,4 +1,4 @@
-"""Asks all eligible validators for tasks at once, each by its own clock, and queues what they hand out."""
+"""Polls all eligible validators concurrently, each by its own clock, and queues their tasks."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from neurons.miner.validators.clock import ValidatorClocks
 from neurons.miner.validators.directory import ValidatorDirectory
 from neurons.protocol import PULL_TIMEOUT_S, PullTask
 
-# After a pull without an answer, and after a refusal: doubled with each one in a row.
+# Seconds after a pull without an answer, and after a refusal: doubled with each one in a row.
 FIRST_RETRY_S = 5.0
 FIRST_REFUSAL_PAUSE_S = 1.0
 MAX_RETRY_S = 300.0
-# A validator tells a miner that it does not know as registered to stay away for an hour. It says so to one that has
-# just registered, or registered again, until it reads the chain again, minutes later. So it is asked more often. It
-# counts no violation for these pulls, as it does for each one in a cooldown.
+# A validator tells a miner that is not registered to come back in an hour. A miner that has just registered hears that
+# until the validator reads the chain again, minutes later: so it asks sooner. Such pulls count no violation, unlike
+# pulls during a cooldown.
 UNREGISTERED_S = (3500.0, 3700.0)
 UNREGISTERED_RETRY_S = 300.0
-# How often the policy is asked again about a validator that is not worth a pull.
+# Seconds until the policy is asked again about a validator that is not worth a pull.
 RECONSIDER_S = 60.0
-# No validator's throttle period is longer; whatever one says, no task is held longer for more candidates.
+# Longest throttle period that is believed: no task is held longer for more candidates.
 MAX_THROTTLE_S = 60.0
 
 log = logging.getLogger(__name__)
@@ -46,10 +46,11 @@ class Generators(Forecast, Protocol):
 
 
 class AsyncTaskManager:
-    """One poller per validator. A validator gives a miner one task at a time, so a poller that holds a task waits
-    until it is settled: the queue never sees the same task twice, and never holds more than one per validator.
+    """One poller per validator.
 
-    Pulling is held back while no generator is ready, and while what is held already keeps them busy for long enough.
+    A validator gives a miner one task at a time, so a poller that holds a task waits until it is settled. The queue
+    never holds the same task twice, or two of one validator. There are no pulls while no generator is ready, or while
+    the held tasks keep the generators busy for long enough.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class AsyncTaskManager:
         phases: Phases | None = None,
     ) -> None:
         """`cooldowns`: hotkey -> unix time until which the validator may not be asked, from an earlier run.
-        `worth_asking_at` says the same of one that is not worth it now. Without `phases` each is asked at once.
+        `worth_asking_at`: hotkey -> unix time from which a pull is worth its cost. `phases` spreads the pulls.
         """
         self._dendrite = dendrite
         self._directory = directory
@@ -88,14 +89,14 @@ class AsyncTaskManager:
         self._addresses: dict[str, tuple[str, int]] = {}
         self._backing_off: dict[str, asyncio.Event] = {}
         self._asked: set[str] = set()
-        self._given: dict[str, tuple[str, float]] = {}  # hotkey -> its latest task, and when that was asked for first
+        self._given: dict[str, tuple[str, float]] = {}  # hotkey -> its latest task's id, and when that was first pulled
         self.first_round_done = asyncio.Event()
         self.closing = asyncio.Event()
         self.working: set[Assignment] = set()
         self.cooldowns: dict[str, float] = {}  # hotkey -> unix time until which its poller sleeps
 
     def sync(self) -> None:
-        """Polls every eligible validator, and no other. To be called when the directory changed."""
+        """Starts and stops pollers, so that exactly the eligible validators are polled. To be called after changes."""
         eligible = self._directory.eligible
         for hotkey in self._pollers.keys() - eligible.keys():
             # A poller that holds a task finishes it first.
@@ -121,7 +122,7 @@ class AsyncTaskManager:
             self._phases.keep(self._pollers.keys())
 
     async def next_assignment(self) -> Assignment | None:
-        """The next task to work on; None once the manager is closed. `finished` is to be called with it."""
+        """The next task to work on; None once the manager is closed. Call `finished` with it when it is generated."""
         assignment = await self._queue.get()
         if assignment is None:
             self._queue.put_nowait(None)  # for the other workers
@@ -130,7 +131,7 @@ class AsyncTaskManager:
         return assignment
 
     def finished(self, assignment: Assignment) -> None:
-        """Its generation is over: there is room for another task."""
+        """Frees the task's place, as its generation is over."""
         self.working.discard(assignment)
         place = self._places.get(assignment)
         if place is not None:
@@ -154,17 +155,17 @@ class AsyncTaskManager:
 
     @property
     def silent(self) -> int:
-        """How many validators gave no answer and are left alone for a while."""
+        """Number of validators that gave no answer and are not asked for a while."""
         return len(self._backing_off)
 
     @property
     def in_generation(self) -> int:
-        """Tasks that are worked on or wait for it."""
+        """Number of tasks in generation or waiting for it."""
         return len(self.working) + self.queued
 
     @property
     def queued(self) -> int:
-        """Tasks that wait for a worker."""
+        """Number of tasks that wait for a worker."""
         return self._queue.qsize()
 
     def _poller_ended(self, hotkey: str, poller: asyncio.Task[None]) -> None:
@@ -172,11 +173,11 @@ class AsyncTaskManager:
             del self._pollers[hotkey]
 
     async def _poll(self, hotkey: str) -> None:
-        """Until the validator is not eligible any more."""
+        """Polls the validator until it is not eligible any more."""
         ask_again_at = self._known_cooldowns.get(hotkey, 0.0)
         failures = refusals = 0
         while True:
-            # For the next poller of this validator, after a fault or an absence.
+            # Kept for this validator's next poller, after an error or an absence.
             self._known_cooldowns[hotkey] = ask_again_at
             await self._sleep_until(hotkey, ask_again_at)
             place = await self._admitted(hotkey)
@@ -208,7 +209,7 @@ class AsyncTaskManager:
                 place.leave()
 
     async def _admitted(self, hotkey: str) -> Place:
-        """Waits until there is somebody to work on another task; not so where a result waits for this pull."""
+        """Waits for room for another task; without waiting if a kept result needs this pull."""
         if self._submitter.keeps_for(hotkey):
             return self._admission.enter_at_once()
         await self._generators.ready.wait()
@@ -229,7 +230,7 @@ class AsyncTaskManager:
         return None
 
     def _refused(self, validator: Neuron, response: PullTask, sent: float, pause: float) -> float:
-        """What an answer without a task teaches; returns the unix time from which the validator may be asked again."""
+        """Handles an answer without a task. Returns the unix time from which the validator may be asked again."""
         now = self._now()
         cooldown_until, violations = response.cooldown_until, response.cooldown_violations
         if self._is_stranger_to(validator.hotkey, cooldown_until, violations):
@@ -253,7 +254,7 @@ class AsyncTaskManager:
         return violations == 0 and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
     async def _work_off(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
-        """Sees a pulled task through; returns the unix time from which the validator may be asked again."""
+        """Has a pulled task worked on. Returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
         shown = quoted(task.prompt) if task.type == "text" else f"image, {len(task.prompt)} characters"
@@ -280,7 +281,7 @@ class AsyncTaskManager:
             del self._places[assignment]
 
     async def _sleep_until(self, hotkey: str, ask_again_at: float) -> None:
-        """Until the validator may be asked and is worth it, which is looked up again every RECONSIDER_S."""
+        """Waits until the validator may be asked and is worth it, which is checked every RECONSIDER_S."""
         skipped = False
         try:
             while True:

@@ -1,4 +1,4 @@
-"""Workers: from an assignment to a result, by way of the generation services."""
+"""Workers: turn assignments into results with the generation services."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class TaskLeft(Exception):
-    """Nothing is submitted. The task stays open, and its validator hands it out again."""
+    """The task is left without a submission. It stays open, and its validator gives it out again."""
 
 
 class Generator(Protocol):
@@ -37,14 +37,14 @@ class Generator(Protocol):
     async def generate(
         self, task: Task, seed: int, patience: float, candidates: int, budget: float | None
     ) -> Generated:
-        """The best of so many candidates, within `patience` seconds. Raises GenerationFailed, AttemptFailed or
-        ServiceUnavailable.
+        """The best of `candidates` that are made within `budget` seconds; given up after `patience` seconds. Raises
+        GenerationFailed, AttemptFailed or ServiceUnavailable.
         """
 
 
 class Worker:
-    """Takes assignments until the manager is closed. `retries`: how often a rejected result is tried again once that
-    costs something.
+    """Works on assignments until the manager is closed. `retries`: how many further seeds are tried for a rejected
+    result after the free time is over.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Worker:
                 self._submitter.submit(assignment, result)
 
     async def _produce(self, assignment: Assignment) -> bytes:
-        """The compressed splat, or b"" where none would be accepted. Raises TaskLeft.
+        """The compressed splat, or b"" if none would be accepted. Raises TaskLeft.
 
-        A declined result costs ten minutes of cooldown, an empty one none. While none is fit, more candidates follow
-        for as long as that costs nothing, and then up to `retries` more attempts.
+        A declined result costs ten minutes of cooldown, an empty one none. While no candidate passes, more follow as
+        long as that is free, and then up to `retries` more attempts.
         """
         made = retried = 0
         planned = self._plan(assignment, made)
@@ -123,14 +123,14 @@ class Worker:
     async def _better(
         self, assignment: Assignment, result: bytes, event: Generation, made: int
     ) -> tuple[bytes, Generation]:
-        """A fit result, or a better one if there is any among those that can be made in the time that costs nothing."""
+        """A result that passes, or a better one among the candidates that can be made in the free time."""
         while event.score is not None and not self._manager.closing.is_set():
             planned = self._plan(assignment, made)
             if planned is None:
                 break
             asked_at = self._now()
             found = await self._round(assignment, planned, event.score)
-            if found is None:  # what there is goes out
+            if found is None:  # submit the best so far
                 event = replace(event, seconds=event.seconds + self._now() - asked_at)
                 break
             other, again = found
@@ -145,7 +145,7 @@ class Worker:
         return result, event
 
     async def _round(self, assignment: Assignment, planned: Round, beat: float) -> tuple[bytes, Generation] | None:
-        """As `_attempt`; None where it is late, where the services are gone, or as soon as the miner stops."""
+        """As `_attempt`; None if it is late, if the services are gone, or as soon as the miner stops."""
         attempt = asyncio.create_task(self._attempt(assignment, planned, beat))
         closing = asyncio.create_task(self._manager.closing.wait())
         try:
@@ -165,9 +165,9 @@ class Worker:
     async def _attempt(
         self, assignment: Assignment, planned: Round | None, beat: float | None = None
     ) -> tuple[bytes, Generation]:
-        """One request for candidates, and what became of it: "given_up" when another attempt would end the same way.
+        """One request for candidates, and its event: "given_up" if another attempt would end the same way.
 
-        The result is b"" as well where its score does not `beat` another one's.
+        The result is b"" also if its score does not exceed `beat`, another result's.
         """
         validator, task = assignment.validator, assignment.task
 
@@ -178,7 +178,7 @@ class Worker:
             return Generation(validator, task, outcome, seconds, score, size, endpoint, reason, *of)
 
         generated: Generated | None = None
-        done: Generated | AttemptFailed | None = None  # by a service, which says how long it took
+        done: Generated | AttemptFailed | None = None  # has the seconds that a service took
         try:
             patience = assignment.pulled_at + USEFUL_AGE_S - self._now()
             asked = (1, None) if planned is None else (planned.candidates, planned.budget)
@@ -206,7 +206,7 @@ class Worker:
             self._record(over("endpoint", str(error)))
             raise TaskLeft(str(error)) from error
         except Exception as error:
-            # Whatever went wrong with this task must not take the worker along.
+            # An error with this task must not end the worker.
             log.exception("Generation failed for validator [%d]", validator.uid)
             return b"", over("failed", type(error).__name__)
 

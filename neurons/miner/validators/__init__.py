@@ -1,1 +1,1 @@
-"""Who is asked, when by its own clock, and how."""
+"""Which validators are asked for tasks, when by their clocks, and how."""

@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Collection
 from email.utils import parsedate_to_datetime
 
-# After an answer that says nothing usable about when to come back.
+# Seconds after an answer without a usable time to come back.
 DEFAULT_PAUSE_S = 30.0
-# A cooldown that ended up to this long before it was announced is over. One that ended earlier makes no sense.
+# A cooldown that is announced as over for at most this long is over. One that ended earlier makes no sense.
 JUST_OVER_S = 60.0
-# Between two pulls in any case.
+# Least seconds between two pulls.
 MIN_PAUSE_S = 1.0
-# Validators announce 300 to 3,600 s. Whatever one says, it is asked again after this.
+# Most seconds until the next pull, whatever a validator announces: 300 to 3,600 s are normal.
 MAX_COOLDOWN_S = 4 * 3600.0
 # How far a validator's clock may be behind ours when it does not tell.
 UNKNOWN_CLOCK_MARGIN_S = 5.0
-# A Date header further off than this is not the time.
+# A Date header that is further off than this is ignored.
 MAX_OFFSET_S = 86_400.0
 # Truncated to a second, written once a second, and a bit for a busy server.
 MAX_HEADER_AGE_S = 3.0
@@ -39,9 +39,9 @@ _START_NS = time.time_ns() - time.monotonic_ns()
 
 
 def steady_time_ns() -> int:
-    """Unix nanoseconds that never step while this process lives, whatever is done to this machine's clock.
+    """Unix nanoseconds that never step while this process lives, even if this machine's clock is set.
 
-    A step would be a pull before its time, or a nonce that validators have seen go by.
+    A step would cause a pull that is too early, or a nonce that validators refuse as old.
     """
     return _START_NS + time.monotonic_ns()
 
@@ -71,7 +71,7 @@ class ValidatorClock:
             return
         if self.told_at is not None:
             drift = self.drift(received)
-            # An earlier header may have been fresher. Where the two contradict each other, the clock was set.
+            # An earlier header may have been fresher. If the two contradict each other, the clock was set.
             if self.low - drift <= high and low <= self.high + drift:
                 low = max(low, self.low - drift)
         self.low, self.high, self.told_at = low, high, received
@@ -80,7 +80,7 @@ class ValidatorClock:
         """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
         high = cooldown_until - sent
         if -MAX_OFFSET_S <= high < self.low - self.drift(sent) + ROUNDING_S:
-            # The validator's rules go by another clock than the one in its header.
+            # The validator counts by another clock than its header's.
             self._header_is_wrong |= self.told_at is not None
             self.low, self.high, self.told_at = high - UNKNOWN_CLOCK_MARGIN_S, high, None
 

@@ -1,4 +1,4 @@
-"""bittensor's Dendrite, made fit for machines without internet and for validators that mean no good."""
+"""bittensor's Dendrite, hardened for machines without internet and against hostile validators."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class _Sender:
 class ValidatorDendrite(bt.Dendrite):
     """Calls validators' axons, and nothing but them: no redirects, no proxies, answers of bounded size.
 
-    Requests are Dendrite's in all but their nonces, which are the machine's clock there: an axon refuses them for as
-    long as that was set back. Answers are read here: Dendrite's own way with them lets a validator set every field of
-    the synapse (and raise from `call` by doing so), send compressed data, or choose a codec that takes hours.
+    Requests are as Dendrite's but for their nonces. Dendrite takes those from the machine's clock, and after it was
+    set back, an axon refuses them for as long. Answers are not read by Dendrite's code, which would let a validator set
+    every field of the synapse (and raise from `call` by doing so), send compressed data, or choose a slow codec.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ def parse(body: bytes) -> dict[str, Any]:
 
 
 def fill(synapse: bt.Synapse, answer: dict[str, Any]) -> None:
-    """Takes over what the protocol lets a validator say, and nothing else. Raises ValueError for a wrong type."""
+    """Copies the answer's ANSWER_FIELDS into `synapse`, and nothing else. Raises ValueError for a wrong type."""
     for name in ANSWER_FIELDS[type(synapse)]:
         if name in answer:
             setattr(synapse, name, answer[name])

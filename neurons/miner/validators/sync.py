@@ -1,4 +1,4 @@
-"""Keeps the directory of validators as the chain and the blacklist have it, in the background."""
+"""Keeps the directory of validators up to date with the chain and the blacklist."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class Follower(Protocol):
-    """Who acts on the directory: the task manager."""
+    """Acts on changes of the directory: the task manager."""
 
     def sync(self) -> None:
-        """Do as the directory says now."""
+        """Adapts to the directory."""
 
 
 class Synchroniser:
-    """`problem` says what stands in the way of mining; empty when nothing does."""
+    """Reads the chain and the blacklist's file regularly. `problem`: why the miner cannot mine now, or ""."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Synchroniser:
         self.problem = f"reading the metagraph of {network}"
 
     async def follow_chain(self) -> None:
-        """Reads the metagraph every `interval` seconds, sooner and then less and less often while there is none."""
+        """Reads the metagraph every `interval` seconds; sooner, with growing pauses, while that fails."""
         log.info("Reading the metagraph on %s", self._network)
         while True:
             retrying = AsyncRetrying(
@@ -76,7 +76,7 @@ class Synchroniser:
         return self.problem
 
     async def _problem(self) -> str:
-        """What stands in the way, if anything does. While the chain is out of reach, what was known stays in force."""
+        """Why the miner cannot mine, or "". While the chain cannot be reached, the last metagraph stays in force."""
         try:
             metagraph = await self._fetch()
         except MetagraphUnavailable as error:

@@ -142,17 +142,19 @@ def test_trelliss_captured_steps_are_as_those_that_are_not(mini_models, tmp_path
     assert torch.equal(before, after)
 
 
-def test_trelliss_host_waits_once_for_a_structure_and_once_for_its_gaussians(mini_models, tmp_path):
-    """All else could be captured: no copy to or from the host, nothing that it waits for."""
+def test_the_host_waits_for_nothing_from_trelliss_latents_to_its_gaussians(mini_models, tmp_path):
+    """It all could be captured: no copy to or from the host, nothing that it waits for."""
     generator = trellis(mini_models, tmp_path)
     networks, works = generator._networks, of_pictures(generator, 0, 1)
     for _ in range(3):
         generator.tick(works)
-    latents, times = torch.cat([work.latents for work in works]), torch.full((2,), 700.0, device=DEVICE)
-    voxels, doubled = generator._join([work.voxels for work in works], 1)
+    latents = torch.cat([work.latents for work in works if work.latents is not None])
+    times = torch.full((2,), 700.0, device=DEVICE)
+    contexts = [work.context for work in works if work.context is not None]
+    voxels, doubled = generator._join([work.voxels for work in works if work.voxels is not None], 1)
 
     def step(latents: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        velocities = networks.slat_flow(latents, times, [work.context for work in works], voxels, doubled)
+        velocities = networks.slat_flow(latents, times, contexts, voxels, doubled)
         splats = [to_gaussians(raw) for raw in networks.gaussian_decoder(latents, voxels.fine)]
         return velocities, *(field for each in splats for field in sharpened(capped(each, 3000)).tensors().values())
 
@@ -164,41 +166,22 @@ def test_trelliss_host_waits_once_for_a_structure_and_once_for_its_gaussians(min
 
 
 def test_attention_of_different_lengths_is_as_that_of_each_alone():
-    """Without one that has no tokens, and whatever is longest; FlashAttention would miss what is longer."""
-    lengths, others = [5, 0, 9, 1], [3, 2, 4, 7]
+    """Also where one has no tokens. FlashAttention misses what is longer than it is told."""
+    lengths, others, cpu = [5, 0, 9, 1], [3, 2, 4, 7], torch.device("cpu")
     q, k, v = (torch.randn(sum(each), 2, 8).half() for each in (lengths, others, others))
-    there = [x.to(DEVICE) for x in (q, k, v)]
 
-    def sequences(each: list[int], device: torch.device, shorter: int = 0) -> Sequences:
-        made = Sequences.of(each, device)
-        return replace(made, longest=made.longest - shorter)
+    def attended(device: torch.device, queries_shorter: int = 0, keys_shorter: int = 0) -> torch.Tensor:
+        queries, keys = (Sequences.of(each, device) for each in (lengths, others))
+        queries = replace(queries, longest=queries.longest - queries_shorter)
+        keys = replace(keys, longest=keys.longest - keys_shorter)
+        return attend(q.to(device), k.to(device), v.to(device), queries, keys).cpu()
 
-    cpu = torch.device("cpu")
-    alone = attend(q, k, v, sequences(lengths, cpu), sequences(others, cpu))
-    together = attend(*there, sequences(lengths, DEVICE), sequences(others, DEVICE)).cpu()
-    assert float((together - alone).abs().max()) < 1e-3
-    for wrong in ((1, 0), (0, 1)):
-        given = [sequences(each, DEVICE, by) for each, by in zip((lengths, others), wrong, strict=True)]
-        assert not torch.allclose(attend(*there, *given).cpu(), alone, atol=1e-2)
-    first, key = (slice(0, each[0]) for each in (lengths, others))
-    alike = attend(q[first], k[key], v[key], *(Sequences.alike_ones(1, n, cpu) for n in (5, 3)))
-    assert float((alike - alone[first]).abs().max()) < 1e-3
-
-
-@pytest.mark.slow
-def test_encoders_that_are_offloaded_are_on_the_gpu_while_they_encode(mini_models, tmp_path):
-    mini_checkpoints.imagedream(tmp_path)
-    conditions = []
-    for offload in (False, True):
-        views = ImageDream.load(tmp_path, DEVICE, torch.bfloat16, steps=2, offload_encoders=offload)
-        views._capture_encoder(1)
-        (sampling,) = views.begin([""], [torch.ones(4, 32, 32, device=DEVICE)], [0])
-        encoders = views._words.encoder, views._image_encoder
-        assert {each.is_there for encoder in encoders for each in encoder.parameters()} == {not offload}
-        assert all(parameter.is_there for parameter in views._unet.parameters())
-        conditions.append((sampling.words.cpu(), sampling.known[0].cpu()))
-    assert torch.equal(*(words for words, _ in conditions))
-    assert torch.equal(*(known for _, known in conditions))
+    alone = attended(cpu)
+    assert torch.allclose(attended(DEVICE), alone, atol=5e-3)
+    assert not torch.allclose(attended(DEVICE, queries_shorter=1), alone, atol=1e-2)
+    assert not torch.allclose(attended(DEVICE, keys_shorter=1), alone, atol=1e-2)
+    alike = attend(q[:5], k[:3], v[:3], Sequences.alike_ones(1, 5, cpu), Sequences.alike_ones(1, 3, cpu))
+    assert torch.allclose(alike, alone[:5], atol=5e-3)
 
 
 @pytest.mark.parametrize("position", ["absolute", "ray"])
