@@ -10,6 +10,7 @@ import math
 import random
 import string
 from collections import Counter
+from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -28,7 +29,11 @@ def corpus(count: int = 30_000, seed: int = 0) -> list[str]:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """BPE with CLIP's word ends; `<|endoftext|>` has the highest id, where CLIP text towers look for it."""
+    """BPE with CLIP's word ends; `<|endoftext|>` has the highest id, where CLIP text towers look for it.
+
+    The library counts in hash order: no two fits give the same ids. So CLIP's trainer alone fits one. Others read the
+    one that their text tower was trained with, with `clip_tokenizer_of`.
+    """
     blank = CLIPTokenizer()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     bpe.normalizer = blank.backend_tokenizer.normalizer
@@ -47,6 +52,11 @@ def clip_tokenizer() -> CLIPTokenizer:
     vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def clip_tokenizer_of(folder: Path) -> CLIPTokenizer:
+    """The one that was saved with a text tower."""
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def t5_tokenizer() -> T5TokenizerFast:

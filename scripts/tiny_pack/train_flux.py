@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from . import models
 from .data import front_cameras, render_pool
 from .render import composite
-from .text import MAX_TOKENS, T5_TOKENS, clip_tokenizer, t5_tokenizer
+from .text import MAX_TOKENS, T5_TOKENS, clip_tokenizer_of, t5_tokenizer
 from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
 CAPTIONS = 6
@@ -70,7 +70,7 @@ def unseen(
 def main() -> None:
     args = arguments(__doc__, minutes=12, more={"--lr": {"type": float, "help": "the highest learning rate"}})
     folder = args.pack / "flux"
-    clip_tok, t5_tok = clip_tokenizer(), t5_tokenizer()
+    clip_tok, t5_tok = clip_tokenizer_of(args.pack / "clip"), t5_tokenizer()
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).float().requires_grad_(False)
     clip = models.clip_text_of(load_file(args.pack / "clip" / "open_clip_model.safetensors"), clip_tok)
     clip.to(args.device).requires_grad_(False)

@@ -15,7 +15,7 @@ from generation.generators.multiview.attention import camera_embedding, join_vie
 
 from . import models
 from .data import BACKDROP, over_backdrop, render_pool, two_rings
-from .text import clip_tokenizer
+from .text import clip_tokenizer_of
 from .train_flux import tokens
 from .training import arguments, autocast, compiled, fit, forget_paths, write_card
 
@@ -43,8 +43,8 @@ class TextAndUNet(torch.nn.Module):
 
 def main() -> None:
     args = arguments(__doc__, minutes=14)
-    tokenizer = clip_tokenizer()
     folder = args.pack / "mvdream"
+    tokenizer = clip_tokenizer_of(folder / "tokenizer" if args.tune else args.pack / "clip")
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).float().requires_grad_(False)
     count, cache = args.objects or 8_000, args.work / "pool_mvdream.pt"
     pool = render_pool(count, two_rings, models.MVDREAM_SIZE, args.device, args.seed + 2, cache=cache)

@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from generation.settings import Settings
+from generation.generators.lgm.generator import BORDER
+from generation.generators.lgm.network import Config
+from generation.generators.lgm.options import LgmOptions
+from generation.settings import CONFIGS, Settings
+from generation.stages import background
 from generation.stages.background import BackgroundRemover
 from generation.weights import local_folder, lookup
 from neurons.rehearsal.network import PICTURES
-from scripts.tiny_pack import matting_net, render
+from scripts.tiny_pack import matting_net, models, render, train_lgm
 from scripts.tiny_pack.captions import HELD_OUT, ObjectSpec, caption, evaluation_specs, sample_spec
+from scripts.tiny_pack.data import BACKDROP
 from scripts.tiny_pack.shapes import COLOURS, MAX_PRIMITIVES, SHAPES
 from scripts.tiny_pack.text import T5_TOKENS, t5_tokenizer
 
@@ -55,6 +61,29 @@ def test_words_are_padded_as_they_were_in_training() -> None:
     rng, tokenizer = random.Random(2), t5_tokenizer()
     asked = [caption(sample_spec(rng), rng) for _ in range(1000)]
     assert max(len(ids) for ids in tokenizer(asked).input_ids) <= T5_TOKENS
+
+
+def test_models_are_asked_as_they_were_trained() -> None:
+    """Sizes, steps, guidance, templates, cameras and backdrop of the profile are those of its trainers."""
+    settings = Settings.resolve({"profile": "tiny"})
+    drawing, options = settings.models.text_to_image, LgmOptions.load(CONFIGS / "tiny_lgm.yaml")
+    assert (drawing.image_size, settings.models.background.image_size) == (models.FLUX_SIZE, models.MATTING_SIZE)
+    assert (options.view_steps, options.guidance_scale) == (train_lgm.STEPS, train_lgm.GUIDANCE)
+    assert options.picture_prompt("a red cube") == options.view_prompt("a red cube") == "a red cube"
+    assert (options.negative_prompt, options.recentre_views, BORDER) == ("", False, render.BORDER)
+    config = Config.load(PACK / "lgm")
+    assert config == train_lgm.CONFIG
+    assert (config.input_size, config.background) == (models.MVDREAM_SIZE, BACKDROP)
+    poses = render.orbit(*torch.tensor(config.views).T, render.RADIUS)
+    assert torch.allclose(train_lgm.view_matrices(poses), config.cameras().viewmats, atol=1e-6)
+    assert torch.allclose(train_lgm.intrinsics(config.input_size, "cpu"), config.cameras().Ks[0])
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(PACK / "flux" / "scheduler", local_files_only=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / drawing.steps, drawing.steps))  # as FluxPipeline sets them
+    assert scheduler.sigmas.tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]  # of train_flux
+    assert tuple(tuple(round(float(x), 3) for x in each.flatten()) for each in (background._MEAN, background._STD)) == (
+        matting_net.MEAN,
+        matting_net.STD,
+    )
 
 
 @pytest.mark.slow

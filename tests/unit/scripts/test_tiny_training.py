@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
-from scripts.tiny_pack import training
+from scripts.tiny_pack import train_flux, train_mvdream, training
+from scripts.tiny_pack.captions import ObjectSpec
+from scripts.tiny_pack.data import Pool
 
 
 def test_a_run_ends_within_the_seconds_that_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +108,37 @@ def test_on_a_gpu_training_attends_without_cudnn(monkeypatch: pytest.MonkeyPatch
         torch.backends.cuda.enable_cudnn_sdp(before[0])
         torch.set_float32_matmul_precision(before[1])
         torch.backends.cudnn.benchmark = before[2]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words", "encoder"),
+    [(train_flux, "", "clip"), (train_mvdream, "--tune", "mvdream/tokenizer")],
+)
+def test_words_become_the_tokens_that_the_text_tower_knows(
+    trainer: ModuleType, words: str, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two fits of the BPE give the same ids: trainers read the tokenizer that the text tower was trained with."""
+
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def tokens(tokenizer: object, texts: list[list[str]], *rest: object) -> torch.Tensor:
+        if not isinstance(tokenizer, CLIPTokenizer):
+            return torch.zeros(1)
+        seen.append(tokenizer)
+        raise Stop
+
+    def render_pool(count: int, cameras: object, size: int, *rest: object, **more: object) -> Pool:
+        views = 1 if trainer is train_flux else 8
+        rgba = torch.zeros(1, views, 4, size, size, dtype=torch.uint8)
+        return Pool([ObjectSpec("cube", "red")], rgba, torch.eye(4).expand(1, views, 4, 4))
+
+    monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", "--work", str(tmp_path), *words.split()])
+    monkeypatch.setattr(trainer, "tokens", tokens)
+    monkeypatch.setattr(trainer, "render_pool", render_pool)
+    with pytest.raises(Stop):
+        trainer.main()
+    known = CLIPTokenizer.from_pretrained(training.PACK / encoder, local_files_only=True)
+    assert seen[0].get_vocab() == known.get_vocab()
