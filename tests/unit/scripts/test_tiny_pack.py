@@ -74,7 +74,8 @@ def test_models_are_asked_as_they_were_trained() -> None:
     config = Config.load(PACK / "lgm")
     assert config == train_lgm.CONFIG
     assert (config.input_size, config.background) == (models.MVDREAM_SIZE, BACKDROP)
-    poses = render.orbit(*torch.tensor(config.views).T, render.RADIUS)
+    elevation, azimuth = torch.tensor(config.views).T
+    poses = render.orbit(elevation, azimuth, torch.full_like(azimuth, render.RADIUS))
     assert torch.allclose(train_lgm.view_matrices(poses), config.cameras().viewmats, atol=1e-6)
     assert torch.allclose(train_lgm.intrinsics(config.input_size, "cpu"), config.cameras().Ks[0])
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(PACK / "flux" / "scheduler", local_files_only=True)
