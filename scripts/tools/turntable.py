@@ -25,7 +25,7 @@ from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.stages.self_check import ELEVATION, FOVY, RADIUS, fit_to_frame
 
-PROMPTS = ("a green chair", "a yellow mushroom", "a pink lamp", "a blue hat", "a red cone")
+PROMPTS = ("an orange mug", "a green chair", "a purple mushroom", "a yellow castle", "a cyan boat")
 SERVICE = "http://127.0.0.1:10006"
 SEEDS = 4
 FRAMES = 36
