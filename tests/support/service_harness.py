@@ -173,6 +173,10 @@ def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
     return thread, results
 
 
+def request_of(prompt: str, seed: int = 1, background: bool = False) -> Request:
+    return Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
+
+
 def ask(service: Service, prompt: str, priority: str) -> tuple[threading.Thread, list[Any]]:
     """A request in a thread: as ``in_thread``."""
     form, headers = {"prompt": prompt}, {"X-Priority": priority}

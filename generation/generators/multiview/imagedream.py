@@ -55,10 +55,10 @@ class ImageDream(MultiViewModel):
         self._resampler = resampler.eval().requires_grad_(False)
         self._image_encoder = image_encoder.eval().requires_grad_(False)
         self._networks.append(resampler)
-        self._resting: Offloaded | None = None
+        self._offloaded_encoder: Offloaded | None = None
         if offload_encoders:
-            self._resting = Offloaded(image_encoder, unet.device)
-            self._resting.offload()
+            self._offloaded_encoder = Offloaded(image_encoder, unet.device)
+            self._offloaded_encoder.offload()
         else:
             self._networks.append(image_encoder)
         self._processor = processor
@@ -107,7 +107,7 @@ class ImageDream(MultiViewModel):
         given = [cutout for cutout in cutouts if cutout is not None]
         if len(given) < len(cutouts):
             raise ValueError("ImageDream draws views of a picture: a cut-out is missing")
-        with self._resting.on_device() if self._resting else nullcontext():
+        with self._offloaded_encoder.on_device() if self._offloaded_encoder else nullcontext():
             seen = [self._look(*self._prepared(given[some])) for some in split_batch(len(given))]
         tokens, means, deviations = (torch.cat(parts) for parts in zip(*seen, strict=True))
         samplings = []
@@ -135,7 +135,7 @@ class ImageDream(MultiViewModel):
         return [*super()._captured(), self._look]
 
     def _capture_encoder(self, size: int) -> None:
-        if self._resting:  # a graph would know where its weights were
+        if self._offloaded_encoder:  # a CUDA graph holds the addresses of its weights
             return
         cutout = torch.ones(4, self.image_size, self.image_size)
         self._look.capture(*self._prepared([cutout] * size))

@@ -28,7 +28,7 @@ class Sequences:
 
     starts: Tensor  # (S + 1,) int32: where each begins, and where the last one ends
     longest: int  # none has more tokens
-    alike: bool = False  # all have that many, and such batches come again and again
+    equal: bool = False  # all are that long, and such shapes recur
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Sequences:
@@ -36,9 +36,9 @@ class Sequences:
         return cls(copy_async(starts, device), max(lengths))
 
     @classmethod
-    def alike_ones(cls, count: int, length: int, device: torch.device) -> Sequences:
+    def of_equal_length(cls, count: int, length: int, device: torch.device) -> Sequences:
         starts = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
-        return cls(starts, length, alike=True)
+        return cls(starts, length, equal=True)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -172,10 +172,10 @@ class CrossAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences) -> Tensor:
     """(T, heads, D): each sequence's queries (T in all) see its own keys and values (S in all), each head by itself.
 
-    Only sequences that are alike go to ``scaled_dot_product_attention``: on Hopper and Blackwell it is cuDNN's, which
+    Only sequences of equal length go to ``scaled_dot_product_attention``: on Hopper and Blackwell it is cuDNN's, which
     makes a plan for each new shape. That takes the host tens of milliseconds, and every structure has new shapes.
     """
-    if queries.alike and keys.alike:
+    if queries.equal and keys.equal:
         batch = len(queries.starts) - 1
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
         # Detached it is no view, as what is made below: torch.compile would make code for both.
@@ -287,7 +287,7 @@ class FlowBlocks(nn.ModuleList):
 
     def run(self, x: Tensor, time: Tensor, packing: Packing, contexts: Sequence[Tensor]) -> Tensor:
         """Tokens (T, C) after all of them, with the keys and values of each conditional sample's picture."""
-        pictures = Sequences.alike_ones(len(contexts), contexts[0].shape[1], x.device)
+        pictures = Sequences.of_equal_length(len(contexts), contexts[0].shape[1], x.device)
         for number, block in enumerate(self):
             own = [context[number] for context in contexts]
             x = block(x, time, packing, torch.cat(own) if len(own) > 1 else own[0], pictures)

@@ -63,7 +63,7 @@ class StructureFlow(nn.Module):
         """
         cells = self.resolution**3
         count, device = len(x) + guided, x.device
-        samples, conditional = (Sequences.alike_ones(each, cells, device) for each in (count, len(x)))
+        samples, conditional = (Sequences.of_equal_length(each, cells, device) for each in (count, len(x)))
         packing = Packing(samples, owners([cells] * count, device), conditional, len(x) * cells)
         dtype = self.blocks.dtype
         h = (self.input_layer(x.flatten(2).transpose(1, 2)) + self.pos_emb).flatten(0, 1).to(dtype)

@@ -19,7 +19,6 @@ import pytest
 from generation.engine import engine as engine_module
 from generation.engine.engine import DeadlineExceeded, Engine, StageFailed, Unavailable
 from generation.pipeline.job import Job
-from generation.schema.results import Request
 from tests.support.service_harness import (
     PATIENCE_S,
     Service,
@@ -27,14 +26,11 @@ from tests.support.service_harness import (
     ask,
     hold,
     in_thread,
+    request_of,
     serving,
     wait_until,
 )
 from tests.support.waiting import until
-
-
-def of(prompt: str, seed: int = 1, background: bool = False) -> Request:
-    return Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
 
 
 def send_and_keep_open(service: Service, prompt: str) -> socket.socket:
@@ -207,15 +203,15 @@ async def test_a_request_that_takes_too_long_ends_at_its_deadline(
     engine, pipeline = ready_engine
     monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.05)
     with pytest.raises(DeadlineExceeded):
-        await engine.generate(of("hold"))
+        await engine.generate(request_of("hold"))
     await asyncio.to_thread(wait_until, lambda: pipeline.cancelled == ["hold"])
     monkeypatch.undo()
-    assert (await engine.generate(of("a"))).ply == b"ply\na 1"
+    assert (await engine.generate(request_of("a"))).ply == b"ply\na 1"
 
 
 async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
-    tasks = [asyncio.create_task(engine.generate(of(prompt))) for prompt in ("hold", "a")]
+    tasks = [asyncio.create_task(engine.generate(request_of(prompt))) for prompt in ("hold", "a")]
     await until(lambda: engine.active)
     await asyncio.to_thread(engine.stop, PATIENCE_S)
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -223,7 +219,7 @@ async def test_stopping_ends_what_runs_and_what_waits(ready_engine: tuple[Engine
     assert not engine._thread.is_alive()
     assert pipeline.started[1:] == []
     with pytest.raises(Unavailable):
-        await engine.generate(of("b"))
+        await engine.generate(request_of("b"))
 
 
 async def test_calls_give_back_a_value_error_and_wrap_the_rest(ready_engine: tuple[Engine, StandInPipeline]) -> None:
@@ -242,15 +238,15 @@ async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
     engine, pipeline = ready_engine
     monkeypatch.setattr(pipeline, "tick", lambda jobs: 1 // 0)
     with pytest.raises(StageFailed, match="ZeroDivisionError"):
-        await engine.generate(of("a"))
+        await engine.generate(request_of("a"))
     monkeypatch.undo()
-    assert (await engine.generate(of("a"))).ply == b"ply\na 1"
+    assert (await engine.generate(request_of("a"))).ply == b"ply\na 1"
 
 
 async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
     told: list[tuple[str, float]] = []
-    running = asyncio.create_task(engine.generate(of("hold", seed=7), lambda *progress: told.append(progress)))
+    running = asyncio.create_task(engine.generate(request_of("hold", seed=7), lambda *progress: told.append(progress)))
     await until(lambda: told)
     entry = engine.health()[0]
     assert (entry["device"], entry["name"], entry["status"], entry["queue_depth"]) == ("cpu", "CPU", "ready", 0)
@@ -274,7 +270,7 @@ async def test_health_tells_the_memory_after_the_latest_tick(monkeypatch: pytest
     await asyncio.to_thread(wait_until, lambda: engine.status == "ready")
     entry = engine.health()[0]
     assert (entry["device"], entry["name"], entry["memory"]) == ("cuda:0", "the card cuda:0", {"used_bytes": 1})
-    asset = await engine.generate(of("a"))
+    asset = await engine.generate(request_of("a"))
     assert asset.report.device == "cuda:0"
     assert engine.health()[0]["memory"] == {"used_bytes": 2}
     engine.stop(PATIENCE_S)
@@ -315,7 +311,7 @@ class TestMemory:
 
     async def test_a_result_is_freed_with_its_answer(self, ready_engine: tuple[Engine, StandInPipeline]) -> None:
         engine, _ = ready_engine
-        asset = await engine.generate(of("a"))
+        asset = await engine.generate(request_of("a"))
         scores = await engine.call(lambda pipeline: pipeline.validate(b"ply", "a", False, False, 0.6))
         kept: list[weakref.ref[Any]] = [weakref.ref(asset), weakref.ref(scores)]
         del asset, scores
@@ -351,7 +347,7 @@ class TestMemory:
                     job.outcome = error
 
         monkeypatch.setattr(pipeline, "tick", tick)
-        asked = engine.call(lambda _: fail(None)) if way == "call" else engine.generate(of("a"))
+        asked = engine.call(lambda _: fail(None)) if way == "call" else engine.generate(request_of("a"))
         task = asyncio.ensure_future(asked)
         await until(lambda: kept)
         if way == "cancelled":

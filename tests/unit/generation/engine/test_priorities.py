@@ -13,21 +13,17 @@ import pytest
 
 from generation.engine import engine as engine_module
 from generation.engine.engine import Engine
-from generation.schema.results import Request
 from tests.support.service_harness import (
     PATIENCE_S,
     StandInPipeline,
     ask,
     hold,
     in_thread,
+    request_of,
     serving,
     wait_until,
 )
 from tests.support.waiting import until
-
-
-def of(prompt: str, seed: int = 1, background: bool = False) -> Request:
-    return Request(prompt=prompt, seed=seed, threshold=0.6, background=background)
 
 
 def test_what_a_person_asks_for_pauses_the_background() -> None:
@@ -71,7 +67,7 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
     ready_engine: tuple[Engine, StandInPipeline],
 ) -> None:
     engine, pipeline = ready_engine
-    held = asyncio.create_task(engine.generate(of("hold")))
+    held = asyncio.create_task(engine.generate(request_of("hold")))
     await until(lambda: engine.active)
     order: list[str] = []
     waits = asyncio.create_task(engine.call(lambda _: order.append("background"), background=True))
@@ -96,9 +92,9 @@ async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
         tick(jobs)
 
     pipeline.tick = first  # type: ignore[method-assign]
-    background = asyncio.create_task(engine.generate(of("a", background=True)))
+    background = asyncio.create_task(engine.generate(request_of("a", background=True)))
     await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate(of("b"))).ply
+    assert (await engine.generate(request_of("b"))).ply
     assert (await background).ply
     assert paused == [False, True]
     assert [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
@@ -110,7 +106,7 @@ async def test_the_background_has_no_deadline(
     """A task must not be lost because a person asked for something meanwhile."""
     engine, pipeline = ready_engine
     monkeypatch.setattr(engine_module, "TIMEOUT_S", 0.0)
-    held = asyncio.create_task(engine.generate(of("hold", background=True)))
+    held = asyncio.create_task(engine.generate(request_of("hold", background=True)))
     await until(lambda: engine.active)
     assert pipeline.started[0].deadline is None
     pipeline.go.set()

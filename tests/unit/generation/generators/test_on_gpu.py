@@ -180,7 +180,7 @@ def test_attention_of_different_lengths_is_as_that_of_each_alone():
     assert torch.allclose(attended(DEVICE), alone, atol=5e-3)
     assert not torch.allclose(attended(DEVICE, queries_shorter=1), alone, atol=1e-2)
     assert not torch.allclose(attended(DEVICE, keys_shorter=1), alone, atol=1e-2)
-    alike = attend(q[:5], k[:3], v[:3], Sequences.alike_ones(1, 5, cpu), Sequences.alike_ones(1, 3, cpu))
+    alike = attend(q[:5], k[:3], v[:3], Sequences.of_equal_length(1, 5, cpu), Sequences.of_equal_length(1, 3, cpu))
     assert torch.allclose(alike, alone[:5], atol=5e-3)
 
 
