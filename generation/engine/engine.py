@@ -381,10 +381,8 @@ class Engine:
                 done.append((generation, outcome))
         with self._changed:
             self._active = [generation for generation, _ in going_on]
-        for (
-            generation,
-            outcome,
-        ) in done:  # after the update of _active: a client may ask for it as soon as it has its answer
+        # After the update of _active: a client may ask for it as soon as it has its answer.
+        for generation, outcome in done:
             _settle(generation, outcome)
         return going_on
 

@@ -188,7 +188,7 @@ class Pipeline:
         turn = self._generator(jobs[0])
         try:
             self.bring_onto_device(turn)
-        except Exception as error:  # of theirs alone; when memory is full they are tried again
+        except Exception as error:  # fails this generator's jobs alone; if memory is full they are retried
             for job in jobs:
                 if self._generator(job) is turn:
                     job.outcome = error
@@ -253,9 +253,8 @@ class Pipeline:
         """Encode the jobs' prompts in one batch, before they are needed."""
         prompts = [job.request.prompt for job in jobs if job.outcome is None]
         if texts := [prompt for prompt in prompts if prompt]:
-            with suppress(
-                Exception
-            ):  # the culprit is unknown: each job encodes its own prompt later, and fails by itself
+            # If it fails, the culprit is unknown: each job encodes its own prompt later, and fails by itself.
+            with suppress(Exception):
                 encode(texts)
 
     def _prefetch(self, generator: Generator, jobs: list[Job]) -> None:
