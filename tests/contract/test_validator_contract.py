@@ -181,7 +181,7 @@ async def test_as_the_public_validator(name: str, tmp_path: Path) -> None:
 
 def test_the_miner_reckons_with_the_limits_that_the_transcripts_have() -> None:
     limits = Limits()  # the ones of `test_as_the_public_validator`
-    assert (verdicts.TASK_COOLDOWN_S, verdicts.LOCK_S) == (limits.task_cooldown, limits.validation_lock)
+    assert (limits.task_cooldown, limits.validation_lock) == (verdicts.TASK_COOLDOWN_S, verdicts.LOCK_S)
     assert limits.window == verdicts.WINDOW_S
 
 

@@ -10,17 +10,14 @@ from pathlib import Path
 import pytest
 
 from neurons.miner.records.bookkeeping import Bookkeeping
-from neurons.miner.records.events import Event, Settlement, Submission, SubmissionOutcome
+from neurons.miner.records.events import Submission, SubmissionOutcome
 from neurons.miner.records.verdicts import PastSubmission, Span
 from neurons.miner.submission.outcomes import Outcomes, Settled
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
-from neurons.miner.submission.submitter import Submitter
-from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 from neurons.protocol import Feedback, TextTask
 from scripts.bench import virtual_time
 from scripts.bench.virtual_time import now
-from tests.support.scripted_validator import ACCEPTED, KEYPAIR, LOST, VALIDATOR, Answer, Miner, Scripted, mine
+from tests.support.scripted_validator import ACCEPTED, LOST, VALIDATOR, Answer, Miner, Scripted, mine
 
 
 def spooled(folder: Path, name: str, age: float, result: bytes = b"result") -> Path:
