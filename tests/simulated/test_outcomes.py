@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from neurons.miner.records.events import Submission
 from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.protocol import PullTask, SubmitResults
 from scripts.bench import virtual_time
@@ -71,6 +72,7 @@ def test_each_answer_is_taken_for_what_it_says(
     else:
         miner = mine(tmp_path, pulls, answers, 400 + 300 * tasks_before)
     assert miner.submissions == [*[("task 0", "broken")] * (len(miner.submissions) - 1), (pulls[-1], outcome)]
+    assert {event.reason for event in miner.events if isinstance(event, Submission)} == {""}
     assert len(declined_lines(caplog)) == (outcome == "declined")
     assert all(line.startswith("Validation failed: validator [7] did not accept") for line in declined_lines(caplog))
     assert os.listdir(tmp_path) == []
@@ -244,6 +246,8 @@ def test_a_refusal_for_good_ends_the_task_with_an_empty_result(tmp_path: Path, s
     pulls = [f"task {number}" for number in range(100)]
     miner = mine(tmp_path, pulls, [refused, EMPTY] * 100, 4 * 3600)
     assert {outcome for _, outcome in miner.submissions} == {"refused"}
+    reasons = {event.reason for event in miner.events if isinstance(event, Submission)}
+    assert [reason.split()[0] for reason in reasons] == [str(status)]
     sent = [synapse for _, synapse in miner.validator.submissions]
     assert [bool(each.results) for each in sent] == [True, False] * (len(sent) // 2)
     assert len(miner.validator.pulled_at) >= 45
