@@ -106,6 +106,14 @@ def test_a_repetition_keeps_the_result_and_hands_it_in_after_the_lock(tmp_path: 
     assert os.listdir(tmp_path) == []
 
 
+def test_after_an_outcome_that_was_told_the_next_repetition_costs_no_longer_pause(tmp_path: Path) -> None:
+    miner = mine(tmp_path, ["one", "one", "two", "two"], [REPETITION, ACCEPTED, REPETITION, ACCEPTED], 800)
+    assert miner.submissions == [("one", "accepted"), ("two", "accepted")]
+    sent = [at for at, _ in miner.validator.submissions]
+    assert 30 <= sent[1] - sent[0] < 33
+    assert 30 <= sent[3] - sent[2] < 33
+
+
 def test_a_repetition_keeps_the_result_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Spool, entry: SpooledResult) -> None:
         raise OSError(28, "No space left on device")
