@@ -50,7 +50,7 @@ def fuse_encoder(vae: AutoencoderKL) -> None:
     """
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not isinstance(vae.encoder, FusedEncoder):
-        vae.encoder = FusedEncoder(copy.deepcopy(vae.encoder))  # which it takes apart
+        vae.encoder = FusedEncoder(copy.deepcopy(vae.encoder))  # a copy, because it takes the encoder apart
 
 
 class FusedEncoder(nn.Module):

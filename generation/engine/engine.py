@@ -107,8 +107,8 @@ class Engine:
     interactive ones.
 
     All public methods are for the asyncio thread. ``load`` is called on the engine thread with a function that takes
-    progress as text. It returns a ``generation.pipeline.pipeline.Pipeline``, or an object with its methods. ``device``
-    is the pipeline's: "cpu", "cuda", "cuda:1".
+    progress as text. It returns a ``generation.pipeline.pipeline.Pipeline``, or an object with its methods: in the
+    service it is ``generation.pipeline.trace.load``. ``device`` is the pipeline's: "cpu", "cuda", "cuda:1".
     """
 
     def __init__(
@@ -381,10 +381,8 @@ class Engine:
                 done.append((generation, outcome))
         with self._changed:
             self._active = [generation for generation, _ in going_on]
-        for (
-            generation,
-            outcome,
-        ) in done:  # after the update of _active: a client may ask for it as soon as it has its answer
+        # After the update of _active: a client may ask for it as soon as it has its answer.
+        for generation, outcome in done:
             _settle(generation, outcome)
         return going_on
 

@@ -11,11 +11,11 @@ from generation.engine.engine import TIMEOUT_S, OnProgress, Unavailable
 from generation.schema.results import Asset, Report, Request
 from generation.schema.score import final_score
 
-#: How often it is looked whether there is room for another candidate, in seconds.
+#: Seconds between two checks whether there is room for another candidate.
 LOOK_S = 0.1
-#: After so many failed candidates of a request no more of its are begun.
+#: After so many failed candidates a request begins no further ones.
 MOST_FAILURES = 2
-#: The stage that is told once the first candidate is done; its share is that of the candidates done.
+#: The stage in progress events once the first candidate is done. Its progress is the share of candidates done.
 STAGE = "candidates"
 _SEED_STEP = 0x9E3779B1  # odd, so that all seeds of a request differ
 

@@ -25,7 +25,7 @@ from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Request
 
 LOADER = "generation.pipeline.trace:load"
-#: After losing so many engines a request is taken for the cause, and fails.
+#: A request that was running on so many engines when they were lost is taken for the cause, and fails.
 MAX_RUNS = 3
 
 log = logging.getLogger("generation.fleet")

@@ -13,9 +13,10 @@ from generation.generators import kinds
 from generation.generators.base import Checkpoint, Generator, Parts
 from generation.pipeline.batch_limit import is_out_of_memory
 from generation.pipeline.pipeline import Pipeline
+from generation.pipeline.warm_up import warm_up
 from generation.schema.memory_class import GIB
 from generation.settings import Settings
-from generation.splats.rasterize import warm_up
+from generation.splats.rasterize import warm_up as warm_up_rasteriser
 from generation.stages.background import BackgroundRemover
 from generation.stages.self_check import SelfCheck
 from generation.stages.text_to_image import TextToImage
@@ -119,11 +120,11 @@ def _load(settings: Settings, progress: Callable[[str], None], warm: bool) -> Pi
         for stage, entry in entries.items()
     ]
     progress("compiling the rasteriser, or loading it from its cache")
-    warm_up(device)
+    warm_up_rasteriser(device)
     take_turns = models.offload_generators
     pipeline = Pipeline(text_to_image, background, text, image, self_check, device, about, models.max_batch, take_turns)
     if warm:
-        pipeline.warm_up(progress)
+        warm_up(pipeline, progress)
     return pipeline
 
 

@@ -38,9 +38,8 @@ class Job:
     shown: int = -1  # number of the latest preview
     isolated: bool = False  # a shared tick failed, and the culprit is unknown: from now on it is ticked alone
     gaussians: Gaussians | None = None
-    waits_for: list[Job] = field(
-        default_factory=list
-    )  # it ran out of memory beside these: it is retried when they are done
+    #: It ran out of memory beside these. It is retried when they are done.
+    waits_for: list[Job] = field(default_factory=list)
     retried: bool = False  # that retry happens once
     outcome: Asset | Exception | None = None
 
@@ -60,6 +59,7 @@ class Job:
 
     @property
     def is_waiting(self) -> bool:
+        """Whether jobs that it ran out of memory beside are not finished."""
         # Drops references to finished jobs: their works would hold memory that this one needs.
         self.waits_for = [other for other in self.waits_for if other.outcome is None]
         return bool(self.waits_for)
@@ -83,6 +83,7 @@ class Job:
         self.work, self.gaussians = None, None
 
     def reject(self, reason: str) -> None:
+        """Finish with an empty PLY, for ``reason``."""
         self.report.rejected = reason
         self.outcome = Asset(b"", self.report, self.gaussians)
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -57,13 +57,13 @@ class Pipeline:
         both are offloaded at first, and one at a time is on the device.
         """
         self._set_limits(max_batch)
-        self._text_to_image = text_to_image
-        self._background = background
-        self._text, self._image = text, image
+        self.text_to_image = text_to_image
+        self.background = background
+        self.text, self.image = text, image
         self._take_turns = take_turns
         self._loaded: Generator | None = None  # the one on the device, if they take turns
-        self._self_check = self_check
-        self._device = device
+        self.self_check = self_check
+        self.device = device
         #: for /health: name, revision (and whether it is a commit), licence, precision and device of each model
         self.models = models
 
@@ -71,80 +71,7 @@ class Pipeline:
         #: batch limit of the generators' ticks: lowered for a while after an out-of-memory error
         self.limit = BatchLimit(max_batch)
         # The other stages have their own limits, because they need different amounts of memory per picture.
-        self._stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
-
-    def warm_up(self, progress: Callable[[str], None] = lambda text: None) -> None:
-        """On a GPU, compile everything and make a first splat, so that requests do not pay for it. Else do nothing.
-
-        Where memory runs out, it begins again for half as many at once, and these are the most from then on. Raises
-        any other error, and that of one alone.
-        """
-        if not self._device.startswith("cuda"):
-            return
-        torch.backends.cudnn.benchmark = True  # few shapes: benchmark the algorithms for each
-        while True:
-            try:
-                self._warm_up(progress)
-                return
-            except Exception as error:
-                if not is_out_of_memory(error) or self.limit.maximum == 1:
-                    raise
-                reason = str(error).partition("\n")[0]
-            self._expect_fewer(reason)  # after the except block: the exception's frames held tensors
-
-    def _expect_fewer(self, reason: str) -> None:
-        most = self.limit.maximum
-        log.warning("Out of GPU memory while starting for %d at once, now for %d: %s", most, most // 2, reason)
-        self._set_limits(most // 2)
-        self._loaded = None
-        for generator in self._generators():
-            generator.offload()  # with its CUDA graphs, of which those for more are not captured again
-        release_cache()
-        if not self._take_turns:
-            for generator in self._generators():
-                generator.onload()
-
-    def _warm_up(self, progress: Callable[[str], None]) -> None:
-        for generator in self._generators():
-            self._bring_onto_device(generator)
-            generator.warm_up(self.limit.maximum, progress)
-        self._warm_up_stages(progress)
-        progress("making a first splat of a text and of a picture, to warm up")
-        disc = Image.new("RGB", (256, 256), "white")
-        ImageDraw.Draw(disc).ellipse((64, 64, 192, 192), "red")
-        for request in (
-            Request(prompt="a red cube", seed=0, threshold=0.0),
-            Request(image=disc, seed=0, threshold=0.0),
-        ):
-            (outcome,) = self.generate([request])
-            if isinstance(outcome, Exception):
-                raise outcome
-
-    def _warm_up_stages(self, progress: Callable[[str], None]) -> None:
-        """What all generators share, with each number of requests at once."""
-        most = self.limit.maximum
-        if self._text_to_image is not None:
-            progress("compiling text to image, or loading it from its cache")
-            # One before several: fewer variants are compiled in this order.
-            self._warm_up_batches("text_to_image", self._text_to_image.warm_up, range(1, most + 1))
-        progress("looking for the fastest kernels of background removal and self-check")
-        self._warm_up_batches("background", self._background.warm_up, range(most, 0, -1))
-        self._warm_up_batches("self_check", self._self_check.warm_up, range(most, 0, -1))
-        self._bring_onto_device(self._text)
-        for count in range(1, most + 1):
-            texts = [f"{number} of {count}" for number in range(count)]
-            self._text.encode(texts)
-            self._self_check.encode(texts)
-
-    def _warm_up_batches(self, stage: str, work: Callable[[int], None], counts: Sequence[int]) -> None:
-        """Run each batch size of a stage once, because cuDNN chooses algorithms per batch size."""
-
-        def each(batch: list[int]) -> list[int]:
-            work(len(batch))
-            return batch
-
-        for count in counts:
-            in_batches(self._stage_limits[stage], list(range(count)), each)
+        self.stage_limits = {stage: BatchLimit(max_batch) for stage in ("text_to_image", "background", "self_check")}
 
     def begin(
         self,
@@ -178,27 +105,78 @@ class Pipeline:
         self._retry_out_of_memory(running, paused)
         self._count_successes(running)
 
-    def _generator(self, job: Job) -> Generator:
-        return self._text if job.request.image is None else self._image
+    def generate(
+        self,
+        requests: list[Request],
+        progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
+        cancelled: Callable[[int], bool] = lambda index: False,
+    ) -> list[Asset | Exception]:
+        """The outcome of each request, in order: an asset, which may be a rejection, or an exception.
 
-    def _generators(self) -> list[Generator]:
-        return [self._text] if self._text is self._image else [self._text, self._image]
+        ``progress`` and ``cancelled`` get the request's index as first argument.
+        """
+        jobs = [
+            self.begin(request, partial(progress, index), partial(cancelled, index))
+            for index, request in enumerate(requests)
+        ]
+        while unfinished := [job for job in jobs if job.outcome is None]:
+            self.tick(unfinished)
+        return [job.outcome for job in jobs if job.outcome is not None]
+
+    def validate(
+        self, ply_data: bytes, prompt: str | Image.Image, single: bool = False, grid: bool = False, above: float = 0.6
+    ) -> Scores:
+        """Score a splat as the validators' service does. Previews are made for scores above ``above``.
+
+        Raises ValueError when the PLY can not be parsed.
+        """
+        check = self.self_check.check(ply.read(ply_data).to(self.device), prompt)
+        score, views = check.score or 0.0, check.views
+        return Scores(
+            score=score,
+            iqa=check.parts["iqa"],
+            alignment_score=check.parts["alignment"] or 0.0,
+            ssim=check.parts["ssim"] or 0.0,
+            lpips=check.parts["lpips"],
+            preview=single_preview(views) if single and views is not None and score > above else None,
+            grid_preview=grid_preview(views) if grid and views is not None and score > above else None,
+            gates=check.gates,
+        )
+
+    @property
+    def generators(self) -> list[Generator]:
+        """Both, or the one that is for texts and pictures alike."""
+        return [self.text] if self.text is self.image else [self.text, self.image]
+
+    def _generator(self, job: Job) -> Generator:
+        return self.text if job.request.image is None else self.image
 
     def _by_generator(self, jobs: list[Job]) -> list[tuple[Generator, list[Job]]]:
         """Each generator that has any of these jobs, with its jobs."""
-        groups = [(each, [job for job in jobs if self._generator(job) is each]) for each in self._generators()]
+        groups = [(each, [job for job in jobs if self._generator(job) is each]) for each in self.generators]
         return [(generator, own) for generator, own in groups if own]
 
-    def _bring_onto_device(self, generator: Generator) -> None:
+    def bring_onto_device(self, generator: Generator) -> None:
         """If generators take turns, offload the other one and load this one."""
         if self._take_turns and self._loaded is not generator:
             self._loaded = None
-            for other in self._generators():  # also one that was partly loaded when memory was full
+            for other in self.generators:  # also one that was partly loaded when memory was full
                 if other is not generator:
                     other.offload()
             release_cache()
             generator.onload()
             self._loaded = generator
+
+    def reload(self, max_batch: int) -> None:
+        """Load the generators again, for at most ``max_batch`` at once. Frees the CUDA graphs captured for more."""
+        self._set_limits(max_batch)
+        self._loaded = None
+        for generator in self.generators:
+            generator.offload()
+        release_cache()
+        if not self._take_turns:
+            for generator in self.generators:
+                generator.onload()
 
     def _waiting_for_device(self, jobs: list[Job]) -> list[Job]:
         """The jobs that wait for the device, because the first job, the oldest, has it for the other generator.
@@ -209,8 +187,8 @@ class Pipeline:
             return []
         turn = self._generator(jobs[0])
         try:
-            self._bring_onto_device(turn)
-        except Exception as error:  # of theirs alone; when memory is full they are tried again
+            self.bring_onto_device(turn)
+        except Exception as error:  # fails this generator's jobs alone; if memory is full they are retried
             for job in jobs:
                 if self._generator(job) is turn:
                     job.outcome = error
@@ -241,127 +219,49 @@ class Pipeline:
             if not job.paused():
                 self._begin([job])
 
-    def _tick_works(self, running: list[Job]) -> None:
-        self._tick([job for job in running if job.outcome is None and job.work is not None])
-        self._encode(self._self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
-
-    def _check_results(self, running: list[Job]) -> None:
-        finished = [job for job in running if job.gaussians is not None]
-        for job, check in self._run("self_check", finished, self._judge):
-            try:
-                self._deliver(job, check)
-            except Exception as error:
-                job.outcome = error
-
-    def _count_successes(self, running: list[Job]) -> None:
-        """Count finished requests for the batch limits of all stages that they went through."""
-        for job in running:
-            for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
-                self._stage_limits.get(stage, self.limit).succeeded()
-
-    def _retry_out_of_memory(self, running: list[Job], paused: list[Job]) -> None:
-        """Retry jobs that ran out of memory beside others, once, when the others are done.
-
-        They do not wait for paused jobs. Those discard their works and begin them again.
-        """
-        full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
-        going_on = [job for job in running if job.outcome is None]
-        for job in full:
-            if job.retried or (len(running) == 1 and not paused):
-                continue
-            for other in paused:
-                other.discard_work()
-            if paused:
-                release_cache()
-            if job.gaussians is None:  # a splat that is made already is only checked again
-                job.discard_work()
-            job.outcome, job.retried, job.waits_for = None, True, list(going_on)
-            going_on.append(job)  # several are retried one after the other
-            if len(running) > 1:
-                self.limit.out_of_memory(len(running))
-
-    def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
-        """Run a stage, in batches that fit into memory. Returns the jobs that succeeded, with their results.
-
-        When a batch fails, each job is retried alone, to isolate the one that causes it. A job that fails has the error
-        as its outcome. The time goes into the jobs' reports.
-        """
-        jobs = [job for job in jobs if job.is_wanted(stage)]
-        started = time.perf_counter()
-        done: list[tuple[Job, T]] = []
-        try:
-            with record_function(stage):  # a named range in profiler traces
-                done = list(zip(jobs, in_batches(self._stage_limits.get(stage, self.limit), jobs, work), strict=True))
-        except Exception as error:
-            alone = jobs if len(jobs) > 1 else []
-            if not alone and jobs:
-                jobs[0].outcome = error
-        else:
-            alone = []
-        for job in alone:
-            try:
-                done += zip([job], work([job]), strict=True)
-            except Exception as error:
-                job.outcome = error
+    def _report_truncation(self, jobs: list[Job]) -> None:
+        """Report which models truncate a prompt."""
         for job in jobs:
-            if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome):
-                release_cache()
-            job.report.seconds[stage] = time.perf_counter() - started
-        return done
-
-    def generate(
-        self,
-        requests: list[Request],
-        progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
-        cancelled: Callable[[int], bool] = lambda index: False,
-    ) -> list[Asset | Exception]:
-        """The outcome of each request, in order: an asset, which may be a rejection, or an exception.
-
-        ``progress`` and ``cancelled`` get the request's index as first argument.
-        """
-        jobs = [
-            self.begin(request, partial(progress, index), partial(cancelled, index))
-            for index, request in enumerate(requests)
-        ]
-        while unfinished := [job for job in jobs if job.outcome is None]:
-            self.tick(unfinished)
-        return [job.outcome for job in jobs if job.outcome is not None]
-
-    def validate(
-        self, ply_data: bytes, prompt: str | Image.Image, single: bool = False, grid: bool = False, above: float = 0.6
-    ) -> Scores:
-        """Score a splat as the validators' service does. Previews are made for scores above ``above``.
-
-        Raises ValueError when the PLY can not be parsed.
-        """
-        check = self._self_check.check(ply.read(ply_data).to(self._device), prompt)
-        score, views = check.score or 0.0, check.views
-        return Scores(
-            score=score,
-            iqa=check.parts["iqa"],
-            alignment_score=check.parts["alignment"] or 0.0,
-            ssim=check.parts["ssim"] or 0.0,
-            lpips=check.parts["lpips"],
-            preview=single_preview(views) if single and views is not None and score > above else None,
-            grid_preview=grid_preview(views) if grid and views is not None and score > above else None,
-            gates=check.gates,
-        )
+            if (prompt := job.request.prompt) is None or job.report.text_cut:
+                continue
+            with suppress(Exception):  # a prompt that can not be encoded fails in its stage
+                drawn = {}
+                if self.text_to_image is not None:
+                    drawn = self.text_to_image.truncation(self.text.picture_prompt(prompt))
+                job.report.text_cut = drawn | self.text.truncation(prompt) | self.self_check.truncation(prompt)
+            if job.report.text_cut:
+                tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
+                log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
 
     def _draw(self, jobs: list[Job]) -> list[Tensor]:
         """The reference images (3, H, W) in 0..1: drawn from text prompts, or the image prompts."""
         requests = [job.request for job in jobs]
-        written = [(self._text.picture_prompt(r.prompt), r.seed) for r in requests if r.prompt is not None]
+        written = [(self.text.picture_prompt(r.prompt), r.seed) for r in requests if r.prompt is not None]
         drawn: Iterator[Tensor] = iter(())
         if written:
-            assert self._text_to_image is not None
-            drawn = iter(self._text_to_image.generate([text for text, _ in written], [seed for _, seed in written]))
+            assert self.text_to_image is not None
+            drawn = iter(self.text_to_image.generate([text for text, _ in written], [seed for _, seed in written]))
         images = []
         for request in requests:
             if request.image is not None:
-                images.append(to_tensor(request.image.convert("RGB")).to(self._device))
+                images.append(to_tensor(request.image.convert("RGB")).to(self.device))
             else:
                 images.append(next(drawn))
         return images
+
+    def _encode(self, encode: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
+        """Encode the jobs' prompts in one batch, before they are needed."""
+        prompts = [job.request.prompt for job in jobs if job.outcome is None]
+        if texts := [prompt for prompt in prompts if prompt]:
+            # If it fails, the culprit is unknown: each job encodes its own prompt later, and fails by itself.
+            with suppress(Exception):
+                encode(texts)
+
+    def _prefetch(self, generator: Generator, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.outcome is None and job.prefetched is None:
+                with suppress(Exception):  # it will fail again when the work begins
+                    job.prefetched = generator.prefetch(job.request.prompt or "", job.request.seed)
 
     def _cut_out(self, jobs: list[Job]) -> list[Tensor | NothingInImage]:
         """The cut-outs (4, S, S) in 0..1, each in its generator's frame. Images of one size are matted in one batch.
@@ -371,11 +271,11 @@ class Pipeline:
         alphas: dict[Job, Tensor] = {}
         for job in jobs:
             if (mask := _mask(job.request.image)) is not None:
-                alphas[job] = mask.to(self._device)
+                alphas[job] = mask.to(self.device)
         given, matted = set(alphas), [job for job in jobs if job not in alphas]
         for shape in {job.image.shape for job in matted if job.image is not None}:
             same = [(job, job.image) for job in matted if job.image is not None and job.image.shape == shape]
-            removed = self._background.remove(torch.stack([image for _, image in same]))
+            removed = self.background.remove(torch.stack([image for _, image in same]))
             alphas |= dict(zip([job for job, _ in same], removed, strict=True))
         cutouts: list[Tensor | NothingInImage] = []
         for job in jobs:
@@ -388,35 +288,6 @@ class Pipeline:
                 cutouts.append(nothing)
         return cutouts
 
-    def _encode(self, encode: Callable[[Sequence[str]], None], jobs: list[Job]) -> None:
-        """Encode the jobs' prompts in one batch, before they are needed."""
-        prompts = [job.request.prompt for job in jobs if job.outcome is None]
-        if texts := [prompt for prompt in prompts if prompt]:
-            with suppress(
-                Exception
-            ):  # the culprit is unknown: each job encodes its own prompt later, and fails by itself
-                encode(texts)
-
-    def _report_truncation(self, jobs: list[Job]) -> None:
-        """Report which models truncate a prompt."""
-        for job in jobs:
-            if (prompt := job.request.prompt) is None or job.report.text_cut:
-                continue
-            with suppress(Exception):  # a prompt that can not be encoded fails in its stage
-                drawn = {}
-                if self._text_to_image is not None:
-                    drawn = self._text_to_image.truncation(self._text.picture_prompt(prompt))
-                job.report.text_cut = drawn | self._text.truncation(prompt) | self._self_check.truncation(prompt)
-            if job.report.text_cut:
-                tokens = ", ".join(f"{name} {read} of {count}" for name, (read, count) in job.report.text_cut.items())
-                log.warning("The prompt is cut (seed %d), tokens read: %s", job.request.seed, tokens)
-
-    def _prefetch(self, generator: Generator, jobs: list[Job]) -> None:
-        for job in jobs:
-            if job.outcome is None and job.prefetched is None:
-                with suppress(Exception):  # it will fail again when the work begins
-                    job.prefetched = generator.prefetch(job.request.prompt or "", job.request.seed)
-
     def _begin(self, jobs: list[Job]) -> None:
         """Begin each job's work, alone."""
 
@@ -427,6 +298,10 @@ class Pipeline:
             job.work_began = time.perf_counter()
             for _, work in self._run(self._generator(job).name, [job], begin):
                 job.begin(work)
+
+    def _tick_works(self, running: list[Job]) -> None:
+        self._tick([job for job in running if job.outcome is None and job.work is not None])
+        self._encode(self.self_check.encode, [job for job in running if job.work is not None and job.ticks == 1])
 
     def _tick(self, jobs: list[Job]) -> None:
         """Tick every work that is not done, in one call per generator. Take the Gaussians of those that are done."""
@@ -485,6 +360,14 @@ class Pipeline:
             job.ticks += 1
         return True
 
+    def _check_results(self, running: list[Job]) -> None:
+        finished = [job for job in running if job.gaussians is not None]
+        for job, check in self._run("self_check", finished, self._judge):
+            try:
+                self._deliver(job, check)
+            except Exception as error:
+                job.outcome = error
+
     def _judge(self, jobs: list[Job]) -> list[Check]:
         splats = []
         for job in jobs:
@@ -494,7 +377,7 @@ class Pipeline:
             assert job.gaussians is not None
             assert prompt is not None
             splats.append((job.gaussians, prompt))
-        return self._self_check.check_all(splats, fit=True)
+        return self.self_check.check_all(splats, fit=True)
 
     def _deliver(self, job: Job, check: Check) -> None:
         request, report, gaussians = job.request, job.report, job.gaussians
@@ -511,6 +394,62 @@ class Pipeline:
             _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
+
+    def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
+        """Run a stage, in batches that fit into memory. Returns the jobs that succeeded, with their results.
+
+        When a batch fails, each job is retried alone, to isolate the one that causes it. A job that fails has the error
+        as its outcome. The time goes into the jobs' reports.
+        """
+        jobs = [job for job in jobs if job.is_wanted(stage)]
+        started = time.perf_counter()
+        done: list[tuple[Job, T]] = []
+        try:
+            with record_function(stage):  # a named range in profiler traces
+                done = list(zip(jobs, in_batches(self.stage_limits.get(stage, self.limit), jobs, work), strict=True))
+        except Exception as error:
+            alone = jobs if len(jobs) > 1 else []
+            if not alone and jobs:
+                jobs[0].outcome = error
+        else:
+            alone = []
+        for job in alone:
+            try:
+                done += zip([job], work([job]), strict=True)
+            except Exception as error:
+                job.outcome = error
+        for job in jobs:
+            if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome):
+                release_cache()
+            job.report.seconds[stage] = time.perf_counter() - started
+        return done
+
+    def _retry_out_of_memory(self, running: list[Job], paused: list[Job]) -> None:
+        """Retry jobs that ran out of memory beside others, once, when the others are done.
+
+        They do not wait for paused jobs. Those discard their works and begin them again.
+        """
+        full = [job for job in running if isinstance(job.outcome, Exception) and is_out_of_memory(job.outcome)]
+        going_on = [job for job in running if job.outcome is None]
+        for job in full:
+            if job.retried or (len(running) == 1 and not paused):
+                continue
+            for other in paused:
+                other.discard_work()
+            if paused:
+                release_cache()
+            if job.gaussians is None:  # a splat that is made already is only checked again
+                job.discard_work()
+            job.outcome, job.retried, job.waits_for = None, True, list(going_on)
+            going_on.append(job)  # several are retried one after the other
+            if len(running) > 1:
+                self.limit.out_of_memory(len(running))
+
+    def _count_successes(self, running: list[Job]) -> None:
+        """Count finished requests for the batch limits of all stages that they went through."""
+        for job in running:
+            for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
+                self.stage_limits.get(stage, self.limit).succeeded()
 
 
 def _reject(job: Job, reason: str) -> None:

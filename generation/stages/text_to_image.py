@@ -46,7 +46,7 @@ class TextToImage:
         t5.to(device)
         transformer = load_model(FluxTransformer2DModel, folder / "transformer", dtype)
         if options.quantization == "nf4":
-            # What is outside of the blocks, half a percent, stays: all the rest depends on it.
+            # Layers outside of the blocks are half a percent, and all the rest depends on them: they stay as they are.
             quantise_linears(transformer.transformer_blocks, device)
             quantise_linears(transformer.single_transformer_blocks, device)
         pipe = FluxPipeline.from_pretrained(

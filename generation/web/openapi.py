@@ -23,7 +23,7 @@ _ERROR_SCHEMA = {
     "required": ["error"],
 }
 _TEXT = {"type": "string"}
-_EVENT = {  # each of a stream
+_EVENT = {  # one event of a stream
     "type": "object",
     "properties": {
         "event": {"type": "string", "enum": ["progress", "end"]},
@@ -39,7 +39,7 @@ def _error(text: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}, "headers": headers or {}}
 
 
-#: Of every route.
+#: Responses that every route may have.
 COMMON: dict[int | str, dict[str, Any]] = {
     403: _error("The request comes from another website (`Origin`, `Sec-Fetch-Site`)"),
     421: _error("`Host` is neither a loopback name nor one of --allowed-hosts"),

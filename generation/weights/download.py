@@ -227,7 +227,7 @@ def _record(entry: Entry, old: Lock | None, new: Lock) -> str:
     try:
         return str(write_lock(entry, new))
     except OSError as error:
-        if old is not None:  # and would still be followed
+        if old is not None:  # the old lock would still be followed
             raise
         return f"that could not be recorded, so the next run checks them again ({error})"
 

@@ -54,6 +54,7 @@ from generation.generators.trellis.condition import Condition
 from generation.generators.trellis.weights import Networks
 from generation.pipeline.assemble import load_generators
 from generation.pipeline.pipeline import Pipeline
+from generation.pipeline.warm_up import warm_up
 from generation.schema.memory_class import Quantization, choose
 from generation.schema.options import Models
 from generation.settings import PROFILES, ROOT, Settings, gpu_memory
@@ -315,7 +316,7 @@ def load(settings: Settings, progress: Callable[[str], None] = lambda text: None
     turns = models.offload_generators
     pipeline = Pipeline(text_to_image, background, text, image, checking, device, [], models.max_batch, turns)
     if warm:
-        pipeline.warm_up(progress)
+        warm_up(pipeline, progress)
     return pipeline
 
 

@@ -32,6 +32,7 @@ from generation.generators.kinds import load_options
 from generation.generators.trellis.generator import Trellis
 from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
+from generation.pipeline.warm_up import warm_up
 from generation.settings import CONFIGS, Settings
 from scripts.bench.guidance import FLOORS_MS, capture_parts, replayed_ms
 
@@ -66,7 +67,7 @@ def main() -> None:
     say(f"models ready after {time.perf_counter() - started:.1f} s")
     say(f"memory: {settings.memory_reason}")
     figures: dict[str, Any] = {"device": device_name(settings.device), "config": settings.config.name}
-    is_dreamgaussian = isinstance(pipeline._text, DreamGaussian)
+    is_dreamgaussian = isinstance(pipeline.text, DreamGaussian)
     if not args.no_eager:
         first = pipeline
         if is_dreamgaussian:
@@ -77,7 +78,7 @@ def main() -> None:
         show("eager, one request", figures["eager"])
     started = time.perf_counter()
     with assemble.enough_memory(settings):
-        pipeline.warm_up(say)
+        warm_up(pipeline, say)
     figures["warm_up_s"] = time.perf_counter() - started
     most = min(args.in_flight, pipeline.limit.maximum)
     say(f"warmed up in {figures['warm_up_s']:.1f} s, for {most} at once")
@@ -108,8 +109,8 @@ def main() -> None:
     if settings.device.startswith("cuda") and is_dreamgaussian:
         figures["neighbours"] = neighbours(pipeline, most)
         figures["parts_ms"] = {n: parts(pipeline, n) for n in sorted({1, most})}
-    if isinstance(pipeline._text, Trellis):
-        figures["parts_ms"] = {n: trellis_parts(pipeline._text, n) for n in sorted({1, most})}
+    if isinstance(pipeline.text, Trellis):
+        figures["parts_ms"] = {n: trellis_parts(pipeline.text, n) for n in sorted({1, most})}
     write(args, figures)
 
 
@@ -137,7 +138,7 @@ def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
     """The same models under another config for texts."""
     other: Any = copy.copy(pipeline)
     of_texts = sculptor(pipeline)
-    other._text = DreamGaussian(
+    other.text = DreamGaussian(
         of_texts._guidance, options, of_texts._device, of_texts._remove_background, of_texts._image_guidance
     )
     result: Pipeline = other
@@ -146,18 +147,18 @@ def with_options(pipeline: Pipeline, options: DreamGaussianOptions) -> Pipeline:
 
 def sculptor(pipeline: Pipeline) -> DreamGaussian:
     """The generator for texts. Raises SystemExit where that is another kind, whose parts are not known here."""
-    if not isinstance(pipeline._text, DreamGaussian):
-        raise SystemExit(f"measures dreamgaussian, not {pipeline._text.name}")
-    return pipeline._text
+    if not isinstance(pipeline.text, DreamGaussian):
+        raise SystemExit(f"measures dreamgaussian, not {pipeline.text.name}")
+    return pipeline.text
 
 
 def ultra_fast(pipeline: Pipeline) -> Pipeline:
     """The same models under the ultra-fast config, with fewer steps of FLUX."""
     kind = "tiny" if sculptor(pipeline)._options.init == "views" else "text"
     fast = with_options(pipeline, DreamGaussianOptions.load(CONFIGS / f"{kind}_mv_ultra_fast.yaml"))
-    draws = pipeline._text_to_image
+    draws = pipeline.text_to_image
     assert draws is not None
-    fast._text_to_image = fewer = copy.copy(draws)
+    fast.text_to_image = fewer = copy.copy(draws)
     steps = min(ULTRA_STEPS, draws._options.steps)
     fewer._options = draws._options.model_copy(update={"steps": steps})
     return fast
@@ -256,7 +257,7 @@ def parts(pipeline: Pipeline, scenes: int) -> dict[str, float]:
     """Milliseconds of one iteration of so many scenes, by part; on a GPU, in the middle of their optimisation."""
     dg = sculptor(pipeline)
     guidance, options = dg._guidance, dg._options
-    cutout = torch.rand(4, options.ref_size, options.ref_size, device=pipeline._device)
+    cutout = torch.rand(4, options.ref_size, options.ref_size, device=pipeline.device)
     cutout[3] = 1.0
     started = [dg.begin(Subject("a red cube", cutout, seed)) for seed in range(scenes)]
     for _ in range(options.iters // 2):

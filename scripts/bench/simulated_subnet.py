@@ -21,7 +21,7 @@ from common import ply
 from generation.fleet.candidates import Candidates
 from generation.schema.results import Asset, Report, Request
 from neurons.chain import Metagraph, Neuron
-from neurons.defaults import REHEARSAL
+from neurons.defaults import NETUID, REHEARSAL
 from neurons.miner.assemble import Books, Miner, assemble
 from neurons.miner.generation.pool import Service
 from neurons.miner.generation.service import Generated
@@ -36,7 +36,6 @@ from neurons.rehearsal.rules import Judgement, Limits, Rules
 from scripts.bench.virtual_time import now
 
 MINER = bt.Keypair.create_from_uri("//miner")
-NETUID = 17
 # Seconds for one way over the network, drawn anew for each.
 ONE_WAY_S = (0.02, 0.2)
 VALIDATION_S = 1.0

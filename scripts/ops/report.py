@@ -61,10 +61,9 @@ from rich.table import Table
 from neurons.defaults import DATA, REHEARSAL_STATE
 from neurons.miner.options import LEDGER_NAME
 from neurons.miner.records.events import SubmissionOutcome
-from neurons.miner.records.standings import WINDOW_S, Standing, connect, standings
+from neurons.miner.records.standings import Standing, connect, standings
+from neurons.miner.records.verdicts import TASK_COOLDOWN_S, WINDOW_S
 
-# The validators' cooldown: one task in this time is the most that each gives to a miner.
-TASK_COOLDOWN_S = 300.0
 BIN_S = 600.0
 # More validators than this can not be told apart by colour: the smaller ones are drawn as one.
 COLOURED_VALIDATORS = 12
@@ -107,7 +106,7 @@ class Report:
 
     @property
     def ceiling(self) -> float:
-        """The most tasks that one validator can have given in the part of the window that the ledger covers."""
+        """The most tasks that one validator can have given in what the ledger covers: one in each cooldown."""
         return max(self.covered / TASK_COOLDOWN_S, 1.0)
 
 

@@ -107,7 +107,7 @@ def make(
         pipeline.tick([job])
     row: dict[str, Any] = {"seed": seed, "score": 0.0}
     if job.image is not None:
-        clip = pipeline._self_check._text
+        clip = pipeline.self_check._text
         row["picture"] = float(clip.embed(job.image[None])[0].float() @ clip.encode([prompt])[0].float())
     if isinstance(job.outcome, Asset) and job.outcome.ply and last.views is not None:
         report = job.outcome.report
@@ -123,7 +123,7 @@ def make(
 def make_all(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     pipeline = assemble.load(Settings.resolve({"profile": "tiny", "config": args.config}), print, warm=False)
-    last = LastLook(pipeline._self_check)
+    last = LastLook(pipeline.self_check)
     judging = judge.load()
     rng = random.Random(0)
     # Mixed, so that a run that is stopped has some of both.

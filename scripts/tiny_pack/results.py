@@ -209,7 +209,7 @@ class Maker:
         self._before: Gaussians | None = None  # the splat before, whose back another one may get
 
     def _guidance(self) -> Any:
-        return self.pipeline._text._guidance  # type: ignore[attr-defined]
+        return self.pipeline.text._guidance  # type: ignore[attr-defined]
 
     def make(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Records of a batch's results, and of some the same with flaws."""
@@ -302,7 +302,7 @@ class Maker:
         pipe = self.pipeline
         options = DreamGaussianOptions.load(CONFIGS / f"{way.config}.yaml").model_copy(update=way.options)
         guidance = self._guidance()
-        optimiser = Drawn(guidance, options, self.device, pipe._background.remove)
+        optimiser = Drawn(guidance, options, self.device, pipe.background.remove)
         prompts = [caption(w, rng, plain=True) if isinstance(w, ObjectSpec) else "" for w in wanted]
         seeds = [rng.randrange(2**31) for _ in wanted]
         size = guidance.image_size
@@ -328,7 +328,7 @@ class Maker:
         chosen = None if exact is None else torch.cat([exact[i] for i in there])
         images = draw_views(guidance, conditions, cameras, latents, options.init_views_steps, way.noise, chosen)
         with torch.no_grad():
-            alphas = torch.cat([pipe._background.remove(part) for part in images.split(64)])
+            alphas = torch.cat([pipe.background.remove(part) for part in images.split(64)])
         shown = foreground(images, alphas, behind)
         v = len(cameras)
         optimiser.drawn = iter([(shown[k : k + v], alphas[k : k + v], cameras) for k in range(0, len(shown), v)])
@@ -341,10 +341,10 @@ class Maker:
                 optimiser.tick(list(scenes.values()))
 
     def _cutouts(self, prompts: list[str], seeds: list[int], size: int) -> dict[int, Tensor]:
-        assert self.pipeline._text_to_image is not None
-        images = torch.stack(list(self.pipeline._text_to_image.generate(prompts, seeds)))
+        assert self.pipeline.text_to_image is not None
+        images = torch.stack(list(self.pipeline.text_to_image.generate(prompts, seeds)))
         with torch.no_grad():
-            alphas = self.pipeline._background.remove(images)
+            alphas = self.pipeline.background.remove(images)
         cutouts = {}
         for i, (image, alpha) in enumerate(zip(images, alphas, strict=True)):
             try:

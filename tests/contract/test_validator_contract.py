@@ -21,6 +21,7 @@ import bittensor as bt
 import pytest
 from bittensor.core.settings import version_as_int
 
+from neurons.miner.records import verdicts
 from neurons.protocol import PullTask, SubmitResults, Task, signed_message
 from neurons.rehearsal.network import make_wallet
 from neurons.rehearsal.rules import Limits, Rules
@@ -176,6 +177,12 @@ async def test_as_the_public_validator(name: str, tmp_path: Path) -> None:
     prompts: Iterator[str | bytes] = iter([PICTURE] * 100 if "image" in name else ["a red cube"] * 100)
     world = World(tmp_path, prompts, float("inf") if "unregistered" in name else 0.0)
     await play(world, RULES[name])
+
+
+def test_the_miner_reckons_with_the_limits_that_the_transcripts_have() -> None:
+    limits = Limits()  # the ones of `test_as_the_public_validator`
+    assert (limits.task_cooldown, limits.validation_lock) == (verdicts.TASK_COOLDOWN_S, verdicts.LOCK_S)
+    assert limits.window == verdicts.WINDOW_S
 
 
 # --- what the axon does before a handler is asked

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from neurons.chain import Metagraph
+from neurons.miner import keys
 from neurons.miner.app import CompetitiveMiner
 from neurons.miner.assemble import Miner, assemble, open_books
 from neurons.miner.assignment import USEFUL_AGE_S, usable_threshold
@@ -25,6 +26,7 @@ from neurons.miner.generation.service import EndpointUnavailable, Generated
 from neurons.miner.options import MinerOptions
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.records.events import Event, Generation, Pull, Settlement, Submission
+from neurons.miner.records.metrics import Metrics, Snapshot
 from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.protocol import Feedback, Task, TextTask
@@ -196,6 +198,36 @@ def test_the_status_file_says_how_things_are_until_the_stop(tmp_path: Path) -> N
             said = json.loads(file.read_text())
         assert (said["status"], said["validators"]) == ("ready", 1)
         assert said["totals"] == {"pull task": 1, "generation generated": 1, "submission accepted": 1}
+
+    in_virtual_time(test)
+
+
+def test_a_stop_while_there_is_no_rehearsal_yet_begins_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "load", None)
+
+    async def test() -> None:
+        file = tmp_path / "status"
+        miner = CompetitiveMiner(replace(options_in(tmp_path), rehearsal_state=tmp_path / "none", status_file=file))
+        running = asyncio.create_task(miner.run())
+        await asyncio.sleep(10)
+        assert json.loads(file.read_text())["status"] == "waiting for the rehearsal"
+        miner.stop()
+        assert await running == 0
+        assert not file.exists()
+
+    in_virtual_time(test)
+
+
+def test_the_metrics_say_how_things_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Snapshot] = []
+    monkeypatch.setattr(Metrics, "show", lambda _, snapshot: shown.append(snapshot))
+
+    async def test() -> None:
+        network = SimulatedNetwork([Behaviour()], Limits())
+        async with mining(network, options_in(tmp_path)):
+            await asyncio.sleep(30)
+            assert shown[-1].endpoints == {"http://stand-in": True}
+            assert list(shown[-1].cooldowns) == [network.validators[0].neuron.uid]
 
     in_virtual_time(test)
 

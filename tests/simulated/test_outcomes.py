@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from neurons.miner.records.events import Submission
 from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.protocol import PullTask, SubmitResults
 from scripts.bench import virtual_time
@@ -71,6 +72,7 @@ def test_each_answer_is_taken_for_what_it_says(
     else:
         miner = mine(tmp_path, pulls, answers, 400 + 300 * tasks_before)
     assert miner.submissions == [*[("task 0", "broken")] * (len(miner.submissions) - 1), (pulls[-1], outcome)]
+    assert {event.reason for event in miner.events if isinstance(event, Submission)} == {""}
     assert len(declined_lines(caplog)) == (outcome == "declined")
     assert all(line.startswith("Validation failed: validator [7] did not accept") for line in declined_lines(caplog))
     assert os.listdir(tmp_path) == []
@@ -102,6 +104,14 @@ def test_a_repetition_keeps_the_result_and_hands_it_in_after_the_lock(tmp_path: 
     for each in (one, other):
         assert signature_is_valid(each, "prompt of task", VALIDATOR.hotkey, KEYPAIR.ss58_address)
     assert os.listdir(tmp_path) == []
+
+
+def test_after_an_outcome_that_was_told_the_next_repetition_costs_no_longer_pause(tmp_path: Path) -> None:
+    miner = mine(tmp_path, ["one", "one", "two", "two"], [REPETITION, ACCEPTED, REPETITION, ACCEPTED], 800)
+    assert miner.submissions == [("one", "accepted"), ("two", "accepted")]
+    sent = [at for at, _ in miner.validator.submissions]
+    assert 30 <= sent[1] - sent[0] < 33
+    assert 30 <= sent[3] - sent[2] < 33
 
 
 def test_a_repetition_keeps_the_result_on_a_full_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +254,8 @@ def test_a_refusal_for_good_ends_the_task_with_an_empty_result(tmp_path: Path, s
     pulls = [f"task {number}" for number in range(100)]
     miner = mine(tmp_path, pulls, [refused, EMPTY] * 100, 4 * 3600)
     assert {outcome for _, outcome in miner.submissions} == {"refused"}
+    reasons = {event.reason for event in miner.events if isinstance(event, Submission)}
+    assert [reason.split()[0] for reason in reasons] == [str(status)]
     sent = [synapse for _, synapse in miner.validator.submissions]
     assert [bool(each.results) for each in sent] == [True, False] * (len(sent) // 2)
     assert len(miner.validator.pulled_at) >= 45

@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 
 from neurons.miner.records.bookkeeping import Bookkeeping
-from neurons.miner.records.events import Event, Settlement, Submission, SubmissionOutcome
+from neurons.miner.records.events import Submission, SubmissionOutcome
 from neurons.miner.records.verdicts import PastSubmission, Span
+from neurons.miner.submission.outcomes import Outcomes, Settled
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
-from neurons.miner.submission.submitter import Submitter
-from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
 from neurons.protocol import Feedback, TextTask
 from scripts.bench import virtual_time
 from scripts.bench.virtual_time import now
-from tests.support.scripted_validator import ACCEPTED, KEYPAIR, LOST, VALIDATOR, Answer, Miner, Scripted, mine
+from tests.support.scripted_validator import ACCEPTED, LOST, VALIDATOR, Answer, Miner, Scripted, mine
 
 
 def spooled(folder: Path, name: str, age: float, result: bytes = b"result") -> Path:
@@ -110,14 +108,11 @@ async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) ->
     ]
     settled: list[tuple[int, SubmissionOutcome]] = [(6, "broken"), (7, "accepted")]
     for count, outcome in settled:
-        events: list[Event] = []
-        directory = ValidatorDirectory(Eligibility(KEYPAIR.ss58_address, "rehearsal", frozenset()))
-        after = Submitter(
-            Scripted([], []), directory, ValidatorClocks(), KEYPAIR, Spool(tmp_path / "spool"), events.append, history
-        )
-        memory = after._memories[VALIDATOR.hotkey]
+        outcomes = Outcomes()
+        for past in history:
+            outcomes.remember(past)
         at = books._now() + 300
-        found = memory.window.answered(at, count, Span(at - 5, at), [each.span for each in memory.unsettled])
-        after._settle(VALIDATOR, memory, found)
+        counted = Feedback(task_fidelity_score=0.8, generations_within_the_window=count)
+        _, found = outcomes.told("next", 10, counted, int(at) + 300, 300.0, Span(at - 5, at), False)
         # Of the five from before the ledger began it is not known when they leave.
-        assert events == [Settlement(VALIDATOR, "task", outcome if outcome == "accepted" else "unknown")]
+        assert found == [Settled("task", outcome if outcome == "accepted" else "unknown")]

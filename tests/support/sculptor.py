@@ -86,7 +86,7 @@ def ask(prompt: str | None, seed: int = 1, **more) -> Request:
 
 def align(pipeline, monkeypatch, score: float) -> None:
     """Let every splat agree with its prompt to this degree."""
-    monkeypatch.setattr(pipeline._self_check, "_align", lambda views, prompts: [(score, [0.1] * 16) for _ in prompts])
+    monkeypatch.setattr(pipeline.self_check, "_align", lambda views, prompts: [score] * len(prompts))
 
 
 def told(seen: list[Any], what: Any, result: Any) -> Any:

@@ -114,7 +114,7 @@ class Lgm:
             return
         self._multiview.warm_up(most, progress)
         self._network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._offloaded = Offloaded(self._network, self._device)  # what is pinned of it is in another order
+        self._offloaded = Offloaded(self._network, self._device)  # pins the weights in their new memory layout
         size = self._multiview.image_size
         for count in compiled_sizes(most):
             progress(f"capturing LGM for {count} of {most} at once")

@@ -20,8 +20,8 @@ class LgmOptions(GeneratorOptions):
     CHECKPOINTS: ClassVar[tuple[str, ...]] = ("lgm", "imagedream", "mvdream")
 
     generator: Literal["lgm"] = "lgm"
-    #: ImageDream draws them of a picture; MVDream of words; or MVDream, made for it, of both: its first view is the
-    #: picture, and the words may be missing
+    #: What the views are drawn from: a picture, by ImageDream; words, by MVDream; or both, by an MVDream that was
+    #: trained for it. There the first view is the picture, and words may be missing.
     views_from: Literal["picture", "words", "picture_and_words"] = "picture"
     view_steps: int = Field(30, ge=1, le=1000)  # of denoising
     guidance_scale: float = Field(5.0, ge=0, le=1000)
@@ -34,7 +34,8 @@ class LgmOptions(GeneratorOptions):
     #: cut each drawn view out, and put it into the middle of the network's background, as the authors do after MVDream
     recentre_views: bool = False
 
-    #: what a validator asks for at least; where a network gives fewer, faint ones become several that look the same
+    #: A validator rejects splats of fewer. Where the network gives fewer, faint ones are replaced by several that look
+    #: the same together.
     min_gaussians: int = Field(MIN_GAUSSIANS, ge=0, le=65_536)
     max_gaussians: int = Field(65_536, ge=1, le=MAX_GAUSSIANS)  # those that are most opaque
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SKIP = math.sqrt(0.5)  # of a sum with what skips a layer, so that its variance stays
-LAYERS = 2  # of a level on the way down; one more on the way up
+SKIP = math.sqrt(0.5)  # factor of a sum with a skip connection, which keeps its variance
+LAYERS = 2  # of a level of the encoder; the decoder has one more
 _EPS = 1e-5
 
 

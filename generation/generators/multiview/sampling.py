@@ -125,10 +125,9 @@ class Sampler:
     @torch.no_grad()
     def step(self, samplings: Sequence[ViewSampling]) -> None:
         """One denoising step of all. If it fails, none has changed. Raises ValueError for one that is done."""
+        # Its index would be out of range, which is fatal on a GPU.
         if any(sampling.done for sampling in samplings):
-            raise ValueError(
-                "a sampling that is done has no further step"
-            )  # its index would be out of range, which is fatal on a GPU
+            raise ValueError("a sampling that is done has no further step")
         latents = []
         for some in split_batch(len(samplings)):
             (after,) = self.captured(*self._inputs(samplings[some]))

@@ -178,10 +178,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences)
     if queries.equal and keys.equal:
         batch = len(queries.starts) - 1
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
-        # Detached it is no view, as what is made below: torch.compile would make code for both.
+        # Detached, so that it is no view, as the result below: torch.compile would make code for each of the two.
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1).detach()
     if _has_flash_attention(q):
-        # what torch.nn.attention.varlen calls, without its 0.04 ms of Python, which 48 calls a step are too many for
+        # The operator behind torch.nn.attention.varlen. That takes 0.04 ms of Python a call, and a step has 48 calls.
         result: Tensor = torch.ops.aten._flash_attention_forward(
             q, k, v, queries.starts, keys.starts, queries.longest, keys.longest, 0.0, False, False
         )[0]

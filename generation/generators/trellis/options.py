@@ -28,7 +28,7 @@ class TrellisOptions(GeneratorOptions):
     structure_guidance: Guidance = 5.0
     structure_interval: Interval = (0.5, 1.0)  # where there is guidance
     structure_rescale: Rescale = 3.0  # above 1: more of the steps where t is large
-    structures: int = Field(1, ge=1, le=8)  # so many are drawn, and the one of the fewest voxels is kept
+    structures: int = Field(1, ge=1, le=8)  # sampled; the one with the fewest voxels is kept
     max_voxels: int = Field(32_768, ge=MIN_GAUSSIANS // 32, le=262_144)  # its authors trained with at most 32,768
     # What is in them.
     slat_steps: Steps = 25

@@ -41,7 +41,7 @@ class SparseBlock(nn.Module):
         scale, shift = self.emb_layers(time).chunk(2, dim=1)
         norm = self.norm1
         h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
-        # All that is done to a voxel alone is done to parents, before their children get it.
+        # Upwards, what is computed for each voxel by itself is computed for the parents; then their children copy it.
         h = self.conv1(F.silu(h), voxels.neighbours_parents if self.change == "up" else level.neighbours)
         h = plain_norm(h, BLOCK_EPS).to(h.dtype) * (1 + scale[level.owners]) + shift[level.owners]
         h = self.conv2(F.silu(h), level.neighbours)
@@ -101,7 +101,7 @@ class SlatFlow(nn.Module):
         dtype = self.blocks.dtype
         h, time = self.input_layer(x).to(dtype), self.t_embedder(t).to(dtype)
         skips = []
-        for block in self.input_blocks:  # no picture has a say in these: both halves of guidance share them
+        for block in self.input_blocks:  # without the picture, so both halves of guidance share them
             h = block(h, time, voxels)
             rows = len(doubled.coarse.coords if block.change else doubled.fine.coords)
             skips.append(twice(h, rows - len(h)))

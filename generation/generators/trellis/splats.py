@@ -10,10 +10,10 @@ from generation.generators.trellis.gaussian_decoder import RawGaussians
 from generation.splats.frame import BOX_SIDE, PIXELS
 from generation.splats.gaussians import Gaussians
 
-#: pixels^2 that a renderer adds to what a Gaussian covers: that of TRELLIS's training, which takes as much from its
-#: opacity as it spreads it (Yu et al., 2023, arXiv:2311.16493), and those of validators and viewers, which do not
+#: pixels^2 that a renderer adds to a projected covariance: the one that TRELLIS was trained with, which lowers the
+#: opacity by as much as it spreads it (Yu et al., 2023, arXiv:2311.16493); and validators' and viewers', which do not
 TRAINED_WITH, SHOWN_WITH = 0.1, 0.3
-#: pixels^2 that are left of the thinnest
+#: pixels^2 that the thinnest axis keeps
 LEAST = 1e-3
 
 

@@ -26,8 +26,8 @@ from generation.weights.registry import WeightsError
 
 N = TypeVar("N", StructureFlow, StructureDecoder, SlatFlow, GaussianDecoder)
 
-#: options of the authors' classes that say nothing here (the service chooses the precision), and the only values of
-#: others that the published models have
+#: Options of the authors' classes that are ignored, as the service chooses the precision; and those of which one value
+#: is supported, the published models'.
 _SILENT = {"use_fp16", "use_checkpoint", "num_head_channels"}
 _ONLY: dict[str, dict[str, Any]] = {
     "StructureFlow": {"patch_size": 1, "pe_mode": "ape", "share_mod": False, "qk_rms_norm_cross": False},

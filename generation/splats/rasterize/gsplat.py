@@ -18,8 +18,8 @@ from generation.splats.rasterize import gsplat_build
 TILE = 8
 # Padding Gaussians: too transparent to be drawn, with a valid quaternion.
 PADDING = {"logit_opacities": -100.0, "quats": 1.0}
-# Pairs of a Gaussian and a tile that it touches, of all views of a call: gsplat numbers them with 32 bits. With more it
-# reads wherever that leads, and the process has lost its GPU.
+# Pairs of a Gaussian and a tile that it touches, in all views of a call. gsplat numbers them with 32 bits: beyond that
+# it reads out of bounds, and the process loses its GPU.
 MAX_PAIRS = 2**31 - 1
 NEAR_PLANE, BLUR, EXTENT = 0.01, 0.3, 3.33  # gsplat's; the last one in standard deviations
 

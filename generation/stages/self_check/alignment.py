@@ -161,20 +161,18 @@ def _unit(vectors: Tensor) -> Tensor:
     return (vectors / vectors.norm(dim=-1, keepdim=True)).to(vectors.dtype)
 
 
-def with_text(views: Tensor, text: Tensor, scale: float) -> tuple[float, list[float]]:
-    """Alignment, and the cosine of each of the views' vectors (V, D) with a text's (D,), outliers included.
+def with_text(views: Tensor, text: Tensor, scale: float) -> float:
+    """Alignment of the views' vectors (V, D) with a text's (D,): the geometric mean of their cosines, over ``scale``.
 
-    Outliers are dropped, negative cosines count as 0; the geometric mean is divided by the model's ``scale``.
+    Outliers are dropped, and negative cosines count as 0.
     """
-    cosines = _cosines(views, text)
-    return geometric_mean(drop_outliers(cosines).clamp(0, 1)) / scale, cosines.tolist()
+    return geometric_mean(drop_outliers(_cosines(views, text)).clamp(0, 1)) / scale
 
 
-def with_picture(views: Tensor, picture: Tensor, scale: float) -> tuple[float, list[float]]:
+def with_picture(views: Tensor, picture: Tensor, scale: float) -> float:
     """The same with a picture's vector. Nothing is clipped: a kept cosine under 0 makes it 0."""
-    cosines = _cosines(views, picture)
-    mean = geometric_mean(drop_outliers(cosines))
-    return 0.0 if mean != mean else mean / scale, cosines.tolist()
+    mean = geometric_mean(drop_outliers(_cosines(views, picture)))
+    return 0.0 if mean != mean else mean / scale
 
 
 def _cosines(views: Tensor, prompt: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ class Check:
     gates: dict[str, GateResult]
     score: float | None = None  # the final one, not limited to 1
     parts: dict[str, float | None] = field(default_factory=dict)  # alignment, iqa, ssim, lpips; None: no weights
-    cosines: list[float] = field(default_factory=list)  # of each view with the prompt, outliers included
     views: Tensor | None = None  # (16, 3, 518, 518), what the validators see
 
     @property
@@ -135,7 +134,7 @@ class SelfCheck:
         if self._quality is not None:
             qualities = self._quality.score(torch.cat(views)).split(VIEWS)
         checks: list[Check] = []
-        for each, quality, (alignment, cosines) in zip(views, qualities, self._align(views, prompts), strict=True):
+        for each, quality, alignment in zip(views, qualities, self._align(views, prompts), strict=True):
             prompt = prompts[len(checks)]
             parts = {
                 "alignment": alignment,
@@ -145,23 +144,23 @@ class SelfCheck:
             }
             use = self._text.use if isinstance(prompt, str) or self._image is None else self._image.use
             floor = use.min_alignment if isinstance(prompt, str) else use.min_image_alignment
-            checks.append(Check({}, final_score(parts, floor), parts, cosines, each))
+            checks.append(Check({}, final_score(parts, floor), parts, each))
         return checks
 
-    def _align(self, views: list[Tensor], prompts: list[str | Image.Image]) -> list[tuple[float, list[float]]]:
-        """Alignment and cosines of each splat with its prompt."""
-        outcomes: dict[int, tuple[float, list[float]]] = {}
+    def _align(self, views: list[Tensor], prompts: list[str | Image.Image]) -> list[float]:
+        """Alignment of each splat with its prompt."""
+        alignments: dict[int, float] = {}
         written = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
         drawn = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
         if written:
             texts = self._text.encode(list(written.values()))
             embedded = self._text.embed(torch.cat([views[i] for i in written])).split(VIEWS)
             for i, text, seen in zip(written, texts, embedded, strict=True):
-                outcomes[i] = with_text(seen, text, self._text.use.cosine_scale)
+                alignments[i] = with_text(seen, text, self._text.use.cosine_scale)
         if drawn:
             model = self._image or self._text
             embedded = model.embed(torch.cat([views[i] for i in drawn])).split(VIEWS)
             for i, seen in zip(drawn, embedded, strict=True):
                 picture = model.embed(to_tensor(drawn[i])[None])[0]
-                outcomes[i] = with_picture(seen, picture, model.use.image_cosine_scale)
-        return [outcomes[i] for i in range(len(prompts))]
+                alignments[i] = with_picture(seen, picture, model.use.image_cosine_scale)
+        return [alignments[i] for i in range(len(prompts))]

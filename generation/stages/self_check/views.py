@@ -64,8 +64,8 @@ def render_views(gaussians: Gaussians) -> Tensor:
     darker than black takes light away from what is blended with it.
     """
     sh = gaussians.sh[:, :1]
-    # Our rasteriser draws no colour under 0. All colours and the background may be brighter by the same, for the
-    # weights that a pixel is blended with sum to 1; by a power of two, which takes nothing from their last digits.
+    # Our rasteriser clamps colours at 0. So an amount is added to all colours and to the background, and subtracted
+    # from the pixels, whose weights sum to 1. It is a power of two, so that it costs no precision.
     darkest = float((-0.5 - SH_C0 * sh).amax())
     lift = min(MAX_LIFT, 2.0 ** math.ceil(math.log2(darkest))) if darkest > 0 else 0.0
     azimuths = torch.linspace(0, 360, VIEWS, dtype=torch.float64)[:-1]

@@ -15,10 +15,8 @@ from typing import Any
 
 from neurons.miner.records import standings
 from neurons.miner.records.metrics import Snapshot
-from neurons.miner.records.verdicts import WINDOW_S
+from neurons.miner.records.verdicts import TASK_COOLDOWN_S, WINDOW_S
 
-# The validators' cooldown in seconds, in which each gives a miner at most one task.
-TASK_COOLDOWN_S = 300.0
 BINS = 24
 MOST_OUTCOMES = 200
 #: Seconds for which an answer is reused, so that frequent requests cost the miner nothing.

@@ -18,7 +18,7 @@ from neurons.protocol import Feedback
 
 # From the start of a validation.
 LOCK_S = 30.0
-# The validators' default, until one has told its own.
+# The validators' default, in which each gives a miner at most one task; until one has told its own.
 TASK_COOLDOWN_S = 300.0
 # `generations_within_the_window` counts the results of this time.
 WINDOW_S = 4 * 3600.0

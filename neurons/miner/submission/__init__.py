@@ -1,1 +1,1 @@
-"""Results until their validator has answered: ``spool`` keeps them on disk, ``submitter`` sends them."""
+"""Results until their validator has answered: ``spool`` keeps them, ``submitter`` sends them, ``outcomes`` judges."""

@@ -13,7 +13,7 @@ import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import bittensor as bt
@@ -23,18 +23,10 @@ from common.log_lines import quoted
 from neurons.chain import Neuron
 from neurons.miner.assignment import Assignment
 from neurons.miner.records.events import Recorder, Settlement, Submission, SubmissionOutcome
-from neurons.miner.records.verdicts import (
-    ANSWER_S,
-    LOCK_S,
-    TASK_COOLDOWN_S,
-    PastSubmission,
-    Span,
-    Window,
-    is_penalty,
-    judge,
-)
+from neurons.miner.records.verdicts import ANSWER_S, LOCK_S, PastSubmission, Span
+from neurons.miner.submission.outcomes import Outcomes
 from neurons.miner.submission.spool import Spool, SpooledResult
-from neurons.miner.validators.clock import DEFAULT_PAUSE_S, MIN_PAUSE_S, ValidatorClocks
+from neurons.miner.validators.clock import DEFAULT_PAUSE_S, ValidatorClocks
 from neurons.miner.validators.dendrite import NO_CONNECTION
 from neurons.miner.validators.directory import ValidatorDirectory
 from neurons.protocol import SUBMIT_TIMEOUT_S, Feedback, PullTask, SubmitResults, Task, make_submission
@@ -91,25 +83,6 @@ class _Kept:
     recorded: bool = False
 
 
-@dataclass
-class _Unsettled:
-    """A result whose outcome only the validator's next count tells. `otherwise`: its outcome if that has not grown."""
-
-    task_id: str
-    span: Span
-    otherwise: SubmissionOutcome
-
-
-@dataclass
-class _Memory:
-    """What is known from one validator's answers."""
-
-    window: Window = field(default_factory=Window)
-    unsettled: list[_Unsettled] = field(default_factory=list)
-    last_told: int = 0  # its latest cooldown_until
-    usual_cooldown: float = TASK_COOLDOWN_S
-
-
 class Submitter:
     """Owns the running submissions and the kept results."""
 
@@ -132,7 +105,7 @@ class Submitter:
         self._spool = spool
         self._record = record
         self._under_way: set[asyncio.Task[None]] = set()
-        self._memories: defaultdict[str, _Memory] = defaultdict(_Memory)
+        self._outcomes: defaultdict[str, Outcomes] = defaultdict(Outcomes)
         self._untold: Counter[str] = Counter()  # hotkey -> number of results in a row without an outcome
         self._kept: dict[tuple[str, str], _Kept] = {}
         for hotkey, tasks in spool.entries().items():
@@ -141,7 +114,7 @@ class Submitter:
                 # It is not known whether an earlier run sent it.
                 self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
         for past in history:
-            self._remember(past)
+            self._outcomes[past.hotkey].remember(past)
 
     def submit(self, assignment: Assignment, result: bytes, kept: bool = False) -> None:
         """Starts submitting `result` (`.spz`, or b"" for nothing), and returns at once.
@@ -173,7 +146,7 @@ class Submitter:
         """To be called with the answer to each pull. Drops the result that it does not ask for."""
         hotkey = validator.hotkey
         if answer.cooldown_until > 0:
-            self._memories[hotkey].last_told = answer.cooldown_until
+            self._outcomes[hotkey].last_told = answer.cooldown_until
         if answer.task is None and answer.cooldown_until <= 0:
             return  # refused without a reason, which tells nothing about the task
         for kept_for, task_id in list(self._kept):
@@ -273,28 +246,21 @@ class Submitter:
         self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
     ) -> float | None:
         """Handles an answer with feedback. Returns as `_hand_in` does."""
-        validator, task, now = assignment.validator, assignment.task, self._now()
-        hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
-        ahead = self._clocks.ahead(hotkey, until)
-        outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
-        memory.last_told = until or memory.last_told
-        # Then an earlier copy may have been accepted, or may still be in progress.
-        repeated = kept.may_have_arrived and outcome in ("declined", "broken")
-        span = Span(kept.first_sent - ANSWER_S, now)
-        found = memory.window.answered(
-            now,
-            feedback.generations_within_the_window,
-            span if outcome == "accepted" else None,
-            [*(each.span for each in memory.unsettled), *([span] if repeated else [])],
+        validator, task, until = assignment.validator, assignment.task, answer.cooldown_until
+        hotkey = validator.hotkey
+        outcome, settled = self._outcomes[hotkey].told(
+            task.id,
+            len(result),
+            feedback,
+            until,
+            self._clocks.ahead(hotkey, until),
+            Span(kept.first_sent - ANSWER_S, self._now()),
+            kept.may_have_arrived,
         )
-        otherwise: SubmissionOutcome = outcome or "unknown"
-        if repeated:
-            if otherwise == "declined" and not is_penalty(ahead, 0.0, memory.usual_cooldown):
-                otherwise = "broken"
-            outcome = "accepted" if found.pop() else "unknown"
-        self._settle(validator, memory, found)
-        if outcome == "unknown":
-            memory.unsettled.append(_Unsettled(task.id, span, otherwise))
+        for each in settled:
+            log.info("Validator [%d]'s count tells of %s, whose answer was lost", validator.uid, quoted(each.task_id))
+            _say(validator, each.task_id, each.outcome)
+            self._record(Settlement(validator, each.task_id, each.outcome))
         if outcome is None:
             kept.may_have_arrived = True
             if kept.rounds >= MAX_ROUNDS:
@@ -305,8 +271,6 @@ class Submitter:
             )
             return self._after(LOCK_S, validator, kept)
         self._untold.pop(hotkey, None)
-        if otherwise != "declined":
-            memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         self._forget(hotkey, task.id)
         log.info(
             "Feedback from [%d]: Score=%.2f, Reward=%.2f (average %.2f, %d accepted in the window, rating %.0f)",
@@ -380,12 +344,10 @@ class Submitter:
         )
         return await retrying(attempt)
 
-    # Outcomes of results
-
     def _let_go(self, validator: Neuron, task_id: str, answer: PullTask) -> None:
         """The validator's pull did not ask for this result: its task is over, or forgotten."""
         hotkey, now = validator.hotkey, self._now()
-        kept, memory = self._kept[hotkey, task_id], self._memories[hotkey]
+        kept, outcomes = self._kept[hotkey, task_id], self._outcomes[hotkey]
         is_empty = self._spool.is_empty(hotkey, task_id) if kept.size is None else kept.size == 0
         self._forget(hotkey, task_id)
         # The answer to an unregistered miner is no cooldown, and counts no violation.
@@ -396,13 +358,13 @@ class Submitter:
             declined = None
             if cooling:
                 ahead = self._clocks.ahead(hotkey, answer.cooldown_until)
-                declined = is_penalty(ahead, now - kept.still_open_at, memory.usual_cooldown)
+                declined = outcomes.is_penalty(ahead, now - kept.still_open_at)
             outcome = "empty" if is_empty else "declined" if declined else "unknown"
             if declined is None:
                 ask_again_at = None  # recorded so in the ledger; the pull's row has the time
         if outcome == "unknown" and not kept.recorded:
             span = Span(kept.first_sent - ANSWER_S, now)
-            memory.unsettled.append(_Unsettled(task_id, span, "unknown" if ask_again_at is None else "broken"))
+            outcomes.lost(task_id, span, "unknown" if ask_again_at is None else "broken")
         self._conclude(validator, task_id, kept, outcome, None, ask_again_at)
 
     def _conclude(
@@ -422,36 +384,6 @@ class Submitter:
         _say(validator, task_id, outcome, reason)
         seconds = self._now() - kept.first_sent
         self._record(Submission(validator, task_id, outcome, seconds, kept.size or 0, feedback, ask_again_at, reason))
-
-    def _settle(self, validator: Neuron, memory: _Memory, accepted: list[bool | None]) -> None:
-        """Concludes the unsettled results by this answer's count. No later answer can tell more."""
-        for each, is_accepted in zip(memory.unsettled, accepted, strict=True):
-            outcome = each.otherwise
-            if is_accepted:
-                outcome = "accepted"
-            elif is_accepted is None and outcome == "broken":
-                outcome = "unknown"
-            log.info("Validator [%d]'s count tells of %s, whose answer was lost", validator.uid, quoted(each.task_id))
-            _say(validator, each.task_id, outcome)
-            self._record(Settlement(validator, each.task_id, outcome))
-        memory.unsettled = []
-
-    def _remember(self, past: PastSubmission) -> None:
-        memory = self._memories[past.hotkey]
-        span = Span(past.at - past.seconds - ANSWER_S, past.at)
-        accepted = span if past.outcome == "accepted" else None
-        if past.accepted_in_window is not None:
-            memory.window.answered(past.at, past.accepted_in_window, accepted, [each.span for each in memory.unsettled])
-            memory.unsettled = []
-            if past.outcome in ("accepted", "broken", "empty") and past.cooldown:
-                memory.usual_cooldown = past.cooldown
-        elif accepted is not None:
-            memory.window.add(accepted)
-        if past.outcome == "unknown":
-            otherwise: SubmissionOutcome = "unknown"
-            if past.cooldown is not None:
-                otherwise = "declined" if is_penalty(past.cooldown, 0.0, memory.usual_cooldown) else "broken"
-            memory.unsettled.append(_Unsettled(past.task_id, span, otherwise))
 
 
 _SAID: dict[SubmissionOutcome, tuple[int, str]] = {

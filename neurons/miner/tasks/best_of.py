@@ -11,7 +11,7 @@ from neurons.miner.assignment import Assignment
 # Limits of one request to a generation service. A task that comes meanwhile may have to wait for its end.
 MAX_CANDIDATES = 64
 ROUND_S = 5.0
-# Seconds of a request's planned time that are left for sending the splat here.
+# Seconds of a request's planned time that are kept for the transfer of the splat.
 TRANSFER_S = 0.5
 # Validators count in whole seconds.
 MARGIN_S = 1.0

@@ -8,8 +8,8 @@ from neurons.miner.assignment import Assignment
 
 # Share of the time per validator in a cooldown that is used. The rest is slack.
 USED = 0.9
-# Shares of the distance that is aimed at. Who is nearer to another one than the first is moved, for an exact distance
-# would be lost to every delay on the network. Where he is moved the second is enough.
+# Shares of the distance that is aimed at. A validator nearer to another one than the first share is moved to where it
+# has at least the second. Nearly enough is left alone: each delay on the network would undo an exact distance.
 KEPT, ENOUGH = 0.33, 0.7
 
 
@@ -23,7 +23,7 @@ class Phases:
     def __init__(self, free_seconds: Callable[[Assignment], float]) -> None:
         """`free_seconds`: how long a validator's task profits from having the generators for itself."""
         self._free_seconds = free_seconds
-        self._asked_at: dict[str, float] = {}  # hotkey -> when it is, or was, to be asked; of those that it pays for
+        self._asked_at: dict[str, float] = {}  # hotkey -> when it is asked next; only where moving pays
         self._validators = 1
 
     def keep(self, hotkeys: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Polls all eligible validators concurrently, each by its own clock, and queues their tasks."""
+"""Decides when each eligible validator is asked for a task, asks all concurrently, and queues their tasks."""
 
 from __future__ import annotations
 

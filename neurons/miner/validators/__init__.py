@@ -1,1 +1,1 @@
-"""Which validators are asked for tasks, when by their clocks, and how."""
+"""The validators: which are eligible, what time each has, and how they are called."""

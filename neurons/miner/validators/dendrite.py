@@ -17,8 +17,8 @@ from neurons.protocol import ANSWER_FIELDS
 # Called with a validator's hotkey, the Date header of its answer, and our time at the request and at the answer.
 DateListener = Callable[[str, str | None, float, float], None]
 
-# An axon takes a sender's first nonce when it is no older than 4 s and the time-out that the request declares. After a
-# refusal a request declares this instead, and on top of it how far the validator's clock is ahead.
+# An axon accepts a sender's first nonce if it is at most as old as the time-out that the request declares, plus 4 s.
+# After a refusal, requests declare this time-out, plus how far the validator's clock is ahead.
 DECLARED_AFTER_REFUSAL_S = 60.0
 UNAUTHORISED = 401
 

@@ -19,7 +19,7 @@ from PIL import Image
 from generation.engine.engine import Engine
 from generation.generators.base import Checkpoint, Generator, Parts
 from generation.generators.kinds import KINDS, load_models, load_options
-from generation.pipeline import assemble
+from generation.pipeline import assemble, warm_up
 from generation.pipeline.pipeline import Asset, Job, Pipeline, Request
 from generation.schema.options import ModelChoice, SettingsError
 from generation.settings import Settings
@@ -217,16 +217,16 @@ class TestPipeline:
         configs = [f"{BALL}\nprompt_template: '{template}'" for template in templates]
         pipeline, *_ = made(resolve(*configs))
         drawn: list[str] = []
-        paint = pipeline._text_to_image.generate  # type: ignore[union-attr]
-        pipeline._text_to_image.generate = lambda texts, seeds: drawn.extend(texts) or paint(texts, seeds)  # type: ignore
+        paint = pipeline.text_to_image.generate  # type: ignore[union-attr]
+        pipeline.text_to_image.generate = lambda texts, seeds: drawn.extend(texts) or paint(texts, seeds)  # type: ignore
         finish(pipeline, [pipeline.begin(ask("a red ball")), pipeline.begin(show())])
         assert drawn == ["a red ball seen from the left"]
 
     def test_what_can_be_prefetched_is_while_the_picture_is_drawn(self, resolve: Callable[..., Settings]) -> None:
         pipeline, text, _ = made(resolve(SCULPTURE))
-        painting, cutting = pipeline._text_to_image.generate, pipeline._background.remove  # type: ignore[union-attr]
-        pipeline._text_to_image.generate = lambda *more: text.log.append(("draw",)) or painting(*more)  # type: ignore
-        pipeline._background.remove = lambda images: text.log.append(("cut out",)) or cutting(images)  # type: ignore
+        painting, cutting = pipeline.text_to_image.generate, pipeline.background.remove  # type: ignore[union-attr]
+        pipeline.text_to_image.generate = lambda *more: text.log.append(("draw",)) or painting(*more)  # type: ignore
+        pipeline.background.remove = lambda images: text.log.append(("cut out",)) or cutting(images)  # type: ignore
         finish(pipeline, [pipeline.begin(ask("red"))])
         order = [each[0] for each in text.log]
         assert order[:5] == ["draw", "encode", "prefetch", "cut out", "begin"]
@@ -241,11 +241,11 @@ class TestPipeline:
         self, resolve: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pipeline, text, image = made(resolve(BALL, SCULPTURE), most=1)
-        pipeline._device = "cuda"  # what only a GPU needs runs anywhere
-        monkeypatch.setattr(pipeline, "_warm_up_stages", lambda progress: None)
+        pipeline.device = "cuda"  # what only a GPU needs runs anywhere
+        monkeypatch.setattr(warm_up, "_warm_up_stages", lambda pipeline, progress: None)
         monkeypatch.setattr(pipeline, "_draw", lambda jobs: [torch.zeros(3, 64, 64)] * len(jobs))
         told: list[str] = []
-        pipeline.warm_up(told.append)
+        warm_up.warm_up(pipeline, told.append)
         assert told[:2] == ["warming up the ball", "warming up the sculpture"]
         assert text.log[-1][0] == image.log[-1][0] == "tick"
 

@@ -9,7 +9,7 @@ import torch
 
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
 from generation.generators.kinds import KINDS, Kind
-from generation.pipeline import assemble
+from generation.pipeline import assemble, warm_up
 from generation.pipeline.pipeline import Asset
 from generation.settings import CONFIGS, Settings
 from generation.weights import WeightsError
@@ -48,7 +48,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     ]
     monkeypatch.setattr(sculptor, "begin", lambda subject: Scene(torch.ones(4, 64, 64), subject.words, subject.seed, 5))
     monkeypatch.setattr(Scene, "gaussians", lambda scene: ball(seed=scene.seed))
-    monkeypatch.setattr(pipeline._background, "remove", lambda images: torch.ones_like(images[:, :1]))
+    monkeypatch.setattr(pipeline.background, "remove", lambda images: torch.ones_like(images[:, :1]))
     (asset,) = pipeline.generate([ask("a red cube", threshold=0.0)])
     assert isinstance(asset, Asset)
     assert asset.ply
@@ -73,10 +73,10 @@ def test_real_classes_end_to_end(mini_models, no_network, tmp_path, caplog):
         "densification_interval: 100"
     )
     pipeline = assemble.load(Settings.resolve({"profile": "tiny", "models": mini_models, "config": config}))
-    pipeline._warm_up_stages(lambda text: None)  # what only a GPU needs runs anywhere
+    warm_up._warm_up_stages(pipeline, lambda text: None)  # what only a GPU needs runs anywhere
     # A random matting net answers about one half everywhere: make it see the whole picture as the object.
     matting: Any = SimpleNamespace(remove=lambda images: torch.ones_like(images[:, :1]))
-    pipeline._background = matting
+    pipeline.background = matting
     with caplog.at_level(logging.INFO):
         first, second = pipeline.generate([ask("a red cube", threshold=0.0), ask("a red cube", threshold=0.0)])
     assert isinstance(first, Asset), first

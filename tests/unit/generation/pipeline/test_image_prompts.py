@@ -34,7 +34,7 @@ class TestImagePrompts:
         cutouts: list[torch.Tensor] = []
         begin = sculptor.begin
         monkeypatch.setattr(sculptor, "begin", lambda subject: told(cutouts, subject.cutout, begin(subject)))
-        monkeypatch.setattr(pipeline._background, "remove", None)
+        monkeypatch.setattr(pipeline.background, "remove", None)
         monkeypatch.setattr(Scene, "gaussians", lambda scene: ball())
         for alpha in (255, 60):
             picture = Image.new("RGBA", (90, 60), (255, 0, 0, 0))

@@ -125,7 +125,7 @@ class TestFullMemory:
         assert pipeline.limit.current == 3
 
     def test_pictures_are_made_fewer_at_once_and_works_are_not(self, pipeline, sculptor, monkeypatch):
-        remove, sizes = pipeline._background.remove, []
+        remove, sizes = pipeline.background.remove, []
 
         def full(images: torch.Tensor) -> torch.Tensor:
             if len(images) > 1:
@@ -133,7 +133,7 @@ class TestFullMemory:
             sizes.append(len(images))
             return remove(images)
 
-        monkeypatch.setattr(pipeline._background, "remove", full)
+        monkeypatch.setattr(pipeline.background, "remove", full)
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2, 3)])
         assert all(outcome.ply for outcome in outcomes)
         assert sizes == [1, 1, 1]
@@ -192,7 +192,7 @@ class TestFullMemory:
     def test_a_splat_is_made_once_when_there_is_no_memory_to_check_it(self, pipeline, sculptor, monkeypatch):
         monkeypatch.setattr(batch_limit, "release_cache", lambda: None)  # takes half a second
         monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)
-        check_all = pipeline._self_check.check_all
+        check_all = pipeline.self_check.check_all
         failed: list[int] = []
 
         def full(splats: Any, fit: bool) -> Any:
@@ -201,7 +201,7 @@ class TestFullMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return check_all(splats, fit)
 
-        monkeypatch.setattr(pipeline._self_check, "check_all", full)
+        monkeypatch.setattr(pipeline.self_check, "check_all", full)
         outcomes = pipeline.generate([ask("red", seed=seed) for seed in (1, 2)])
         assert failed == [2, 1, 1, 1]
         assert all(outcome.ply for outcome in outcomes)

@@ -38,9 +38,9 @@ def test_same_prompt_and_seed_same_splat(pipeline):
 
 def test_each_picture_is_drawn_with_its_own_requests_seed(pipeline, monkeypatch):
     drawn: list[list[tuple[str, int]]] = []
-    paint = pipeline._text_to_image.generate
+    paint = pipeline.text_to_image.generate
     monkeypatch.setattr(
-        pipeline._text_to_image,
+        pipeline.text_to_image,
         "generate",
         lambda texts, seeds: told(drawn, list(zip(texts, seeds, strict=True)), paint(texts, seeds)),
     )

@@ -13,6 +13,7 @@ from generation.generators.kinds import load_models
 from generation.pipeline import assemble
 from generation.pipeline import pipeline as pipeline_module
 from generation.pipeline.pipeline import Pipeline
+from generation.pipeline.warm_up import warm_up
 from generation.settings import CONFIGS
 from tests.support.standins import Painter, WhiteIsBackground, colour_check
 
@@ -59,7 +60,7 @@ def made(text: Narrow, image: Narrow, monkeypatch: pytest.MonkeyPatch, turns: bo
     check: Any = colour_check()
     check.warm_up = check.encode = lambda counted: None
     pipeline = Pipeline(painter, matting, text_generator, image_generator, check, "cpu", [], most, turns)
-    pipeline._device = "cuda"
+    pipeline.device = "cuda"
     monkeypatch.setattr(pipeline, "generate", lambda requests: ["an asset"])
     monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)
     return pipeline
@@ -75,10 +76,10 @@ def test_it_starts_for_as_many_at_once_as_there_is_memory_for(monkeypatch, caplo
         released.append((image.held and image.held(), text.loaded, image.loaded))
 
     monkeypatch.setattr(pipeline_module, "release_cache", release_cache)
-    pipeline.warm_up()
+    warm_up(pipeline)
     assert log == [4, 4, 2, 2, 1, 1]
     assert pipeline.limit.maximum == pipeline.limit.current == 1
-    assert all(limit.maximum == 1 for limit in pipeline._stage_limits.values())
+    assert all(limit.maximum == 1 for limit in pipeline.stage_limits.values())
     assert text.loaded
     assert image.loaded
     # What the failed one held is free by then, and graphs are, which know where weights are.
@@ -90,7 +91,7 @@ def test_generators_that_take_turns_still_do(monkeypatch):
     log: list[Any] = []
     text, image = Narrow(4, log, loaded=False), Narrow(2, log, loaded=False)
     pipeline = made(text, image, monkeypatch, turns=True)
-    pipeline.warm_up()
+    warm_up(pipeline)
     assert log == [4, 4, 2, 2]
     assert (text.loaded, image.loaded) == (True, False)
 
@@ -100,13 +101,13 @@ def test_a_stage_that_has_no_memory_for_one_gets_that_of_graphs_for_many(monkeyp
     text = Narrow(4, log)
     pipeline = made(text, text, monkeypatch)
 
-    def warm_up(count: int) -> None:
+    def draw(count: int) -> None:
         log.append(f"draw {count}")
         if pipeline.limit.maximum > 2:
             raise torch.OutOfMemoryError(str(FULL))
 
-    monkeypatch.setattr(pipeline._text_to_image, "warm_up", warm_up)
-    pipeline.warm_up()
+    monkeypatch.setattr(pipeline.text_to_image, "warm_up", draw)
+    warm_up(pipeline)
     assert log == [4, "draw 1", 2, "draw 1", "draw 2"]
 
 
@@ -114,7 +115,7 @@ def test_one_alone_without_memory_is_an_error(monkeypatch):
     log: list[Any] = []
     pipeline = made(Narrow(0, log), Narrow(4, log), monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
-        pipeline.warm_up()
+        warm_up(pipeline)
     assert log == [4, 2, 1]
 
 
@@ -123,7 +124,7 @@ def test_other_errors_are_not_tried_again(monkeypatch):
     pipeline = made(Narrow(4, log), Narrow(4, log), monkeypatch)
     monkeypatch.setattr(pipeline, "generate", lambda requests: [RuntimeError("no kernel image")])
     with pytest.raises(RuntimeError, match="no kernel image"):
-        pipeline.warm_up()
+        warm_up(pipeline)
     assert log == [4, 4]
 
 

@@ -165,24 +165,21 @@ class TestScore:
         assert the(right.score) > 0.9
         assert wrong.score == 0.0
         assert the(wrong.parts["alignment"]) < 0.3
-        assert len(right.cosines) == 16
         assert right.views is not None
         assert right.views.shape == (16, 3, 518, 518)
 
     def test_scale(self):
         images = torch.ones(16, 3, 64, 64)
         images[:, :, 16:48, 16:48] = torch.tensor([1.0, 1.0, 0.0])[:, None, None]  # yellow: cosine 0.7071 with red
-        score, cosines = align(colour_check(), images, "a red square")
-        assert score == pytest.approx(math.sqrt(0.5), abs=1e-3)
-        assert cosines == pytest.approx([math.sqrt(0.5)] * 16, abs=1e-3)
-        assert align(colour_check(cosine_scale=0.9), images, "red")[0] == pytest.approx(0.7857, abs=1e-3)
+        assert align(colour_check(), images, "a red square") == pytest.approx(math.sqrt(0.5), abs=1e-3)
+        assert align(colour_check(cosine_scale=0.9), images, "red") == pytest.approx(0.7857, abs=1e-3)
         # Not limited to 1, as with the validators.
-        assert align(colour_check(cosine_scale=0.35), images, "red")[0] == pytest.approx(2.0203, abs=2e-3)
+        assert align(colour_check(cosine_scale=0.35), images, "red") == pytest.approx(2.0203, abs=2e-3)
 
     def test_no_likeness_is_zero_not_an_error(self):
         images = torch.zeros(16, 3, 64, 64)
         images[:, 2] = 1.0
-        assert align(colour_check(), images, "red")[0] == pytest.approx(0, abs=1e-4)
+        assert align(colour_check(), images, "red") == pytest.approx(0, abs=1e-4)
 
     def test_image_prompts_compare_images(self):
         checking = colour_check(image_cosine_scale=0.9)
@@ -191,8 +188,8 @@ class TestScore:
         red, yellow = torch.ones(16, 3, 64, 64), torch.ones(16, 3, 64, 64)
         red[:, 1:, 20:40, 20:40] = 0
         yellow[:, 2:, 20:40, 20:40] = 0
-        assert align(checking, yellow, picture)[0] == pytest.approx(1 / 0.9, abs=1e-3)
-        assert align(checking, red, picture)[0] == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
+        assert align(checking, yellow, picture) == pytest.approx(1 / 0.9, abs=1e-3)
+        assert align(checking, red, picture) == pytest.approx(math.sqrt(0.5) / 0.9, abs=1e-2)
 
     def test_texts_and_pictures_together(self, monkeypatch):
         monkeypatch.setattr(views, "VIEW_SIZE", 130)

@@ -54,6 +54,12 @@ def test_in_step_they_are_moved_apart_once() -> None:
     assert cycles.waited == pytest.approx(before, abs=1e-6)
 
 
+def test_more_than_there_is_free_time_for_share_the_cooldown() -> None:
+    cycles = Cycles([0.0] * 24)
+    cycles.run(3)
+    assert cycles.nearest >= 0.6 * PERIOD / 24
+
+
 def test_few_are_moved_no_further_than_is_of_use() -> None:
     cycles = Cycles([0.0, 0.0, 0.0])
     cycles.run(3)

@@ -6,6 +6,9 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
+from neurons.miner.submission import spool as spool_module
 from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
 from neurons.protocol import ImageTask, TextTask
 
@@ -35,3 +38,15 @@ def test_damaged_and_old_entries_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "half.tmp").write_bytes(b"")
     assert spool.entries() == {}
     assert os.listdir(tmp_path) == []
+
+
+def test_a_result_may_be_answered_while_room_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "MAX_ENTRIES", 1)
+    spool = Spool(tmp_path)
+    spool.put(SpooledResult("5V", TextTask(id="first", prompt="p"), b""))
+    before = spool._files()
+    spool.remove("5V", "first")
+    monkeypatch.setattr(spool, "_files", lambda: before)
+    later = SpooledResult("5V", TextTask(id="later", prompt="p"), b"")
+    spool.put(later)
+    assert spool.get("5V", later.task) == later

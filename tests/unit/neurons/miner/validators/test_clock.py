@@ -123,6 +123,27 @@ def test_a_fast_clock_is_never_further_ahead_than_is_said(clocks: ValidatorClock
     assert 0 <= clocks.highest_offset("5V") - DRIFT * (now.now - began) < 6
 
 
+def test_a_fresh_header_counts_after_hours_beside_a_stale_one_of_a_slow_clock(
+    clocks: ValidatorClocks, now: Time
+) -> None:
+    answer_on_the_second(clocks, now, 0.0)
+    now.now += 3 * 3600
+    offset = -DRIFT * 3 * 3600
+    answer(clocks, now, offset, age=2.0)
+    cooldown_until = int(now.now) + 300
+    assert 0 <= clocks.next_pull_at("5V", cooldown_until) + offset - cooldown_until < 0.5
+
+
+def test_a_refusal_by_a_slow_clock_is_no_lie(clocks: ValidatorClocks, now: Time) -> None:
+    answer_on_the_second(clocks, now, 0.0)
+    now.now += 3 * 3600
+    cooldown_until = int(now.now)
+    now.now = cooldown_until + 0.5  # by the validator's clock half a second before it
+    clocks.refused("5V", cooldown_until, now.now)
+    answer_on_the_second(clocks, now, -DRIFT * 3 * 3600)
+    assert clocks.next_pull_at("5V", int(now.now) + 300) < int(now.now) + 302
+
+
 def test_a_header_that_lies_is_found_out_by_a_refusal(clocks: ValidatorClocks, now: Time) -> None:
     """The header is right by our clock, but the rules go by one that is 20 s behind."""
     violations = 0
