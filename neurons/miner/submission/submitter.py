@@ -277,6 +277,9 @@ class Submitter:
         hotkey, until, memory = validator.hotkey, answer.cooldown_until, self._memories[validator.hotkey]
         ahead = self._clocks.ahead(hotkey, until)
         outcome = judge(len(result), feedback, ends_task=ahead > 0 and until != memory.last_told)
+        if outcome in ("accepted", "broken"):
+            # Any other answer may have the rest of the cooldown that an earlier copy brought.
+            memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         memory.last_told = until or memory.last_told
         # Then an earlier copy may have been accepted, or may still be in progress.
         repeated = kept.may_have_arrived and outcome in ("declined", "broken")
@@ -305,8 +308,6 @@ class Submitter:
             )
             return self._after(LOCK_S, validator, kept)
         self._untold.pop(hotkey, None)
-        if otherwise != "declined":
-            memory.usual_cooldown = max(ahead, MIN_PAUSE_S)
         self._forget(hotkey, task.id)
         log.info(
             "Feedback from [%d]: Score=%.2f, Reward=%.2f (average %.2f, %d accepted in the window, rating %.0f)",
@@ -443,7 +444,7 @@ class Submitter:
         if past.accepted_in_window is not None:
             memory.window.answered(past.at, past.accepted_in_window, accepted, [each.span for each in memory.unsettled])
             memory.unsettled = []
-            if past.outcome in ("accepted", "broken", "empty") and past.cooldown:
+            if past.cooldown and past.score:
                 memory.usual_cooldown = past.cooldown
         elif accepted is not None:
             memory.window.add(accepted)
