@@ -73,7 +73,7 @@ class ValidatorClock:
             drift = self.drift(received)
             # An earlier header may have been fresher. If the two contradict each other, the clock was set.
             if self.low - drift <= high and low <= self.high + drift:
-                low = max(low, self.low - drift)
+                low, high = max(low, self.low - drift), min(high, self.high + drift)
         self.low, self.high, self.told_at = low, high, received
 
     def refused(self, cooldown_until: float, sent: float) -> None:
