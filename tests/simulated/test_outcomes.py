@@ -197,7 +197,8 @@ def test_what_is_left_of_a_cooldown_is_no_measure_of_the_next_one(tmp_path: Path
 def test_a_slow_answer_is_no_measure_of_a_short_cooldown(tmp_path: Path) -> None:
     """How old its Date header is can not be told, and the cooldown in it is the usual one."""
     slow = replace(ACCEPTED, ahead=270, seconds=280.0)
-    miner = mine(tmp_path, ["first", "second", 275.0, "third"], [slow, LOST, NOT_ASSIGNED, replace(ACCEPTED, count=3)], 1200)
+    answers = [slow, LOST, NOT_ASSIGNED, replace(ACCEPTED, count=3)]
+    miner = mine(tmp_path, ["first", "second", 275.0, "third"], answers, 1200)
     assert miner.submissions == [("first", "accepted"), ("second", "unknown"), ("third", "accepted")]
     assert miner.settlements == [("second", "accepted")]
 
