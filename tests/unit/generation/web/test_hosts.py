@@ -76,11 +76,14 @@ async def test_a_request_names_one_host(hosts: list[str]) -> None:
     async def unreachable(*_: Any) -> None:
         raise AssertionError("the request went through")
 
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
     async def send(message: Any) -> None:
         sent.append(message)
 
     scope = {"type": "http", "headers": [(b"host", host.encode()) for host in hosts]}
-    await SameSite(unreachable, ())(scope, unreachable, send)
+    await SameSite(unreachable, ())(scope, receive, send)
     assert sent[0]["status"] == 421
 
 
