@@ -308,8 +308,6 @@ def _verdict(error: BaseException, stage: str) -> tuple[str, str]:
         return "cancelled", "the client hung up"
     if isinstance(error, ApiError | Unavailable):
         return "refused" if stage in ("receiving", "queued") else "failed", str(error)
-    if isinstance(error, HTTPException):
-        return "refused", "the form can not be read"
     return "failed", str(error) if isinstance(error, DeadlineExceeded) else f"stage {stage} failed"
 
 

@@ -16,7 +16,6 @@ from urllib.parse import unquote_to_bytes
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -40,6 +39,7 @@ MAX_READ_S = 60.0  # to receive a whole body
 DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
 MAX_FIELDS = 16
+NOT_ENCODED = ("7bit", "8bit", "binary")  # the transfer encodings that change nothing
 UTF8 = ("utf-8", "utf8", "us-ascii")  # charsets whose text is
 UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clients send for a file of any kind
 
@@ -85,7 +85,7 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
     except MultiPartException as error:
         if "exceeded maximum size" in error.message:
             raise _too_long() from None
-        raise HTTPException(400, error.message) from None
+        raise ApiError(400, "body", error.message) from None
     try:
         prompt, picture, seed = await _check_form(form)
         candidates = check_candidates(_text(form, "candidates"))
@@ -106,13 +106,34 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
 
 async def _read_multipart(request: Request) -> FormData:
     async with aclosing(request.stream()) as stream:
-        return await _Multipart(
+        parser = _Multipart(
             request.headers, stream, max_files=len(FORM_FIELDS), max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES
-        ).parse()
+        )
+        form = await parser.parse()
+    if not parser.has_ended:
+        await form.close()
+        raise ApiError(400, "body", "cut off: its closing boundary is missing")
+    return form
 
 
 class _Multipart(MultiPartParser):
-    """Text that is not UTF-8 is refused: Starlette would take it for Latin-1, and a prompt for another one."""
+    """Refuses what Starlette would take for another prompt, or do without.
+
+    It takes text that is not UTF-8 for Latin-1, reads encoded parts as they are, and drops a part that is cut off.
+    """
+
+    has_ended = False
+
+    def on_end(self) -> None:
+        self.has_ended = True
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        for name, value in self._current_part.item_headers:
+            encoding = value.decode("latin-1").strip().lower()
+            if name == b"content-transfer-encoding" and encoding not in NOT_ENCODED:
+                message = f"content transfer encoding {escape(encoding[:64])} is not supported"
+                raise ApiError(415, escape(self._current_part.field_name[:64]), message, list(NOT_ENCODED))
 
     def on_part_end(self) -> None:
         part = self._current_part

@@ -70,9 +70,9 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 SCORES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "JSON: `score` (final, 0..1), its parts `alignment_score`, `ssim`, `iqa` (quality) and `lpips`, "
-        "of which the last two are null if their weights are missing, the requested previews in base64, and `gates`. "
-        "All scores are 0 if a gate fails"
+        "description": "JSON: `score` (final; as validators', it may be over 1), its parts `alignment_score`, `ssim`, "
+        "`iqa` (quality) and `lpips`, of which the last two are null if their weights are missing, the requested "
+        "previews in base64, and `gates`. All scores are 0 if a gate fails"
     },
     **ERRORS,
 }

@@ -129,6 +129,20 @@ class TestSimilarity:
         assert found == pytest.approx(theirs, abs=1e-5)
         assert found[15] == 0.0  # the last view is the first
 
+    def test_equal_views_are_at_no_distance_whatever_kernels_make_of_them(self):
+        """A kept distance of 0 makes the term 1; of 1e-6 it does not."""
+
+        class Noisy(torch.nn.Module):
+            def forward(self, views: torch.Tensor, after: torch.Tensor, normalize: bool) -> torch.Tensor:
+                return torch.full((len(views),), 1e-6)
+
+        views = torch.rand(4, 3, 300, 300, generator=torch.Generator().manual_seed(0))
+        views[3] = views[0]  # as the first and the last one are
+        net: Any = Noisy()
+        assert Lpips(net, "cpu").distances(views).tolist() == pytest.approx(
+            [1e-6, 1e-6, 1e-6, 0.0], rel=1e-3, abs=1e-12
+        )
+
     def test_alexnet_comes_from_a_file_and_never_from_the_network(self, tmp_path, no_network, monkeypatch):
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("torchvision wanted to fetch a checkpoint")

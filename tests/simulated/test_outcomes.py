@@ -195,6 +195,24 @@ def test_a_lost_answer_is_made_good_for(
         assert miner.validator.pulled_at[1] - miner.validator.submissions[1][0] < 10
 
 
+def test_what_is_left_of_a_cooldown_is_no_measure_of_the_next_one(tmp_path: Path) -> None:
+    """The later of two that overlapped is answered with the first one's cooldown, of which 25 s are left by then."""
+    later = replace(SECOND_AFTER_ACCEPTED, ahead=25)
+    answers = [LOST, later, LOST, NOT_ASSIGNED, replace(ACCEPTED, count=3)]
+    miner = mine(tmp_path, ["first", "second", 275.0, "third"], answers, 700)
+    assert miner.submissions == [("first", "accepted"), ("second", "unknown"), ("third", "accepted")]
+    assert miner.settlements == [("second", "accepted")]
+
+
+def test_a_slow_answer_is_no_measure_of_a_short_cooldown(tmp_path: Path) -> None:
+    """How old its Date header is can not be told, and the cooldown in it is the usual one."""
+    slow = replace(ACCEPTED, ahead=270, seconds=280.0)
+    answers = [slow, LOST, NOT_ASSIGNED, replace(ACCEPTED, count=3)]
+    miner = mine(tmp_path, ["first", "second", 275.0, "third"], answers, 1200)
+    assert miner.submissions == [("first", "accepted"), ("second", "unknown"), ("third", "accepted")]
+    assert miner.settlements == [("second", "accepted")]
+
+
 def test_old_results_that_leave_the_window_hide_no_accepted_one(tmp_path: Path) -> None:
     """49 tasks in 4 hours: when the answer to the last one is lost, the first has left, and the count is as before."""
     tasks = [f"task {number}" for number in range(49)]

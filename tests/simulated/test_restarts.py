@@ -72,15 +72,19 @@ def test_what_a_restart_finds_is_not_rewritten_and_expires_by_its_true_age(tmp_p
     assert miner.submissions == [("task", "accepted")]
 
 
-def test_a_restart_knows_what_cooldown_is_usual(tmp_path: Path) -> None:
-    """50 s with this validator, so that 140 s are a declined result's."""
+@pytest.mark.parametrize(("score", "outcome"), [(0.8, "declined"), (None, "unknown")])
+def test_a_restart_knows_what_cooldown_is_usual(tmp_path: Path, score: float | None, outcome: str) -> None:
+    """50 s with this validator, so that 140 s are a declined result's.
+
+    A result without a score was accepted by the count, and its cooldown may be the rest of an earlier answer's.
+    """
     spooled(tmp_path, "task", age=5)
 
     async def main() -> None:
-        history = [PastSubmission(now() - 100, VALIDATOR.hotkey, "before", "accepted", 1.0, 1, 50.0)]
+        history = [PastSubmission(now() - 100, VALIDATOR.hotkey, "before", "accepted", 1.0, 1, 50.0, score)]
         miner = Miner(Scripted([140.0], [ACCEPTED]), tmp_path, history)
         await miner.run(10)
-        assert miner.submissions == [("task", "declined")]
+        assert miner.submissions == [("task", outcome)]
 
     virtual_time.run(main())
 
@@ -102,9 +106,9 @@ async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) ->
     books.record(Submission(VALIDATOR, "task", "unknown", 1.0, 10, None, books._now() + 250))
     await books.close()
     history = await Bookkeeping(tmp_path / "ledger.sqlite", 0, 0.0).submissions()
-    assert [(past.task_id, past.outcome, past.accepted_in_window) for past in history] == [
-        ("before", "accepted", 5),
-        ("task", "unknown", None),
+    assert [(past.task_id, past.outcome, past.accepted_in_window, past.score) for past in history] == [
+        ("before", "accepted", 5, 0.8),
+        ("task", "unknown", None, None),
     ]
     settled: list[tuple[int, SubmissionOutcome]] = [(6, "broken"), (7, "accepted")]
     for count, outcome in settled:

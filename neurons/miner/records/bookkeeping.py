@@ -109,8 +109,8 @@ class Bookkeeping:
 
 
 def _submissions(path: Path, now: float) -> list[PastSubmission]:
-    query = """SELECT at, hotkey, task_id, outcome, coalesce(seconds, 0), accepted_in_window, wait FROM submissions
-        WHERE at > ? AND at <= ? ORDER BY at, id"""
+    query = """SELECT at, hotkey, task_id, outcome, coalesce(seconds, 0), accepted_in_window, wait, score
+        FROM submissions WHERE at > ? AND at <= ? ORDER BY at, id"""
     with closing(standings.connect(path)) as connection:
         return [PastSubmission(*row) for row in connection.execute(query, (now - WINDOW_S, now))]
 

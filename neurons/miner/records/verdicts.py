@@ -126,7 +126,10 @@ class Window:
 
 
 class PastSubmission(NamedTuple):
-    """A submission of an earlier run, as the ledger has it. `at`: unix seconds when it was over; `seconds` it took."""
+    """A submission of an earlier run, as the ledger has it. `at`: unix seconds when it was over; `seconds` it took.
+
+    `score` is the validator's; None for a result that was accepted by its count.
+    """
 
     at: float
     hotkey: str
@@ -135,3 +138,4 @@ class PastSubmission(NamedTuple):
     seconds: float
     accepted_in_window: int | None
     cooldown: float | None
+    score: float | None = None

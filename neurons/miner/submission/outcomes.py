@@ -53,7 +53,7 @@ class Outcomes:
             unsettled = [each.span for each in self._unsettled]
             self._window.answered(past.at, past.accepted_in_window, accepted, unsettled)
             self._unsettled = []
-            if past.outcome in ("accepted", "broken", "empty") and past.cooldown:
+            if past.cooldown and past.score:
                 self._usual_cooldown = past.cooldown
         elif accepted is not None:
             self._window.add(accepted)
@@ -72,6 +72,9 @@ class Outcomes:
         which the result was judged; it ends now. `may_have_arrived`: an earlier copy may have been judged already.
         """
         outcome = judge(size, feedback, ends_task=ahead > 0 and until != self.last_told)
+        if outcome in ("accepted", "broken"):
+            # Any other answer may have the rest of the cooldown that an earlier copy brought.
+            self._usual_cooldown = max(ahead, MIN_PAUSE_S)
         self.last_told = until or self.last_told
         # Then an earlier copy may have been accepted, or may still be in progress.
         repeated = may_have_arrived and outcome in ("declined", "broken")
@@ -89,8 +92,6 @@ class Outcomes:
         settled = self._settle(found)
         if outcome == "unknown":
             self._unsettled.append(_Unsettled(task_id, span, otherwise))
-        if outcome is not None and otherwise != "declined":
-            self._usual_cooldown = max(ahead, MIN_PAUSE_S)
         return outcome, settled
 
     def is_penalty(self, ahead: float, elapsed: float) -> bool | None:

@@ -70,10 +70,10 @@ class ValidatorClock:
         if self._header_is_wrong or abs(low) > MAX_OFFSET_S:
             return
         if self.told_at is not None:
+            drift = self.drift(received)
             # An earlier header may have been fresher. If the two contradict each other, the clock was set.
-            low_before = self.low - self.drift(received)
-            if low_before <= high:
-                low = max(low, low_before)
+            if self.low - drift <= high and low <= self.high + drift:
+                low, high = max(low, self.low - drift), min(high, self.high + drift)
         self.low, self.high, self.told_at = low, high, received
 
     def refused(self, cooldown_until: float, sent: float) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from generation.pipeline import batch_limit
-from generation.pipeline.batch_limit import SUCCESSES_BEFORE_MORE, BatchLimit, in_batches, is_out_of_memory
+from generation.pipeline.batch_limit import BatchLimit, in_batches, is_out_of_memory
 
 
 def raised(error: Exception, cause: Exception | None = None, context: Exception | None = None) -> Exception:
@@ -70,10 +70,10 @@ class TestBatchLimit:
     def test_grows_back_by_one_after_enough_good_ones_in_a_row(self):
         limit = BatchLimit(4)
         limit.out_of_memory(4)
-        self.go_well(limit, SUCCESSES_BEFORE_MORE - 1)
+        self.go_well(limit, 19)
         assert limit.current == 2
         limit.out_of_memory(2)  # the row is broken
-        self.go_well(limit, SUCCESSES_BEFORE_MORE - 1)
+        self.go_well(limit, 19)
         assert limit.current == 1
         limit.succeeded()
         assert limit.current == 2
@@ -81,7 +81,7 @@ class TestBatchLimit:
     def test_never_grows_over_the_most(self):
         limit = BatchLimit(2)
         limit.out_of_memory(2)
-        self.go_well(limit, 5 * SUCCESSES_BEFORE_MORE)
+        self.go_well(limit, 100)
         assert limit.current == 2
 
 
@@ -114,7 +114,7 @@ class TestInBatches:
     def test_batches_are_no_requests(self):
         card, limit = Card(room=4), BatchLimit(4)
         limit.out_of_memory(4)
-        in_batches(limit, range(5 * SUCCESSES_BEFORE_MORE), card.work)
+        in_batches(limit, range(100), card.work)
         assert limit.current == 2
 
     def test_what_was_done_is_not_done_again(self):

@@ -195,8 +195,32 @@ def test_wrong_content_type(service: Service, content_type: str | None) -> None:
 def test_broken_multipart_is_a_400(service: Service) -> None:
     for content_type, body in (("multipart/form-data", b"x"), ("multipart/form-data; boundary=b", b"--b\r\nnonsense")):
         response = service.client.post("/generate/", content=body, headers={"content-type": content_type})
-        assert response.status_code in (400, 422), response.text
-        assert response.json()["error"]["message"]
+        assert error(response, 400, "body")["message"]
+
+
+def form(service: Service, body: bytes) -> Any:
+    return service.client.post("/generate/", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+
+
+@pytest.mark.parametrize("head", ['name="prompt"', 'name="prompt_image_file"; filename="a.png"'])
+@pytest.mark.parametrize("encoding", ["base64", "Quoted-Printable", "x-uuencode"])
+def test_what_is_encoded_for_mail_is_no_other_prompt(service: Service, head: str, encoding: str) -> None:
+    """As `curl -F 'prompt=a red cube;encoder=base64'` sends it; RFC 7578, 4.7 has no such header."""
+    part = f"Content-Disposition: form-data; {head}\r\nContent-Transfer-Encoding: {encoding}\r\n\r\nYSByZWQgY3ViZQ=="
+    refused = error(form(service, f"--b\r\n{part}\r\n--b--\r\n".encode()), 415, head.split('"')[1])
+    assert encoding.lower() in refused["message"]
+
+
+def test_a_part_that_says_it_is_not_encoded_is_read(service: Service) -> None:
+    part = b'Content-Disposition: form-data; name="prompt"\r\nContent-Transfer-Encoding: 8BIT\r\n\r\na cube'
+    assert form(service, b"--b\r\n" + part + b"\r\n--b--\r\n").status_code == 200
+
+
+@pytest.mark.parametrize("end", ["", "\r\n--b\r\n", '\r\n--b\r\nContent-Disposition: form-data; name="seed"\r\n\r\n5'])
+def test_a_form_that_is_cut_off_is_refused(service: Service, end: str) -> None:
+    """Whatever part it was cut in: what is missing may be the seed, or the rest of the picture."""
+    part = '--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na red cube'
+    assert "closing boundary" in error(form(service, (part + end).encode()), 400, "body")["message"]
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG"), ("RGBA", "WEBP")])

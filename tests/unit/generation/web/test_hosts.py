@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from generation.arguments import checked
 from generation.schema.hosts import parse_names
 from generation.settings import Settings
+from generation.web.hosts import SameSite
 from tests.support.service_harness import Service, serving
 
 
@@ -64,6 +66,25 @@ def test_foreign_names_are_refused(service: Service, host: str, method: str, pat
     assert host in answer["error"]["message"]
     assert {"localhost", "127.0.0.1", "[::1]", "gpu.example"} <= set(answer["error"]["limit"])
     assert service.engine.totals["requests"] == before
+
+
+@pytest.mark.parametrize("hosts", [[], ["localhost", "evil.example"], ["localhost", "localhost"]])
+async def test_a_request_names_one_host(hosts: list[str]) -> None:
+    """As HTTP/1.0 need not, and as no server has to insist on (RFC 9112, 3.2)."""
+    sent: list[Any] = []
+
+    async def unreachable(*_: Any) -> None:
+        raise AssertionError("the request went through")
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", host.encode()) for host in hosts]}
+    await SameSite(unreachable, ())(scope, receive, send)
+    assert sent[0]["status"] == 421
 
 
 #: What browsers send for a website's request, by the Fetch standard and Fetch Metadata.

@@ -71,6 +71,17 @@ def test_without_a_date_header_there_is_a_margin(clocks: ValidatorClocks, now: T
     assert clocks.next_pull_at("5V", cooldown_until) == pytest.approx(cooldown_until + UNKNOWN_CLOCK_MARGIN_S, abs=0.1)
 
 
+def test_an_answer_that_took_long_hides_nothing_that_was_known(clocks: ValidatorClocks, now: Time) -> None:
+    """Its header is as old as the scoring took, for all that we know."""
+    for offset in (40.0, 40.5):
+        answer(clocks, now, offset)
+        sent = now.now
+        now.now += 280.0
+        clocks.answered("5V", formatdate(now.now + offset, usegmt=True), sent, now.now)
+        assert clocks.ahead("5V", int(now.now + offset + 300)) == pytest.approx(300, abs=3)
+        assert clocks.highest_offset("5V") == pytest.approx(offset, abs=4)
+
+
 def test_a_clock_that_was_set_is_learned_anew(clocks: ValidatorClocks, now: Time) -> None:
     for offset in (0.0, 100.0, -100.0):
         for _ in range(5):
