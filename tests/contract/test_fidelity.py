@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
 from generation.generators.lgm import unet
-from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays
+from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays, to_gaussians
 from generation.generators.multiview.attention import join_views
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
@@ -106,6 +106,16 @@ class TestLGM:
         for name, elevation in (("rays", 0.0), ("raised", 20.0)):
             poses = orbit(elevation, torch.arange(4) * 90.0, config.radius, config.fovy, 32, 32).camera_to_world
             assert torch.allclose(plucker_rays(poses, 32, config.fovy)[:, :, ::8, ::8], tensors[name], **CLOSE)
+
+    def test_the_published_ones_cameras_are_the_authors_options(self):
+        rays = plucker_rays(BIG.cameras().camera_to_world, BIG.input_size, BIG.fovy)
+        assert torch.allclose(rays[:, :, ::32, ::32], golden("lgm")[0]["big_rays"], **CLOSE)
+        assert (BIG.background, BIG.min_opacity) == ((1.0, 1.0, 1.0), 0.005)  # as in their infer.py and save_ply
+
+    def test_their_ply(self):
+        tensors, _ = golden("lgm")
+        for field, value in to_gaussians(tensors["splats"][0]).tensors().items():
+            assert torch.allclose(value, tensors[f"ply_{field}"], **CLOSE), field
 
     @pytest.mark.parametrize(
         "mistake",

@@ -199,6 +199,14 @@ class TestConfigs:
         asked = Models.load(CONFIGS / f"{models}.yaml").needed(options).keys()
         assert asked == needed | {"background", "clip"} | ({"text_to_image"} if draws else set())
 
+    def test_steps_and_guidance_are_the_authors(self):
+        picture, words = (kinds.load_options(CONFIGS / f"{name}.yaml") for name in ("lgm", "lgm_text"))
+        assert picture == LgmOptions()
+        assert isinstance(picture, LgmOptions)
+        assert isinstance(words, LgmOptions)
+        about = [(each.view_steps, each.guidance_scale, each.recentre_views) for each in (picture, words)]
+        assert about == [(30, 5.0, False), (30, 7.5, True)]
+
     @pytest.mark.parametrize(
         ("line", "words"),
         [("views_from: nowhere", "views_from"), ("view_steps: 0", "view_steps"), ("iters: 3", "iters"),
