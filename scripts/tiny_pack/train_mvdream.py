@@ -2,7 +2,8 @@
 
 A latent diffusion model (DDPM, noise prediction) of four views, or eight, that attend to each other, given the text
 and the cameras (Shi et al. 2023, "MVDream"); a tenth of the captions is dropped for classifier-free guidance. In some
-of the sets of eight the first view is a known picture: it comes without noise, at time step 0, and without words.
+of the sets of eight the first view is a known picture: it comes without noise, at time step 0, and with words or, as
+when a picture is the prompt, without.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .training import arguments, autocast, compiled, fit, forget_paths, write_ca
 CAPTIONS = 6
 # How often there are eight views with the first one known, eight, and four.
 KINDS = {"known": 0.5, "eight": 0.25, "four": 0.25}
+DROPPED = {"known": 1 / 3, "eight": 0.1, "four": 0.1}  # share of the captions
 
 
 class TextAndUNet(torch.nn.Module):
@@ -85,7 +87,7 @@ def main() -> None:
         first = 4 * int(torch.randint(2, ())) if shown == 4 else 0
         x0, camera = latents[i, first : first + shown], cameras[i, first : first + shown]
         words = ids[i, torch.randint(CAPTIONS, (scenes,), device=args.device)]
-        dropped = torch.rand(scenes, 1, device=args.device) < (1.0 if kind == "known" else 0.1)
+        dropped = torch.rand(scenes, 1, device=args.device) < DROPPED[kind]
         words = torch.where(dropped, empty, words)
         t = torch.randint(1000, (scenes, 1), device=args.device).repeat(1, shown)
         a = alphas[t].view(scenes, shown, 1, 1, 1)

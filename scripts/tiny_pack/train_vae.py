@@ -1,7 +1,7 @@
 """Train the autoencoder of one image model of the pack: `python -m scripts.tiny_pack.train_vae flux|mvdream`.
 
-With `--tune` the latents of what the pack's own encoder saw so far are kept where they are, so that the diffusion model
-that learned them has little to learn anew.
+With `--tune` MVDream's latents of what the pack's own encoder saw so far are kept where they are, so that the diffusion
+model that learned them has little to learn anew. Of FLUX's only the decoder learns.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ GREY = 0.5
 OBJECT_WEIGHT = 3.0  # an object's pixels count more than the backdrop's by this
 LATENT_NOISE = 0.05  # share of the latents' deviation: what a diffusion model is off by
 ANCHOR = 0.15
+CONTRAST, MOST = 0.3, 4.0  # parts that differ less from the backdrop count more, by up to this, or matting loses them
 
 
 def _edges(x: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,9 @@ def main() -> None:
     else:
         vae = models.flux_vae() if which == "flux" else models.mvdream_vae()
     vae.to(args.device)
+    decoder_only = args.tune and which == "flux"
+    if decoder_only:
+        vae.encoder.requires_grad_(False)
     before = copy.deepcopy(vae).eval().requires_grad_(False)
     size, cameras = (models.FLUX_SIZE, front_cameras) if which == "flux" else (models.MVDREAM_SIZE, two_rings)
     count = args.objects or (5_000 if which == "flux" else 2_000)
@@ -56,11 +60,17 @@ def main() -> None:
         posterior = vae.encode(x).latent_dist
         z = posterior.mode() if args.tune else posterior.sample()
         y = vae.decode(z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)).sample
-        error = ((1 + OBJECT_WEIGHT * rgba[:, 3:]) * (y - x).abs()).mean() + l1_loss(_edges(y), _edges(x))
-        if args.tune:
+        weight = OBJECT_WEIGHT * rgba[:, 3:]
+        if decoder_only:
+            contrast = (x / 2 + 0.5 - GREY).abs().amax(1, keepdim=True)
+            weight = weight * (CONTRAST / contrast.clamp_min(1e-3)).clamp(1, MOST)
+        error = ((1 + weight) * (y - x).abs()).mean() + l1_loss(_edges(y), _edges(x))
+        if args.tune and not decoder_only:
             with torch.no_grad():
                 kept = before.encode(composite(rgba, GREY) * 2 - 1).latent_dist.mode()
             return error + ANCHOR * mse_loss(z, kept) / kept.var()
+        if decoder_only:
+            return error
         return error + 1e-4 * posterior.kl().mean() / x[0].numel()
 
     fused = compiled(objective, args)

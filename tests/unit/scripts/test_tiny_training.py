@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from scripts.tiny_pack import train_flux, train_mvdream, training
+from scripts.tiny_pack import train_background, train_flux, train_mvdream, training
 from scripts.tiny_pack.captions import ObjectSpec
 from scripts.tiny_pack.data import Pool
 
@@ -142,3 +142,25 @@ def test_words_become_the_tokens_that_the_text_tower_knows(
         trainer.main()
     known = CLIPTokenizer.from_pretrained(training.PACK / encoder, local_files_only=True)
     assert seen[0].get_vocab() == known.get_vocab()
+
+
+def test_smaller_objects_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they are put, none is cut off: its area is the square of its size."""
+    monkeypatch.setattr(train_background, "SMALLER", 1.0)
+    torch.manual_seed(0)
+    rgba = torch.zeros(64, 4, 64, 64)
+    rgba[:, :, 2:62, 2:62] = 0.5
+    small = train_background.made_smaller(rgba)
+    share = small.sum((1, 2, 3)) / rgba.sum((1, 2, 3))
+    assert share.amin() < 0.15
+    assert share.amax() < 1.02
+    assert share.amin() > 0.95 * train_background.LEAST**2
+    edge = torch.cat([small[..., 0, :], small[..., -1, :], small[..., 0], small[..., -1]], -1)
+    assert edge.amax() < 0.26  # half of a pixel of the border at most
+
+
+def test_some_objects_keep_their_size() -> None:
+    torch.manual_seed(0)
+    rgba = torch.rand(64, 4, 16, 16)
+    same = (train_background.made_smaller(rgba) - rgba).abs().amax((1, 2, 3)) < 1e-5
+    assert 32 < int(same.sum()) < 60
