@@ -179,6 +179,7 @@ class TestLGM:
             big = LGM(BIG)
         assert sum(tensor.numel() for tensor in big.state_dict().values()) == 415_042_848
         assert BIG.gaussians == 65_536
+        assert REGISTRY["lgm-big"].files == ("model_fp16_fixrot.safetensors",)  # the older one's rotations are wrong
 
 
 class TestWrongWeights:

@@ -165,10 +165,13 @@ class Seen(nn.Module):
 def whole_run(states: dict[str, dict[str, Tensor]], features: Tensor) -> Gaussians:
     """Our generator from a picture's features to Gaussians before they are sharpened, with the weights of each of
     ``PARTS``."""
-    networks = [ours(kind, config, states[name]) for name, (kind, config, _) in PARTS.items()]
+    flow, decoder, slat_flow, gaussian_decoder = (
+        ours(kind, config, states[name]) for name, (kind, config, _) in PARTS.items()
+    )
     mean, std = (torch.tensor(NORMALISATION[key]) for key in ("mean", "std"))
+    networks = Networks(flow, decoder, slat_flow, gaussian_decoder, mean, std)
     condition: Any = Seen(features)
-    generator = Trellis(Networks(*networks, mean, std), condition, TrellisOptions(**WHOLE), "cpu")
+    generator = Trellis(networks, condition, TrellisOptions(**WHOLE), "cpu")
     work = generator.begin(Subject("", torch.zeros(4, 56, 56), SEED))
     with patch("generation.generators.trellis.generator.sharpened", lambda gaussians: gaussians):
         while not work.done:
