@@ -1,4 +1,4 @@
-"""Measure packing and unpacking of `.spz`, and writing the PLY, on one thread: `python scripts/bench/spz.py`.
+"""Measure packing and unpacking of `.spz`, and writing the PLY, on one thread: `python scripts/bench/spz.py [POINTS]`.
 
 The subnet's C++ encoder took 0.18 s to pack and 0.12 s to unpack 500,000 points on two cores of a server.
 """
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import ply, spz
 from generation.splats.ply import read, write
 
-POINTS = 500_000
+POINTS = int(sys.argv[1]) if len(sys.argv) > 1 else 500_000
 REPEATS = 7
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from generation.generators.dreamgaussian.guidance.zero123 import camera_numbers, load_projection
 from generation.generators.dreamgaussian.schedule import position_lr
 from generation.generators.lgm import unet
-from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays
+from generation.generators.lgm.network import BIG, LGM, Config, plucker_rays, to_gaussians
 from generation.generators.multiview.attention import join_views
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
@@ -107,6 +107,16 @@ class TestLGM:
             poses = orbit(elevation, torch.arange(4) * 90.0, config.radius, config.fovy, 32, 32).camera_to_world
             assert torch.allclose(plucker_rays(poses, 32, config.fovy)[:, :, ::8, ::8], tensors[name], **CLOSE)
 
+    def test_the_published_ones_cameras_are_the_authors_options(self):
+        rays = plucker_rays(BIG.cameras().camera_to_world, BIG.input_size, BIG.fovy)
+        assert torch.allclose(rays[:, :, ::32, ::32], golden("lgm")[0]["big_rays"], **CLOSE)
+        assert (BIG.background, BIG.min_opacity) == ((1.0, 1.0, 1.0), 0.005)  # as in their infer.py and save_ply
+
+    def test_their_ply(self):
+        tensors, _ = golden("lgm")
+        for field, value in to_gaussians(tensors["splats"][0]).tensors().items():
+            assert torch.allclose(value, tensors[f"ply_{field}"], **CLOSE), field
+
     @pytest.mark.parametrize(
         "mistake",
         ["skips not scaled", "views apart", "azimuth the other way", "rows upside down", "moments reversed",
@@ -169,6 +179,7 @@ class TestLGM:
             big = LGM(BIG)
         assert sum(tensor.numel() for tensor in big.state_dict().values()) == 415_042_848
         assert BIG.gaussians == 65_536
+        assert REGISTRY["lgm-big"].files == ("model_fp16_fixrot.safetensors",)  # the older one's rotations are wrong
 
 
 class TestWrongWeights:

@@ -23,7 +23,7 @@ from generation.generators.multiview.image_prompt import load_image_prompt_unet
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.loading import local_folder
-from generation.weights.registry import REGISTRY
+from generation.weights.registry import REGISTRY, MultiViewUse
 from scripts.tools import small_imagedream
 from scripts.tools.golden_weights import golden, weights
 from tests.support import downloads
@@ -155,7 +155,16 @@ def folder(tmp_path_factory) -> Path:
 
 
 def loaded(folder: Path, **options: object) -> ImageDream:
-    return ImageDream.load(folder, "cpu", torch.float32, **{"front_azimuth": 90.0, "steps": 5, **options})
+    return ImageDream.load(
+        folder, "cpu", torch.float32, **{"front_azimuth": front("imagedream"), "steps": 5, **options}
+    )
+
+
+def front(name: str) -> float:
+    """Where the registry says that the front view's camera is."""
+    use = REGISTRY[name].used_as(MultiViewUse)
+    assert use is not None
+    return use.front_azimuth
 
 
 def agrees(multiview: ImageDream | MVDreamViews, name: str, words: str, cutout: Tensor | None) -> bool:
@@ -172,7 +181,12 @@ def test_views_of_a_picture(folder):
 @pytest.mark.slow
 def test_views_of_words(tmp_path):
     multiview = MVDreamViews.load(
-        written(tmp_path, "mvdream_views"), "cpu", torch.float32, front_azimuth=90.0, steps=5, guidance_scale=7.5
+        written(tmp_path, "mvdream_views"),
+        "cpu",
+        torch.float32,
+        front_azimuth=front("mvdream-sd2.1"),
+        steps=5,
+        guidance_scale=7.5,
     )
     assert agrees(multiview, "mvdream_views", "a red cube, 3d asset", None)
     multiview._cameras = multiview._cameras.roll(1, 0)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from generation.generators.trellis import gaussian_decoder, layers, sampler, slat_flow, sparse, structure_decoder
+from generation.generators.trellis import (
+    gaussian_decoder,
+    generator,
+    layers,
+    sampler,
+    slat_flow,
+    sparse,
+    structure_decoder,
+)
 from generation.generators.trellis import structure_flow as structure_flow_module
 from generation.generators.trellis.condition import Condition
 from generation.generators.trellis.gaussian_decoder import GaussianDecoder
+from generation.generators.trellis.generator import Trellis
 from generation.generators.trellis.sampler import Step, schedule
 from generation.generators.trellis.slat_flow import SlatFlow
 from generation.generators.trellis.sparse import SubmanifoldConv, Voxels
@@ -130,6 +140,26 @@ class TestEachNetwork:
 @pytest.mark.parametrize("name", ["structure", "slat"])
 def test_samplers_to_the_last_step(name, steps, guidance):
     assert sampled(name, steps, guidance) < LIMIT
+
+
+@torch.no_grad()
+def whole() -> dict[str, float]:
+    """Our generator beside the authors' pipeline and PLY, field by field."""
+    tensors, _ = golden("trellis_whole")
+    states = {name: weights(golden(f"trellis_{part}")[1]["shapes"]) for name, (_, _, part) in tool.PARTS.items()}
+    states["sparse_structure_decoder"] = tool.sparse_structure(states["sparse_structure_decoder"])
+    mine = tool.ply_fields(tool.whole_run(states, tensors.pop("features")))
+    if len(mine["means"]) != len(tensors["means"]):
+        return {"voxels": math.inf}
+    return {field: apart(value, tensors[field]) for field, value in mine.items()}
+
+
+def worst_of_the_whole() -> float:
+    return max(whole().values())
+
+
+def test_from_features_to_the_ply_as_their_pipeline():
+    assert all(difference < LIMIT for difference in whole().values()), whole()
 
 
 @pytest.mark.parametrize("compute", [structure_flow, decoded_structure, slat, worst_field])
@@ -286,6 +316,67 @@ class TestMistakesShow:
 
         monkeypatch.setattr(tool, "schedule", other)
         assert sampled(name, 12, 7.5) > CLEAR
+
+
+class TestMistakesAroundTheNetworksShow:
+    """In the generator: in what it gives them, and in what it makes of what they give."""
+
+    @pytest.mark.parametrize("mistake", ["left out", "the other way round"])
+    def test_normalisation_of_latents(self, monkeypatch, mistake):
+        plain = GaussianDecoder.forward
+        mean, std = (torch.tensor(tool.NORMALISATION[key]) for key in ("mean", "std"))
+
+        def forward(self, x, level):
+            x = (x - mean) / std
+            return plain(self, x if mistake == "left out" else (x + mean) * std, level)
+
+        monkeypatch.setattr(GaussianDecoder, "forward", forward)
+        assert worst_of_the_whole() > CLEAR
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"structure_steps": 5}, {"slat_steps": 4}, {"structure_guidance": 1.0}, {"slat_guidance": 2.0},
+            {"structure_interval": (0.3, 0.9)}, {"slat_interval": (0.6, 1.0)}, {"structure_rescale": 3.0},
+            {"slat_rescale": 2.0},
+        ],
+        ids=lambda change: next(iter(change)),
+    )  # fmt: skip
+    def test_an_option_of_the_other_flow(self, monkeypatch, change):
+        monkeypatch.setattr(tool, "WHOLE", tool.WHOLE | change)
+        assert worst_of_the_whole() > CLEAR
+
+    def test_times_of_0_to_1(self, monkeypatch):
+        monkeypatch.setattr(
+            Trellis, "_times", lambda self, steps, each: torch.tensor([step.t for step in steps for _ in range(each)])
+        )
+        assert worst_of_the_whole() > CLEAR
+
+    @pytest.mark.parametrize("name", ["_velocities", "_slat_velocities"])
+    def test_guided_where_it_should_not_be(self, monkeypatch, name):
+        plain = getattr(Trellis, name)
+
+        def velocities(self, works, steps):
+            return plain(self, works, [Step(step.t, step.following, True) for step in steps])
+
+        monkeypatch.setattr(Trellis, name, velocities)
+        assert worst_of_the_whole() > CLEAR
+
+    def test_another_noise(self, monkeypatch):
+        plain = torch.randn
+        monkeypatch.setattr(torch, "randn", lambda *shape, **options: plain(*shape, **options).flip(0, -1))
+        assert worst_of_the_whole() > CLEAR
+
+    def test_rotations_turned_from_the_right_as_well(self, monkeypatch):
+        """Which leaves round Gaussians as they are."""
+        plain = generator.to_gaussians
+
+        def to_gaussians(raw):
+            w, i, j, k = F.normalize(raw.quats, dim=1).unbind(1)
+            return replace(plain(raw), quats=torch.stack([w, i, k, -j], dim=1))
+
+        monkeypatch.setattr(generator, "to_gaussians", to_gaussians)
+        assert whole()["rotations"] > CLEAR
 
 
 def test_how_many_steps_are_guided():

@@ -30,8 +30,8 @@ def trellis(comparison: Comparison) -> None:
     """All of TRELLIS, and its DINOv2."""
     t = Trellis(comparison)
     for check in (
-        t.condition, t.structure_flow, t.structure_decoder, t.slat_flow, t.gaussian_decoder, t.sampler, t.positions,
-        t.names,
+        t.condition, t.structure_flow, t.structure_decoder, t.slat_flow, t.gaussian_decoder, t.sampler, t.whole,
+        t.positions, t.names,
     ):  # fmt: skip
         check()
 

@@ -9,15 +9,24 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from generation.generators.base import Subject
+from generation.generators.trellis.gaussian_decoder import GaussianDecoder
+from generation.generators.trellis.generator import Trellis
 from generation.generators.trellis.layers import position_embedding
+from generation.generators.trellis.options import TrellisOptions
 from generation.generators.trellis.sampler import schedule
+from generation.generators.trellis.slat_flow import SlatFlow
 from generation.generators.trellis.sparse import Voxels
-from generation.generators.trellis.weights import load_network
+from generation.generators.trellis.structure_decoder import StructureDecoder
+from generation.generators.trellis.structure_flow import StructureFlow
+from generation.generators.trellis.weights import Networks, load_network
+from generation.splats.gaussians import Gaussians
 from scripts.tools.golden_weights import weights
 
 STRUCTURE_FLOW = {
@@ -63,6 +72,24 @@ QUIET = {
 SAMPLED = ((12, 7.5), (25, 5.0))
 
 INTERVAL, RESCALE = (0.5, 1.0), 3.0
+
+#: of a whole run; nothing of one flow is as in the other, and no guidance interval is the default
+WHOLE: dict[str, Any] = {
+    "structure_steps": 4, "structure_guidance": 2.0, "structure_interval": (0.6, 1.0), "structure_rescale": 2.0,
+    "slat_steps": 5, "slat_guidance": 1.0, "slat_interval": (0.3, 0.9), "slat_rescale": 3.0,
+}  # fmt: skip
+NORMALISATION = {"mean": [-0.4, 0.1, 0.3, -0.2], "std": [1.5, 0.7, 1.2, 0.9]}
+SEED = 4
+#: added to the logits of a structure, so that few voxels are left; none is nearer to 0 than 0.0025 then
+FEW = -0.5
+
+#: network, config and golden file of each part, under the names that ``pipeline.json`` has for them
+PARTS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "sparse_structure_flow_model": (StructureFlow, STRUCTURE_FLOW, "structure_flow"),
+    "sparse_structure_decoder": (StructureDecoder, STRUCTURE_DECODER, "structure_decoder"),
+    "slat_flow_model": (SlatFlow, SLAT_FLOW, "slat_flow"),
+    "slat_decoder_gs": (GaussianDecoder, GAUSSIAN_DECODER, "gaussian_decoder"),
+}
 
 
 def quiet(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -117,6 +144,50 @@ def sample(
         conditional, unconditional = v.chunk(2) if step.guided else (v, None)
         x = step.apply(x, conditional, unconditional, guidance)
     return x
+
+
+def sparse_structure(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The structure decoder's weights, so that it leaves few voxels."""
+    return {**state, "out_layer.2.bias": state["out_layer.2.bias"] + FEW}
+
+
+class Seen(nn.Module):
+    """In place of DINOv2: the same features (1, S, C) for every cut-out."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.size, self.features = 56, features
+
+    def forward(self, cutouts: Tensor) -> Tensor:
+        return self.features.expand(len(cutouts), -1, -1)
+
+
+def whole_run(states: dict[str, dict[str, Tensor]], features: Tensor) -> Gaussians:
+    """Our generator from a picture's features to Gaussians before they are sharpened, with the weights of each of
+    ``PARTS``."""
+    flow, decoder, slat_flow, gaussian_decoder = (
+        ours(kind, config, states[name]) for name, (kind, config, _) in PARTS.items()
+    )
+    mean, std = (torch.tensor(NORMALISATION[key]) for key in ("mean", "std"))
+    networks = Networks(flow, decoder, slat_flow, gaussian_decoder, mean, std)
+    condition: Any = Seen(features)
+    generator = Trellis(networks, condition, TrellisOptions(**WHOLE), "cpu")
+    work = generator.begin(Subject("", torch.zeros(4, 56, 56), SEED))
+    with patch("generation.generators.trellis.generator.sharpened", lambda gaussians: gaussians):
+        while not work.done:
+            generator.tick([work])
+    return work.gaussians()
+
+
+def ply_fields(gaussians: Gaussians) -> dict[str, Tensor]:
+    """What a PLY has. Rotations are matrices, for a quaternion has two signs."""
+    return {
+        "means": gaussians.means,
+        "colours": gaussians.sh[:, 0],
+        "opacities": gaussians.logit_opacities,
+        "scales": gaussians.log_scales,
+        "rotations": gaussians.rotations(),
+    }
 
 
 def cutouts() -> Tensor:

@@ -32,20 +32,27 @@ from scripts.tools.fidelity.comparison import Comparison, borrowed, shapes
 from scripts.tools.fidelity.small_trellis import (
     GAUSSIAN_DECODER,
     INTERVAL,
+    NORMALISATION,
+    PARTS,
     RESCALE,
     SAMPLED,
+    SEED,
     SLAT_FLOW,
     STRUCTURE_DECODER,
     STRUCTURE_FLOW,
+    WHOLE,
     cutouts,
     decoded_cells,
     dinov2_folder,
     dinov2_names,
     ours,
+    ply_fields,
     quiet,
     sample,
     sparse_coords,
+    sparse_structure,
     to_dinov2,
+    whole_run,
 )
 from scripts.tools.fidelity.trellis_stand_ins import authors, matrices
 from scripts.tools.golden_weights import weights
@@ -165,25 +172,43 @@ class Trellis:
             self._ply(their[0], our[0], Path(folder) / "their.ply")
 
     def _ply(self, theirs: Any, ours: RawGaussians, path: Path) -> None:
-        """Their file has -y up, ours y up: half a turn around x. Rotations are compared as matrices."""
-        theirs.save_ply(str(path))
-        table = PlyData.read(path)["vertex"]
-        half_turn = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]])
-        columns = {name: torch.tensor(table[name].copy()) for name in table.data.dtype.names}
-        means = torch.stack([columns[axis] for axis in "xyz"], 1) @ half_turn.T
-        turned = half_turn @ torch.from_numpy(
-            matrices(torch.stack([columns[f"rot_{i}"] for i in range(4)], 1).numpy())
-        ).float()  # fmt: skip
-        mine = to_gaussians(ours)
-        pairs = {
-            "means": (means, mine.means),
-            "colours": (torch.stack([columns[f"f_dc_{i}"] for i in range(3)], 1), mine.sh[:, 0]),
-            "opacities": (columns["opacity"], mine.logit_opacities),
-            "scales": (torch.stack([columns[f"scale_{i}"] for i in range(3)], 1), mine.log_scales),
-            "rotations": (turned, mine.rotations()),
-        }
-        for name, (their, our) in pairs.items():
-            self.comparison.add(f"TRELLIS's PLY turned upright, {name}", their, our)
+        mine = ply_fields(to_gaussians(ours))
+        for name, their in _upright(theirs, path).items():
+            self.comparison.add(f"TRELLIS's PLY turned upright, {name}", their, mine[name])
+
+    @torch.no_grad()
+    def whole(self) -> None:
+        """Their pipeline from a picture's features to its PLY, from their own noise."""
+        features = weights({"features": [1, 7, 24]}, seed=7)["features"] * 13
+        states = {}
+        with authors(self.folder) as get, tempfile.TemporaryDirectory() as folder:
+            kinds = {
+                "sparse_structure_flow_model": get("trellis.models.sparse_structure_flow").SparseStructureFlowModel,
+                "sparse_structure_decoder": get("trellis.models.sparse_structure_vae").SparseStructureDecoder,
+                "slat_flow_model": get("trellis.models.structured_latent_flow").SLatFlowModel,
+                "slat_decoder_gs": get("trellis.models.structured_latent_vae.decoder_gs").SLatGaussianDecoder,
+            }
+            sampler = get("trellis.pipelines.samplers.flow_euler").FlowEulerGuidanceIntervalSampler
+            kind = get("trellis.pipelines.trellis_image_to_3d").TrellisImageTo3DPipeline
+            with patch.object(kind, "_init_image_cond_model", lambda self, name: None):
+                models = {name: kinds[name](**config) for name, (_, config, _) in PARTS.items()}
+                pipeline = kind(models, sampler(1e-5), sampler(1e-5), NORMALISATION)
+            for name, model in models.items():
+                states[name] = weights(shapes(model))
+                if name == "sparse_structure_decoder":
+                    states[name] = sparse_structure(states[name])
+                model.load_state_dict(states[name])
+                model.eval()
+            condition = {"cond": features, "neg_cond": torch.zeros_like(features)}
+            torch.manual_seed(SEED)
+            cells = pipeline.sample_sparse_structure(condition, 1, _parameters("structure"))
+            latents = pipeline.sample_slat(condition, cells, _parameters("slat"))
+            theirs = pipeline.decode_slat(latents, ["gaussian"])["gaussian"][0]
+            golden = _upright(theirs, Path(folder) / "their.ply")
+        mine = ply_fields(whole_run(states, features))
+        for name, their in golden.items():
+            self.comparison.add(f"TRELLIS, whole: {name} of {len(their)} Gaussians", their, mine[name])
+        self.comparison.golden("trellis_whole", {"features": features, **golden})
 
     @torch.no_grad()
     def sampler(self) -> None:
@@ -290,6 +315,28 @@ def _sparse(get: Callable[[str], Any], features: Tensor, cells: list[Tensor]) ->
     """The authors' sparse tensor."""
     coords = torch.cat([F.pad(each, (1, 0), value=number) for number, each in enumerate(cells)]).int()
     return get("trellis.modules.sparse").SparseTensor(features, coords)
+
+
+def _parameters(flow: str) -> dict[str, Any]:
+    """``WHOLE`` under the names of the authors' sampler."""
+    names = {"steps": "steps", "guidance": "cfg_strength", "interval": "cfg_interval", "rescale": "rescale_t"}
+    return {theirs: WHOLE[f"{flow}_{ours}"] for ours, theirs in names.items()}
+
+
+def _upright(theirs: Any, path: Path) -> dict[str, Tensor]:
+    """What the authors' PLY says. It has -y up, ours y up: half a turn around x. Rotations are matrices."""
+    theirs.save_ply(str(path))
+    table = PlyData.read(path)["vertex"]
+    half_turn = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]])
+    columns = {name: torch.tensor(table[name].copy()) for name in table.data.dtype.names}
+    quats = torch.stack([columns[f"rot_{i}"] for i in range(4)], 1)
+    return {
+        "means": torch.stack([columns[axis] for axis in "xyz"], 1) @ half_turn.T,
+        "colours": torch.stack([columns[f"f_dc_{i}"] for i in range(3)], 1),
+        "opacities": columns["opacity"],
+        "scales": torch.stack([columns[f"scale_{i}"] for i in range(3)], 1),
+        "rotations": half_turn @ torch.from_numpy(matrices(quats.numpy())).float(),
+    }
 
 
 def _field(theirs: Any, name: str) -> Tensor:

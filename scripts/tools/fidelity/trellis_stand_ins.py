@@ -90,7 +90,7 @@ class EasyDict(dict):
 @contextmanager
 def authors(folder: Path) -> Iterator[Callable[[str], Any]]:
     """A function that imports a module of TRELLIS's authors, with all that it wants stood in for."""
-    stand_ins = ("xformers", "xformers.ops", "spconv", "spconv.pytorch", "easydict", "utils3d", "trellis",
+    stand_ins = ("xformers", "xformers.ops", "spconv", "spconv.pytorch", "easydict", "utils3d", "rembg", "trellis",
                  "trellis.representations", "trellis.pipelines", "trellis.models.structured_latent_vae")  # fmt: skip
     with (
         borrowed(folder, *stand_ins),

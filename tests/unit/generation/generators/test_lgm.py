@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from generation.generators import kinds
-from generation.generators.base import Subject
-from generation.generators.lgm.generator import Lgm, recentred
+from generation.generators.base import Checkpoint, Subject
+from generation.generators.lgm.generator import Lgm, _load_multiview, recentred
 from generation.generators.lgm.network import LGM, Config, to_gaussians
 from generation.generators.lgm.options import LgmOptions
-from generation.schema.options import Models, SettingsError
+from generation.generators.multiview import ImageDream, MVDreamViews
+from generation.schema.options import ModelChoice, Models, SettingsError
 from generation.settings import CONFIGS, ROOT
 from generation.splats.cameras import orbit
 from generation.splats.rasterize import rasterize
 from generation.stages.background import recentre
+from generation.weights import WeightsError
+from generation.weights.registry import REGISTRY, MultiViewUse
 
 SMALL = Config(
     down_channels=(8, 16), down_attention=(False, True), up_channels=(16, 8), up_attention=(True, False),
@@ -183,6 +186,29 @@ def test_views_are_recentred_as_pictures_are():
     assert torch.equal(empty, torch.ones_like(empty))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "views_from"), [("imagedream", ImageDream, "picture"), ("mvdream-sd2.1", MVDreamViews, "words")]
+)
+def test_the_views_are_drawn_for_the_network_s_cameras(monkeypatch, name, kind, views_from):
+    """From the front of the model that draws them, by the registry, and at the angles of LGM's config."""
+    told: dict = {}
+    monkeypatch.setattr(kind, "load", lambda *_, **options: told.update(options))
+    checkpoint = Checkpoint(Path(), REGISTRY[name], ModelChoice(model=name), "cpu")
+    config = replace(SMALL, views=((5.0, 0.0), (20.0, 90.0)))
+    options = LgmOptions(views_from=views_from, view_steps=7, guidance_scale=3)
+    _load_multiview(checkpoint, options, config, offload=True)
+    use = REGISTRY[name].used_as(MultiViewUse)
+    assert use is not None
+    assert (told["front_azimuth"], told["views"]) == (use.front_azimuth, config.views)
+    assert (told["steps"], told["guidance_scale"], told["offload_encoders"]) == (7, 3, True)
+
+
+def test_imagedream_draws_on_white_alone():
+    checkpoint = Checkpoint(Path(), REGISTRY["imagedream"], ModelChoice(model="imagedream"), "cpu")
+    with pytest.raises(WeightsError, match="draws on white"):
+        _load_multiview(checkpoint, LgmOptions(), replace(SMALL, background=(0.0, 0.0, 0.0)), offload=False)
+
+
 class TestConfigs:
     @pytest.mark.parametrize(
         ("name", "models", "needed", "draws"),
@@ -198,6 +224,14 @@ class TestConfigs:
         assert options.draws == draws
         asked = Models.load(CONFIGS / f"{models}.yaml").needed(options).keys()
         assert asked == needed | {"background", "clip"} | ({"text_to_image"} if draws else set())
+
+    def test_steps_and_guidance_are_the_authors(self):
+        picture, words = (kinds.load_options(CONFIGS / f"{name}.yaml") for name in ("lgm", "lgm_text"))
+        assert picture == LgmOptions()
+        assert isinstance(picture, LgmOptions)
+        assert isinstance(words, LgmOptions)
+        about = [(each.view_steps, each.guidance_scale, each.recentre_views) for each in (picture, words)]
+        assert about == [(30, 5.0, False), (30, 7.5, True)]
 
     @pytest.mark.parametrize(
         ("line", "words"),

@@ -323,9 +323,15 @@ class TestOptions:
         assert options.draws
         assert (options.structure_steps, options.slat_steps) == steps
         assert (options.structure_guidance, options.slat_guidance) == guidance
+        assert (options.structure_interval, options.slat_interval) == ((0.5, 1.0), (0.5, 1.0))
+        assert (options.structure_rescale, options.slat_rescale) == (3.0, 3.0)
+        assert (options.structures, options.max_voxels, options.max_gaussians) == (1, 32_768, 800_000)
         assert options.picture_prompt("a cat").startswith("a cat, ")
         assert set(options.checkpoints) == {"trellis", "dinov2"}
         assert options.capped(9000).max_gaussians == 9000
+
+    def test_defaults_are_the_pipelines(self):
+        assert TrellisOptions() == load_options(CONFIGS / "trellis.yaml")
 
     @pytest.mark.parametrize(
         ("line", "words"),
