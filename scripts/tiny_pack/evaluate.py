@@ -2,8 +2,9 @@
 
 For each prompt the real pipeline makes a splat; the judge (trained apart, on exact renders) names shape and colour
 from 8 views all round; the service's own gates and its threshold for the final score decide, for the right prompt and
-for three wrong ones: wrong in shape and colour, in the shape alone, in the colour alone. With --images the prompts are
-pictures: exact renders of those objects from the front, on white.
+for three wrong ones: wrong in shape and colour, in the shape alone, in the colour alone. How far the splat is from an
+exact render of what was asked for is told by `distances.py`. With --images the prompts are pictures: exact renders of
+those objects from the front, on white.
 Writes the splats, evaluation.json, contact.png (8 views of every splat) and gallery.png to the output folder.
 
     python -m scripts.tiny_pack.evaluate OUT_FOLDER [--prompts 48] [--images] [--config configs/tiny_mv_fast.yaml]
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,16 @@ from generation.pipeline import assemble
 from generation.pipeline.pipeline import Asset, Request, Scores
 from generation.settings import Settings
 from generation.splats import ply
+from generation.splats.gaussians import Gaussians
+from generation.stages.self_check import VIEWS as ALL_ROUND
 from generation.stages.self_check import fit_to_frame
 from scripts.tiny_pack import judge
 from scripts.tiny_pack.captions import ObjectSpec, caption, evaluation_specs
 from scripts.tiny_pack.data import front_cameras, render_pool
+from scripts.tiny_pack.distances import compared, distance
+from scripts.tiny_pack.exact import AZIMUTHS, SIZE, exact_objects, exact_views, framed
 from scripts.tiny_pack.render import composite
+from scripts.tiny_pack.results import views as seen_all_round
 from scripts.tiny_pack.shapes import COLOURS, SHAPES
 from scripts.tools.contact_sheet import VIEWS, all_round
 
@@ -54,6 +61,14 @@ def pictures(specs: list[ObjectSpec], seed: int) -> list[Image.Image]:
     """Exact renders from the front, on white."""
     pool = render_pool(len(specs), front_cameras, PICTURE, "cpu", seed, specs=specs)
     return [to_pil_image(composite(rgba.float() / 255, 1.0)) for rgba in pool.rgba[:, 0]]
+
+
+@torch.no_grad()
+def distance_to_exact(splat: Gaussians, spec: ObjectSpec, device: str) -> float:
+    """Mean over the validators' views of a splat in their frame."""
+    objects, _ = framed(exact_objects([spec], device, random.Random(0), 0.0))
+    (rgb,), (alpha,) = exact_views(objects, AZIMUTHS.expand(1, ALL_ROUND), SIZE)
+    return float(distance(compared(*seen_all_round(splat)), compared(rgb, alpha)).mean())
 
 
 def _parts(scores: Scores) -> dict[str, float | None]:
@@ -114,7 +129,8 @@ def main() -> None:
             tiles.append(torch.ones(VIEWS, 3, TILE, TILE))
             continue
         splat = (folder / f"{i}.ply").read_bytes()
-        views = all_round(ply.read(splat).to(settings.device)).cpu()
+        gaussians = ply.read(splat).to(settings.device)
+        views = all_round(gaussians).cpu()
         tiles.append(F.interpolate(views, size=TILE, mode="area"))
         shape, colour = judging.name(F.interpolate(views, size=judge.SIZE, mode="area"))
         scores = pipeline.validate(splat, asked[i])
@@ -124,6 +140,7 @@ def main() -> None:
             "passed": scores.score >= THRESHOLD,
             "score": scores.score,
             "parts": _parts(scores),
+            "distance": distance_to_exact(gaussians, spec, settings.device),
             "judged": f"{colour} {shape}",
             "shape_right": shape == spec.shape,
             "colour_right": colour == spec.colour,
@@ -152,6 +169,7 @@ def main() -> None:
             kind: round(sum(r["wrong_scores"][kind] >= THRESHOLD for r in rows if "wrong_scores" in r) / count, 3)
             for kind in ("both", "shape", "colour")
         },
+        "mean_distance": round(statistics.mean(r["distance"] for r in rows if "distance" in r), 4),
         "named_right_quality_at_least_0.7": round(sum(q >= 0.7 for q in named) / len(named), 3) if named else None,
     }
     (args.out / "evaluation.json").write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")
