@@ -19,7 +19,7 @@ def warm_up(pipeline: Pipeline, progress: Callable[[str], None] = lambda text: N
     """On a GPU, compile everything and make a first splat, so that requests do not pay for it. Else do nothing.
 
     Where memory runs out, it begins again for half as many at once, and these are the most from then on. Raises any
-    other error, and that of one alone. ``progress`` is called with a text per step.
+    other error, and an out-of-memory error with one at once. ``progress`` is called with a text per step.
     """
     if not pipeline.device.startswith("cuda"):
         return

@@ -159,6 +159,7 @@ def main() -> None:
     count = len(rows)
     named = [r["parts"]["iqa"] for r in rows if _right(r)]
     named = [iqa for iqa in named if iqa is not None]
+    distances = [r["distance"] for r in rows if "distance" in r]
     summary = {
         "prompts": count,
         "shape_accuracy": round(sum(r.get("shape_right", False) for r in rows) / count, 3),
@@ -169,7 +170,7 @@ def main() -> None:
             kind: round(sum(r["wrong_scores"][kind] >= THRESHOLD for r in rows if "wrong_scores" in r) / count, 3)
             for kind in ("both", "shape", "colour")
         },
-        "mean_distance": round(statistics.mean(r["distance"] for r in rows if "distance" in r), 4),
+        "mean_distance": round(statistics.mean(distances), 4) if distances else None,
         "named_right_quality_at_least_0.7": round(sum(q >= 0.7 for q in named) / len(named), 3) if named else None,
     }
     (args.out / "evaluation.json").write_text(json.dumps({"summary": summary, "rows": rows}, indent=1) + "\n")

@@ -204,6 +204,14 @@ def test_what_is_left_of_a_cooldown_is_no_measure_of_the_next_one(tmp_path: Path
     assert miner.settlements == [("second", "accepted")]
 
 
+@pytest.mark.parametrize("before", [ACCEPTED, BROKEN], ids=["accepted", "broken"])
+def test_what_cooldown_is_usual_is_learned_from_what_costs_nothing(tmp_path: Path, before: Answer) -> None:
+    """50 s with this validator, so that 140 s are a declined result's. By the default of 300 s they were not."""
+    answers = [replace(before, ahead=50), LOST, NOT_ASSIGNED, replace(ACCEPTED, count=1)]
+    miner = mine(tmp_path, ["first", "second", 140.0, "third"], answers, 700)
+    assert ("second", "declined") in miner.submissions
+
+
 def test_a_slow_answer_is_no_measure_of_a_short_cooldown(tmp_path: Path) -> None:
     """How old its Date header is can not be told, and the cooldown in it is the usual one."""
     slow = replace(ACCEPTED, ahead=270, seconds=280.0)

@@ -18,7 +18,7 @@ from neurons.protocol import Feedback
 
 # From the start of a validation.
 LOCK_S = 30.0
-# The validators' default, in which each gives a miner at most one task; until one has told its own.
+# In this time a validator gives a miner at most one task. It is the default, until a validator has told its own.
 TASK_COOLDOWN_S = 300.0
 # `generations_within_the_window` counts the results of this time.
 WINDOW_S = 4 * 3600.0
@@ -128,7 +128,7 @@ class Window:
 class PastSubmission(NamedTuple):
     """A submission of an earlier run, as the ledger has it. `at`: unix seconds when it was over; `seconds` it took.
 
-    `score` is the validator's; None for a result that was accepted by its count.
+    `score` is what its answer told. None where that told none, even if the count told that it was accepted.
     """
 
     at: float

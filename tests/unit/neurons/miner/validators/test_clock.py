@@ -88,6 +88,8 @@ def test_a_clock_that_was_set_is_learned_anew(clocks: ValidatorClocks, now: Time
             answer(clocks, now, offset)
         cooldown_until = int(now.now + offset + 300)
         assert 0 <= clocks.next_pull_at("5V", cooldown_until) + offset - cooldown_until < 1.5
+        assert clocks.ahead("5V", cooldown_until) == pytest.approx(300, abs=3)
+        assert 0 <= clocks.highest_offset("5V") - offset < 4
 
 
 def test_a_clock_that_drifts_is_followed(clocks: ValidatorClocks, now: Time) -> None:
