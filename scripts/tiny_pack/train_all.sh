@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the whole pack on one GPU: the autoencoders first, then all that needs them, side by side.
+# Train the whole pack on one GPU: the autoencoders and CLIP first, then all that needs them, side by side.
 # Usage: scripts/tiny_pack/train_all.sh PACK_FOLDER WORK_FOLDER   (logs go to WORK_FOLDER/*.log)
 set -u
 pack=$1 work=$2
@@ -16,9 +16,10 @@ train "${VAE_MINUTES:-4}" vae_flux train_vae flux &
 vae_flux=$!
 train "${VAE_MINUTES:-4}" vae_mvdream train_vae mvdream &
 vae_mvdream=$!
-wait $vae_mvdream
-train "${MVDREAM_MINUTES:-12}" mvdream train_mvdream &
 train "${CLIP_MINUTES:-6}" clip train_clip &
+clip=$!
+wait $vae_mvdream $clip # both image models read CLIP's tokenizer, and FLUX its text tower
+train "${MVDREAM_MINUTES:-12}" mvdream train_mvdream &
 wait $vae_flux
 train "${FLUX_MINUTES:-11}" flux train_flux &
 train "${SMALL_MINUTES:-3}" judge judge &

@@ -61,7 +61,7 @@ def main() -> None:
         z = posterior.mode() if args.tune else posterior.sample()
         y = vae.decode(z + LATENT_NOISE * z.detach().std() * torch.randn_like(z)).sample
         weight = OBJECT_WEIGHT * rgba[:, 3:]
-        if decoder_only:
+        if which == "flux":
             contrast = (x / 2 + 0.5 - GREY).abs().amax(1, keepdim=True)
             weight = weight * (CONTRAST / contrast.clamp_min(1e-3)).clamp(1, MOST)
         error = ((1 + weight) * (y - x).abs()).mean() + l1_loss(_edges(y), _edges(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -164,3 +166,24 @@ def test_some_objects_keep_their_size() -> None:
     rgba = torch.rand(64, 4, 16, 16)
     same = (train_background.made_smaller(rgba) - rgba).abs().amax((1, 2, 3)) < 1e-5
     assert 32 < int(same.sum()) < 60
+
+
+def test_each_model_of_the_pack_is_trained_after_those_that_it_needs(tmp_path: Path) -> None:
+    log, python = tmp_path / "order", tmp_path / "python"
+    python.write_text(
+        f'#!/usr/bin/env bash\nname="$2 $3"\necho "begin $name" >>{log}\nsleep 0.1\necho "end $name" >>{log}\n'
+    )
+    python.chmod(0o755)
+    script = Path(training.__file__).parent / "train_all.sh"
+    folders = [str(tmp_path / "pack"), str(tmp_path / "work")]
+    subprocess.run(["bash", script, *folders], env=os.environ | {"PYTHON": str(python)}, check=True, timeout=60)
+    lines = [line.replace("scripts.tiny_pack.", "").replace(" --pack", "") for line in log.read_text().splitlines()]
+    needs = {
+        "train_mvdream": ["train_vae mvdream", "train_clip"],
+        "train_flux": ["train_vae flux", "train_clip"],
+        "train_background": ["train_vae flux"],
+        "train_lgm": ["train_flux", "train_background", "train_mvdream"],
+        "train_quality": ["train_lgm"],
+    }
+    for name, before in needs.items():
+        assert all(lines.index(f"end {each}") < lines.index(f"begin {name}") for each in before), name
