@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import bittensor as bt
 import pytest
 
+from common.log_lines import SingleLineFormatter
 from neurons import chain
 from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
@@ -68,6 +70,21 @@ def test_plain_values_of_the_chain_s_metagraph() -> None:
 async def test_an_unreachable_chain_is_named() -> None:
     with pytest.raises(MetagraphUnavailable, match=r"ws://127\.0\.0\.1:9"):
         await chain.fetch("ws://127.0.0.1:9", 17)
+
+
+async def test_bittensor_logs_no_key_of_an_unreachable_node() -> None:
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    handler.setFormatter(SingleLineFormatter("%(message)s"))
+    bittensor = logging.getLogger("bittensor")
+    bittensor.addHandler(handler)
+    try:
+        with pytest.raises(MetagraphUnavailable):
+            await chain.fetch("ws://user:SECRET@127.0.0.1:9/v1?key=SECRET", 17)
+    finally:
+        bittensor.removeHandler(handler)
+    assert "ws://127.0.0.1:9" in logged.getvalue()
+    assert "SECRET" not in logged.getvalue()
 
 
 @pytest.mark.parametrize(
