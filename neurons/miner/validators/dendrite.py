@@ -27,6 +27,9 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
+# A host that is down or behind a firewall refuses nothing. Without a limit of its own, a call would wait there for all of
+# its time-out, and a submission would count as one that may have arrived.
+CONNECT_TIMEOUT_S = 10.0
 # Axons close an idle connection after 5 s, and a call on a closed one fails. The miner bounds
 # their number: it has one call at a time for each validator. A limit here would let some wait for others.
 KEEPALIVE_S = 4.0
@@ -179,7 +182,7 @@ class ValidatorDendrite(bt.Dendrite):
             self._get_endpoint_url(target_axon, type(synapse).__name__),
             headers=synapse.to_headers(),
             json=synapse.model_dump(),
-            timeout=aiohttp.ClientTimeout(total=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_TIMEOUT_S),
             allow_redirects=False,
         ) as response:
             self.on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import socket
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 from aiohttp import web
 
 from neurons.chain import Neuron
+from neurons.miner.validators import dendrite as dendrites
 from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.dendrite import MAX_ANSWER_BYTES, ValidatorDendrite
+from neurons.miner.validators.dendrite import MAX_ANSWER_BYTES, NO_CONNECTION, ValidatorDendrite
 from neurons.protocol import (
     DECLARATION,
     LARGEST_INTEGER,
@@ -38,7 +40,7 @@ VALIDATOR = bt.Keypair.create_from_uri("//validator").ss58_address
 TASK = TextTask(id="1", prompt="a red cube")
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def hostile(kind: str) -> AsyncIterator[HostileValidator]:
     validator = HostileValidator(1, VALIDATOR, kind, Limits())
     serving = asyncio.create_task(validator.serve())
@@ -104,6 +106,24 @@ async def test_answers_cost_bounded_memory(kind: str) -> None:
         finally:
             tracemalloc.stop()
     assert not response.is_success
+
+
+async def test_a_host_that_is_gone_is_told_from_one_that_may_have_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets to it are dropped, as the kernel drops those to a listener whose queue is full."""
+    monkeypatch.setattr(dendrites, "CONNECT_TIMEOUT_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        axon = Neuron(1, VALIDATOR, *listener.getsockname(), 1e4, True).axon_info()
+        async with ValidatorDendrite(KEYPAIR) as dendrite:
+            response = await dendrite.call(axon, submission(), timeout=5)
+    assert went(response)[:2] == (NO_CONNECTION, None)
 
 
 async def test_an_upload_that_is_not_read_is_not_waited_for() -> None:
