@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +31,25 @@ _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 log = logging.getLogger(__name__)
 
 
-class SpoolInUse(Exception):
-    """Another miner uses the spool. The message is one line."""
+class SpoolUnusable(Exception):
+    """The spool's folder can not be used, or another miner uses it. The message is one line."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Locks the spool in `folder`, since another miner would submit these results as its own. Raises SpoolInUse.
+    """Locks the spool in `folder`, since another miner would submit these results as its own. Raises SpoolUnusable.
 
     The lock ends with its process, however that ends; the lock's file stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("ab") as file:
+    with ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK_NAME).open("ab"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SpoolInUse(f"Spool {folder} is in use by another miner: stop that one, or name another") from error
+            raise SpoolUnusable(f"Spool {folder} is in use by another miner: stop that one, or name another") from error
+        except OSError as error:
+            raise SpoolUnusable(f"Spool {folder}: {error.strerror}") from error
         yield
 
 

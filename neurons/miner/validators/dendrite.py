@@ -27,8 +27,8 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
-# A host that is down or behind a firewall refuses nothing. Without a limit of its own, a call would wait there for all of
-# its time-out, and a submission would count as one that may have arrived.
+# A host that is down or behind a firewall refuses nothing. Without a limit of its own, a call would wait for all of its
+# time-out there, and a submission would count as one that may have arrived.
 CONNECT_TIMEOUT_S = 10.0
 # Axons close an idle connection after 5 s, and a call on a closed one fails. The miner bounds
 # their number: it has one call at a time for each validator. A limit here would let some wait for others.

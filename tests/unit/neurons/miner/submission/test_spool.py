@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from neurons.miner.submission import spool as spool_module
-from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult
+from neurons.miner.submission.spool import MAX_AGE_S, Spool, SpooledResult, SpoolUnusable, hold
 from neurons.protocol import ImageTask, TextTask
 
 
@@ -50,3 +50,11 @@ def test_a_result_may_be_answered_while_room_is_made(tmp_path: Path, monkeypatch
     later = SpooledResult("5V", TextTask(id="later", prompt="p"), b"")
     spool.put(later)
     assert spool.get("5V", later.task) == later
+
+
+def test_a_folder_that_can_not_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "spool"
+    with pytest.raises(SpoolUnusable) as unusable, hold(folder):
+        pass
+    assert str(unusable.value) == f"Spool {folder}: Not a directory"
