@@ -30,6 +30,7 @@ from neurons.miner.submission.spool import Spool, SpooledResult
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks import task_manager
 from neurons.miner.tasks.best_of import BestOf
+from neurons.miner.tasks.phases import Phases
 from neurons.miner.tasks.task_manager import AsyncTaskManager
 from neurons.miner.tasks.workers import Worker
 from neurons.miner.validators.clock import ValidatorClocks
@@ -138,6 +139,9 @@ class Bench:
             self.record,
             workers=4,
             threshold=0.6,
+            cooldowns={},
+            worth_asking_at=lambda _: 0.0,
+            phases=Phases(lambda _: 0.0),
         )
         self.retries = 0
         self.workers: list[asyncio.Task[None]] = []
@@ -373,11 +377,9 @@ async def test_a_result_that_got_feedback_alone_is_forgotten_when_it_is_not_aske
 ) -> None:
     bench.network.answers = {1: [task_for(1), answer]}
     bench.network.repetitions = [True]
-    await bench.run_until(lambda: bench.network.pulls.count(1) >= 2)
-    await asyncio.sleep(0.1)
+    await bench.run_until(lambda: bench.network.pulls.count(1) >= 2 and os.listdir(tmp_path) == [])
     assert [task.id for task in bench.generator.tasks].count("id-1") == 1
     assert bench.spool.get(VALIDATORS[0].hotkey, TextTask(id="id-1", prompt="prompt 1")) is None
-    assert os.listdir(tmp_path) == []
 
 
 async def test_an_earlier_run_s_result_is_handed_in_when_its_validator_asks_for_it(tmp_path: Path) -> None:

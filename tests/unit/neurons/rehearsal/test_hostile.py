@@ -120,7 +120,7 @@ async def test_a_host_that_is_gone_is_told_from_one_that_may_have_the_request(mo
             waiting.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 waiting.connect(listener.getsockname())
-        axon = Neuron(1, VALIDATOR, *listener.getsockname(), 1e4, True).axon_info()
+        axon = Neuron(1, VALIDATOR, "127.0.0.1", listener.getsockname()[1], 1e4, True).axon_info()
         async with ValidatorDendrite(KEYPAIR) as dendrite:
             response = await dendrite.call(axon, submission(), timeout=5)
     assert went(response)[:2] == (NO_CONNECTION, None)
