@@ -142,7 +142,7 @@ class GenerationService:
             raise EndpointUnavailable(NO_CONNECTION) from error
         except TimeoutError:
             return None
-        except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError) as error:
+        except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
 
     async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
