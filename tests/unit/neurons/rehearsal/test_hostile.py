@@ -29,6 +29,7 @@ from neurons.protocol import (
     make_submission,
 )
 from neurons.rehearsal import __main__ as rehearsal
+from neurons.rehearsal import hostile as hostile_module
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.rules import Limits
 from tests.support.answers import went
@@ -310,6 +311,15 @@ async def test_neither_proxies_nor_cookies_nor_credentials_come_from_outside(
     for headers in seen:
         assert not {"authorization", "proxy-authorization", "cookie"} & {name.lower() for name in headers}
         assert headers["Accept-Encoding"] == "identity"
+
+
+async def test_a_rehearsal_of_days_keeps_few_results() -> None:
+    most = hostile_module.KEPT_SUBMISSIONS
+    async with hostile("impostor") as validator:
+        for _ in range(most + 2):
+            response = await call(validator, submission())
+        assert len(validator.submissions) == most
+    assert response.feedback.generations_within_the_window == most + 2
 
 
 def test_the_rehearsal_knows_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
