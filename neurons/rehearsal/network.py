@@ -55,6 +55,7 @@ class RehearsalNetwork:
         pictures: Sequence[bytes] = (),
         truth: Path | None = None,
     ) -> None:
+        state.mkdir(parents=True, exist_ok=True)
         self._file = state / "network.json"
         self._told = b""
         # Gone until the validators listen: a miner must not find the ports of an earlier run.

@@ -16,6 +16,7 @@ import bittensor as bt
 import pytest
 from aiohttp import web
 
+from neurons import logging_setup
 from neurons.chain import Neuron
 from neurons.miner.validators import dendrite as dendrites
 from neurons.miner.validators.clock import ValidatorClocks
@@ -326,4 +327,16 @@ def test_the_rehearsal_knows_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rehearsal.parse(["--hostile", "floods", "malformed"]).hostile == ["floods", "malformed"]
     monkeypatch.setattr("sys.argv", ["rehearsal", "--hostile", "floods", "bites"])
     with pytest.raises(SystemExit, match="'bites' is none of all, never-answers, "):
+        rehearsal.main()
+
+
+@pytest.mark.parametrize("flag", ["--logging.file", "--state", "--truth"])
+def test_a_file_that_the_rehearsal_can_not_write_is_named(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["rehearsal", "--state", str(tmp_path), flag, "/proc/nowhere/file"])
+    if flag != "--logging.file":
+        monkeypatch.setattr(logging_setup, "configure", lambda _: None)
+    with pytest.raises(SystemExit, match="^/proc/nowhere.*: No such file or directory$"):
         rehearsal.main()
