@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Serves until a signal; the process' exit status."""
     args = parse(sys.argv[1:])
-    home.do_without()
+    home.prepare()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.rehearsal.hostile import HABITS

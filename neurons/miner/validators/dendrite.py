@@ -68,20 +68,15 @@ class ValidatorDendrite(bt.Dendrite):
     every field of the synapse (and raise from `call` by doing so), send compressed data, or choose a slow codec.
     """
 
-    def __init__(
-        self,
-        keypair: bt.Keypair,
-        on_date: DateListener = lambda *_: None,
-        seconds_ahead: Callable[[str], float] = lambda _: 0.0,
-    ) -> None:
-        """`seconds_ahead`: how far the clock of the validator with a hotkey is ahead of ours, at most."""
+    def __init__(self, keypair: bt.Keypair) -> None:
         # In place of Dendrite's own constructor, which asks six web sites for this machine's address and fails without
         # an answer. The address goes into a header only, where the axon overwrites it with the one that it sees.
         self.external_ip = "0.0.0.0"
         self.keypair = keypair
         self._session: aiohttp.ClientSession | None = None
-        self.on_date = on_date
-        self.seconds_ahead = seconds_ahead
+        self.on_date: DateListener = lambda *_: None
+        # How far the clock of the validator with a hotkey is ahead of ours, at most.
+        self.seconds_ahead: Callable[[str], float] = lambda _: 0.0
         self._senders: dict[str, _Sender] = {}
 
     def __del__(self) -> None:

@@ -228,10 +228,8 @@ async def test_a_clock_an_hour_ahead_refuses_who_does_not_know_it() -> None:
     assert went(await pull("clock-ahead")).status == 401
     assert (await pull("clock-behind")).task is not None
     clocks = ValidatorClocks()
-    async with (
-        hostile("clock-ahead") as validator,
-        ValidatorDendrite(KEYPAIR, clocks.answered, clocks.highest_offset) as dendrite,
-    ):
+    async with hostile("clock-ahead") as validator, ValidatorDendrite(KEYPAIR) as dendrite:
+        dendrite.on_date, dendrite.seconds_ahead = clocks.answered, clocks.highest_offset
         axon = Neuron(1, VALIDATOR, "127.0.0.1", validator.port, 1e4, True).axon_info()
         for _ in range(3):
             assert (await dendrite.call(axon, PullTask(), timeout=1.0)).task is not None

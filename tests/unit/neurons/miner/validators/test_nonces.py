@@ -78,7 +78,8 @@ class Miner:
 
     def __init__(self) -> None:
         self.clocks = ValidatorClocks()
-        self.dendrite = ValidatorDendrite(MINER, self.clocks.answered, self.clocks.highest_offset)
+        self.dendrite = ValidatorDendrite(MINER)
+        self.dendrite.on_date, self.dendrite.seconds_ahead = self.clocks.answered, self.clocks.highest_offset
         self.requests = 0
         post = self.dendrite._post
 
