@@ -105,7 +105,8 @@ class Worker:
                 return result
             self._record(event)
             planned = self._plan(assignment, made)
-            in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
+            now = self._now()
+            in_time = now - assignment.pulled_at + (now - started) <= PLANNED_AGE_S  # if the next one takes as long
             again = event.outcome != "given_up" and (planned is not None or (retried < self._retries and in_time))
             retried += planned is None
             stopping = again and self._manager.closing.is_set()
