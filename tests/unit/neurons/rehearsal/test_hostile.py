@@ -336,5 +336,5 @@ def test_a_file_that_the_rehearsal_can_not_write_is_named(
     monkeypatch.setattr("sys.argv", ["rehearsal", "--state", str(tmp_path), flag, "/proc/nowhere/file"])
     if flag != "--logging.file":
         monkeypatch.setattr(logging_setup, "configure", lambda _: None)
-    with pytest.raises(SystemExit, match="^/proc/nowhere.*: No such file or directory$"):
+    with pytest.raises(SystemExit, match=r"^/proc/nowhere.*: No such file or directory$"):
         rehearsal.main()
