@@ -127,19 +127,19 @@ class Spool:
             self._removed.add(path)
             log.error("Spool: %s can not be removed: %s", path.name, error)
 
-    def entries(self) -> dict[str, list[Task]]:
-        """Validator hotkey -> its tasks with a result here, oldest first.
+    def entries(self) -> list[tuple[str, str]]:
+        """(validator hotkey, task id) of each entry, oldest first.
 
         Entries that are too old, unreadable or over the limits are dropped, with a log line.
         """
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         self._make_room(0, 0)
-        entries: dict[str, list[Task]] = {}
+        entries = []
         for age, path, _ in self._files():
             entry = self._read(path) if age <= MAX_AGE_S else None
             if entry is not None:
-                entries.setdefault(entry.validator_hotkey, []).append(entry.task)
+                entries.append((entry.validator_hotkey, entry.task.id))
                 continue
             log.warning("Spooled result %s dropped: %s", path.name, "damaged" if age <= MAX_AGE_S else "too old")
             path.unlink(missing_ok=True)

@@ -108,11 +108,10 @@ class Submitter:
         self._outcomes: defaultdict[str, Outcomes] = defaultdict(Outcomes)
         self._untold: Counter[str] = Counter()  # hotkey -> number of results in a row without an outcome
         self._kept: dict[tuple[str, str], _Kept] = {}
-        for hotkey, tasks in spool.entries().items():
-            for task in tasks:
-                written_at = self._now() - spool.age(hotkey, task.id)
-                # It is not known whether an earlier run sent it.
-                self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
+        for hotkey, task_id in spool.entries():
+            written_at = self._now() - spool.age(hotkey, task_id)
+            # It is not known whether an earlier run sent it.
+            self._kept[hotkey, task_id] = _Kept(None, written_at, written_at, may_have_arrived=True)
         for past in history:
             self._outcomes[past.hotkey].remember(past)
 

@@ -407,7 +407,7 @@ async def test_what_is_not_answered_at_stop_stays_in_the_spool(tmp_path: Path, m
     await asyncio.gather(*bench.workers)
     await bench.submitter.drain(0.05)
     task = TextTask(id="id-1", prompt="prompt 1")
-    assert Spool(tmp_path).entries() == {VALIDATORS[0].hotkey: [task]}
+    assert Spool(tmp_path).entries() == [(VALIDATORS[0].hotkey, task.id)]
     entry = Spool(tmp_path).get(VALIDATORS[0].hotkey, task)
     assert entry is not None
     assert spz.decompress(entry.result)
