@@ -27,7 +27,7 @@ MAX_OFFSET_S = 86_400.0
 MAX_HEADER_AGE_S = 3.0
 # Two uncorrected quartz clocks, in seconds per second.
 MAX_DRIFT = 1e-4
-# Of sums of unix times.
+# Rounding errors of sums of unix times.
 ROUNDING_S = 0.01
 # With fewer validators the median may be a liar's.
 MIN_CLOCKS = 3
