@@ -210,7 +210,7 @@ class GeneratorPool:
                     elif not attempts:
                         await self._until_ready(give_up_at)
                         continue
-                for attempt in await self._any_news(attempts):
+                for attempt in await self._next_change(attempts):
                     endpoint = attempts.pop(attempt)
                     try:
                         return attempt.result()
@@ -224,7 +224,7 @@ class GeneratorPool:
                 attempt.cancel()
             await asyncio.gather(*attempts, return_exceptions=True)
 
-    async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
+    async def _next_change(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
         """Waits until an attempt ends or an endpoint freezes; if all are frozen, until an attempt ends or another
         endpoint is usable. Returns the attempts that ended.
         """

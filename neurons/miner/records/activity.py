@@ -44,15 +44,15 @@ class Activity:
     def __init__(self, identity: Identity, ledger: Path, now: Callable[[], float]) -> None:
         self._identity, self._ledger, self._now = identity, ledger, now
         self._lock = threading.Lock()
-        self._told: tuple[float, bytes] = (-math.inf, b"")
+        self._cached: tuple[float, bytes] = (-math.inf, b"")
 
     def as_json(self, moment: Snapshot) -> bytes:
         """The last 4 hours from the ledger, and the current state from `moment`."""
         with self._lock:
             asked_at = time.monotonic()
-            if asked_at - self._told[0] > KEPT_S:
-                self._told = asked_at, json.dumps(self._read(moment), allow_nan=False).encode()
-            return self._told[1]
+            if asked_at - self._cached[0] > KEPT_S:
+                self._cached = asked_at, json.dumps(self._read(moment), allow_nan=False).encode()
+            return self._cached[1]
 
     def _read(self, moment: Snapshot) -> dict[str, Any]:
         now = self._now()

@@ -202,7 +202,7 @@ class AsyncTaskManager:
                     failures = refusals = 0
                     seconds = self._now() - sent
                     self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
-                    ask_again_at = await self._work_off(validator, response, place, sent)
+                    ask_again_at = await self._work_on(validator, response, place, sent)
             finally:
                 place.leave()
 
@@ -251,7 +251,7 @@ class AsyncTaskManager:
         least, most = UNREGISTERED_S
         return violations == 0 and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
-    async def _work_off(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
+    async def _work_on(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
         """Has a pulled task worked on. Returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
