@@ -22,9 +22,9 @@ BINS = 24
 MOST_OUTCOMES = 200
 # Of a validator's standing.
 SHOWN = (
-    *("uid", "hotkey", "accepted", "submitted", "declined", "early", "mean_score", "reward", "unknown", "candidates"),
-    "gain",
-)
+    "uid", "hotkey", "accepted", "submitted", "declined", "early", "mean_score", "reward", "unknown",
+    "candidates", "gain",
+)  # fmt: skip
 #: Seconds for which an answer is reused, so that frequent requests cost the miner nothing.
 KEPT_S = 1.0
 
