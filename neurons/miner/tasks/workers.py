@@ -14,7 +14,7 @@ from common.log_lines import quoted
 from neurons.chain import Neuron
 from neurons.miner.assignment import USEFUL_AGE_S, Assignment
 from neurons.miner.generation.pool import ServiceUnavailable
-from neurons.miner.generation.service import AttemptFailed, Generated, GenerationFailed
+from neurons.miner.generation.service import PARTS, AttemptFailed, Generated, GenerationFailed
 from neurons.miner.records.events import Generation, Recorder
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks.admission import PLANNED_AGE_S
@@ -212,7 +212,7 @@ def _log_score(validator: Neuron, generated: Generated) -> None:
     alignment = generated.parts.get("alignment", generated.score)
     log.info("CLIP Score: %.2f (validator [%d], seed %s)", alignment, validator.uid, quoted(generated.seed))
     if generated.parts:
-        parts = ", ".join(f"{part} {value:.2f}" for part, value in generated.parts.items())
+        parts = ", ".join(f"{PARTS[part]} {value:.2f}" for part, value in generated.parts.items())
         log.info("Score: %.2f (%s)", generated.score, parts)
 
 

@@ -213,7 +213,7 @@ async def test_the_log_has_the_alignment_and_the_whole_score(bench: Bench, caplo
     await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert "CLIP Score: 0.81 (validator [1]" in text
-    assert "Score: 0.76 (iqa 0.75, alignment 0.81, ssim 0.90)" in text
+    assert "Score: 0.76 (quality 0.75, alignment 0.81, SSIM 0.90)" in text
 
 
 async def test_validators_are_asked_at_once_and_each_by_its_own_clock(bench: Bench) -> None:
