@@ -8,14 +8,14 @@ import binascii
 import re
 import secrets
 import unicodedata
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from email.message import Message as HeaderMessage
 from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,7 +35,7 @@ MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest 
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
 MAX_READ_S = 60.0  # to receive a whole body
-# Bytes that are still read beyond a limit: otherwise a client that is sending sees a reset and not the answer.
+# Bytes beyond a limit that are still read before an answer closes the connection.
 DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
 MAX_FIELDS = 16
@@ -45,7 +45,11 @@ UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clie
 
 
 class BodyLimit:
-    """ASGI middleware: a body beyond its path's limit is read no further and answered with 413."""
+    """ASGI middleware: a body beyond its path's limit is read no further and answered with 413.
+
+    Where the answer closes the connection it waits until the body has come, or MAX_READ_S are over: a client that is
+    still sending, as Python's urllib is, would see a reset and not the answer.
+    """
 
     def __init__(self, app: ASGIApp, limits: dict[str, int], default: int) -> None:
         self.app, self.limits, self.default = app, limits, default
@@ -55,20 +59,34 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         limit = self.limits.get(scope["path"].rstrip("/"), self.default)
-        size = 0
+        headers = Headers(scope=scope)
+        closes = scope["http_version"] == "1.0" or "close" in headers.get("connection", "").lower()
+        # A client that expects 100 Continue sends nothing before it is asked to.
+        goes_on = "expect" not in headers and ("content-length" in headers or "transfer-encoding" in headers)
+        size, until = 0, asyncio.get_running_loop().time() + MAX_READ_S
 
-        async def bounded() -> Message:
-            nonlocal size
+        async def counted() -> Message:
+            nonlocal size, goes_on
             message = await receive()
             size += len(message.get("body", b""))
+            goes_on = message.get("more_body", False)
+            return message
+
+        async def bounded() -> Message:
+            message = await counted()
             if size > limit:
-                while message.get("more_body") and size < limit + DRAIN_BYTES:
-                    message = await receive()
-                    size += len(message.get("body", b""))
                 raise ApiError(413, "body", f"the request's body is over {limit} bytes", limit)
             return message
 
-        await self.app(scope, bounded, send)
+        async def answer(message: Message) -> None:
+            if closes and message["type"] == "http.response.start":
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        while goes_on and size < limit + DRAIN_BYTES:
+                            await counted()
+            await send(message)
+
+        await self.app(scope, bounded, answer)
 
 
 async def read_form(request: Request, threshold: float, background: bool) -> results.Request:
@@ -316,7 +334,11 @@ def decode_base64(text: str, field: str) -> bytes:
 
 
 def _check_content_type(request: Request, allowed: tuple[str, ...]) -> str:
-    """That of the request, in small letters, without parameters."""
+    """That of the request, in small letters, without parameters. Raises ApiError, also for an encoded body."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"content encoding {escape(encoding[:64])} is not supported"
+        raise ApiError(415, "content-encoding", message, ["identity"])
     header = HeaderMessage()
     header["content-type"] = request.headers.get("content-type", "none/none")
     kind = header.get_content_type()

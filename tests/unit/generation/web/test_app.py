@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import io
 import itertools
 import json
 import logging
 import re
+import socket
 import struct
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +31,7 @@ from common import spz
 from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
 from generation.web import intake, pictures
-from tests.support.service_harness import Service, serving, wait_until
+from tests.support.service_harness import PATIENCE_S, Service, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +305,33 @@ def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
     )
     error(chunked, 413, "body")
     assert service.generate().status_code == 200
+
+
+@pytest.mark.parametrize(("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)])
+def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str, headers: Any, status: int) -> None:
+    """Also where it closes the connection: urllib asks for that, and so do HTTP/1.0 proxies."""
+    asked = urllib.request.Request(service.url + path, bytes(9_000_000), headers, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=PATIENCE_S)
+    assert refused.value.code == status
+
+
+def test_who_expects_to_be_asked_for_the_body_is_answered_at_once(service: Service) -> None:
+    head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += "Expect: 100-continue\r\nContent-Length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("path", ["/generate/", "/validate_txt_to_3d_ply/"])
+def test_a_compressed_body_is_refused_as_such(service: Service, path: str) -> None:
+    kind = "application/json" if "validate" in path else "application/x-www-form-urlencoded"
+    headers = {"content-type": kind, "content-encoding": "gzip"}
+    error(service.client.post(path, content=gzip.compress(b"prompt=a"), headers=headers), 415, "content-encoding")
+    assert service.client.post(
+        "/generate/", data={"prompt": "a cube"}, headers={"content-encoding": "identity"}
+    ).is_success
 
 
 def test_prompt_and_image_together_are_ambiguous(service: Service) -> None:
