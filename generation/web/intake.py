@@ -203,7 +203,7 @@ async def _check_form(form: FormData) -> tuple[str | None, Picture | None, int |
             raise ApiError(422, name, "given more than once", 1)
     seed = check_seed(_text(form, "seed"))
     upload = form.get("prompt_image_file")
-    if isinstance(upload, UploadFile) and upload.filename:
+    if isinstance(upload, UploadFile) and (upload.filename or upload.size):
         text = _text(form, "prompt")
         if text is not None and text.strip():
             raise ApiError(422, "prompt", "give either prompt or prompt_image_file, not both", 1)

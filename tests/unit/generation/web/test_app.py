@@ -339,6 +339,15 @@ def test_prompt_and_image_together_are_ambiguous(service: Service) -> None:
     assert upload(service, png(), prompt="", seed="3").status_code == 200  # what an HTML form sends
 
 
+def test_a_picture_without_a_file_name_is_one(service: Service) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="prompt_image_file"; filename=""\r\n\r\n%b\r\n'
+    text = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cube\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    asked = service.client.post("/generate/", content=part % png() + b"--b--\r\n", headers=headers)
+    assert asked.content.startswith(b"ply\nRGB (8, 6)")
+    error(service.client.post("/generate/", content=part % png() + text + b"--b--\r\n", headers=headers), 422, "prompt")
+
+
 def test_unknown_paths_and_methods_are_json_too(service: Service) -> None:
     error(service.client.get("/nothing"), 404, None)
     error(service.client.get("/generate/"), 405, None)
