@@ -140,6 +140,7 @@ class _Multipart(MultiPartParser):
     It takes text that is not UTF-8 for Latin-1, reads encoded parts as they are, and drops a part that is cut off.
     """
 
+    spool_max_size = MAX_FORM_BYTES  # uploads stay in memory: the disk may be full
     has_ended = False
 
     def on_end(self) -> None:

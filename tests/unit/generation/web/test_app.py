@@ -12,6 +12,7 @@ import logging
 import re
 import socket
 import struct
+import tempfile
 import threading
 import time
 import urllib.error
@@ -292,6 +293,11 @@ def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
 def test_an_image_over_10_mb_is_refused(service: Service) -> None:
     refused = error(upload(service, bytes(pictures.MAX_IMAGE_BYTES + 1)), 413, "prompt_image_file")
     assert refused["limit"] == pictures.MAX_IMAGE_BYTES
+
+
+def test_a_picture_needs_no_room_on_the_disk(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    error(upload(service, bytes(pictures.MAX_IMAGE_BYTES)), 422, "prompt_image_file")
 
 
 def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
