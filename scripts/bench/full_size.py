@@ -150,7 +150,7 @@ def mvdream(device: str, dtype: torch.dtype = torch.float16) -> MVDream:
     with on(device, dtype):
         unet = UNet2DConditionModel(**unet_config(MVDREAM_UNET))
         vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
-    return MVDream(unet, vae, text, _clip_tokenizer(), _scheduler(), front_azimuth=90.0)
+    return MVDream(unet, vae, TextEncoder(text, _clip_tokenizer()), _scheduler(), front_azimuth=90.0)
 
 
 def zero123(device: str, dtype: torch.dtype = torch.float16) -> Zero123:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.accelerate.pinned import copy_async
 from generation.generators.base import Checkpoint
@@ -37,8 +36,7 @@ class MVDream(Distillation):
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        words: TextEncoder,
         scheduler: DDIMScheduler,
         front_azimuth: float = 0.0,
     ) -> None:
@@ -46,8 +44,8 @@ class MVDream(Distillation):
         super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
-        self._texts = TextEncoder(text_encoder, tokenizer)
-        self._networks.append(self._texts.encoder)
+        self._words = words
+        self._networks.append(words.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
 
     @classmethod
@@ -56,13 +54,11 @@ class MVDream(Distillation):
 
         The UNet may have the names that its authors published it with. Raises WeightsError.
         """
-        local = {"local_files_only": True}
-        unet = load_unet(folder / "unet", dtype)
-        vae = load_model(AutoencoderKL, folder / "vae", dtype)
-        text = load_model(CLIPTextModel, folder / "text_encoder", dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
-        return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
+        unet = load_unet(folder / "unet", dtype).to(device)
+        vae = load_model(AutoencoderKL, folder / "vae", dtype).to(device)
+        words = TextEncoder.load(folder, device, dtype)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        return cls(unet, vae, words, scheduler, front_azimuth)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
@@ -73,16 +69,16 @@ class MVDream(Distillation):
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> None:
         """See `TextGuidance.encode`."""
-        self._texts.encode(texts)
+        self._words.encode(texts)
 
     def truncation(self, text: str) -> tuple[int, int] | None:
         """See `TextGuidance.truncation`."""
-        return self._texts.truncation(text)
+        return self._words.truncation(text)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        return self._texts.pair(prompt, negative_prompt)
+        return self._words.pair(prompt, negative_prompt)
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")
