@@ -1,4 +1,4 @@
-"""MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512) as guidance, from diffusers' classes."""
+"""MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512) as guidance by the text, from diffusers' classes."""
 
 from __future__ import annotations
 
@@ -68,11 +68,11 @@ class MVDream(Distillation):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.encode`."""
+        """Encode texts in one batch into the cache that `prepare` reads."""
         self._words.encode(texts)
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.truncation`."""
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
         return self._words.truncation(text)
 
     @torch.no_grad()
@@ -93,7 +93,12 @@ class MVDream(Distillation):
         guidance_scale: float,
         first: Tensor | None = None,
     ) -> Tensor:
-        """See `TextGuidance.sample`. All V views attend to each other."""
+        """Consistent images (V, 3, S, S) in 0..1 of what the condition describes, from poses (V, 4, 4).
+
+        All V views attend to each other. With `first` (3, S, S) the first view is known, and the others are consistent
+        with it. The model must be trained for that: it sees this view without noise, at time step 0, and the guidance
+        is towards it, too.
+        """
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = copy_async(latents, self._unet.device)
