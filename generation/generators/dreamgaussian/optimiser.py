@@ -168,10 +168,11 @@ class DreamGaussian:
         losses = self._scores(scenes, render)  # first: it keeps the GPU busy while the rest is launched
         shown, gradients = _known_views_gradients(scenes, render())
         torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
-        harmonics = [scene.harmonics().clone() for scene in scenes] if self._options.sh_degree else []
+        with_harmonics = scenes if self._options.sh_degree else []
+        before = [scene.harmonics().clone() for scene in with_harmonics]
         step_together([scene.optimiser() for scene in scenes])
-        for scene, before in zip(scenes, harmonics, strict=bool(harmonics)):
-            scene.harmonics().lerp_(before, 1 - HARMONICS_RATE)  # Adam's step is proportional to its learning rate
+        for scene, old in zip(with_harmonics, before, strict=True):
+            scene.harmonics().lerp_(old, 1 - HARMONICS_RATE)  # Adam's step is proportional to its learning rate
         advance(scenes, [seen.density_gradients() for seen in render()])
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:

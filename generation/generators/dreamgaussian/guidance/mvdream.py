@@ -23,7 +23,6 @@ from generation.generators.multiview.sampling import (
 )
 from generation.generators.multiview.text_encoder import TextEncoder
 from generation.weights.latent_diffusion import load_unet
-from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
 
 
@@ -63,8 +62,7 @@ class MVDream(Distillation):
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
         """See `load`."""
-        use = checkpoint.entry.used_as(MultiViewUse) or MultiViewUse()
-        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, checkpoint.entry.front_azimuth)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> None:

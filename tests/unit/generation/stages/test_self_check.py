@@ -22,7 +22,6 @@ from generation.stages.self_check import (
 )
 from generation.stages.self_check.outliers import geometric_mean
 from generation.weights import WeightsError, local_folder, lookup
-from generation.weights.registry import ClipUse
 from tests.support.standins import ball, colour_check
 
 
@@ -247,7 +246,7 @@ class TestLoading:
     def test_open_clip_folder_without_network(self, mini_models, no_network):
         choice = Models.load(mini_models).clip
         entry = lookup(choice)
-        clip = TextClip.load(local_folder(entry), choice, entry.used_as(ClipUse), "cpu")
+        clip = TextClip.load(local_folder(entry), choice, entry.clip, "cpu")
         with torch.no_grad():
             views, (text,) = clip.embed(torch.rand(4, 3, 224, 224)), clip.encode(["a red cube"])
         assert views.norm(dim=1).tolist() == pytest.approx([1.0] * 4, abs=1e-4)
@@ -264,4 +263,4 @@ class TestLoading:
         config = json.loads((local_folder(entry) / "open_clip_config.json").read_text())
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="not a usable open_clip model"):
-            TextClip.load(tmp_path, choice, entry.used_as(ClipUse), "cpu")
+            TextClip.load(tmp_path, choice, entry.clip, "cpu")

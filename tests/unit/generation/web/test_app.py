@@ -313,7 +313,9 @@ def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
     assert service.generate().status_code == 200
 
 
-@pytest.mark.parametrize(("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)])
+@pytest.mark.parametrize(
+    ("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)]
+)
 def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str, headers: Any, status: int) -> None:
     """Also where it closes the connection: urllib asks for that, and so do HTTP/1.0 proxies."""
     asked = urllib.request.Request(service.url + path, bytes(9_000_000), headers, method="POST")
