@@ -77,10 +77,13 @@ class GeneratorOptions(Schema):
         raise NotImplementedError
 
     def capped(self, most: int) -> Self:
-        """A copy with at most ``most`` Gaussians. Raises SettingsError if the kind has no such limit."""
+        """A copy with at most ``most`` Gaussians.
+
+        Raises SettingsError if the kind has no such limit, or if something else contradicts it.
+        """
         if "max_gaussians" not in type(self).model_fields:
             raise SettingsError(f"max_gaussians: {most}: the generator {self.generator} has no such limit")
-        return self.model_copy(update={"max_gaussians": most})
+        return validate(type(self), {**self.model_dump(), "max_gaussians": most}, f"max_gaussians: {most}")
 
     @classmethod
     def load(cls, path: Path) -> Self:
