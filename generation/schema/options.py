@@ -258,6 +258,6 @@ def validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            key = ".".join(map(str, each["loc"])) or "file"
-            problems.append(f"{key}: {each['input']!r}: {each['msg']}")
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {each['input']!r}: {message}" if key else message)  # of what contradicts: no key
         raise SettingsError(f"{source}: {'; '.join(problems)}") from error
