@@ -106,7 +106,7 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
         raise ApiError(400, "body", error.message) from None
     try:
         prompt, picture, seed = await _check_form(form)
-        candidates = check_candidates(_text(form, "candidates"))
+        candidates = check_whole(_text(form, "candidates"), "candidates", 1, MAX_CANDIDATES) or 1
         budget = check_budget(_text(form, "budget_seconds"))
     finally:
         await form.close()
@@ -202,7 +202,7 @@ async def _check_form(form: FormData) -> tuple[str | None, Picture | None, int |
             raise ApiError(422, escape(name[:64]), f"unknown field; known are {known}", list(FORM_FIELDS))
         if len(form.getlist(name)) > 1:
             raise ApiError(422, name, "given more than once", 1)
-    seed = check_seed(_text(form, "seed"))
+    seed = check_whole(_text(form, "seed"), "seed", 0, MAX_SEED)
     upload = form.get("prompt_image_file")
     if isinstance(upload, UploadFile) and (upload.filename or upload.size):
         text = _text(form, "prompt")
@@ -242,22 +242,13 @@ def check_prompt(text: str) -> str:
     return prompt
 
 
-def check_seed(text: str | None) -> int | None:
-    """The seed, None if not given. Raises ApiError unless it is an integer of 32 bits."""
+def check_whole(text: str | None, field: str, least: int, most: int) -> int | None:
+    """A whole number, None if not given. Raises ApiError unless it is in ``least`` to ``most``."""
     if text is None or not text.strip():
         return None
-    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > MAX_SEED:
-        raise ApiError(422, "seed", f"not a whole number in 0..{MAX_SEED}: {escape(text[:32])}", f"0..{MAX_SEED}")
-    return int(text)
-
-
-def check_candidates(text: str | None) -> int:
-    """The number of candidates, 1 if not given. Raises ApiError unless it is an integer from 1 to MAX_CANDIDATES."""
-    if text is None or not text.strip():
-        return 1
-    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not 1 <= int(text) <= MAX_CANDIDATES:
-        limit = f"1..{MAX_CANDIDATES}"
-        raise ApiError(422, "candidates", f"not a whole number in {limit}: {escape(text[:32])}", limit)
+    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not least <= int(text) <= most:
+        limit = f"{least}..{most}"
+        raise ApiError(422, field, f"not a whole number in {limit}: {escape(text[:32])}", limit)
     return int(text)
 
 
