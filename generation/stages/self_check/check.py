@@ -64,7 +64,8 @@ class SelfCheck:
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
         """Load ``clip`` and the optional models of ``models``. Raises WeightsError."""
         offload = models.offload_self_check
-        text = TextClip.load(folders["clip"], models.clip, entries["clip"].clip, device, offload)
+        with naming(entries["clip"]):
+            text = TextClip.load(folders["clip"], models.clip, entries["clip"].clip, device, offload)
         image = quality = lpips = None
         if models.image_clip is not None:
             with naming(entries["image_clip"]):

@@ -217,7 +217,9 @@ class TestResolve:
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
         more = tmp_path / "more.yaml"
         more.write_text("generator: lgm\nviews_from: picture_and_words\nmin_gaussians: 20000\n")
-        with pytest.raises(SettingsError, match="^max_gaussians: 9000: min_gaussians 20000 is over max_gaussians 9000$"):
+        with pytest.raises(
+            SettingsError, match=r"^max_gaussians: 9000: min_gaussians 20000 is over max_gaussians 9000$"
+        ):
             Settings.resolve({"profile": "tiny", "config": more, "max_gaussians": "9000"})
 
     def test_a_clusters_service_needs_no_gpu_and_no_weights(self, machine):

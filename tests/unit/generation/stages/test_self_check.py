@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from generation.schema.options import Models
+from generation.settings import CONFIGS
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.stages.self_check import (
+    SelfCheck,
     TextClip,
     check,
     drop_outliers,
@@ -256,6 +258,17 @@ class TestLoading:
         choice = Models.load(mini_models).clip
         with pytest.raises(WeightsError, match="cosine_scale"):
             TextClip.load(local_folder(lookup(choice)), choice, None, "cpu")
+
+    def test_the_model_that_is_broken_is_the_one_that_is_named(self, mini_models, tmp_path):
+        """Not the first one of the stage, whose files are whole."""
+        clip = Models.load(mini_models).clip
+        models = Models.load(CONFIGS / "models_tiny.yaml").model_copy(update={"clip": clip})
+        entries = {"clip": lookup(clip), "quality": lookup(models.quality)}
+        folders = {"clip": local_folder(entries["clip"]), "quality": tmp_path}
+        with pytest.raises(WeightsError, match=r"^tiny-quality can not be loaded"):
+            SelfCheck.load(folders, entries, models, "cpu")
+        with pytest.raises(WeightsError, match=r"^mini-clip can not be loaded"):
+            SelfCheck.load({**folders, "clip": tmp_path}, entries, models, "cpu")
 
     def test_a_folder_without_weights_is_refused(self, mini_models, tmp_path):
         choice = Models.load(mini_models).clip
