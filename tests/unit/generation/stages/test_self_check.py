@@ -263,6 +263,7 @@ class TestLoading:
         """Not the first one of the stage, whose files are whole."""
         clip = Models.load(mini_models).clip
         models = Models.load(CONFIGS / "models_tiny.yaml").model_copy(update={"clip": clip})
+        assert models.quality is not None
         entries = {"clip": lookup(clip), "quality": lookup(models.quality)}
         folders = {"clip": local_folder(entries["clip"]), "quality": tmp_path}
         with pytest.raises(WeightsError, match=r"^tiny-quality can not be loaded"):
