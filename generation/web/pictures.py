@@ -27,7 +27,7 @@ LEAST_VISIBLE = 13  # of 255: a picture without a pixel of this alpha shows noth
 _decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart; fill bytes may precede it
 _GREY_MOST = {"1": 1, "L;2": 3, "L;4": 15, "L": 255}  # the highest level, by Pillow's layouts
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

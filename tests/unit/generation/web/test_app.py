@@ -32,6 +32,7 @@ from common import spz
 from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
 from generation.web import intake, pictures
+from generation.web.errors import ApiError
 from tests.support.service_harness import PATIENCE_S, Service, serving, wait_until
 
 
@@ -284,6 +285,15 @@ def test_a_jpeg_that_paints_its_pixels_very_often_is_refused(service: Service) -
     assert upload(service, of(pictures.MAX_JPEG_SCANS), "a.jpg", "image/jpeg").status_code == 200
     refused = error(upload(service, of(pictures.MAX_JPEG_SCANS + 1), "a.jpg", "image/jpeg"), 422, "prompt_image_file")
     assert refused["limit"] == pictures.MAX_JPEG_SCANS
+
+
+@pytest.mark.parametrize("end", [b"", b"\0", b"\xd0"])
+def test_a_jpeg_of_fill_bytes_takes_no_time(end: bytes) -> None:
+    """Its markers were looked for anew from each of them: with 10 MB, for days, and no other thread ran meanwhile."""
+    began = time.thread_time()
+    with pytest.raises(ApiError, match="not a readable image"):
+        pictures.decode_image(b"\xff\xd8" + b"\xff" * 60_000 + end, "prompt_image_file")
+    assert time.thread_time() - began < 3
 
 
 def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
