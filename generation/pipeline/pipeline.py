@@ -105,20 +105,9 @@ class Pipeline:
         self._retry_out_of_memory(running, paused)
         self._count_successes(running)
 
-    def generate(
-        self,
-        requests: list[Request],
-        progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
-        cancelled: Callable[[int], bool] = lambda index: False,
-    ) -> list[Asset | Exception]:
-        """The outcome of each request, in order: an asset, which may be a rejection, or an exception.
-
-        ``progress`` and ``cancelled`` get the request's index as first argument.
-        """
-        jobs = [
-            self.begin(request, partial(progress, index), partial(cancelled, index))
-            for index, request in enumerate(requests)
-        ]
+    def generate(self, requests: list[Request]) -> list[Asset | Exception]:
+        """The outcome of each request, in order: an asset, which may be a rejection, or an exception."""
+        jobs = [self.begin(request) for request in requests]
         while unfinished := [job for job in jobs if job.outcome is None]:
             self.tick(unfinished)
         return [job.outcome for job in jobs if job.outcome is not None]

@@ -77,10 +77,13 @@ class GeneratorOptions(Schema):
         raise NotImplementedError
 
     def capped(self, most: int) -> Self:
-        """A copy with at most ``most`` Gaussians. Raises SettingsError if the kind has no such limit."""
+        """A copy with at most ``most`` Gaussians.
+
+        Raises SettingsError if the kind has no such limit, or if something else contradicts it.
+        """
         if "max_gaussians" not in type(self).model_fields:
             raise SettingsError(f"max_gaussians: {most}: the generator {self.generator} has no such limit")
-        return self.model_copy(update={"max_gaussians": most})
+        return validate(type(self), {**self.model_dump(), "max_gaussians": most}, f"max_gaussians: {most}")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -255,6 +258,6 @@ def validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            key = ".".join(map(str, each["loc"])) or "file"
-            problems.append(f"{key}: {each['input']!r}: {each['msg']}")
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {each['input']!r}: {message}" if key else message)  # of what contradicts: no key
         raise SettingsError(f"{source}: {'; '.join(problems)}") from error

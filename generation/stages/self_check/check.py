@@ -28,7 +28,6 @@ from generation.stages.self_check.views import (
 )
 from generation.weights import Entry
 from generation.weights.loading import only_file
-from generation.weights.registry import ClipUse
 from generation.weights.strict import naming
 
 
@@ -65,11 +64,12 @@ class SelfCheck:
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
         """Load ``clip`` and the optional models of ``models``. Raises WeightsError."""
         offload = models.offload_self_check
-        text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, offload)
+        with naming(entries["clip"]):
+            text = TextClip.load(folders["clip"], models.clip, entries["clip"].clip, device, offload)
         image = quality = lpips = None
         if models.image_clip is not None:
             with naming(entries["image_clip"]):
-                use = entries["image_clip"].used_as(ClipUse)
+                use = entries["image_clip"].clip
                 image = ImageClip.load(folders["image_clip"], models.image_clip, use, device, offload)
         if models.quality is not None:
             with naming(entries["quality"]):
