@@ -216,6 +216,7 @@ def deploy(given: Given, caller: Path) -> None:
         return
     if given.args.only_prepare:
         _prepare(given, deployment, caller)
+        print("Prepared; nothing was started.")
         return
     for folder in ("logs", "data"):
         Path(folder).mkdir(exist_ok=True)

@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except sqlite3.Error as error:
         print(f"No ledger to read at {path}: {error}", file=sys.stderr)
         return 1
-    print(f"Ledger: {path}")
+    rehearsed = path.parent == REHEARSAL_STATE
+    print(f"Ledger: {path}{' (a rehearsal: nothing of it reached the subnet)' if rehearsed else ''}")
     for other in others:
         print(f"  another, for --ledger: {other}")
     console = Console()
