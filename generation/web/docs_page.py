@@ -19,7 +19,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem aut
 details { border: 1px solid #d5dbe3; border-radius: 6px; margin: .5rem 0; padding: .5rem .8rem }
 summary { cursor: pointer } summary b { display: inline-block; min-width: 3.2rem; color: #0b62a4 }
 code { font: 13px ui-monospace, monospace } summary code { font-size: 15px; margin-right: .6rem }
-table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
+table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h2 { font-size: 1rem; margin: .8rem 0 .2rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid #e8ecf1 }
 td:first-child { white-space: nowrap } form { margin: .6rem 0 }
 label { display: inline-block; margin: .2rem 1rem .2rem 0 }
@@ -42,8 +42,8 @@ def render(openapi: dict[str, Any]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{escape(openapi['info'].get('description', ''))}</p>"
-        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</html>'
+        f"<main><h1>{title}</h1><p>{escape(openapi['info'].get('description', ''))}</p>"
+        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</main></html>'
     )
 
 
@@ -85,7 +85,7 @@ def _about(field: dict[str, Any]) -> str:
 def _table(head: str, rows: Iterator[list[str]]) -> str:
     """The first cell of each row is a name; the others are lines about it."""
     body = "".join(f"<tr><td><code>{escape(name)}</code><td>{'<br>'.join(map(escape, about))}" for name, *about in rows)
-    return f"<h3>{escape(head)}</h3><table>{body}</table>"
+    return f"<h2>{escape(head)}</h2><table>{body}</table>"
 
 
 def _form(path: str, fields: dict[str, Any]) -> str:

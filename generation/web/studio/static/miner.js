@@ -36,13 +36,13 @@ export function showMiner(page, visible) {
 
 function draw(page, state, problem) {
   if (!state) {
-    change(page, element("div", { className: "card" }, element("h3", {}, "No miner"), element("p", { className: "small" }, problem)));
+    change(page, element("div", { className: "card" }, element("h2", {}, "No miner"), element("p", { className: "small" }, problem)));
     return;
   }
   const width = Math.min(560, page.clientWidth - 60); // its text keeps its size on a phone
   change(page, warnings(state), tiles(state),
     element("div", { className: "two" }, card("Results, each 10 minutes: accepted (green), not accepted (red)", bars(state, width)), card("Scores of accepted results", dots(state, width))),
-    card("Validators", validators(state)),
+    card("Validators", validators(state), { tabIndex: 0 }), // wider than a phone: keys scroll it, too
     element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
     card("GPUs of this service", engines(state)),
     card("Results as they come", outcomes(state)));
@@ -59,7 +59,7 @@ function change(old, ...next) {
   });
 }
 
-const card = (title, content) => element("section", { className: "card" }, element("h3", {}, title), content);
+const card = (title, content, more = {}) => element("section", { className: "card", ...more }, element("h2", {}, title), content);
 const number = (value, digits = 0) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
 
 function duration(seconds) {
@@ -131,7 +131,7 @@ function engines(state) {
 function outcomes(state) {
   const rows = state.outcomes.map((each) => [new Date(each.at * 1000).toLocaleTimeString(), `UID ${each.uid}`,
     element("span", { className: OUTCOMES[each.outcome] ?? "" }, each.outcome.replaceAll("_", " ")), number(each.score, 3), duration(each.seconds)]);
-  return element("div", { id: "outcomes" }, table([["time"], ["validator"], ["outcome"], ["score", "n"], ["sending took", "n"]], rows, "None yet."));
+  return element("div", { id: "outcomes", tabIndex: 0 }, table([["time"], ["validator"], ["outcome"], ["score", "n"], ["sending took", "n"]], rows, "None yet."));
 }
 
 // ---- plots ----------------------------------------------------------------------------------------------------------
