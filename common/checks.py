@@ -61,7 +61,7 @@ class Number:
 class Words:
     """Text. `check` raises ValueError for what is wrong with it; `limits` says what is right."""
 
-    def __init__(self, check: Callable[[str], object] = len, limits: str = TEXT) -> None:
+    def __init__(self, check: Callable[[str], object] = lambda _: None, limits: str = TEXT) -> None:
         self._check = check
         self.limits = limits
 
@@ -107,7 +107,8 @@ class FilePath:
     limits = "a path"
 
     def __init__(self, exists: bool = False) -> None:
-        self.exists = exists  # or the process that reads it can not begin
+        """`exists`: whether it has to be there when its process starts."""
+        self.exists = exists
 
     def from_text(self, text: str) -> Path:
         return self.from_toml(text)

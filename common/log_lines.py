@@ -9,6 +9,7 @@ import stat
 
 MAX_QUOTED_CHARACTERS = 120
 
+_NODE = re.compile(r"wss?://\S+")
 # C0 and C1 controls, delete, Unicode's own line ends and the marks that reorder text: whatever could end a line,
 # start a false one, or drive a terminal.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -28,18 +29,20 @@ def quoted(text: object) -> str:
 
 
 class SingleLineFormatter(logging.Formatter):
-    """Escapes control characters in messages; a traceback follows indented, so that it can not pass for an entry."""
+    """Escapes control characters and removes nodes' keys. A traceback follows indented, so that it can not pass for an
+    entry.
+    """
 
     def __init__(self, fmt: str = "%(asctime)s %(levelname)s %(name)s: %(message)s") -> None:
         super().__init__(fmt)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = escape(record.message)
+        record.message = escape(without_keys(record.message))
         return super().formatMessage(record)
 
     def formatException(self, ei: object) -> str:
         lines = super().formatException(ei).splitlines()  # type: ignore[arg-type]
-        return "\n".join("    | " + escape(line) for line in lines)
+        return "\n".join("    | " + escape(without_keys(line)) for line in lines)
 
 
 def shown_network(network: str) -> str:
@@ -48,6 +51,11 @@ def shown_network(network: str) -> str:
     if not separator:
         return network
     return f"{scheme}://{re.split('[/?#]', rest, maxsplit=1)[0].rpartition('@')[2]}"
+
+
+def without_keys(text: str) -> str:
+    """``text`` with each ``ws://`` address in it as `shown_network` shows it. Libraries log the whole address."""
+    return _NODE.sub(lambda match: shown_network(match.group()), text)
 
 
 def is_regular_file(stream: object) -> bool:

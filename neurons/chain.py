@@ -16,7 +16,7 @@ from typing import Any
 
 import bittensor as bt
 
-from common.log_lines import shown_network
+from common.log_lines import shown_network, without_keys
 
 FETCH_TIMEOUT_S = 60.0
 # Seconds on top of it: the chain's client may ignore the cancellation at its time-out, and then its thread never ends.
@@ -103,8 +103,8 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
         raise MetagraphUnavailable(said) from error
     except Exception as error:
         # The substrate client lets whatever its websocket and decoder raise through.
-        said = str(error).replace(network, shown_network(network))
-        raise MetagraphUnavailable(f"{shown_network(network)}: {type(error).__name__} {said}".rstrip()) from error
+        said = f"{shown_network(network)}: {type(error).__name__} {without_keys(str(error))}".rstrip()
+        raise MetagraphUnavailable(said) from error
 
 
 def from_chain(metagraph: Any) -> Metagraph:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def do_without() -> str:
+def prepare() -> str:
     """To be called before bittensor's import. Returns what is wrong with the home folder; "" if it is usable."""
     try:
         home = Path.home()

@@ -16,7 +16,7 @@ log = logging.getLogger("neurons.serve_miner_competitive")
 def main() -> int:
     """Runs the miner until SIGTERM or SIGINT; the process' exit status."""
     options = miner_options.parse(sys.argv[1:])
-    home_problem = home.do_without()
+    home_problem = home.prepare()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.miner.app import CompetitiveMiner

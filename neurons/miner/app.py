@@ -21,7 +21,7 @@ from neurons.miner.generation.service import GenerationService
 from neurons.miner.options import MinerOptions
 from neurons.miner.records.bookkeeping import Bookkeeping
 from neurons.miner.status import ClockLog, IdleLog, StatusFile, snapshot
-from neurons.miner.submission.spool import SpoolInUse, hold
+from neurons.miner.submission.spool import SpoolUnusable, hold
 from neurons.miner.supervisor import keep_running
 from neurons.miner.validators.blacklist import Blacklist, BlacklistUnreadable
 from neurons.miner.validators.dendrite import ValidatorDendrite
@@ -55,7 +55,7 @@ class CompetitiveMiner:
                 keypair = keys.load(options.wallet_name, options.wallet_hotkey, options.wallet_path)
                 with hold(options.spool_of(keypair.ss58_address)):
                     await self._mine(keypair, blacklist)
-        except (BlacklistUnreadable, keys.KeyUnusable, SpoolInUse) as error:
+        except (BlacklistUnreadable, keys.KeyUnusable, SpoolUnusable) as error:
             log.critical("%s", error)
             return 1
         finally:

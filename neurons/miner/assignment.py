@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from neurons.chain import Neuron
 from neurons.protocol import Task
 
-# Organic tasks close this long after their start at the latest.
+# Validators hand out an organic task for no longer. A later result still counts, but holding costs a second for each.
 USEFUL_AGE_S = 300.0
 
 

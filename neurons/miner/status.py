@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -47,29 +48,35 @@ def snapshot(
 
 
 class StatusFile:
-    """A JSON file at `path`, replaced atomically; nothing if `path` is None."""
+    """A JSON file at `path`, replaced atomically; nothing if `path` is None. An error is only logged, once."""
 
     def __init__(self, path: Path | None, network: str) -> None:
         self._path = path
         self._network = network
+        self._problem: str | None = None
 
     def write(self, **fields: Any) -> None:
-        """Replaces the file. An error is only logged."""
+        """Replaces the file. To be called about every second."""
         if self._path is None:
             return
         content = {**fields, "network": self._network, "pid": os.getpid()}
+        problem = None
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text(json.dumps(content) + "\n")
             temporary.replace(self._path)
         except OSError as error:
-            log.error("Status file %s: %s", self._path, error)
+            problem = error.strerror
+            if problem != self._problem:
+                log.error("Status file %s: %s", self._path, problem)
+        self._problem = problem
 
     def remove(self) -> None:
-        """Deletes the file, as the miner ends. Raises OSError."""
+        """Deletes the file, as the miner ends."""
         if self._path is not None:
-            self._path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
 
 class IdleLog:

@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main() -> int:
     """Serves until a signal; the process' exit status."""
     args = parse(sys.argv[1:])
-    home.do_without()
+    home.prepare()
     # Only now: these bring bittensor, which takes seconds to import.
     from neurons import logging_setup
     from neurons.rehearsal.hostile import HABITS
@@ -67,14 +67,18 @@ def main() -> int:
     unknown = [kind for kind in hostile if kind not in kinds]
     if unknown:
         sys.exit(f"argument --hostile: {unknown[0]!r} is none of all, {', '.join(kinds)}")
-    logging_setup.configure(args.log_file)
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     # Blocked before any thread starts, so that sigtimedwait below gets them and nobody else.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     limits = Limits().compressed(args.time_scale)
-    with RehearsalNetwork(
-        args.state, args.endpoint, args.validators, limits, load_prompts(), hostile, load_pictures(), args.truth
-    ) as network:
+    try:
+        logging_setup.configure(args.log_file)
+        network = RehearsalNetwork(
+            args.state, args.endpoint, args.validators, limits, load_prompts(), hostile, load_pictures(), args.truth
+        )
+    except OSError as error:
+        sys.exit(f"{error.filename}: {error.strerror}")
+    with network:
         log.info("%d validators; a task every %.0f s from each", len(network.validators), limits.task_cooldown)
         while signal.sigtimedwait(stop_signals, ANNOUNCE_INTERVAL_S) is None:
             network.announce()

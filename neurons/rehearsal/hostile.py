@@ -15,6 +15,7 @@ import socket
 import time
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ CLOCK_OFFSET_S = 3600
 NONCE_AGE_S = 4.0
 # A submission of 64 MB, as the well-behaved accept.
 MAX_REQUEST_BYTES = 96 << 20
+KEPT_SUBMISSIONS = 16
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class HostileValidator:
         self.tasks = 0
         self.free_at = 0.0  # by its own clock: when it may be asked again
         self.early_pulls = 0
-        self.submissions: list[Fields] = []
+        self.submissions: deque[Fields] = deque(maxlen=KEPT_SUBMISSIONS)
+        self.accepted = 0
         self.started = False
         self._habit = HABITS[kind]
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -131,7 +134,8 @@ def _hands_out(pull_fields: Fields | None = None, **task: Any) -> Handler:
 
 
 async def _accepts(validator: HostileValidator, _: web.Request) -> web.StreamResponse:
-    feedback = {"task_fidelity_score": 0.7, "generations_within_the_window": len(validator.submissions)}
+    validator.accepted += 1
+    feedback = {"task_fidelity_score": 0.7, "generations_within_the_window": validator.accepted}
     return _answer({"feedback": feedback, "cooldown_until": validator.cooldown_until()})
 
 

@@ -55,8 +55,9 @@ class RehearsalNetwork:
         pictures: Sequence[bytes] = (),
         truth: Path | None = None,
     ) -> None:
+        state.mkdir(parents=True, exist_ok=True)
         self._file = state / "network.json"
-        self._told = b""
+        self._written = b""
         # Gone until the validators listen: a miner must not find the ports of an earlier run.
         self._file.unlink(missing_ok=True)
         wallets = state / "wallets"
@@ -93,7 +94,7 @@ class RehearsalNetwork:
             if not self._thread.is_alive() or time.monotonic() > deadline:
                 raise RuntimeError("the validators did not start")
             time.sleep(0.01)
-        self._tell()
+        self._write()
         for validator in self._all():
             log.info(
                 "Validator [%d] %s listens on 127.0.0.1:%d",
@@ -109,14 +110,14 @@ class RehearsalNetwork:
         To be called every now and then: that one ends, and takes back what it told.
         """
         if not self._file.exists():
-            self._tell()
+            self._write()
 
-    def _tell(self) -> None:
+    def _write(self) -> None:
         chain.save(self._metagraph(), self._file)
-        self._told = self._file.read_bytes()
+        self._written = self._file.read_bytes()
 
     def __exit__(self, *_: object) -> None:
-        if self._file.exists() and self._file.read_bytes() == self._told:
+        if self._file.exists() and self._file.read_bytes() == self._written:
             self._file.unlink()
         for validator in self._all():
             validator.stop()

@@ -183,13 +183,13 @@ class RehearsalValidator:
                 self.save()
                 self._crash_due = True  # once its result is judged
             elif self._trouble.crashes == "without state":
-                self._go_on(self._crash_soon())
+                self._start_background(self._crash_soon())
 
     async def _crash_soon(self) -> None:
         await asyncio.sleep(CRASH_DELAY_S * self.rules.limits.second)
         await self.crash()
 
-    def _go_on(self, work: Any) -> "asyncio.Task[Any]":
+    def _start_background(self, work: Any) -> "asyncio.Task[Any]":
         """Starts work that does not end with the request."""
         task = asyncio.create_task(work)
         self._under_way.add(task)
@@ -205,7 +205,7 @@ class RehearsalValidator:
         return reason is not None, reason or ""
 
     async def _submit_results(self, synapse: SubmitResults) -> SubmitResults:
-        judgement = await asyncio.shield(self._go_on(self._judge(synapse)))
+        judgement = await asyncio.shield(self._start_background(self._judge(synapse)))
         synapse.feedback = judgement.feedback
         synapse.cooldown_until = judgement.cooldown_until
         synapse.results = ""  # what came in need not go back
@@ -250,7 +250,7 @@ class RehearsalValidator:
         )
         if self._crash_due and verdict.outcome != "repetition":
             self._crash_due = False
-            self._go_on(self._crash_soon())
+            self._start_background(self._crash_soon())
         return verdict
 
     def _log(self, hotkey: str, task: Task | None, judgement: Judgement) -> None:

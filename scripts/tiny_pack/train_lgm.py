@@ -62,7 +62,7 @@ TARGETS, TARGET_SIZE = 8, 128  # views of an object that it is held against, in 
 SHOWN = 4  # of them in one step
 # Validators look at 518 pixels, where the rasteriser's blur of 0.3 pixels^2 hides no gaps that it hides at 128.
 BLUR = 0.3 * (TARGET_SIZE / 518) ** 2
-FINE = 4  # what is measured is drawn so many times larger
+FINE = 4  # what is measured is drawn so many times larger, renders and exact targets alike
 STEPS, GUIDANCE = 12, 3.0  # of the multi-view diffusion, as in the profile
 # How the views of a drawn object come about: of those with the proportions that their captions mean, and of the others,
 # which only a picture can show.
@@ -295,12 +295,13 @@ def shade(splats: Tensor, views: Tensor, size: int, background: Tensor, blur: fl
         from gsplat import rasterization
 
         from generation.splats.rasterize import gsplat_build
+        from generation.splats.rasterize.gsplat import TILE
 
         gsplat_build.load()
         means, opacity, scale, rotation, colour = (x.contiguous() for x in splats.split([3, 1, 3, 4, 3], -1))
         rgb, alpha, _ = rasterization(
             means, rotation, scale, opacity[..., 0], colour, views, Ks.repeat(*views.shape[:2], 1, 1), size, size,
-            near_plane=0.2, eps2d=blur, packed=False, tile_size=16, backgrounds=background,
+            near_plane=0.2, eps2d=blur, packed=False, tile_size=TILE, backgrounds=background,
         )  # fmt: skip
         return rgb.permute(0, 1, 4, 2, 3), alpha.permute(0, 1, 4, 2, 3)
     results = []
@@ -459,7 +460,14 @@ def main() -> None:
         __doc__,
         minutes=13,
         more={
-            "--share-drawn": {"type": float, "default": 0.6, "help": "of objects that are shown as they are drawn"},
+            "--shares": {
+                "type": float,
+                "nargs": 3,
+                "default": (0.2, 0.2, 0.6),
+                "metavar": ("EXACT", "JITTERED", "DRAWN"),
+                "help": "of objects that are shown exactly, jittered, and as they are drawn",
+            },
+            "--lr": {"type": float, "help": "learning rate at the start (default: 1e-3, with --tune 4e-4)"},
             "--pause": {"type": float, "help": "seconds after the start at which to keep what there is and stop"},
             "--finish": {"action": "store_true", "help": "this run is the last: the learning rate ends with its time"},
             "--prompts": {"type": int, "default": 48, "help": "unseen prompts to be judged at the end"},
@@ -486,18 +494,18 @@ def main() -> None:
         fresh.save(args.work / f"pool_lgm_{len(earlier)}.pt")
         pools.append(fresh)
     pool = Pool.joined(pools)
-    rest = (1 - args.share_drawn) / 2
-    trainer = Trainer(model, pool, args, (rest, rest, args.share_drawn))
+    trainer = Trainer(model, pool, args, args.shares)
     until = began + args.pause if args.pause else None
     if args.finish and until:
         kept = args.work / "lgm.pt"
         spent = torch.load(kept, weights_only=True)["spent"] if kept.exists() else 0.0
         args.minutes = (spent + until - time.monotonic()) / 60
-    best, run = fit("lgm", model, trainer.loss, args, lr=4e-4 if args.tune else 1e-3, decay=0.998, until=until)
+    lr = args.lr or (4e-4 if args.tune else 1e-3)
+    best, run = fit("lgm", model, trainer.loss, args, lr=lr, decay=0.998, until=until)
     folder = args.pack / "lgm"
     save(best, folder)
     del trainer, pool, pools
-    test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1)
+    test = render_views(held_out_specs(max(args.prompts, 4) * 2, 1), args.device, 1, supersample=FINE)
     draw_views(test, chain, 1)
     names = ("exact", "jittered", "drawn")
     quality: dict[str, object] = {f"from_{name}_views": measure(best, test, name, args.device) for name in names}

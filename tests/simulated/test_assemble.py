@@ -118,7 +118,7 @@ def test_what_is_under_way_at_a_stop_is_seen_through(tmp_path: Path) -> None:
             assert len(network.validators[0].held) == 1
             assert not run.of(Submission)
         assert run.of(Submission) == ["accepted"]
-        assert run.parts.spool.entries() == {}
+        assert run.parts.spool.entries() == []
 
     in_virtual_time(test)
 

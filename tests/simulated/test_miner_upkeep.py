@@ -345,7 +345,7 @@ def put(spool: Spool, name: str, size: int = 1) -> None:
 
 
 def names(spool: Spool) -> list[str]:
-    return [task.id for tasks in spool.entries().values() for task in tasks]
+    return [task_id for _, task_id in spool.entries()]
 
 
 def test_the_spool_is_bounded_in_number_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

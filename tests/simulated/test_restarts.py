@@ -117,6 +117,6 @@ async def test_what_is_unknown_is_settled_after_a_restart_too(tmp_path: Path) ->
             outcomes.remember(past)
         at = books._now() + 300
         counted = Feedback(task_fidelity_score=0.8, generations_within_the_window=count)
-        _, found = outcomes.told("next", 10, counted, int(at) + 300, 300.0, Span(at - 5, at), False)
+        _, found = outcomes.answered("next", 10, counted, int(at) + 300, 300.0, Span(at - 5, at), False)
         # Of the five from before the ledger began it is not known when they leave.
         assert found == [Settled("task", outcome if outcome == "accepted" else "unknown")]

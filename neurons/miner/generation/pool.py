@@ -187,8 +187,11 @@ class GeneratorPool:
         answer counts. Raises GenerationFailed, AttemptFailed (at every endpoint that could be asked), or
         ServiceUnavailable, and gives up after `patience` seconds.
         """
+
+        async def ask(service: Service) -> Generated:
+            return await service.generate(task, seed, candidates, budget)
+
         give_up_at = self._now() + patience
-        ask = partial(_ask, task=task, seed=seed, candidates=candidates, budget=budget)
         attempts: dict[asyncio.Task[Generated], _Endpoint] = {}
         failed: list[_Endpoint] = []
         failure: AttemptFailed | None = None
@@ -207,7 +210,7 @@ class GeneratorPool:
                     elif not attempts:
                         await self._until_ready(give_up_at)
                         continue
-                for attempt in await self._any_news(attempts):
+                for attempt in await self._next_change(attempts):
                     endpoint = attempts.pop(attempt)
                     try:
                         return attempt.result()
@@ -221,7 +224,7 @@ class GeneratorPool:
                 attempt.cancel()
             await asyncio.gather(*attempts, return_exceptions=True)
 
-    async def _any_news(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
+    async def _next_change(self, attempts: dict[asyncio.Task[Generated], _Endpoint]) -> list[asyncio.Task[Generated]]:
         """Waits until an attempt ends or an endpoint freezes; if all are frozen, until an attempt ends or another
         endpoint is usable. Returns the attempts that ended.
         """
@@ -341,14 +344,7 @@ class GeneratorPool:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     def _update_ready(self) -> None:
-        if self._usable():
-            self.ready.set()
-        else:
-            self.ready.clear()
-
-
-async def _ask(service: Service, task: Task, seed: int, candidates: int, budget: float | None) -> Generated:
-    return await service.generate(task, seed, candidates, budget)
+        _set(self.ready, bool(self._usable()))
 
 
 def _end(pace: Pace, begun: float, attempt: asyncio.Task[Generated]) -> None:

@@ -33,7 +33,8 @@ HEALTH_CONNECT_TIMEOUT_S = 3.0
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
-PARTS = ("iqa", "alignment", "ssim", "lpips")  # of a score
+# Of a score, and what the log calls them, as the service's does.
+PARTS = {"iqa": "quality", "alignment": "alignment", "ssim": "SSIM", "lpips": "LPIPS"}
 # Statuses that depend on the task, so another attempt would get the same. Others below 500 come from a proxy.
 OF_THE_TASK = (400, 413, 415, 422)
 BUSY = (429, 503)
@@ -142,7 +143,7 @@ class GenerationService:
             raise EndpointUnavailable(NO_CONNECTION) from error
         except TimeoutError:
             return None
-        except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError) as error:
+        except (aiohttp.ClientError, GenerationFailed, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EndpointUnavailable(f"not reachable ({type(error).__name__})") from error
 
     async def generate(self, task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:

@@ -15,10 +15,16 @@ from typing import Any
 
 from neurons.miner.records import standings
 from neurons.miner.records.metrics import Snapshot
+from neurons.miner.records.standings import Standing
 from neurons.miner.records.verdicts import TASK_COOLDOWN_S, WINDOW_S
 
 BINS = 24
 MOST_OUTCOMES = 200
+# Of a validator's standing.
+SHOWN = (
+    "uid", "hotkey", "accepted", "submitted", "declined", "early", "mean_score", "reward", "unknown",
+    "candidates", "gain",
+)  # fmt: skip
 #: Seconds for which an answer is reused, so that frequent requests cost the miner nothing.
 KEPT_S = 1.0
 
@@ -38,46 +44,30 @@ class Activity:
     def __init__(self, identity: Identity, ledger: Path, now: Callable[[], float]) -> None:
         self._identity, self._ledger, self._now = identity, ledger, now
         self._lock = threading.Lock()
-        self._told: tuple[float, bytes] = (-math.inf, b"")
+        self._cached: tuple[float, bytes] = (-math.inf, b"")
 
     def as_json(self, moment: Snapshot) -> bytes:
         """The last 4 hours from the ledger, and the current state from `moment`."""
         with self._lock:
             asked_at = time.monotonic()
-            if asked_at - self._told[0] > KEPT_S:
-                self._told = asked_at, json.dumps(self._read(moment), allow_nan=False).encode()
-            return self._told[1]
+            if asked_at - self._cached[0] > KEPT_S:
+                self._cached = asked_at, json.dumps(self._read(moment), allow_nan=False).encode()
+            return self._cached[1]
 
     def _read(self, moment: Snapshot) -> dict[str, Any]:
         now = self._now()
-        by_uid: dict[int, dict[str, Any]] = {}
+        by_uid: dict[int, Standing] = {}
         outcomes: list[dict[str, Any]] = []
         first = now
         with suppress(sqlite3.Error), closing(standings.connect(self._ledger)) as ledger:  # none is there yet
-            for each in standings.standings(ledger, now, WINDOW_S).values():
-                by_uid[each.uid] = {
-                    "hotkey": each.hotkey,
-                    "accepted": each.accepted,
-                    "submitted": each.submitted,
-                    "declined": each.declined,
-                    "early": each.early,
-                    "mean_score": each.mean_score,
-                    "reward": each.reward,
-                    "unknown": each.unknown,
-                    "candidates": each.candidates,
-                    "gain": each.gain,
-                }
+            by_uid = {each.uid: each for each in standings.standings(ledger, now, WINDOW_S).values()}
             query = "SELECT at, uid, outcome, score, seconds FROM submissions WHERE at > ? AND at <= ? ORDER BY at DESC"
             outcomes = [dict(row) for row in ledger.execute(query, (now - WINDOW_S, now))]
             first = ledger.execute("SELECT min(at) FROM pulls").fetchone()[0] or now
         for uid in moment.cooldowns:
-            by_uid.setdefault(uid, {})
-        nothing = {
-            "hotkey": "", "accepted": 0, "submitted": 0, "declined": 0, "early": 0, "mean_score": None,
-            "reward": None, "unknown": 0, "candidates": None, "gain": None,
-        }  # fmt: skip
+            by_uid.setdefault(uid, Standing(uid, hotkey=""))
         validators = [
-            {"uid": uid, **nothing, **each, "cooldown": max(0.0, moment.cooldowns.get(uid, 0.0))}
+            {key: getattr(each, key) for key in SHOWN} | {"cooldown": max(0.0, moment.cooldowns.get(uid, 0.0))}
             for uid, each in sorted(by_uid.items())
         ]
         scores = [each["score"] for each in outcomes if each["outcome"] == "accepted" and each["score"] is not None]

@@ -160,20 +160,24 @@ class Ledger:
     def _write(self, batch: list[Row]) -> str | None:
         """Writes all of it or nothing; returns what stood in the way. Says so in the log when that changes."""
         try:
+            if self._connection is not None and not self.path.exists():
+                self._disconnect()  # deleted: SQLite would go on in a file that nobody can read
             if self._connection is None:
                 self._connection = self._open()
-            self._prune(self._connection, now=batch[-1].at)
-            with self._connection:
-                for row in batch:
-                    self._connection.execute(row.statement, row.values)
-        except (OSError, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and _is_damage(error):
+            try:
+                self._prune(self._connection, now=batch[-1].at)
+                with self._connection:
+                    for row in batch:
+                        self._connection.execute(row.statement, row.values)
+            except sqlite3.Error as error:
                 self._disconnect()
-                self._set_aside(str(error))
+                if _is_damage(error):
+                    self._set_aside(str(error))
+                raise
+        except (OSError, sqlite3.Error) as error:
             if str(error) != self._problem:
                 log.error("Ledger %s: %s; rows are kept in memory meanwhile", self.path, error)
             self._problem = str(error)
-            self._disconnect()
             return self._problem
         if self._problem:
             log.info("Ledger %s: writing again", self.path)

@@ -40,7 +40,7 @@ class Outcomes:
     """Follows one validator's counts and cooldowns. All times are in seconds, moments in unix seconds by our clock."""
 
     def __init__(self) -> None:
-        self.last_told = 0  # its latest cooldown_until
+        self.last_cooldown_until = 0
         self._usual_cooldown = TASK_COOLDOWN_S
         self._window = Window()
         self._unsettled: list[_Unsettled] = []
@@ -63,7 +63,7 @@ class Outcomes:
                 otherwise = "declined" if is_penalty(past.cooldown, 0.0, self._usual_cooldown) else "broken"
             self._unsettled.append(_Unsettled(past.task_id, span, otherwise))
 
-    def told(
+    def answered(
         self, task_id: str, size: int, feedback: Feedback, until: int, ahead: float, span: Span, may_have_arrived: bool
     ) -> tuple[SubmissionOutcome | None, list[Settled]]:
         """What an answer tells of its own result, and of earlier ones; None where it is a repetition.
@@ -71,11 +71,11 @@ class Outcomes:
         `size`: bytes of the result. `until`: the answer's cooldown_until, which is `ahead` seconds from now. `span`: in
         which the result was judged; it ends now. `may_have_arrived`: an earlier copy may have been judged already.
         """
-        outcome = judge(size, feedback, ends_task=ahead > 0 and until != self.last_told)
+        outcome = judge(size, feedback, ends_task=ahead > 0 and until != self.last_cooldown_until)
         if outcome in ("accepted", "broken"):
             # Any other answer may have the rest of the cooldown that an earlier copy brought.
             self._usual_cooldown = max(ahead, MIN_PAUSE_S)
-        self.last_told = until or self.last_told
+        self.last_cooldown_until = until or self.last_cooldown_until
         # Then an earlier copy may have been accepted, or may still be in progress.
         repeated = may_have_arrived and outcome in ("declined", "broken")
         found = self._window.answered(

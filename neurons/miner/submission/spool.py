@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +31,25 @@ _TASK: TypeAdapter[Task] = TypeAdapter(Task)
 log = logging.getLogger(__name__)
 
 
-class SpoolInUse(Exception):
-    """Another miner uses the spool. The message is one line."""
+class SpoolUnusable(Exception):
+    """The spool's folder can not be used, or another miner uses it. The message is one line."""
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Locks the spool in `folder`, since another miner would submit these results as its own. Raises SpoolInUse.
+    """Locks the spool in `folder`, since another miner would submit these results as its own. Raises SpoolUnusable.
 
     The lock ends with its process, however that ends; the lock's file stays.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("ab") as file:
+    with ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / LOCK_NAME).open("ab"))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SpoolInUse(f"Spool {folder} is in use by another miner: stop that one, or name another") from error
+            raise SpoolUnusable(f"Spool {folder} is in use by another miner: stop that one, or name another") from error
+        except OSError as error:
+            raise SpoolUnusable(f"Spool {folder}: {error.strerror}") from error
         yield
 
 
@@ -124,19 +127,19 @@ class Spool:
             self._removed.add(path)
             log.error("Spool: %s can not be removed: %s", path.name, error)
 
-    def entries(self) -> dict[str, list[Task]]:
-        """Validator hotkey -> its tasks with a result here, oldest first.
+    def entries(self) -> list[tuple[str, str]]:
+        """(validator hotkey, task id) of each entry, oldest first.
 
         Entries that are too old, unreadable or over the limits are dropped, with a log line.
         """
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         self._make_room(0, 0)
-        entries: dict[str, list[Task]] = {}
+        entries = []
         for age, path, _ in self._files():
             entry = self._read(path) if age <= MAX_AGE_S else None
             if entry is not None:
-                entries.setdefault(entry.validator_hotkey, []).append(entry.task)
+                entries.append((entry.validator_hotkey, entry.task.id))
                 continue
             log.warning("Spooled result %s dropped: %s", path.name, "damaged" if age <= MAX_AGE_S else "too old")
             path.unlink(missing_ok=True)

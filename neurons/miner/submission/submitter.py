@@ -108,11 +108,10 @@ class Submitter:
         self._outcomes: defaultdict[str, Outcomes] = defaultdict(Outcomes)
         self._untold: Counter[str] = Counter()  # hotkey -> number of results in a row without an outcome
         self._kept: dict[tuple[str, str], _Kept] = {}
-        for hotkey, tasks in spool.entries().items():
-            for task in tasks:
-                written_at = self._now() - spool.age(hotkey, task.id)
-                # It is not known whether an earlier run sent it.
-                self._kept[hotkey, task.id] = _Kept(None, written_at, written_at, may_have_arrived=True)
+        for hotkey, task_id in spool.entries():
+            written_at = self._now() - spool.age(hotkey, task_id)
+            # It is not known whether an earlier run sent it.
+            self._kept[hotkey, task_id] = _Kept(None, written_at, written_at, may_have_arrived=True)
         for past in history:
             self._outcomes[past.hotkey].remember(past)
 
@@ -146,12 +145,12 @@ class Submitter:
         """To be called with the answer to each pull. Drops the result that it does not ask for."""
         hotkey = validator.hotkey
         if answer.cooldown_until > 0:
-            self._outcomes[hotkey].last_told = answer.cooldown_until
+            self._outcomes[hotkey].last_cooldown_until = answer.cooldown_until
         if answer.task is None and answer.cooldown_until <= 0:
             return  # refused without a reason, which tells nothing about the task
         for kept_for, task_id in list(self._kept):
             if kept_for == hotkey and (answer.task is None or answer.task.id != task_id):
-                self._let_go(validator, task_id, answer)
+                self._drop(validator, task_id, answer)
 
     async def drain(self, seconds: float) -> None:
         """Waits for running submissions, at most `seconds`; leaves the rest in the spool."""
@@ -180,10 +179,10 @@ class Submitter:
                 await self._keep(assignment, kept, result)
             if kept.size is None:
                 kept.size = len(result)
-            ask_again_at = await self._hand_in(assignment, kept, result)
+            ask_again_at = await self._submit_round(assignment, kept, result)
             if ask_again_at is None:
                 await self._keep(assignment, kept, b"")
-                ask_again_at = await self._hand_in(assignment, kept, b"")
+                ask_again_at = await self._submit_round(assignment, kept, b"")
             kept.ask_again_at = ask_again_at
         finally:
             assignment.settle(self._now() + DEFAULT_PAUSE_S if kept.ask_again_at is None else kept.ask_again_at)
@@ -201,7 +200,7 @@ class Submitter:
         self._spool.remove(hotkey, task_id)
         self._kept.pop((hotkey, task_id), None)
 
-    async def _hand_in(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
+    async def _submit_round(self, assignment: Assignment, kept: _Kept, result: bytes) -> float | None:
         """Submits. Returns when the validator may be asked again, or None to end the task with an empty result.
 
         If the outcome is not known, that time is soon, because the next pull tells it.
@@ -214,41 +213,42 @@ class Submitter:
             if kept.rounds >= MAX_ROUNDS or (kept.rounds > 1 and kept.seconds_tried >= RETRY_FOR_S):
                 return self._give_up(assignment, kept, result, "given_up")
             log.warning("Validator [%d] gave no answer to %s: its next pull decides", validator.uid, shown)
-            return self._after(SOON_S, validator, kept)
+            return self._ask_again_after(SOON_S, validator, kept)
         status = _status_code(answer)
         if status == 403:
             kept.refused, kept.reason = True, status_of(answer)
             if kept.rounds >= MAX_ROUNDS:
                 return self._give_up(assignment, kept, result, "refused")
             log.warning("Validator [%d] has no task for %s: its next pull tells more", validator.uid, shown)
-            return self._after(SOON_S, validator, kept)
+            return self._ask_again_after(SOON_S, validator, kept)
         if status != 200:
             kept.reason = status_of(answer)
             return self._give_up(assignment, kept, result, "refused")
         log.info("Task submitted to validator [%d]: %s, %d bytes", validator.uid, shown, len(result))
         if answer.is_success and answer.feedback is not None:
-            return self._told(assignment, kept, result, answer, answer.feedback)
+            return self._handle_feedback(assignment, kept, result, answer, answer.feedback)
         kept.may_have_arrived = True
         why = "" if answer.is_success else f", for its answer is not readable: {status_of(answer)}"
         line = "Validator [%d] does not say what became of %s%s; its next pull tells more"
         log.warning(line, validator.uid, shown, why)
         if answer.is_success and answer.cooldown_until > 0:
             return self._clocks.next_pull_at(validator.hotkey, answer.cooldown_until)
-        return self._after(SOON_S, validator, kept)
+        return self._ask_again_after(SOON_S, validator, kept)
 
-    def _after(self, seconds: float, validator: Neuron, kept: _Kept) -> float:
+    def _ask_again_after(self, seconds: float, validator: Neuron, kept: _Kept) -> float:
         """When to ask a validator again that did not tell this result's outcome."""
         if kept.rounds == 1:
             self._untold[validator.hotkey] += 1
-        return self._now() + min(seconds * 2.0 ** min(max(self._untold[validator.hotkey] - 1, 0), 10), MAX_PAUSE_S)
+        doublings = min(max(self._untold[validator.hotkey] - 1, 0), 10)
+        return self._now() + min(seconds * 2.0**doublings, MAX_PAUSE_S)
 
-    def _told(
+    def _handle_feedback(
         self, assignment: Assignment, kept: _Kept, result: bytes, answer: SubmitResults, feedback: Feedback
     ) -> float | None:
-        """Handles an answer with feedback. Returns as `_hand_in` does."""
+        """Handles an answer with feedback. Returns as `_submit_round` does."""
         validator, task, until = assignment.validator, assignment.task, answer.cooldown_until
         hotkey = validator.hotkey
-        outcome, settled = self._outcomes[hotkey].told(
+        outcome, settled = self._outcomes[hotkey].answered(
             task.id,
             len(result),
             feedback,
@@ -259,7 +259,7 @@ class Submitter:
         )
         for each in settled:
             log.info("Validator [%d]'s count tells of %s, whose answer was lost", validator.uid, quoted(each.task_id))
-            _say(validator, each.task_id, each.outcome)
+            _log_outcome(validator, each.task_id, each.outcome)
             self._record(Settlement(validator, each.task_id, each.outcome))
         if outcome is None:
             kept.may_have_arrived = True
@@ -269,7 +269,7 @@ class Submitter:
                 "Validator [%d] says nothing of %s: it is at work on it, or has another task; its next pull tells more",
                 *(validator.uid, quoted(task.id)),
             )
-            return self._after(LOCK_S, validator, kept)
+            return self._ask_again_after(LOCK_S, validator, kept)
         self._untold.pop(hotkey, None)
         self._forget(hotkey, task.id)
         log.info(
@@ -324,7 +324,7 @@ class Submitter:
             until = started + RETRY_FOR_S if first_lost is None else first_lost + UNDER_LOCK_S
             return self._now() + state.upcoming_sleep > until
 
-        def say(state: RetryCallState) -> None:
+        def log_retry(state: RetryCallState) -> None:
             log.warning(
                 "Submission to validator [%d] failed: %s; next attempt in %.1f s",
                 *(assignment.validator.uid, _reason(state), state.upcoming_sleep),
@@ -339,12 +339,12 @@ class Submitter:
             retry=retry_if_result(lambda answer: not _is_final(answer)),
             wait=lambda state: pause(state) * random.uniform(0.5, 1.5),
             stop=is_too_late,
-            before_sleep=say,
+            before_sleep=log_retry,
             retry_error_callback=leave_off,
         )
         return await retrying(attempt)
 
-    def _let_go(self, validator: Neuron, task_id: str, answer: PullTask) -> None:
+    def _drop(self, validator: Neuron, task_id: str, answer: PullTask) -> None:
         """The validator's pull did not ask for this result: its task is over, or forgotten."""
         hotkey, now = validator.hotkey, self._now()
         kept, outcomes = self._kept[hotkey, task_id], self._outcomes[hotkey]
@@ -381,12 +381,12 @@ class Submitter:
             return
         kept.recorded = True
         reason = kept.reason if outcome in ("refused", "given_up") else ""
-        _say(validator, task_id, outcome, reason)
+        _log_outcome(validator, task_id, outcome, reason)
         seconds = self._now() - kept.first_sent
         self._record(Submission(validator, task_id, outcome, seconds, kept.size or 0, feedback, ask_again_at, reason))
 
 
-_SAID: dict[SubmissionOutcome, tuple[int, str]] = {
+_OUTCOME_LINES: dict[SubmissionOutcome, tuple[int, str]] = {
     "accepted": (logging.INFO, "Accepted: validator [%d] took %s"),
     "declined": (logging.WARNING, "Validation failed: validator [%d] did not accept %s"),
     "broken": (logging.WARNING, "Validator [%d] could not score %s: its scoring gave no answer, which costs nothing"),
@@ -397,8 +397,8 @@ _SAID: dict[SubmissionOutcome, tuple[int, str]] = {
 }
 
 
-def _say(validator: Neuron, task_id: str, outcome: SubmissionOutcome, reason: str = "") -> None:
-    level, line = _SAID[outcome]
+def _log_outcome(validator: Neuron, task_id: str, outcome: SubmissionOutcome, reason: str = "") -> None:
+    level, line = _OUTCOME_LINES[outcome]
     log.log(level, line + (f", {reason}" if reason else ""), validator.uid, quoted(task_id))
 
 

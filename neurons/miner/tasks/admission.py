@@ -28,7 +28,7 @@ class Place:
         admission, self._admission = self._admission, None
         if admission is not None:
             admission.held -= 1
-            admission.let_in()
+            admission.admit()
 
 
 class Admission:
@@ -44,7 +44,7 @@ class Admission:
         """Waits for room."""
         waiting = asyncio.get_running_loop().create_future()
         self._waiting.append(waiting)
-        self.let_in()
+        self.admit()
         try:
             return await waiting
         except asyncio.CancelledError:
@@ -57,7 +57,7 @@ class Admission:
         self.held += 1
         return Place(self)
 
-    def let_in(self) -> None:
+    def admit(self) -> None:
         """Admits waiting pulls while there is room."""
         while self._waiting and (self._waiting[0].done() or self._has_room()):
             waiting = self._waiting.popleft()

@@ -7,7 +7,6 @@ import functools
 import logging
 import random
 from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
 from typing import Protocol
 
 from common.log_lines import quoted
@@ -64,9 +63,9 @@ class AsyncTaskManager:
         *,
         workers: int,
         threshold: float,
-        cooldowns: Mapping[str, float] = MappingProxyType({}),
-        worth_asking_at: Callable[[str], float] = lambda _: 0.0,
-        phases: Phases | None = None,
+        cooldowns: Mapping[str, float],
+        worth_asking_at: Callable[[str], float],
+        phases: Phases,
     ) -> None:
         """`cooldowns`: hotkey -> unix time until which the validator may not be asked, from an earlier run.
         `worth_asking_at`: hotkey -> unix time from which a pull is worth its cost. `phases` spreads the pulls.
@@ -118,8 +117,7 @@ class AsyncTaskManager:
         now = self._now()
         self._known_cooldowns = {hotkey: until for hotkey, until in self._known_cooldowns.items() if until > now}
         self._clocks.keep(self._pollers.keys())
-        if self._phases is not None:
-            self._phases.keep(self._pollers.keys())
+        self._phases.keep(self._pollers.keys())
 
     async def next_assignment(self) -> Assignment | None:
         """The next task to work on; None once the manager is closed. Call `finished` with it when it is generated."""
@@ -204,7 +202,7 @@ class AsyncTaskManager:
                     failures = refusals = 0
                     seconds = self._now() - sent
                     self._record(Pull(validator, "task", seconds, response.task.id, None, response.cooldown_violations))
-                    ask_again_at = await self._work_off(validator, response, place, sent)
+                    ask_again_at = await self._work_on(validator, response, place, sent)
             finally:
                 place.leave()
 
@@ -253,7 +251,7 @@ class AsyncTaskManager:
         least, most = UNREGISTERED_S
         return violations == 0 and least < self._clocks.ahead(hotkey, cooldown_until) < most
 
-    async def _work_off(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
+    async def _work_on(self, validator: Neuron, response: PullTask, place: Place, sent: float) -> float:
         """Has a pulled task worked on. Returns the unix time from which the validator may be asked again."""
         task = response.task
         assert task is not None
@@ -275,8 +273,7 @@ class AsyncTaskManager:
         self._places[assignment] = place
         try:
             self._queue.put_nowait(assignment)
-            ask_again_at = await assignment.settled
-            return ask_again_at if self._phases is None else self._phases.apart(assignment, ask_again_at)
+            return self._phases.apart(assignment, await assignment.settled)
         finally:
             del self._places[assignment]
 

@@ -11,10 +11,11 @@ from typing import Protocol
 
 from common import spz
 from common.log_lines import quoted
+from neurons.chain import Neuron
 from neurons.miner.assignment import USEFUL_AGE_S, Assignment
 from neurons.miner.generation.pool import ServiceUnavailable
-from neurons.miner.generation.service import AttemptFailed, Generated, GenerationFailed
-from neurons.miner.records.events import Generation, GenerationOutcome, Recorder
+from neurons.miner.generation.service import PARTS, AttemptFailed, Generated, GenerationFailed
+from neurons.miner.records.events import Generation, Recorder
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks.admission import PLANNED_AGE_S
 from neurons.miner.tasks.best_of import BestOf, Round
@@ -104,7 +105,8 @@ class Worker:
                 return result
             self._record(event)
             planned = self._plan(assignment, made)
-            in_time = 2 * self._now() - started - assignment.pulled_at <= PLANNED_AGE_S
+            now = self._now()
+            in_time = now - assignment.pulled_at + (now - started) <= PLANNED_AGE_S  # if the next one takes as long
             again = event.outcome != "given_up" and (planned is not None or (retried < self._retries and in_time))
             retried += planned is None
             stopping = again and self._manager.closing.is_set()
@@ -170,45 +172,48 @@ class Worker:
         The result is b"" also if its score does not exceed `beat`, another result's.
         """
         validator, task = assignment.validator, assignment.task
-
-        def over(outcome: GenerationOutcome, reason: str = "", size: int = 0) -> Generation:
-            score = None if generated is None else generated.score
-            seconds, endpoint = (0.0, "") if done is None else (done.seconds, done.endpoint)
-            of = (1, None) if generated is None else (generated.candidates, generated.first_score)
-            return Generation(validator, task, outcome, seconds, score, size, endpoint, reason, *of)
-
-        generated: Generated | None = None
-        done: Generated | AttemptFailed | None = None  # has the seconds that a service took
+        event = Generation(validator, task, "failed", seconds=0.0)
         try:
             patience = assignment.pulled_at + USEFUL_AGE_S - self._now()
             asked = (1, None) if planned is None else (planned.candidates, planned.budget)
-            done = generated = await self._generator.generate(task, secrets.randbits(SEED_BITS), patience, *asked)
-            if generated.score is not None:
-                seed = quoted(generated.seed)
-                alignment = generated.parts.get("alignment", generated.score)
-                log.info("CLIP Score: %.2f (validator [%d], seed %s)", alignment, validator.uid, seed)
-                if generated.parts:
-                    parts = ", ".join(f"{part} {value:.2f}" for part, value in generated.parts.items())
-                    log.info("Score: %.2f (%s)", generated.score, parts)
+            generated = await self._generator.generate(task, secrets.randbits(SEED_BITS), patience, *asked)
+            event = replace(
+                event,
+                seconds=generated.seconds,
+                score=generated.score,
+                endpoint=generated.endpoint,
+                candidates=generated.candidates,
+                first_score=generated.first_score,
+            )
+            _log_score(validator, generated)
             reason = _rejection(generated, assignment.threshold)
             if reason is not None:
-                return b"", over("rejected", reason)
+                return b"", replace(event, outcome="rejected", reason=reason)
             if beat is not None and (generated.score is None or generated.score <= beat):
-                return b"", over("generated")
+                return b"", replace(event, outcome="generated")
             result = await asyncio.to_thread(spz.compress, generated.ply)
-            return result, over("generated", size=len(result))
+            return result, replace(event, outcome="generated", size=len(result))
         except GenerationFailed as error:
-            return b"", over("given_up", str(error))
+            return b"", replace(event, outcome="given_up", reason=str(error))
         except AttemptFailed as error:
-            done = error
-            return b"", over("failed", str(error))
+            return b"", replace(event, reason=str(error), seconds=error.seconds, endpoint=error.endpoint)
         except ServiceUnavailable as error:
-            self._record(over("endpoint", str(error)))
+            self._record(replace(event, outcome="endpoint", reason=str(error)))
             raise TaskLeft(str(error)) from error
         except Exception as error:
             # An error with this task must not end the worker.
             log.exception("Generation failed for validator [%d]", validator.uid)
-            return b"", over("failed", type(error).__name__)
+            return b"", replace(event, reason=type(error).__name__)
+
+
+def _log_score(validator: Neuron, generated: Generated) -> None:
+    if generated.score is None:
+        return
+    alignment = generated.parts.get("alignment", generated.score)
+    log.info("CLIP Score: %.2f (validator [%d], seed %s)", alignment, validator.uid, quoted(generated.seed))
+    if generated.parts:
+        parts = ", ".join(f"{PARTS[part]} {value:.2f}" for part, value in generated.parts.items())
+        log.info("Score: %.2f (%s)", generated.score, parts)
 
 
 def _rejection(generated: Generated, threshold: float) -> str | None:

@@ -21,13 +21,14 @@ MIN_PAUSE_S = 1.0
 MAX_COOLDOWN_S = 4 * 3600.0
 # How far a validator's clock may be behind ours when it does not tell.
 UNKNOWN_CLOCK_MARGIN_S = 5.0
-# A Date header that is further off than this is ignored.
-MAX_OFFSET_S = 86_400.0
+# What a clock can say, in unix seconds: 2025 to 2100. How far it is from ours is no measure: ours may be off by years,
+# as on a machine that starts without a clock of its own.
+PLAUSIBLE = (1_735_689_600, 4_102_444_800)
 # Truncated to a second, written once a second, and a bit for a busy server.
 MAX_HEADER_AGE_S = 3.0
 # Two uncorrected quartz clocks, in seconds per second.
 MAX_DRIFT = 1e-4
-# Of sums of unix times.
+# Rounding errors of sums of unix times.
 ROUNDING_S = 0.01
 # With fewer validators the median may be a liar's.
 MIN_CLOCKS = 3
@@ -67,7 +68,7 @@ class ValidatorClock:
     def answered(self, date: float, sent: float, received: float) -> None:
         """`date`: unix seconds of the Date header; the others are our time at the request and at the answer."""
         low, high = date - received, date + MAX_HEADER_AGE_S - sent
-        if self._header_is_wrong or abs(low) > MAX_OFFSET_S:
+        if self._header_is_wrong or not _is_plausible(date):
             return
         if self.told_at is not None:
             drift = self.drift(received)
@@ -79,7 +80,7 @@ class ValidatorClock:
     def refused(self, cooldown_until: float, sent: float) -> None:
         """A pull sent at `sent` was too early: the validator's clock was still before `cooldown_until`."""
         high = cooldown_until - sent
-        if -MAX_OFFSET_S <= high < self.low - self.drift(sent) + ROUNDING_S:
+        if _is_plausible(cooldown_until) and high < self.low - self.drift(sent) + ROUNDING_S:
             # The validator counts by another clock than its header's.
             self._header_is_wrong |= self.told_at is not None
             self.low, self.high, self.told_at = high - UNKNOWN_CLOCK_MARGIN_S, high, None
@@ -144,6 +145,10 @@ class ValidatorClocks:
 
     def _clock(self, hotkey: str) -> ValidatorClock:
         return self._clocks.setdefault(hotkey, ValidatorClock())
+
+
+def _is_plausible(moment: float) -> bool:
+    return PLAUSIBLE[0] <= moment <= PLAUSIBLE[1]
 
 
 def _within_reason(cooldown_until: int) -> int:

@@ -27,6 +27,9 @@ MAX_ANSWER_BYTES = 16 << 20
 # An answer has some 40 values. Megabytes of empty lists would take seconds, and thirty times their size, to parse.
 MAX_ANSWER_COMMAS = 10_000
 MAX_MESSAGE_CHARACTERS = 500
+# A host that is down or behind a firewall refuses nothing. Without a limit of its own, a call would wait for all of its
+# time-out there, and a submission would count as one that may have arrived.
+CONNECT_TIMEOUT_S = 10.0
 # Axons close an idle connection after 5 s, and a call on a closed one fails. The miner bounds
 # their number: it has one call at a time for each validator. A limit here would let some wait for others.
 KEEPALIVE_S = 4.0
@@ -65,20 +68,15 @@ class ValidatorDendrite(bt.Dendrite):
     every field of the synapse (and raise from `call` by doing so), send compressed data, or choose a slow codec.
     """
 
-    def __init__(
-        self,
-        keypair: bt.Keypair,
-        on_date: DateListener = lambda *_: None,
-        seconds_ahead: Callable[[str], float] = lambda _: 0.0,
-    ) -> None:
-        """`seconds_ahead`: how far the clock of the validator with a hotkey is ahead of ours, at most."""
+    def __init__(self, keypair: bt.Keypair) -> None:
         # In place of Dendrite's own constructor, which asks six web sites for this machine's address and fails without
         # an answer. The address goes into a header only, where the axon overwrites it with the one that it sees.
         self.external_ip = "0.0.0.0"
         self.keypair = keypair
         self._session: aiohttp.ClientSession | None = None
-        self.on_date = on_date
-        self.seconds_ahead = seconds_ahead
+        self.on_date: DateListener = lambda *_: None
+        # How far the clock of the validator with a hotkey is ahead of ours, at most.
+        self.seconds_ahead: Callable[[str], float] = lambda _: 0.0
         self._senders: dict[str, _Sender] = {}
 
     def __del__(self) -> None:
@@ -179,7 +177,7 @@ class ValidatorDendrite(bt.Dendrite):
             self._get_endpoint_url(target_axon, type(synapse).__name__),
             headers=synapse.to_headers(),
             json=synapse.model_dump(),
-            timeout=aiohttp.ClientTimeout(total=seconds),
+            timeout=aiohttp.ClientTimeout(total=seconds, sock_connect=CONNECT_TIMEOUT_S),
             allow_redirects=False,
         ) as response:
             self.on_date(target_axon.hotkey, response.headers.get("Date"), sent, steady_time())

@@ -34,7 +34,7 @@ class Eligibility:
         if neuron.hotkey in self.blacklist:
             return "blacklisted hotkey"
         if not neuron.stake >= MIN_STAKE:
-            return f"stake {neuron.stake:.1f} under {MIN_STAKE:.0f}"
+            return f"stake under {MIN_STAKE:.0f}"
         if not neuron.serving:
             return "axon not serving"
         return self._reason_to_mistrust_address(neuron)

@@ -55,12 +55,12 @@ class Synchroniser:
             retrying = AsyncRetrying(
                 retry=retry_if_result(bool),
                 wait=wait_exponential(FIRST_RETRY_S, max=self._interval),
-                before_sleep=self._say,
+                before_sleep=self._log_problem,
             )
             await retrying(self._sync)
             await asyncio.sleep(self._interval)
 
-    def _say(self, state: RetryCallState) -> None:
+    def _log_problem(self, state: RetryCallState) -> None:
         log.error("%s; next attempt in %.0f s", self.problem, state.upcoming_sleep)
 
     async def follow_blacklist(self) -> None:

@@ -24,6 +24,20 @@ def test_no_key_of_a_node_is_shown(network: str, shown: str) -> None:
     assert shown_network(network) == shown
 
 
+def test_no_key_of_a_node_is_logged_by_a_library() -> None:
+    address = "wss://user:SECRET@node.example:443/v1?key=SECRET"
+    record = logging.LogRecord("x", logging.INFO, "", 0, "Chain: %s. Refused", (address,), None)
+    formatter = SingleLineFormatter("%(levelname)s %(message)s")
+    assert formatter.format(record) == "INFO Chain: wss://node.example:443 Refused"
+    try:
+        raise ValueError(f"no node at '{address}'")
+    except ValueError as error:
+        record.exc_info = (type(error), error, error.__traceback__)
+    shown = formatter.format(record)
+    assert "SECRET" not in shown
+    assert "no node at 'wss://node.example:443" in shown
+
+
 def test_a_stranger_s_text_can_not_forge_a_line() -> None:
     assert quoted("a\nb\x1b[2J\u2028") == "'a\\nb\\x1b[2J\\u2028'"
     assert len(quoted("\x00" * 10**6)) < 160

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import bittensor as bt
 import pytest
 
+from common.log_lines import SingleLineFormatter
 from neurons import chain
 from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner.validators.directory import Eligibility, ValidatorDirectory
@@ -70,14 +72,29 @@ async def test_an_unreachable_chain_is_named() -> None:
         await chain.fetch("ws://127.0.0.1:9", 17)
 
 
+async def test_bittensor_logs_no_key_of_an_unreachable_node() -> None:
+    logged = io.StringIO()
+    handler = logging.StreamHandler(logged)
+    handler.setFormatter(SingleLineFormatter("%(message)s"))
+    bittensor = logging.getLogger("bittensor")
+    bittensor.addHandler(handler)
+    try:
+        with pytest.raises(MetagraphUnavailable):
+            await chain.fetch("ws://user:SECRET@127.0.0.1:9/v1?key=SECRET", 17)
+    finally:
+        bittensor.removeHandler(handler)
+    assert "ws://127.0.0.1:9" in logged.getvalue()
+    assert "SECRET" not in logged.getvalue()
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),
         ({"uid": 180}, "blacklisted UID"),
         ({"hotkey": "5M"}, "this miner itself"),
-        ({"stake": 999.9}, "stake 999.9 under 1000"),
-        ({"stake": float("nan")}, "stake nan under 1000"),
+        ({"stake": 999.9}, "stake under 1000"),
+        ({"stake": float("nan")}, "stake under 1000"),
         ({"serving": False}, "axon not serving"),
         ({"ip": "example.org"}, "axon address is no IP address"),
         ({"port": 0}, "axon port 0 out of range"),
@@ -114,11 +131,11 @@ def test_skips_are_logged_once_per_reason(caplog: pytest.LogCaptureFixture) -> N
     for neuron in (rich, rich, replace(rich, serving=True)):
         directory.update(Metagraph(17, (VALIDATOR, blacklisted, neuron, miner)))
     assert list(directory.eligible) == ["5V", "5P"]
-    for _ in range(2):
-        directory.update(Metagraph(17, (VALIDATOR, blacklisted, replace(rich, serving=True, stake=10.0), miner)))
+    for stake in (10.0, 10.2):
+        directory.update(Metagraph(17, (VALIDATOR, blacklisted, replace(rich, serving=True, stake=stake), miner)))
     assert list(directory.eligible) == ["5V"]
     assert [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()] == [
         "Validator [180] skipped: blacklisted UID",
         "Validator [6] skipped: axon not serving",
-        "Validator [6] skipped: stake 10.0 under 1000",
+        "Validator [6] skipped: stake under 1000",
     ]

@@ -34,13 +34,13 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("folder", UNWRITABLE)
 def test_an_unwritable_home_is_said_and_left_alone(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setenv("HOME", folder)
-    assert home.do_without().startswith(f"Home folder {folder}: ")
+    assert home.prepare().startswith(f"Home folder {folder}: ")
     assert os.environ["READ_ONLY"] == "1"
 
 
 def test_a_home_as_it_should_be_is_bittensor_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert home.do_without() == ""
+    assert home.prepare() == ""
     assert os.environ["READ_ONLY"] == "0"
 
 
@@ -50,7 +50,7 @@ def test_nobody_has_no_home(no_home: None, capsys: pytest.CaptureFixture[str]) -
     assert "--wallet.path: this user has no home folder" in capsys.readouterr().err
     assert options.parse(["--wallet.name", "w", "--wallet.path", "/keys"]).wallet_path == Path("/keys")
     assert options.parse([]).network == "rehearsal"
-    assert home.do_without()
+    assert home.prepare()
 
 
 @pytest.mark.slow

@@ -75,6 +75,12 @@ def test_the_service_is_on_the_head_and_has_the_token() -> None:
     assert "/tmp/ray" in shared
 
 
+@pytest.mark.parametrize("group", [HEAD, WORKERS])
+def test_a_kubernetes_service_sets_no_settings(group: dict[str, Any]) -> None:
+    """For a Service named competitive, Kubernetes gives pods COMPETITIVE_SERVICE_HOST and COMPETITIVE_SERVICE_PORT."""
+    assert pod(group)["enableServiceLinks"] is False
+
+
 def test_nobody_else_reaches_its_ports() -> None:
     pods = {"matchLabels": {"ray.io/cluster": CLUSTER["metadata"]["name"]}}
     assert POLICY["spec"] == {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+import socket
 import time
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import bittensor as bt
 import pytest
 from aiohttp import web
 
+from neurons import logging_setup
 from neurons.chain import Neuron
+from neurons.miner.validators import dendrite as dendrites
 from neurons.miner.validators.clock import ValidatorClocks
-from neurons.miner.validators.dendrite import MAX_ANSWER_BYTES, ValidatorDendrite
+from neurons.miner.validators.dendrite import MAX_ANSWER_BYTES, NO_CONNECTION, ValidatorDendrite
 from neurons.protocol import (
     DECLARATION,
     LARGEST_INTEGER,
@@ -27,6 +30,7 @@ from neurons.protocol import (
     make_submission,
 )
 from neurons.rehearsal import __main__ as rehearsal
+from neurons.rehearsal import hostile as hostile_module
 from neurons.rehearsal.hostile import HABITS, HostileValidator
 from neurons.rehearsal.rules import Limits
 from tests.support.answers import went
@@ -38,7 +42,7 @@ VALIDATOR = bt.Keypair.create_from_uri("//validator").ss58_address
 TASK = TextTask(id="1", prompt="a red cube")
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def hostile(kind: str) -> AsyncIterator[HostileValidator]:
     validator = HostileValidator(1, VALIDATOR, kind, Limits())
     serving = asyncio.create_task(validator.serve())
@@ -104,6 +108,24 @@ async def test_answers_cost_bounded_memory(kind: str) -> None:
         finally:
             tracemalloc.stop()
     assert not response.is_success
+
+
+async def test_a_host_that_is_gone_is_told_from_one_that_may_have_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packets to it are dropped, as the kernel drops those to a listener whose queue is full."""
+    monkeypatch.setattr(dendrites, "CONNECT_TIMEOUT_S", 0.2)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(listener.getsockname())
+        axon = Neuron(1, VALIDATOR, "127.0.0.1", listener.getsockname()[1], 1e4, True).axon_info()
+        async with ValidatorDendrite(KEYPAIR) as dendrite:
+            response = await dendrite.call(axon, submission(), timeout=5)
+    assert went(response)[:2] == (NO_CONNECTION, None)
 
 
 async def test_an_upload_that_is_not_read_is_not_waited_for() -> None:
@@ -206,10 +228,8 @@ async def test_a_clock_an_hour_ahead_refuses_who_does_not_know_it() -> None:
     assert went(await pull("clock-ahead")).status == 401
     assert (await pull("clock-behind")).task is not None
     clocks = ValidatorClocks()
-    async with (
-        hostile("clock-ahead") as validator,
-        ValidatorDendrite(KEYPAIR, clocks.answered, clocks.highest_offset) as dendrite,
-    ):
+    async with hostile("clock-ahead") as validator, ValidatorDendrite(KEYPAIR) as dendrite:
+        dendrite.on_date, dendrite.seconds_ahead = clocks.answered, clocks.highest_offset
         axon = Neuron(1, VALIDATOR, "127.0.0.1", validator.port, 1e4, True).axon_info()
         for _ in range(3):
             assert (await dendrite.call(axon, PullTask(), timeout=1.0)).task is not None
@@ -292,8 +312,29 @@ async def test_neither_proxies_nor_cookies_nor_credentials_come_from_outside(
         assert headers["Accept-Encoding"] == "identity"
 
 
+async def test_a_rehearsal_of_days_keeps_few_results() -> None:
+    most = hostile_module.KEPT_SUBMISSIONS
+    async with hostile("impostor") as validator:
+        for _ in range(most + 2):
+            response = await call(validator, submission())
+        assert len(validator.submissions) == most
+    assert response.feedback.generations_within_the_window == most + 2
+
+
 def test_the_rehearsal_knows_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rehearsal.parse(["--hostile", "floods", "malformed"]).hostile == ["floods", "malformed"]
     monkeypatch.setattr("sys.argv", ["rehearsal", "--hostile", "floods", "bites"])
     with pytest.raises(SystemExit, match="'bites' is none of all, never-answers, "):
+        rehearsal.main()
+
+
+@pytest.mark.parametrize("flag", ["--logging.file", "--state", "--truth"])
+def test_a_file_that_the_rehearsal_can_not_write_is_named(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.pthread_sigmask", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["rehearsal", "--state", str(tmp_path), flag, "/proc/nowhere/file"])
+    if flag != "--logging.file":
+        monkeypatch.setattr(logging_setup, "configure", lambda _: None)
+    with pytest.raises(SystemExit, match=r"^/proc/nowhere.*: No such file or directory$"):
         rehearsal.main()

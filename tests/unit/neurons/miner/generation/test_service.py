@@ -120,6 +120,18 @@ async def test_a_service_that_refuses_its_name_says_so() -> None:
     await runner.cleanup()
 
 
+@pytest.mark.parametrize("body", ["", "[]", "{}", '"ready"', "\xff", "[" * 100_000])
+async def test_what_is_no_health_is_no_service(body: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=body.encode("latin-1"))
+
+    runner, url = await serve(handler)
+    async with GenerationService(url) as service:
+        with pytest.raises(EndpointUnavailable, match="not reachable"):
+            await service.health()
+    await runner.cleanup()
+
+
 async def test_line_breaks_are_no_reason_to_lose_a_task() -> None:
     async def handler(request: web.Request) -> web.Response:
         assert (await request.post())["prompt"] == "a red cube, on a table"

@@ -198,6 +198,34 @@ def test_damage_while_it_runs_loses_no_new_row(
     assert "set aside" in caplog.text
 
 
+def test_damage_that_can_not_be_set_aside_is_tried_again(
+    path: Path, started: Ledger, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ledgers, "RETRY_S", 0.01)
+    started.record(PULL)
+    wait_until(lambda: started.backlog == 0)
+    aside = path.with_name("ledger.sqlite.damaged")
+    aside.mkdir()
+    path.write_bytes(b"\0" * path.stat().st_size)
+    for suffix in ("-wal", "-shm"):
+        damaged = path.with_name(path.name + suffix)
+        damaged.write_bytes(b"\0" * damaged.stat().st_size)
+    started.record(Pull(validator(2), "task", 0.2))
+    wait_until(lambda: "kept in memory meanwhile" in caplog.text)
+    aside.rmdir()
+    wait_until(lambda: started.backlog == 0)
+    assert rows(path, "pulls", "uid") == [(2,)]
+
+
+def test_a_file_that_is_deleted_is_begun_anew(path: Path, started: Ledger) -> None:
+    started.record(PULL)
+    wait_until(lambda: started.backlog == 0)
+    path.unlink()
+    started.record(Pull(validator(2), "task", 0.2))
+    wait_until(lambda: started.backlog == 0)
+    assert rows(path, "pulls", "uid") == [(2,)]
+
+
 class Disk:
     """Stands between the ledger and its file: full, or as slow as one likes."""
 

@@ -29,7 +29,7 @@ def spooled(folder: Path) -> Path:
 
 def test_a_result_of_the_first_version_is_handed_in(tmp_path: Path) -> None:
     spool = Spool(spooled(tmp_path / "spool"))
-    assert spool.entries() == {HOTKEY: [TASK]}
+    assert spool.entries() == [(HOTKEY, TASK.id)]
     assert spool.get(HOTKEY, TASK) == SpooledResult(HOTKEY, TASK, b"spz bytes")
 
 

@@ -49,7 +49,7 @@ def answer(clocks: ValidatorClocks, now: Time, offset: float, age: float = 0.0, 
     clocks.answered("5V", date, sent, now.now)
 
 
-@pytest.mark.parametrize("offset", [0.0, 0.49, -0.51, 5.0, -5.0, 3600.0, -3600.0])
+@pytest.mark.parametrize("offset", [0.0, 0.49, -0.51, 5.0, -5.0, 3600.0, -3600.0, 864_000.0, -864_000.0])
 def test_a_pull_is_never_early_and_soon_after_the_cooldown(clocks: ValidatorClocks, now: Time, offset: float) -> None:
     random_ = random.Random(1)
     late = []
