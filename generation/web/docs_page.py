@@ -22,8 +22,9 @@ code { font: 13px ui-monospace, monospace } summary code { font-size: 15px; marg
 table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h2 { font-size: 1rem; margin: .8rem 0 .2rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid #e8ecf1 }
 td:first-child { white-space: nowrap } form { margin: .6rem 0 }
-label { display: inline-block; margin: .2rem 1rem .2rem 0 }
-input, button { font: inherit; padding: .2rem .5rem; max-width: 100% }
+label { display: inline-block; margin: .2rem 1rem .2rem 0; max-width: 100% }
+input, button { font: inherit; padding: .2rem .5rem; max-width: 100%; box-sizing: border-box }
+@media (max-width: 32rem) { td { display: block } td + td { border: 0; padding-top: 0 } }
 @media (prefers-color-scheme: dark) { body { color: #dfe5ec; background: #14181d } summary b, a { color: #6cb6ef }
   details, td, th { border-color: #333b45 } }
 """
