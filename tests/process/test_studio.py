@@ -375,6 +375,9 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         metrics.close()
         page.click("#tab-miner")
         until(lambda: "No miner answers at" in page.inner_text("#miner"), "word that no miner runs")
+        page.set_viewport_size({"width": 320, "height": 640})
+        page.goto(f"{url}/docs")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
         page.close()
 
 
