@@ -380,7 +380,10 @@ class Pipeline:
         job.gaussians = fit_to_frame(gaussians)
         if report.score < request.threshold:
             shown = math.floor(report.score * 100) / 100  # rounded down: it must not look like the threshold
-            _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
+            why = f" is under the threshold {request.threshold:.2f}"
+            if check.is_misaligned:  # the parts alone would not explain a score of 0
+                why = f": an alignment under {check.least_alignment:.2f} makes it 0"
+            _reject(job, f"score {in_words(shown, check.parts)}{why}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
 

@@ -64,17 +64,13 @@ class GeneratorOptions(Schema):
 
     @property
     def checkpoints(self) -> Mapping[str, str]:
-        """The names of ``CHECKPOINTS`` that these options need -> why, for error messages."""
-        raise NotImplementedError
+        """The names of ``CHECKPOINTS`` that these options need (all by default) -> why, for error messages."""
+        return dict.fromkeys(self.CHECKPOINTS, f"generator is {self.generator}")
 
     @property
     def draws(self) -> bool:
         """Whether a text becomes a picture first. If not, text to image is not loaded for it."""
         return True
-
-    def picture_prompt(self, words: str) -> str:
-        """The prompt for text to image."""
-        raise NotImplementedError
 
     def capped(self, most: int) -> Self:
         """A copy with at most ``most`` Gaussians.

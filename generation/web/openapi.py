@@ -153,7 +153,8 @@ FORM = {
         {
             "name": "X-Request-Id",
             "in": "header",
-            "description": "the request's id, for /events/{request_id}",
+            "description": f"the request's id, for /events/{{request_id}}: 1 to {intake.MAX_REQUEST_ID_CHARACTERS} of "
+            "A-Z a-z 0-9 . _ -",
             "schema": {"type": "string", **REQUEST_ID},
         },
         PRIORITY,

@@ -125,6 +125,11 @@ class TestRejections:
         assert report.rejected == "score 0.41 (alignment 0.42) is under the threshold 0.60"
         assert report.score == report.parts["alignment"] == 0.419
 
+    def test_an_alignment_that_makes_the_score_0(self, pipeline, monkeypatch):
+        align(pipeline, monkeypatch, 0.299)
+        report = self.reject(pipeline, "red")
+        assert report.rejected == "score 0.00 (alignment 0.30): an alignment under 0.30 makes it 0"
+
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
         align(pipeline, monkeypatch, 0.6)
         (asset,) = pipeline.generate([ask("red")])
