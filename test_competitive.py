@@ -141,7 +141,7 @@ def dependencies_installed(_: Service) -> str:
         elif version == "missing":
             wrong.append(f"{name} missing")
     expect(not wrong, ", ".join(wrong))
-    return f"{len(dependencies)} packages at the versions of constraints.txt"
+    return f"{len(dependencies)} that pyproject.toml names, at the versions of constraints.txt"
 
 
 def normal(name: str) -> str:

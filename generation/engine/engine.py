@@ -143,15 +143,19 @@ class Engine:
 
     def stop(self, timeout: float) -> None:
         """Fail all requests with Unavailable, and wait up to ``timeout`` seconds for the thread."""
+        self._end("shutting down")
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def _end(self, reason: str) -> None:
+        """Take no more requests, and fail all with Unavailable."""
         with self._changed:
             self._stopping = True
-            self.status, self.reason = "failed", "shutting down"
+            self.status, self.reason = "failed", reason
             jobs: list[_Generation | _Call] = [*self._calls, *self._generations, *self._active]
             self._changed.notify_all()
         for job in jobs:
-            _settle(job, Unavailable("the service is shutting down", None))
-        if self._thread.is_alive():
-            self._thread.join(timeout)
+            _settle(job, self._can_not_work())
 
     @property
     def queue_depth(self) -> int:
@@ -215,11 +219,14 @@ class Engine:
         if self.status == "loading":
             raise Unavailable(f"models are loading: {self.reason}", LOADING_RETRY_S)
         if self.status != "ready":
-            raise Unavailable(f"the service can not work: {self.reason}", None)
+            raise self._can_not_work()
         if len(queue) >= self._max_queue:
             self.totals["refused"] += 1
             next_place = math.ceil(self._mean_seconds / self._max_batch)
             raise Unavailable(f"queue full: {self._max_queue} requests wait already", max(1, next_place))
+
+    def _can_not_work(self) -> Unavailable:
+        return Unavailable(f"the service can not work: {self.reason}", None)
 
     async def generate(self, request: Request, on_progress: OnProgress | None = None) -> Asset:
         """Make a splat. An interactive request has a deadline TIMEOUT_S from now; a background request has none.
@@ -280,6 +287,8 @@ class Engine:
 
         job.future.add_done_callback(forget)
         with self._changed:
+            if self._stopping:
+                raise self._can_not_work()
             queue.append(job)
             self._changed.notify_all()
         answer: Awaitable[Any] = asyncio.wrap_future(job.future)
@@ -292,6 +301,14 @@ class Engine:
     # ---- engine thread ----
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # such as MemoryError; without its thread an engine would never answer
+            log.exception("The engine broke")
+            self._end(f"the engine broke: {describe(error)}")
+
+    def _serve(self) -> None:
+        """Load the pipeline, then run requests until the engine stops."""
         try:
             pipeline = self._load(self._progress)
             self._device_name, self._memory = gpu_memory.device_name(self._device), gpu_memory.measure(self._device)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from common.log_lines import SingleLineFormatter
-from generation.engine.engine import DeadlineExceeded, Engine, describe
+from generation.engine.engine import DeadlineExceeded, Engine, Unavailable, describe
 from generation.fleet.messages import (
     Broken,
     Call,
@@ -126,6 +126,8 @@ class EngineProcess:
             self._channel.send(Failure(number, "late", str(error)))
         except ValueError as error:
             self._channel.send(Failure(number, "input", str(error)))
+        except Unavailable:  # it takes all requests, unless it broke
+            await self._give_up(self._engine.reason)
         except Exception as error:
             if cause := _lost_device(error):
                 await self._give_up(f"the device failed: {cause}")

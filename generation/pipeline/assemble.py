@@ -103,10 +103,9 @@ def _load(settings: Settings, progress: Callable[[str], None], warm: bool) -> Pi
     }
     parts = Parts(checkpoints, background.remove, device, progress, models.offload_generators)
     text, image = load_generators(settings, parts)
-    with loading("clip"):
-        for stage in models.optional:
-            progress(f"loading {entries[stage].name} for {stage} onto {device}")
-        self_check = SelfCheck.load(folders, entries, models, device)
+    for stage in ("clip", *models.optional):
+        progress(f"loading {entries[stage].name} for {stage} onto {device}")
+    self_check = SelfCheck.load(folders, entries, models, device)
     about = [
         {
             "stage": stage,

@@ -105,20 +105,9 @@ class Pipeline:
         self._retry_out_of_memory(running, paused)
         self._count_successes(running)
 
-    def generate(
-        self,
-        requests: list[Request],
-        progress: Callable[[int, str, float], None] = lambda index, stage, fraction: None,
-        cancelled: Callable[[int], bool] = lambda index: False,
-    ) -> list[Asset | Exception]:
-        """The outcome of each request, in order: an asset, which may be a rejection, or an exception.
-
-        ``progress`` and ``cancelled`` get the request's index as first argument.
-        """
-        jobs = [
-            self.begin(request, partial(progress, index), partial(cancelled, index))
-            for index, request in enumerate(requests)
-        ]
+    def generate(self, requests: list[Request]) -> list[Asset | Exception]:
+        """The outcome of each request, in order: an asset, which may be a rejection, or an exception."""
+        jobs = [self.begin(request) for request in requests]
         while unfinished := [job for job in jobs if job.outcome is None]:
             self.tick(unfinished)
         return [job.outcome for job in jobs if job.outcome is not None]
@@ -391,7 +380,10 @@ class Pipeline:
         job.gaussians = fit_to_frame(gaussians)
         if report.score < request.threshold:
             shown = math.floor(report.score * 100) / 100  # rounded down: it must not look like the threshold
-            _reject(job, f"score {in_words(shown, check.parts)} is under the threshold {request.threshold:.2f}")
+            why = f" is under the threshold {request.threshold:.2f}"
+            if check.is_misaligned:  # the parts alone would not explain a score of 0
+                why = f": an alignment under {check.least_alignment:.2f} makes it 0"
+            _reject(job, f"score {in_words(shown, check.parts)}{why}")
             return
         job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
 

@@ -81,3 +81,5 @@ def _make_first_splats(pipeline: Pipeline, progress: Callable[[str], None]) -> N
         (outcome,) = pipeline.generate([request])
         if isinstance(outcome, Exception):
             raise outcome
+        if outcome.report.rejected is not None:
+            log.warning("The first splat was rejected, as those of requests may be: %s", outcome.report.rejected)

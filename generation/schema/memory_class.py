@@ -39,7 +39,7 @@ def choose(classes: Sequence[MemoryClass], memory: int | None, wanted: str | Non
                 return each, f"memory class {wanted} asked for"
         known = ", ".join(each.name for each in classes)
         raise ValueError(
-            f"memory_class: {wanted!r}: " + (f"must be one of {known}" if known else "there are none here")
+            f"memory_class: {wanted!r}: " + (f"must be one of {known}" if known else "the file has no memory classes")
         )
     if not classes:
         return None, "the models file has no memory classes"

@@ -64,23 +64,22 @@ class GeneratorOptions(Schema):
 
     @property
     def checkpoints(self) -> Mapping[str, str]:
-        """The names of ``CHECKPOINTS`` that these options need -> why, for error messages."""
-        raise NotImplementedError
+        """The names of ``CHECKPOINTS`` that these options need (all by default) -> why, for error messages."""
+        return dict.fromkeys(self.CHECKPOINTS, f"generator is {self.generator}")
 
     @property
     def draws(self) -> bool:
         """Whether a text becomes a picture first. If not, text to image is not loaded for it."""
         return True
 
-    def picture_prompt(self, words: str) -> str:
-        """The prompt for text to image."""
-        raise NotImplementedError
-
     def capped(self, most: int) -> Self:
-        """A copy with at most ``most`` Gaussians. Raises SettingsError if the kind has no such limit."""
+        """A copy with at most ``most`` Gaussians.
+
+        Raises SettingsError if the kind has no such limit, or if something else contradicts it.
+        """
         if "max_gaussians" not in type(self).model_fields:
             raise SettingsError(f"max_gaussians: {most}: the generator {self.generator} has no such limit")
-        return self.model_copy(update={"max_gaussians": most})
+        return validate(type(self), {**self.model_dump(), "max_gaussians": most}, f"max_gaussians: {most}")
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -255,6 +254,6 @@ def validate(schema: type[S], values: Mapping[str, Any], source: str) -> S:
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            key = ".".join(map(str, each["loc"])) or "file"
-            problems.append(f"{key}: {each['input']!r}: {each['msg']}")
+            key, message = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {each['input']!r}: {message}" if key else message)  # of what contradicts: no key
         raise SettingsError(f"{source}: {'; '.join(problems)}") from error

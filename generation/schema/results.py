@@ -69,7 +69,10 @@ class Report:
 
 @dataclass
 class Asset:
-    """A finished request. ``ply`` is empty when it was rejected, unless it is watched; ``gaussians``: for a video."""
+    """A finished request. ``ply`` is empty when it was rejected, unless it is watched.
+
+    ``gaussians`` are there for scripts that study rejections, too. They do not leave the engine's process.
+    """
 
     ply: bytes
     report: Report

@@ -112,10 +112,14 @@ def recentre(
     The object's bounding box is cut from ``image`` (3, H, W) and ``alpha`` (1, H, W), its longer side scaled to
     ``size * (1 - border_ratio)`` pixels, and put into the middle of a transparent square.
     With ``given``, ``alpha`` came with the picture: then a small or half-transparent object counts, too.
-    Raises NothingInImage when nothing of ``alpha`` is opaque, or less than a thousandth where it is not given.
+    Raises NothingInImage when nothing of ``alpha`` is opaque, or less than a thousandth where it is not given, and
+    ValueError when the reason is that picture or mask are not finite.
     """
     rows, columns = torch.nonzero(alpha[0] > (alpha.max() / 2 if given else _OPAQUE), as_tuple=True)
     if len(rows) < (1 if given else max(1, _MIN_SHARE * alpha.numel())):
+        for name, values in (("picture", image), ("mask", alpha)):
+            if not values.isfinite().all():
+                raise ValueError(f"the {name} is not finite: its model's weights are damaged, or overflow in 16 bits")
         raise NothingInImage(
             "all of the image is transparent" if given else "the background remover found no object in the image"
         )

@@ -13,18 +13,22 @@ from typing import Any
 #: Content security policy: no resources, no scripts, and forms go to the service only.
 HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"}
 _STYLE = """
+:root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2430;
-  background: #fff }
+  background: #fff; overflow-wrap: anywhere } a { color: #0b62a4 }
 details { border: 1px solid #d5dbe3; border-radius: 6px; margin: .5rem 0; padding: .5rem .8rem }
 summary { cursor: pointer } summary b { display: inline-block; min-width: 3.2rem; color: #0b62a4 }
 code { font: 13px ui-monospace, monospace } summary code { font-size: 15px; margin-right: .6rem }
-table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h3 { font-size: 1rem; margin: .8rem 0 .2rem }
+table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h2 { font-size: 1rem; margin: .8rem 0 .2rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid #e8ecf1 }
-td:first-child { white-space: nowrap } form { margin: .6rem 0 } label { margin-right: 1rem }
-@media (prefers-color-scheme: dark) { body { color: #dfe5ec; background: #14181d } summary b { color: #6cb6ef }
+td:first-child { white-space: nowrap } form { margin: .6rem 0 }
+label { display: inline-block; margin: .2rem 1rem .2rem 0; max-width: 100% }
+input, button { font: inherit; padding: .2rem .5rem; max-width: 100%; box-sizing: border-box }
+@media (max-width: 32rem) { td { display: block } td + td { border: 0; padding-top: 0 } }
+@media (prefers-color-scheme: dark) { body { color: #dfe5ec; background: #14181d } summary b, a { color: #6cb6ef }
   details, td, th { border-color: #333b45 } }
 """
-_LIMITS = ("enum", "format", "pattern", "minimum", "maximum", "minLength", "maxLength", "default")
+_LIMITS = ("enum", "format", "minimum", "maximum", "minLength", "maxLength", "default")
 
 
 def render(openapi: dict[str, Any]) -> str:
@@ -36,9 +40,11 @@ def render(openapi: dict[str, Any]) -> str:
         for method, operation in methods.items()
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        f"<h1>{title}</h1><p>{escape(openapi['info'].get('description', ''))}</p>"
-        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</html>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style>"
+        f"<main><h1>{title}</h1><p>{escape(openapi['info'].get('description', ''))}</p>"
+        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</main></html>'
     )
 
 
@@ -53,7 +59,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
             parts.append(_table(f"Body: {kind}" if number == 0 else "or", _fields(form)))
         if kind == "multipart/form-data":
             parts.append(_form(path, schema["properties"]))
-    parts.append(_table("Answers", (_answer(status, each) for status, each in operation["responses"].items())))
+    parts.append(_table("Answers", (_answer(status, each) for status, each in sorted(operation["responses"].items()))))
     head = f"<b>{method.upper()}</b> <code>{escape(path)}</code>{escape(operation.get('summary', ''))}"
     return f"<details open><summary>{head}</summary>{''.join(parts)}</details>"
 
@@ -80,7 +86,7 @@ def _about(field: dict[str, Any]) -> str:
 def _table(head: str, rows: Iterator[list[str]]) -> str:
     """The first cell of each row is a name; the others are lines about it."""
     body = "".join(f"<tr><td><code>{escape(name)}</code><td>{'<br>'.join(map(escape, about))}" for name, *about in rows)
-    return f"<h3>{escape(head)}</h3><table>{body}</table>"
+    return f"<h2>{escape(head)}</h2><table>{body}</table>"
 
 
 def _form(path: str, fields: dict[str, Any]) -> str:

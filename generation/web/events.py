@@ -28,6 +28,8 @@ MAX_STALL_S = 60.0  # a listener that reads nothing for longer is disconnected
 MAX_WAIT_S = 30.0  # that a listener to an id waits for its request to arrive
 LISTENER_RETRY_S = 5
 STOP_S = 1.0  # for listeners to read their last events, when the service ends
+# nginx keeps the events of a stream back until its end, unless it is told not to.
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class Following:
@@ -207,7 +209,7 @@ class EventStream(StreamingResponse):
     """The response to a listener, closed when the client reads nothing for too long."""
 
     def __init__(self, events: Events, request_id: str | None) -> None:
-        super().__init__((), headers={"Cache-Control": "no-store"}, media_type="text/event-stream")
+        super().__init__((), headers=_HEADERS, media_type="text/event-stream")
         self._events, self._request_id = events, request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

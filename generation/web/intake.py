@@ -8,14 +8,14 @@ import binascii
 import re
 import secrets
 import unicodedata
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from email.message import Message as HeaderMessage
 from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,7 +35,7 @@ MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest 
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
 MAX_READ_S = 60.0  # to receive a whole body
-# Bytes that are still read beyond a limit: otherwise a client that is sending sees a reset and not the answer.
+# Bytes beyond a limit that are still read before an answer closes the connection.
 DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
 MAX_FIELDS = 16
@@ -45,7 +45,11 @@ UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clie
 
 
 class BodyLimit:
-    """ASGI middleware: a body beyond its path's limit is read no further and answered with 413."""
+    """ASGI middleware: a body beyond its path's limit is read no further and answered with 413.
+
+    Where the answer closes the connection it waits until the body has come, or MAX_READ_S are over: a client that is
+    still sending, as Python's urllib is, would see a reset and not the answer.
+    """
 
     def __init__(self, app: ASGIApp, limits: dict[str, int], default: int) -> None:
         self.app, self.limits, self.default = app, limits, default
@@ -55,20 +59,34 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         limit = self.limits.get(scope["path"].rstrip("/"), self.default)
-        size = 0
+        headers = Headers(scope=scope)
+        closes = scope["http_version"] == "1.0" or "close" in headers.get("connection", "").lower()
+        # A client that expects 100 Continue sends nothing before it is asked to.
+        goes_on = "expect" not in headers and ("content-length" in headers or "transfer-encoding" in headers)
+        size, until = 0, asyncio.get_running_loop().time() + MAX_READ_S
 
-        async def bounded() -> Message:
-            nonlocal size
+        async def counted() -> Message:
+            nonlocal size, goes_on
             message = await receive()
             size += len(message.get("body", b""))
+            goes_on = message.get("more_body", False)
+            return message
+
+        async def bounded() -> Message:
+            message = await counted()
             if size > limit:
-                while message.get("more_body") and size < limit + DRAIN_BYTES:
-                    message = await receive()
-                    size += len(message.get("body", b""))
                 raise ApiError(413, "body", f"the request's body is over {limit} bytes", limit)
             return message
 
-        await self.app(scope, bounded, send)
+        async def answer(message: Message) -> None:
+            if closes and message["type"] == "http.response.start":
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until):
+                        while goes_on and size < limit + DRAIN_BYTES:
+                            await counted()
+            await send(message)
+
+        await self.app(scope, bounded, answer)
 
 
 async def read_form(request: Request, threshold: float, background: bool) -> results.Request:
@@ -88,7 +106,7 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
         raise ApiError(400, "body", error.message) from None
     try:
         prompt, picture, seed = await _check_form(form)
-        candidates = check_candidates(_text(form, "candidates"))
+        candidates = check_whole(_text(form, "candidates"), "candidates", 1, MAX_CANDIDATES) or 1
         budget = check_budget(_text(form, "budget_seconds"))
     finally:
         await form.close()
@@ -122,6 +140,7 @@ class _Multipart(MultiPartParser):
     It takes text that is not UTF-8 for Latin-1, reads encoded parts as they are, and drops a part that is cut off.
     """
 
+    spool_max_size = MAX_FORM_BYTES  # uploads stay in memory: the disk may be full
     has_ended = False
 
     def on_end(self) -> None:
@@ -183,9 +202,9 @@ async def _check_form(form: FormData) -> tuple[str | None, Picture | None, int |
             raise ApiError(422, escape(name[:64]), f"unknown field; known are {known}", list(FORM_FIELDS))
         if len(form.getlist(name)) > 1:
             raise ApiError(422, name, "given more than once", 1)
-    seed = check_seed(_text(form, "seed"))
+    seed = check_whole(_text(form, "seed"), "seed", 0, MAX_SEED)
     upload = form.get("prompt_image_file")
-    if isinstance(upload, UploadFile) and upload.filename:
+    if isinstance(upload, UploadFile) and (upload.filename or upload.size):
         text = _text(form, "prompt")
         if text is not None and text.strip():
             raise ApiError(422, "prompt", "give either prompt or prompt_image_file, not both", 1)
@@ -223,22 +242,13 @@ def check_prompt(text: str) -> str:
     return prompt
 
 
-def check_seed(text: str | None) -> int | None:
-    """The seed, None if not given. Raises ApiError unless it is an integer of 32 bits."""
+def check_whole(text: str | None, field: str, least: int, most: int) -> int | None:
+    """A whole number, None if not given. Raises ApiError unless it is in ``least`` to ``most``."""
     if text is None or not text.strip():
         return None
-    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or int(text) > MAX_SEED:
-        raise ApiError(422, "seed", f"not a whole number in 0..{MAX_SEED}: {escape(text[:32])}", f"0..{MAX_SEED}")
-    return int(text)
-
-
-def check_candidates(text: str | None) -> int:
-    """The number of candidates, 1 if not given. Raises ApiError unless it is an integer from 1 to MAX_CANDIDATES."""
-    if text is None or not text.strip():
-        return 1
-    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not 1 <= int(text) <= MAX_CANDIDATES:
-        limit = f"1..{MAX_CANDIDATES}"
-        raise ApiError(422, "candidates", f"not a whole number in {limit}: {escape(text[:32])}", limit)
+    if not re.fullmatch(r"[0-9]{1,10}", text.strip()) or not least <= int(text) <= most:
+        limit = f"{least}..{most}"
+        raise ApiError(422, field, f"not a whole number in {limit}: {escape(text[:32])}", limit)
     return int(text)
 
 
@@ -316,7 +326,11 @@ def decode_base64(text: str, field: str) -> bytes:
 
 
 def _check_content_type(request: Request, allowed: tuple[str, ...]) -> str:
-    """That of the request, in small letters, without parameters."""
+    """That of the request, in small letters, without parameters. Raises ApiError, also for an encoded body."""
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"content encoding {escape(encoding[:64])} is not supported"
+        raise ApiError(415, "content-encoding", message, ["identity"])
     header = HeaderMessage()
     header["content-type"] = request.headers.get("content-type", "none/none")
     kind = header.get_content_type()

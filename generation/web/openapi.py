@@ -49,7 +49,7 @@ _READING: dict[int | str, dict[str, Any]] = {
     400: _error("The body does not parse as its content type, or is cut off", _ID),
     408: _error(f"The body took longer than {intake.MAX_READ_S:.0f} s", _ID),
     413: _error("The body or a field is too large", _ID),
-    415: _error("Wrong content type, or a part of a form with a charset or transfer encoding that is not read", _ID),
+    415: _error("Wrong content type, an encoded body, or a part of a form with an encoding that is not read", _ID),
     422: _error("A field is invalid: which one, and its limit", _ID),
     499: {"description": "The client closed the connection"},
     503: _error("Loading, queue full, or no engine works", {**_ID, **_RETRY}),
@@ -153,7 +153,8 @@ FORM = {
         {
             "name": "X-Request-Id",
             "in": "header",
-            "description": "the request's id, for /events/{request_id}",
+            "description": f"the request's id, for /events/{{request_id}}: 1 to {intake.MAX_REQUEST_ID_CHARACTERS} of "
+            "A-Z a-z 0-9 . _ -",
             "schema": {"type": "string", **REQUEST_ID},
         },
         PRIORITY,

@@ -21,13 +21,13 @@ IMAGE_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 # A scan of a JPEG may cover 4096 x 4096 pixels in 33 bytes and takes 7 ms: an upload of them takes a core for half an
 # hour (LJT-01-003 of libjpeg-turbo, which leaves the limit to its users). Real files have about ten.
 MAX_JPEG_SCANS = 500
-# Larger than any stage needs. Uploads of 4096 x 4096 must not wait in the queue at full size.
+# Larger than any stage needs: what waits in the queue takes less memory. The score's target keeps its own size.
 KEPT_IMAGE_SIDE = 2048
 LEAST_VISIBLE = 13  # of 255: a picture without a pixel of this alpha shows nothing
 _decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart; fill bytes may precede it
 _GREY_MOST = {"1": 1, "L;2": 3, "L;4": 15, "L": 255}  # the highest level, by Pillow's layouts
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -16,7 +16,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from generation.schema.score import MIN_ALIGNMENT
 
@@ -32,22 +32,8 @@ class MissingWeights(WeightsError):
     """Weights of which a file is not on this machine."""
 
 
-class Use:
-    """Base of what must be known to use a checkpoint beside its files. Each kind has its own subclass."""
-
-
-U = TypeVar("U", bound=Use)
-
-
 @dataclass(frozen=True)
-class MultiViewUse(Use):
-    """The camera convention of a multi-view model."""
-
-    front_azimuth: float = 0.0  # degrees: azimuth of the front view in its training data
-
-
-@dataclass(frozen=True)
-class ClipUse(Use):
+class ClipUse:
     """How a CLIP model's cosines become a score of 0 to 1, and how pixels are prepared for that."""
 
     cosine_scale: float  # the text-image cosine that counts as 1
@@ -76,11 +62,8 @@ class Entry:
     sha256: tuple[tuple[str, str], ...] = ()  # of some of them, where public records have it
     size_gb: float | None = None  # 10^9 bytes; None: not known
     gated: bool = False  # the hub wants its licence accepted before it hands the files out
-    use: Use | None = None  # of the checkpoint's kind, where that has one
-
-    def used_as(self, kind: type[U]) -> U | None:
-        """Its ``use`` if it is of this kind, else None."""
-        return self.use if isinstance(self.use, kind) else None
+    front_azimuth: float = 0.0  # degrees: azimuth of the front view in a multi-view model's training data
+    clip: ClipUse | None = None  # of a CLIP model
 
     @property
     def pinned(self) -> bool:
@@ -166,7 +149,7 @@ REGISTRY = {
             licence="OpenRAIL",
             size_gb=2.6,
             files=("unet/*", "vae/*", "text_encoder/*", "tokenizer/*", "scheduler/*"),
-            use=MultiViewUse(front_azimuth=90.0),  # DreamGaussian has its known view there under MVDream
+            front_azimuth=90.0,  # DreamGaussian has its known view there under MVDream
         ),
         Entry(
             name="lgm-big",
@@ -193,7 +176,7 @@ REGISTRY = {
                 "scheduler/*",
             ),
             sha256=tuple((f"{part}.safetensors", digest) for part, digest in _IMAGEDREAM.items()),
-            use=MultiViewUse(front_azimuth=90.0),  # LGM has its front view there under ImageDream
+            front_azimuth=90.0,  # LGM has its front view there under ImageDream
         ),
         Entry(
             name="zero123-xl",
@@ -235,7 +218,7 @@ REGISTRY = {
             size_gb=1.4,
             files=("open_clip_config.json", "open_clip_*model.*"),
             # The constant 0.35 belongs to the validators' way: 224 pixels where the model was made for 256.
-            use=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            clip=ClipUse(cosine_scale=0.35, image_size=224, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="llm2clip-l-14-336",
@@ -244,7 +227,7 @@ REGISTRY = {
             licence="Apache-2.0",
             size_gb=2.3,  # of which the vision tower is 1.2
             files=("config.json", "*.safetensors*"),
-            use=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
+            clip=ClipUse(cosine_scale=1.0, image_size=336, mean=_VALIDATORS_MEAN, std=_VALIDATORS_STD),
         ),
         Entry(
             name="404-gen-quality",
@@ -318,12 +301,12 @@ def _from_card(folder: Path) -> Entry:
     for key, value in floors.items():
         if not 0 <= value <= 1:
             raise WeightsError(f"{path}: {key}: {value} is outside of 0 to 1")
-    use = None
+    clip = None
     if "cosine_scale" in scales:
-        use = ClipUse(
+        clip = ClipUse(
             scales["cosine_scale"],
             scales.get("image_cosine_scale", 1.0),
             min_alignment=floors.get("min_alignment", MIN_ALIGNMENT),
             min_image_alignment=floors.get("min_image_alignment", MIN_ALIGNMENT),
         )
-    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, use=use)
+    return Entry(name=name, licence=licence, revision=str(card.get("revision", "local")), folder=folder, clip=clip)

@@ -25,6 +25,10 @@ _DEVICE_MARKS = (
     "CUDA error", "CUDA driver error", "CUDA out of memory", "cuDNN", "CUDNN_", "CUBLAS_", "CUSOLVER_", "CUSPARSE_",
     "CUFFT_", "NVRTC_", "NCCL", "Triton Error", "NVIDIA driver", "no kernel image", "DefaultCPUAllocator",
 )  # fmt: skip
+#: what loaders raise for files that are damaged or of another kind
+_OF_FILES = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, RuntimeError, SafetensorError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -37,7 +41,7 @@ def naming(entry: Entry) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _OF_FILES as error:
         if (fault := _device_fault(error)) is not None:
             raise RuntimeError(f"{entry.name} can not be loaded, for the device failed: {fault}") from error
         reason = " ".join(str(error).split())

@@ -63,7 +63,7 @@ from generation.stages.self_check import ImageClip, Lpips, Quality, QualityNet, 
 from generation.stages.self_check.quality import DINOV2_SMALL
 from generation.stages.text_to_image import TextToImage
 from generation.weights.latent_diffusion import unet_config
-from generation.weights.registry import REGISTRY, ClipUse, lookup
+from generation.weights.registry import REGISTRY, lookup
 from scripts.bench import trellis_sizes
 
 TINY = Path(__file__).resolve().parents[2] / "generation" / "weights" / "tiny"
@@ -150,7 +150,7 @@ def mvdream(device: str, dtype: torch.dtype = torch.float16) -> MVDream:
     with on(device, dtype):
         unet = UNet2DConditionModel(**unet_config(MVDREAM_UNET))
         vae, text = _vae(4, scaling_factor=0.18215), _clip_text(1024, 23, 16)
-    return MVDream(unet, vae, text, _clip_tokenizer(), _scheduler(), front_azimuth=90.0)
+    return MVDream(unet, vae, TextEncoder(text, _clip_tokenizer()), _scheduler(), front_azimuth=90.0)
 
 
 def zero123(device: str, dtype: torch.dtype = torch.float16) -> Zero123:
@@ -259,7 +259,7 @@ def matting(device: str, image_size: int, dtype: torch.dtype = torch.float16) ->
 def self_check(device: str, offload: bool = False) -> SelfCheck:
     """CLIP convnext_large_d, 0.35 billion parameters; CLIP ViT-L/14-336's vision tower, 0.3; DINOv2-small; AlexNet."""
     torch.manual_seed(0)
-    text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
+    text, image = (REGISTRY[name].clip for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
     assert text is not None
     assert image is not None
     model = open_clip.create_model("convnext_large_d", device=device)

@@ -73,6 +73,7 @@ class Deployment:
             given.refuse("network", "name", f"{shown_network(self.network)} needs --wallet.name")
         # What the tiny models make earns nothing there but penalties: only who asks for them gets them.
         self.profile: str = service.profile if self.rehearsed or service.profile != "auto" else "full"
+        self._hotkey = Path(os.path.expanduser(wallet.path)) / wallet.name / "hotkeys" / wallet.hotkey
         self.host, self.port = service.host, service.port
         self.url = f"http://{_reach(service.host)}:{service.port}"
         self.workers: int | None = miner.workers if given.has("miner", "workers") else None
@@ -123,6 +124,15 @@ class Deployment:
             scale = ("--time-scale", str(REHEARSAL_TIME_SCALE), "--endpoint", self.url, "--state", str(self.state))
             return ["--validators", str(LOOPBACK_VALIDATORS), *scale]
         return [*self._miner, "--workers", str(self.workers), "--status-file", "run/miner.status"]
+
+    def check_hotkey(self) -> None:
+        """Before a service loads for minutes in vain: the miner needs the hotkey's file. Raises Refused."""
+        if self.rehearsed or "miner" not in self.names:
+            return
+        try:
+            self._hotkey.open("rb").close()
+        except OSError as error:
+            raise Refused(f"the hotkey's file {self._hotkey} can not be read: {error.strerror}") from None
 
     def places(self) -> int:
         """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
@@ -206,6 +216,7 @@ def deploy(given: Given, caller: Path) -> None:
         return
     if given.args.only_prepare:
         _prepare(given, deployment, caller)
+        print("Prepared; nothing was started.")
         return
     for folder in ("logs", "data"):
         Path(folder).mkdir(exist_ok=True)
@@ -225,6 +236,7 @@ def deploy(given: Given, caller: Path) -> None:
             problem = problem or cluster.check_ports(deployment.cluster.place, deployment.cluster.is_head)
         if problem:
             raise Refused(problem)
+        deployment.check_hotkey()
         _prepare(given, deployment, caller)
         try:
             _start(deployment)
@@ -400,12 +412,14 @@ def _summarise(deployment: Deployment) -> None:
     print(f"  miner               {workers} workers on network {network} (PID {pids['miner']}), log: {logs['miner']}")
     if deployment.rehearsed:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
+    elif deployment.profile == "tiny":
+        print(f"*** PROFILE tiny ON {network}: its models earn nothing. To mine for real: --profile full ***")
     print("Next:")
     if joined is not None:
         print(_how_to_join(joined))
     print(f"  tail -F {_short(logs['miner'])}       tasks, scores and feedback as they come")
     print(f"  {url}/studio/ in a browser: make splats, see what the miner earns")
-    print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o cube.ply")
+    print(f"  curl -F 'prompt=a red cube' {url}/generate/ -o data/cube.ply")
     print("  ./test_competitive.py        check everything")
     print("  ./stop_competitive.sh        stop everything")
 

@@ -54,18 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeightsError as error:
         problems.append(str(error))
         plans = []
+    _tell(problems)
     say(f"{sum(each.remaining() for each in plans) / 1e9:.2f} GB to fetch")
+    late = []
     for each in plans:
         try:
             fetch(each, say)
         except WeightsError as error:
-            problems.append(str(error))
+            late.append(str(error))
         except KeyboardInterrupt:
-            problems.append("stopped; run this again to go on")
+            late.append("stopped; run this again to go on")
             break
+    _tell([*problems, *late] if plans else late)  # again: hours may have passed
+    return 1 if problems or late else 0
+
+
+def _tell(problems: list[str]) -> None:
     for problem in problems:
-        print(f"download_weights: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+        print(f"download_weights: {problem}", file=sys.stderr, flush=True)
 
 
 def profile_entries() -> list[Entry]:

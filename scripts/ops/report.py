@@ -129,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except sqlite3.Error as error:
         print(f"No ledger to read at {path}: {error}", file=sys.stderr)
         return 1
-    print(f"Ledger: {path}")
+    rehearsed = path.parent == REHEARSAL_STATE
+    print(f"Ledger: {path}{' (a rehearsal: nothing of it reached the subnet)' if rehearsed else ''}")
     for other in others:
         print(f"  another, for --ledger: {other}")
     console = Console()
@@ -185,7 +186,8 @@ def table(report: Report) -> Table:
     if report.begins is None:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
-        caption += f".\nThe ledger begins {(report.until - report.begins) / 3600:.1f} h ago"
+        ago = report.until - report.begins
+        caption += f".\nThe ledger begins {f'{ago / 60:.0f} minutes' if ago < 3600 else f'{ago / 3600:.1f} h'} ago"
     result = _table(_COLUMNS, _total(report.standings, report.ceiling), f"Last {hours:g} hours", caption)
     for each in report.standings:
         # A hotkey may look like markup.
@@ -394,7 +396,7 @@ def _draw_scores(axes: Axes, report: Report, colours: Mapping[int, str]) -> None
         scored += known
         if known:
             dates, scores = [_date(at) for at, _ in known], [score for _, score in known]
-            axes.scatter(dates, scores, s=16, color=colours.get(uid, GREY), alpha=0.75, linewidths=0)
+            axes.scatter(dates, scores, s=16, color=colours.get(uid, GREY), alpha=0.75, linewidths=0, clip_on=False)
     # No score is told of what was not accepted: it is drawn along the time axis.
     for outcome, colour in LOST.items():
         times = report.lost.get(outcome, ())

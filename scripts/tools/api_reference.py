@@ -24,10 +24,12 @@ curl -s -F prompt_image_file=@picture.png -o picture.ply http://127.0.0.1:10006/
 curl -s -F prompt='a red cube' -o cube.mp4 http://127.0.0.1:10006/generate_video/
 curl -sN http://127.0.0.1:10006/events
 curl -s http://127.0.0.1:10006/health
+curl -s -H 'Content-Type: application/json' -d @cube.json http://127.0.0.1:10006/validate_txt_to_3d_ply/
 ```
 
 Splats are binary little endian PLY files with the fields of 3D Gaussian Splatting. An answer of 200 with an empty body
-means that the splat was made but failed the self-check: the header `X-Rejected` says why.
+means that the splat was made but failed the self-check: the header `X-Rejected` says why. The last command scores a
+splat: `cube.json` is `{"prompt": "a red cube", "data": "..."}`, where `data` is what `base64 -w0 cube.ply` prints.
 """
 _LIMITS = ("enum", "format", "minimum", "maximum", "minLength", "maxLength", "default")
 _REPORT = "X-Seed"  # a header of answers that carry a report

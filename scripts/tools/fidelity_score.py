@@ -45,7 +45,7 @@ from generation.splats import ply
 from generation.splats.gaussians import Gaussians
 from generation.stages.self_check import QualityNet, SelfCheck, fit_to_frame, render_views, to_validators_frame
 from generation.stages.self_check.quality import DINOV2_SMALL, WEIGHTS
-from generation.weights.registry import REGISTRY, ClipUse
+from generation.weights.registry import REGISTRY
 from scripts.tools.scored_scenes import GOLDEN, Models, measure, pictures, scenes, tokenizer
 
 LIMIT = 1e-3
@@ -214,7 +214,7 @@ def draw(folder: Path, views: Tensor, prompts: list[str]) -> None:
             parameter.normal_(std=float(np.prod(parameter.shape[1:])) ** -0.5)
     some = views[:: max(1, len(views) // 64)]
 
-    use = REGISTRY["llm2clip-l-14-336"].used_as(ClipUse)
+    use = REGISTRY["llm2clip-l-14-336"].clip
     assert use is not None
     mean, std = (torch.tensor(each, device=DEVICE).view(1, 3, 1, 1) for each in (use.mean, use.std))
 

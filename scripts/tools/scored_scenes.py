@@ -22,7 +22,7 @@ from transformers import Dinov2Config
 
 from generation.stages.self_check import ImageClip, Lpips, Quality, QualityNet, SelfCheck, TextClip
 from generation.stages.self_check.quality import WEIGHTS
-from generation.weights.registry import REGISTRY, ClipUse
+from generation.weights.registry import REGISTRY
 from scripts.tools.golden_weights import GOLDEN as FOLDER
 from scripts.tools.golden_weights import weights
 
@@ -75,7 +75,7 @@ class Clip(nn.Module):
         super().__init__()
         self.visual = SimpleNamespace(preprocess_cfg={"size": 224, "mean": (0.0,) * 3, "std": (1.0,) * 3})
         self.layer = _random(3 * 14 * 14, 32, seed=1)
-        use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
+        use = REGISTRY["clip-convnext-large-d"].clip
         assert use is not None
         assert use.mean is not None
         assert use.std is not None
@@ -191,7 +191,7 @@ class Models:
 @cache
 def ours() -> SelfCheck:
     """Our self-check with the same models."""
-    text, image = (REGISTRY[name].used_as(ClipUse) for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
+    text, image = (REGISTRY[name].clip for name in ("clip-convnext-large-d", "llm2clip-l-14-336"))
     assert text is not None
     assert image is not None
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:

@@ -271,6 +271,16 @@ def test_the_devices_faults_are_not_the_files():
         raise RuntimeError("size\nmismatch  for x")
 
 
+@pytest.mark.parametrize("kind", [TypeError, AttributeError, IndexError, SyntaxError])
+def test_files_of_another_kind_are_named(kind):
+    """JSON that is no object, a model's own code that is cut short."""
+    with (
+        pytest.raises(WeightsError, match=r"mvdream-sd2\.1 can not be loaded: .*NoneType"),
+        naming(REGISTRY["mvdream-sd2.1"]),
+    ):
+        raise kind("argument of type 'NoneType' is not iterable")
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -23,7 +23,7 @@ from generation.generators.multiview.image_prompt import load_image_prompt_unet
 from generation.splats.cameras import orbit
 from generation.weights import WeightsError
 from generation.weights.loading import local_folder
-from generation.weights.registry import REGISTRY, MultiViewUse
+from generation.weights.registry import REGISTRY
 from scripts.tools import small_imagedream
 from scripts.tools.golden_weights import golden, weights
 from tests.support import downloads
@@ -156,15 +156,8 @@ def folder(tmp_path_factory) -> Path:
 
 def loaded(folder: Path, **options: object) -> ImageDream:
     return ImageDream.load(
-        folder, "cpu", torch.float32, **{"front_azimuth": front("imagedream"), "steps": 5, **options}
+        folder, "cpu", torch.float32, **{"front_azimuth": REGISTRY["imagedream"].front_azimuth, "steps": 5, **options}
     )
-
-
-def front(name: str) -> float:
-    """Where the registry says that the front view's camera is."""
-    use = REGISTRY[name].used_as(MultiViewUse)
-    assert use is not None
-    return use.front_azimuth
 
 
 def agrees(multiview: ImageDream | MVDreamViews, name: str, words: str, cutout: Tensor | None) -> bool:
@@ -184,7 +177,7 @@ def test_views_of_words(tmp_path):
         written(tmp_path, "mvdream_views"),
         "cpu",
         torch.float32,
-        front_azimuth=front("mvdream-sd2.1"),
+        front_azimuth=REGISTRY["mvdream-sd2.1"].front_azimuth,
         steps=5,
         guidance_scale=7.5,
     )

@@ -259,7 +259,7 @@ class TestPictures:
 
     def test_three_times_the_mean_and_the_deviation(self):
         for name, size in (("clip-convnext-large-d", 224), ("llm2clip-l-14-336", 336)):
-            use = REGISTRY[name].used_as(ClipUse)
+            use = REGISTRY[name].clip
             assert use is not None
             assert use.image_size == size
             assert use.std == pytest.approx([0.80588862, 0.78390774, 0.82733133])

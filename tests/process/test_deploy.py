@@ -14,7 +14,7 @@ import psutil
 import pytest
 import tomlkit
 
-from tests.support.deployment import HOTKEY, Clone, alive, arguments, make_clone, refused, variables
+from tests.support.deployment import HOTKEY, Clone, alive, arguments, make_clone, refused, variables, with_key
 
 
 @pytest.mark.slow
@@ -54,10 +54,11 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
     result = clone.deploy(
         "--profile=tiny", "--flux-steps", "2", "--config", str(config), "--validation-threshold", "0.7",
         "--workers", "3", "--netuid", "18", "--blacklist", "180", HOTKEY, "--network", "test",
-        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", str(config),
+        "--wallet.name", "cold", "--wallet.hotkey", "hot", "--blacklist-file", str(config), HOME=with_key(clone, "hot"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "REHEARSAL" not in result.stdout
+    assert "PROFILE tiny ON test" in result.stdout
     assert not (clone.path / "run/rehearsal.pid").exists()
     service = (clone.path / "service-arguments").read_text().split("\n")
     assert service == [
@@ -78,7 +79,7 @@ def test_flags_reach_the_processes(clone: Clone, tmp_path: Path) -> None:
 def test_passwords_stand_on_no_command_line(clone: Clone) -> None:
     result = clone.deploy(
         "--generation.endpoint", "https://miner:secret,1@far/a", "--network", "wss://node/secret",
-        "--wallet.name", "cold", "--workers", "3",
+        "--wallet.name", "cold", "--workers", "3", HOME=with_key(clone),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     commands = [psutil.Process(clone.pid(name)).cmdline() for name in ("generation_service", "miner")]
@@ -149,7 +150,11 @@ def test_an_endpoint_that_is_nowhere_does_not_end_the_deployment(clone: Clone) -
 
 @pytest.mark.slow
 def test_a_wallet_means_finney(clone: Clone) -> None:
-    assert clone.deploy("--wallet.name", "cold").returncode == 0
+    refused(clone.deploy("--wallet.name", "cold", HOME=str(clone.path)), "cold/hotkeys/default", "No such file")
+    assert not (clone.path / "service-arguments").exists()
+    result = clone.deploy("--wallet.name", "cold", HOME=with_key(clone))
+    assert result.returncode == 0
+    assert "PROFILE tiny" not in result.stdout
     assert variables(clone)["COMPETITIVE_NETWORK_NAME"] == "finney"
     # What the toy models make would earn penalties there.
     assert arguments(clone, "service")[-2:] == ["--profile", "full"]

@@ -196,6 +196,7 @@ def test_gated_says_where_to_accept_which_licence(hub, cache):
     assert done.returncode == 1
     for words in (f"{hub.url}/briaai/RMBG-2.0", "CC BY-NC 4.0", "hf auth login", "rmbg-2.0 is gated"):
         assert words in done.stderr
+    assert done.stderr.count("rmbg-2.0 is gated") == 2  # before the hours of fetching, and after
     assert loading.local_folder(BIREFNET)  # what may be had was fetched all the same
     assert not hub.fetched("rmbg-2.0")
 

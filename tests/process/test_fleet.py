@@ -100,7 +100,7 @@ async def test_an_engine_killed_with_work_on_it_is_replaced_and_its_requests_are
     assert any(f"out of rotation: its process was {cause}. Its 2 requests" in text for text in caplog.messages)
 
 
-@pytest.mark.parametrize("word", ["die", "cuda"])
+@pytest.mark.parametrize("word", ["die", "cuda", pytest.param("host", marks=pytest.mark.slow)])
 async def test_what_an_engine_fails_at_runs_elsewhere(tmp_path: Path, word: str) -> None:
     async with running(tmp_path) as fleet:
         before = {child.pid for child in children()}

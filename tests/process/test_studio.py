@@ -189,6 +189,10 @@ def test_a_prompt_becomes_a_splat_that_turns_and_is_downloaded(studio: Studio) -
     assert np.abs(studio.pixels() - before).max() <= 2
     studio.page.keyboard.press("ArrowLeft")
     assert np.abs(studio.pixels() - before).mean() > 1
+    studio.page.keyboard.press("f")
+    studio.page.set_viewport_size({"width": 240, "height": 844})
+    until(lambda: studio.pixels().shape[1] < 240, "a narrow picture")
+    assert (studio.pixels()[:, [0, -1]] == 255).all()  # nothing is cut off
     with studio.page.expect_download() as download:
         studio.page.click("text=PLY")
     assert Path(download.value.path()).read_bytes() == ply.write(scene())
@@ -343,7 +347,7 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         page.goto(f"{url}/studio/#miner")
         until(lambda: page.locator(".tile").count() == 6, "the miner's figures")
         tiles = page.locator(".tile b").all_inner_texts()
-        assert tiles == ["2", "30.0", "0.870", "1", "1", "0"]
+        assert tiles == ["2", "30", "0.870", "1", "1", "0"]
         assert "5Hot on finney, subnet 17" in page.inner_text("#miner")
         assert "clock is 9 s ahead of the validators" in page.inner_text("#miner")
         assert "No generation service can take a task" in page.inner_text("#miner")
@@ -371,6 +375,9 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         metrics.close()
         page.click("#tab-miner")
         until(lambda: "No miner answers at" in page.inner_text("#miner"), "word that no miner runs")
+        page.set_viewport_size({"width": 320, "height": 640})
+        page.goto(f"{url}/docs")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
         page.close()
 
 

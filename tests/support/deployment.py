@@ -174,6 +174,12 @@ def stub(clone: Clone, name: str, script: str) -> str:
     return f"{clone.path / 'stubs'}:{os.environ['PATH']}"
 
 
+def with_key(clone: Clone, hotkey: str = "default") -> str:
+    """A HOME in which the wallet "cold" has this hotkey."""
+    clone.write(f".bittensor/wallets/cold/hotkeys/{hotkey}", "{}")
+    return str(clone.path)
+
+
 def with_gpu(clone: Clone) -> str:
     """A PATH with eight cards, told slowly, and a C++ compiler, as far as the deploy script can see."""
     stub(clone, "g++", "exit 0")

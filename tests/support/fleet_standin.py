@@ -19,8 +19,9 @@ from generation.schema.results import Asset, Report, Request
 class Pipeline:
     """Prompts are "WORD [PATH]". ``hold``: takes ticks until PATH is there. ``hang``: never comes back, the first time
     that PATH is not there. ``seize``: the same, in C and with Python's lock held. ``die``: ends the process, the first
-    time that PATH is not there. ``cuda``: a CUDA error, the same. ``always``: a CUDA error. ``memory``: out of memory.
-    ``crash``: some other error. ``reject``: no splat. Anything else is made at once.
+    time that PATH is not there. ``cuda``: a CUDA error, the same. ``host``: the machine's memory is full outside of a
+    tick, the same. ``always``: a CUDA error. ``memory``: out of memory. ``crash``: some other error. ``reject``: no
+    splat. Anything else is made at once.
     """
 
     models = [{"name": "stand-in", "revision": "1", "licence": "MIT", "device": "cpu"}]  # noqa: RUF012
@@ -33,6 +34,10 @@ class Pipeline:
         cancelled: Callable[[], bool],
         paused: Callable[[], bool],
     ) -> Any:
+        word, _, path = (request.prompt or "image").partition(" ")
+        if word == "host" and not Path(path).exists():
+            Path(path).touch()
+            raise MemoryError
         return SimpleNamespace(request=request, progress=progress, cancelled=cancelled, paused=paused, outcome=None)
 
     def tick(self, jobs: list[Any]) -> None:

@@ -16,7 +16,6 @@ from generation.accelerate.pinned import copy_async
 from generation.generators.base import CutoutFrame, Parts, RemoveBackground, Subject
 from generation.generators.dreamgaussian.adam import step_together
 from generation.generators.dreamgaussian.carve import carve
-from generation.generators.dreamgaussian.guidance.base import ImageGuidance, TextGuidance
 from generation.generators.dreamgaussian.guidance.mvdream import MVDream
 from generation.generators.dreamgaussian.guidance.zero123 import Zero123
 from generation.generators.dreamgaussian.options import DreamGaussianOptions
@@ -48,8 +47,8 @@ class SceneStart(NamedTuple):
 
 def load(options: DreamGaussianOptions, parts: Parts) -> DreamGaussian:
     """Build DreamGaussian with the guidances that the options need. Raises WeightsError."""
-    text: TextGuidance | None = None
-    image: ImageGuidance | None = None
+    text: MVDream | None = None
+    image: Zero123 | None = None
     if "mvdream" in options.checkpoints:
         text = parts.load("mvdream", MVDream.from_checkpoint)
     if "zero123" in options.checkpoints:
@@ -66,11 +65,11 @@ class DreamGaussian:
 
     def __init__(
         self,
-        guidance: TextGuidance | None,
+        guidance: MVDream | None,
         options: DreamGaussianOptions,
         device: str | torch.device,
         remove_background: RemoveBackground,
-        image_guidance: ImageGuidance | None = None,
+        image_guidance: Zero123 | None = None,
     ) -> None:
         self._guidance = guidance
         self._image_guidance = image_guidance
@@ -169,10 +168,11 @@ class DreamGaussian:
         losses = self._scores(scenes, render)  # first: it keeps the GPU busy while the rest is launched
         shown, gradients = _known_views_gradients(scenes, render())
         torch.autograd.backward([*losses, *shown], [*(torch.ones_like(loss) for loss in losses), *gradients])
-        harmonics = [scene.harmonics().clone() for scene in scenes] if self._options.sh_degree else []
+        with_harmonics = scenes if self._options.sh_degree else []
+        before = [scene.harmonics().clone() for scene in with_harmonics]
         step_together([scene.optimiser() for scene in scenes])
-        for scene, before in zip(scenes, harmonics, strict=bool(harmonics)):
-            scene.harmonics().lerp_(before, 1 - HARMONICS_RATE)  # Adam's step is proportional to its learning rate
+        for scene, old in zip(with_harmonics, before, strict=True):
+            scene.harmonics().lerp_(old, 1 - HARMONICS_RATE)  # Adam's step is proportional to its learning rate
         advance(scenes, [seen.density_gradients() for seen in render()])
 
     def _scores(self, scenes: list[Scene], render: Callable[[], list[_Render]]) -> list[Tensor]:

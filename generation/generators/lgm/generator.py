@@ -18,7 +18,6 @@ from generation.generators.lgm.options import LgmOptions
 from generation.generators.multiview import ImageDream, MVDreamViews, ViewSampling
 from generation.splats.gaussians import Gaussians
 from generation.weights import WeightsError
-from generation.weights.registry import MultiViewUse
 
 BORDER = 0.2  # of the picture, as the authors recentre it
 DRAWN = 0.95  # progress of a work when its views are sampled
@@ -36,9 +35,8 @@ def load(options: LgmOptions, parts: Parts) -> Lgm:
 def _load_multiview(
     checkpoint: Checkpoint, options: LgmOptions, config: Config, offload: bool
 ) -> ImageDream | MVDreamViews:
-    use = checkpoint.entry.used_as(MultiViewUse)
     common: dict[str, Any] = {
-        "front_azimuth": use.front_azimuth if use else 0.0,
+        "front_azimuth": checkpoint.entry.front_azimuth,
         "steps": options.view_steps,
         "guidance_scale": options.guidance_scale,
         "negative_prompt": options.negative_prompt,

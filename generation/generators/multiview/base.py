@@ -58,7 +58,6 @@ class MultiViewModel:
         size = unet.config.sample_size
         self._latent_shape = (len(views), unet.config.out_channels, size, size)
         self._decode = GraphedFunction(self._images)
-        self._offloads_encoders = offload_encoders
         self._networks = nn.ModuleList([unet, vae])
         if offload_encoders:
             words.offloaded = Offloaded(words.encoder, unet.device)

@@ -33,7 +33,7 @@ class TextEncoder(TextCache[Tensor]):
         return cls(encoder.to(device), CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.truncation`."""
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
         return truncation(self._tokenizer, text)
 
     def pair(self, text: str, negative: str) -> Tensor:

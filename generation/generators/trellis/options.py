@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -45,10 +44,6 @@ class TrellisOptions(GeneratorOptions):
             if low > high:
                 raise ValueError(f"{name} {low:g} to {high:g}: must begin with its lower end")
         return self
-
-    @property
-    def checkpoints(self) -> Mapping[str, str]:
-        return dict.fromkeys(self.CHECKPOINTS, "generator is trellis")
 
     def picture_prompt(self, words: str) -> str:
         return self.prompt_template.replace("{prompt}", words)

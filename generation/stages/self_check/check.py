@@ -28,7 +28,6 @@ from generation.stages.self_check.views import (
 )
 from generation.weights import Entry
 from generation.weights.loading import only_file
-from generation.weights.registry import ClipUse
 from generation.weights.strict import naming
 
 
@@ -40,11 +39,18 @@ class Check:
     score: float | None = None  # the final one, not limited to 1
     parts: dict[str, float | None] = field(default_factory=dict)  # alignment, iqa, ssim, lpips; None: no weights
     views: Tensor | None = None  # (16, 3, 518, 518), what the validators see
+    least_alignment: float = 0.0  # with less the score is 0
 
     @property
     def failed_gate(self) -> str | None:
         """The reason of the first failed gate; None if all passed."""
         return next((gate.reason for gate in self.gates.values() if not gate.passed), None)
+
+    @property
+    def is_misaligned(self) -> bool:
+        """Whether the alignment makes the score 0."""
+        alignment = self.parts.get("alignment")
+        return alignment is not None and alignment < self.least_alignment
 
 
 class SelfCheck:
@@ -65,11 +71,12 @@ class SelfCheck:
     def load(cls, folders: Mapping[str, Path], entries: Mapping[str, Entry], models: Models, device: str) -> SelfCheck:
         """Load ``clip`` and the optional models of ``models``. Raises WeightsError."""
         offload = models.offload_self_check
-        text = TextClip.load(folders["clip"], models.clip, entries["clip"].used_as(ClipUse), device, offload)
+        with naming(entries["clip"]):
+            text = TextClip.load(folders["clip"], models.clip, entries["clip"].clip, device, offload)
         image = quality = lpips = None
         if models.image_clip is not None:
             with naming(entries["image_clip"]):
-                use = entries["image_clip"].used_as(ClipUse)
+                use = entries["image_clip"].clip
                 image = ImageClip.load(folders["image_clip"], models.image_clip, use, device, offload)
         if models.quality is not None:
             with naming(entries["quality"]):
@@ -144,7 +151,7 @@ class SelfCheck:
             }
             use = self._text.use if isinstance(prompt, str) or self._image is None else self._image.use
             floor = use.min_alignment if isinstance(prompt, str) else use.min_image_alignment
-            checks.append(Check({}, final_score(parts, floor), parts, each))
+            checks.append(Check({}, final_score(parts, floor), parts, each, floor))
         return checks
 
     def _align(self, views: list[Tensor], prompts: list[str | Image.Image]) -> list[float]:

@@ -100,15 +100,20 @@ class Gallery:
     def add_film(self, result_id: str, content: bytes) -> None:
         """Add a result's turntable, which is made on demand. Raises OSError, and KeyError when the result is gone."""
         result = self._results[result_id]
-        (self._folder / result_id / FILM).write_bytes(content)
-        self._results[result_id] = result.model_copy(update={"files": (*result.files, FILM)})
-        (self._folder / result_id / ABOUT).write_text(self._results[result_id].model_dump_json())
+        result = result.model_copy(update={"files": (*result.files, FILM)})
+        folder = self._folder / result_id
+        (folder / FILM).write_bytes(content)
+        half = folder / f"{ABOUT}.part"
+        half.write_text(result.model_dump_json())
+        half.replace(folder / ABOUT)
+        self._results[result_id] = result
         self._bytes[result_id] += len(content)
 
     def path(self, result_id: str, name: str) -> Path | None:
         """Path of one of a result's files; None if it does not exist."""
         result = self._results.get(result_id)
-        return None if result is None or name not in result.files else self._folder / result_id / name
+        path = self._folder / result_id / name
+        return path if result is not None and name in result.files and path.is_file() else None
 
     def remove(self, result_id: str) -> bool:
         """Remove a result. Returns whether it existed."""

@@ -103,9 +103,8 @@ class Makers:
         began = time.monotonic()
         kind = "text" if asked.image is None else "image"
         about: dict[str, Any] = {"id": request_id, "made_at": time.time(), "prompt": asked.prompt, "seed": asked.seed}
-        files = {} if asked.image is None else {PICTURE: await asyncio.to_thread(_small, asked.image)}
+        files: dict[str, bytes] = {}
         with self._events.request(request_id) as following:
-            following.queued(f"generate {kind}{'' if asked.candidates == 1 else ', best of several'}")
 
             def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
                 if preview:
@@ -113,7 +112,17 @@ class Makers:
                 following.progress(stage, fraction)
 
             try:
+                if asked.image is not None:
+                    files[PICTURE] = await asyncio.to_thread(_small, asked.image)
+                following.queued(f"generate {kind}{'' if asked.candidates == 1 else ', best of several'}")
                 asset = await self._candidates.generate(asked, progress)
+                self._record(asset.report, time.monotonic() - began)
+                if asset.ply:
+                    files[SPLAT] = asset.ply
+                    with suppress(Exception):  # the page then shows the result without it
+                        files[THUMBNAIL] = await self._engine.call(
+                            partial(_thumbnail, data=asset.ply, device=self._device()), False
+                        )
             except asyncio.CancelledError:
                 following.end("cancelled", "cancelled on the page")
                 raise
@@ -123,13 +132,6 @@ class Makers:
                 self._keep(Result(**about, outcome="failed", reason=reason), files)
                 following.end("failed", reason)
                 return
-            self._record(asset.report, time.monotonic() - began)
-            if asset.ply:
-                files[SPLAT] = asset.ply
-                with suppress(Exception):  # the page then shows the result without it
-                    files[THUMBNAIL] = await self._engine.call(
-                        partial(_thumbnail, data=asset.ply, device=self._device()), False
-                    )
             report = asset.report
             result = Result(
                 **about | {"made_at": time.time(), "seed": report.seed},

@@ -206,7 +206,7 @@ class TestResolve:
         options: Any = resolved.options
         assert (options.iters, resolved.models.text_to_image.steps, resolved.port) == (7, 2, 10006)
 
-    def test_a_cap_on_gaussians_holds_from_the_start(self, machine):
+    def test_a_cap_on_gaussians_holds_from_the_start(self, machine, tmp_path):
         machine(False, [])
         of_tiny: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
         assert of_tiny.max_gaussians == 9000
@@ -215,6 +215,12 @@ class TestResolve:
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)
         resolved = Settings.resolve({**tiny, "max_gaussians": "500000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (500_000, 14_000)
+        more = tmp_path / "more.yaml"
+        more.write_text("generator: lgm\nviews_from: picture_and_words\nmin_gaussians: 20000\n")
+        with pytest.raises(
+            SettingsError, match=r"^max_gaussians: 9000: min_gaussians 20000 is over max_gaussians 9000$"
+        ):
+            Settings.resolve({"profile": "tiny", "config": more, "max_gaussians": "9000"})
 
     def test_a_clusters_service_needs_no_gpu_and_no_weights(self, machine):
         machine(False, ["flux is not here"])

@@ -140,7 +140,7 @@ def test_the_newest_ledger_is_found(
     )
     write(practice, one_task(1, now - 100))
     assert report.main([]) == 0
-    assert f"Ledger: {practice}\n" in capsys.readouterr().out
+    assert f"Ledger: {practice} (a rehearsal" in capsys.readouterr().out
     write(newer, one_task(2, now - 200))
     write(older, one_task(3, now - 300))
     assert report.main([]) == 0

@@ -20,12 +20,14 @@ MIN_LEVEL, MAX_LEVEL = 0.02, 0.98
 
 
 class Distillation:
-    """What the guidances share: `Guidance.loss` and `warm_up`, given a model's noise prediction.
+    """Scores renders of many scenes in one call, given a model's noise prediction.
 
     The gradient of the loss by the latents is (guided noise - added noise) * `_weight`.
+
+    A condition is an opaque tensor for one scene. Conditions of several scenes are stacked along a new axis 0.
     """
 
-    views = 1
+    views = 1  # of one scene, that `loss` takes together
 
     def __init__(
         self, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: DDIMScheduler, image_size: int
@@ -65,7 +67,11 @@ class Distillation:
         generators: list[torch.Generator],
         guidance_scale: float,
     ) -> Tensor:
-        """See `Guidance.loss`."""
+        """Loss (S,) of renders (S * views, 3, H, W) in 0..1 from OpenGL poses (S * views, 4, 4).
+
+        `render` returns the renders. It may synchronise with the device, so it is called after everything else has been
+        launched. `noise_levels` (S,) are in 0..1 (1 = pure noise). Noise is drawn from each scene's own generator.
+        """
         t = timesteps(noise_levels, len(self._alphas)).to(self._alphas.device)
         noise = draw_noise(generators, (self.views, *self._latent_shape), self._alphas.device)
         images = self._resize(render())
@@ -75,7 +81,7 @@ class Distillation:
         return with_gradient(images, losses, gradient) / self.views
 
     def warm_up(self, scenes: int, guidance_scale: float, progress: Callable[[str], None]) -> None:
-        """See `Guidance.warm_up`."""
+        """On a GPU, compile and capture `loss` for up to `scenes` scenes at this scale. Else do nothing."""
         device = self._unet.device
         if device.type != "cuda":
             return
@@ -101,12 +107,12 @@ class Distillation:
             )
 
     def offload(self) -> None:
-        """See `Guidance.offload`."""
+        """See `generation.generators.base.Generator.offload`."""
         self._step.forget()
         self._offloaded.offload()
 
     def onload(self) -> None:
-        """See `Guidance.onload`."""
+        """See `generation.generators.base.Generator.onload`."""
         self._offloaded.onload()
 
     def _distil(

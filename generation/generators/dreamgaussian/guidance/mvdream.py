@@ -1,4 +1,4 @@
-"""MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512) as guidance, from diffusers' classes."""
+"""MVDream (Shi et al. 2023, https://arxiv.org/abs/2308.16512) as guidance by the text, from diffusers' classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from generation.accelerate.pinned import copy_async
 from generation.generators.base import Checkpoint
@@ -24,7 +23,6 @@ from generation.generators.multiview.sampling import (
 )
 from generation.generators.multiview.text_encoder import TextEncoder
 from generation.weights.latent_diffusion import load_unet
-from generation.weights.registry import MultiViewUse
 from generation.weights.strict import load_model
 
 
@@ -37,8 +35,7 @@ class MVDream(Distillation):
         self,
         unet: UNet2DConditionModel,
         vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        words: TextEncoder,
         scheduler: DDIMScheduler,
         front_azimuth: float = 0.0,
     ) -> None:
@@ -46,8 +43,8 @@ class MVDream(Distillation):
         super().__init__(unet, vae, scheduler, unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1))
         self._scheduler = scheduler
         self._front_azimuth = front_azimuth
-        self._texts = TextEncoder(text_encoder, tokenizer)
-        self._networks.append(self._texts.encoder)
+        self._words = words
+        self._networks.append(words.encoder)
         self._joint = join_views(unet, self.views, shared_text=True)
 
     @classmethod
@@ -56,33 +53,30 @@ class MVDream(Distillation):
 
         The UNet may have the names that its authors published it with. Raises WeightsError.
         """
-        local = {"local_files_only": True}
-        unet = load_unet(folder / "unet", dtype)
-        vae = load_model(AutoencoderKL, folder / "vae", dtype)
-        text = load_model(CLIPTextModel, folder / "text_encoder", dtype)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", **local)
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", **local)
-        return cls(unet.to(device), vae.to(device), text.to(device), tokenizer, scheduler, front_azimuth)
+        unet = load_unet(folder / "unet", dtype).to(device)
+        vae = load_model(AutoencoderKL, folder / "vae", dtype).to(device)
+        words = TextEncoder.load(folder, device, dtype)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        return cls(unet, vae, words, scheduler, front_azimuth)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> MVDream:
         """See `load`."""
-        use = checkpoint.entry.used_as(MultiViewUse) or MultiViewUse()
-        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, use.front_azimuth)
+        return cls.load(checkpoint.folder, checkpoint.device, checkpoint.dtype, checkpoint.entry.front_azimuth)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> None:
-        """See `TextGuidance.encode`."""
-        self._texts.encode(texts)
+        """Encode texts in one batch into the cache that `prepare` reads."""
+        self._words.encode(texts)
 
     def truncation(self, text: str) -> tuple[int, int] | None:
-        """See `TextGuidance.truncation`."""
-        return self._texts.truncation(text)
+        """(tokens that are read, tokens of the text) if the text is truncated, else None."""
+        return self._words.truncation(text)
 
     @torch.no_grad()
     def prepare(self, prompt: str, negative_prompt: str) -> Tensor:
         """Text states (2, L, C): of the negative prompt, then of the prompt."""
-        return self._texts.pair(prompt, negative_prompt)
+        return self._words.pair(prompt, negative_prompt)
 
     def _any_condition(self) -> Tensor:
         return self.prepare("", "")
@@ -97,7 +91,12 @@ class MVDream(Distillation):
         guidance_scale: float,
         first: Tensor | None = None,
     ) -> Tensor:
-        """See `TextGuidance.sample`. All V views attend to each other."""
+        """Consistent images (V, 3, S, S) in 0..1 of what the condition describes, from poses (V, 4, 4).
+
+        All V views attend to each other. With `first` (3, S, S) the first view is known, and the others are consistent
+        with it. The model must be trained for that: it sees this view without noise, at time step 0, and the guidance
+        is towards it, too.
+        """
         views, size = len(camera_to_world), self._unet.config.sample_size
         latents = torch.randn(views, self._unet.config.in_channels, size, size, generator=generator)
         latents = copy_async(latents, self._unet.device)

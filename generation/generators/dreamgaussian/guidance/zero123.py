@@ -70,7 +70,10 @@ class Zero123(Distillation):
 
     @torch.no_grad()
     def prepare(self, cutout: Tensor, elevation: float) -> Tensor:
-        """See `ImageGuidance.prepare`. A vector: `elevation`, CLIP embedding and latents of the view over white."""
+        """The condition of one scene, from its cut-out (4, S, S), RGBA in 0..1, seen from `elevation` (degrees up).
+
+        A vector: `elevation`, CLIP embedding and latents of the view over white.
+        """
         image = (cutout[:3] * cutout[3:] + 1 - cutout[3:])[None]
         image = self._resize(image)
         pixels = self._processor(images=list((image.cpu() * 255).byte()), return_tensors="pt").pixel_values

@@ -36,12 +36,13 @@ export function showMiner(page, visible) {
 
 function draw(page, state, problem) {
   if (!state) {
-    change(page, element("div", { className: "card" }, element("h3", {}, "No miner"), element("p", { className: "small" }, problem)));
+    change(page, element("div", { className: "card" }, element("h2", {}, "No miner"), element("p", { className: "small" }, problem)));
     return;
   }
+  const width = Math.min(560, page.clientWidth - 60); // its text keeps its size on a phone
   change(page, warnings(state), tiles(state),
-    element("div", { className: "two" }, card("Accepted results, each 10 minutes", bars(state)), card("Scores of accepted results", dots(state))),
-    card("Validators", validators(state)),
+    element("div", { className: "two" }, card("Results, each 10 minutes: accepted (green), not accepted (red)", bars(state, width)), card("Scores of accepted results", dots(state, width))),
+    card("Validators", validators(state), { tabIndex: 0 }), // wider than a phone: keys scroll it, too
     element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
     card("GPUs of this service", engines(state)),
     card("Results as they come", outcomes(state)));
@@ -58,7 +59,7 @@ function change(old, ...next) {
   });
 }
 
-const card = (title, content) => element("section", { className: "card" }, element("h3", {}, title), content);
+const card = (title, content, more = {}) => element("section", { className: "card", ...more }, element("h2", {}, title), content);
 const number = (value, digits = 0) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
 
 function duration(seconds) {
@@ -82,7 +83,7 @@ function tiles(state) {
   const share = state.ceiling ? (100 * state.accepted) / state.ceiling : null;
   const each = [
     [number(state.accepted), `accepted in ${number(hours)} h, ${share === null ? "–" : number(share)} % of the ceiling`],
-    [number(state.reward, 1), "reward, by the validators' own count"],
+    [number(state.reward), "reward, by the validators' own count"],
     [number(state.mean_score, 3), "mean score of accepted results"],
     [number(state.declined), "declined"],
     [number(state.held.length), `tasks in hand, ${number(state.queued)} waiting`],
@@ -105,7 +106,7 @@ function validators(state) {
     const bar = element("div", { className: "bar" }, element("i", {}));
     bar.firstChild.style.width = `${Math.min(100, ((each.cooldown ?? 0) / 300) * 100)}%`;
     const left = element("div", { className: "row" }, bar, each.cooldown ? duration(each.cooldown) : "free");
-    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward, 1), number(each.candidates, 1), number(each.gain, 3), number(each.declined), number(each.early)];
+    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward), number(each.candidates, 1), number(each.gain, 3), number(each.declined), number(each.early)];
   });
   return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["candidates", "n"], ["gain", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
 }
@@ -130,7 +131,7 @@ function engines(state) {
 function outcomes(state) {
   const rows = state.outcomes.map((each) => [new Date(each.at * 1000).toLocaleTimeString(), `UID ${each.uid}`,
     element("span", { className: OUTCOMES[each.outcome] ?? "" }, each.outcome.replaceAll("_", " ")), number(each.score, 3), duration(each.seconds)]);
-  return element("div", { id: "outcomes" }, table([["time"], ["validator"], ["outcome"], ["score", "n"], ["sending took", "n"]], rows, "None yet."));
+  return element("div", { id: "outcomes", tabIndex: 0 }, table([["time"], ["validator"], ["outcome"], ["score", "n"], ["sending took", "n"]], rows, "None yet."));
 }
 
 // ---- plots ----------------------------------------------------------------------------------------------------------
@@ -150,25 +151,25 @@ function drawing(width, height, label) {
   return { svg, add };
 }
 
-const WIDTH = 560, HEIGHT = 150, LEFT = 30, BOTTOM = 130, TOP = 10;
+const HEIGHT = 150, LEFT = 30, BOTTOM = 130, TOP = 10;
 
-function axes(add, state, low, high, digits) {
+function axes(add, width, state, low, high, digits) {
   for (const share of [0, 0.5, 1]) {
     const y = BOTTOM - share * (BOTTOM - TOP);
-    add("line", { x1: LEFT, x2: WIDTH, y1: y, y2: y, stroke: "var(--line)" });
+    add("line", { x1: LEFT, x2: width, y1: y, y2: y, stroke: "var(--line)" });
     add("text", { x: LEFT - 4, y: y + 4, "text-anchor": "end" }, (low + share * (high - low)).toFixed(digits));
   }
   for (let hours = 0; hours <= 4; hours++) {
-    const x = LEFT + ((WIDTH - LEFT) * hours) / 4;
+    const x = LEFT + ((width - LEFT) * hours) / 4;
     add("text", { x, y: HEIGHT - 4, "text-anchor": hours === 0 ? "start" : hours === 4 ? "end" : "middle" }, hours === 4 ? "now" : `${((4 - hours) * state.window_seconds) / 14400} h ago`);
   }
 }
 
-function bars(state) {
-  const { svg, add } = drawing(WIDTH, HEIGHT, "Accepted and lost results over time");
+function bars(state, width) {
+  const { svg, add } = drawing(width, HEIGHT, "Accepted and lost results over time");
   const most = 2 * Math.max(2, Math.ceil(Math.max(...state.bins.map((each) => each.accepted + each.lost)) / 2));
-  axes(add, state, 0, most, 0);
-  const step = (WIDTH - LEFT) / state.bins.length, unit = (BOTTOM - TOP) / most;
+  axes(add, width, state, 0, most, 0);
+  const step = (width - LEFT) / state.bins.length, unit = (BOTTOM - TOP) / most;
   state.bins.forEach((each, i) => {
     const x = LEFT + i * step + 1, tall = each.accepted * unit, lost = each.lost * unit;
     add("rect", { x, y: BOTTOM - tall, width: Math.max(1, step - 2), height: tall, fill: "var(--good)" });
@@ -177,13 +178,13 @@ function bars(state) {
   return svg;
 }
 
-function dots(state) {
-  const { svg, add } = drawing(WIDTH, HEIGHT, "Scores of accepted results over time");
+function dots(state, width) {
+  const { svg, add } = drawing(width, HEIGHT, "Scores of accepted results over time");
   const scored = state.outcomes.filter((each) => each.outcome === "accepted" && each.score !== null);
   const low = Math.min(0.6, ...scored.map((each) => each.score)), high = Math.max(1, ...scored.map((each) => each.score));
-  axes(add, state, low, high, 2);
+  axes(add, width, state, low, high, 2);
   for (const each of scored) {
-    const x = LEFT + (WIDTH - LEFT) * (1 - (state.at - each.at) / state.window_seconds);
+    const x = LEFT + (width - LEFT) * (1 - (state.at - each.at) / state.window_seconds);
     if (x >= LEFT) add("circle", { cx: x, cy: BOTTOM - ((each.score - low) / (high - low || 1)) * (BOTTOM - TOP), r: 3, fill: "var(--accent)", "fill-opacity": 0.75 });
   }
   return svg;

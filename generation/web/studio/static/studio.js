@@ -251,7 +251,7 @@ function turnBy(dx, dy) {
 }
 
 function panBy(dx, dy) {
-  const { right, up } = view._pose(), scale = view.camera.distance / view.canvas.clientHeight;
+  const { right, up } = view._pose(), scale = view.camera.distance / Math.min(view.canvas.clientWidth, view.canvas.clientHeight);
   view.look({ pan: view.camera.pan.map((each, axis) => each - (right[axis] * dx - up[axis] * dy) * scale) });
 }
 

@@ -53,7 +53,7 @@ void main() {
 }`;
 
 const TEXELS_WIDTH = 3 * 1024;
-const FOVY = 49.1; // degrees, as validators look
+const FOV = 49.1; // degrees, of the shorter side, as validators look
 const CLOSEST = 0.2, FARTHEST = 20; // of the camera, in longest sides of the bounding box
 export const FRONT = { azimuth: 0, elevation: 15, distance: 2.5 / 1.5, pan: [0, 0, 0] };
 
@@ -157,7 +157,7 @@ export class SplatView {
     if (!this.splat) return this.changed();
     const { matrix, back } = this._pose(), forward = back.map((each) => -each);
     this._sort(forward);
-    const focal = height / 2 / Math.tan((FOVY / 2) * (Math.PI / 180));
+    const focal = Math.min(width, height) / 2 / Math.tan((FOV / 2) * (Math.PI / 180)); // a narrow canvas cuts nothing off
     gl.uniformMatrix4fv(this.uniforms.view, false, matrix);
     gl.uniform2f(this.uniforms.focal, focal, focal);
     gl.uniform2f(this.uniforms.size, width, height);

@@ -243,6 +243,28 @@ async def test_a_tick_that_breaks_fails_what_it_carried_and_nothing_else(
     assert (await engine.generate(request_of("a"))).ply == b"ply\na 1"
 
 
+async def test_a_thread_that_breaks_leaves_nobody_waiting(
+    ready_engine: tuple[Engine, StandInPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine's memory is full, outside of a tick: so its process is started again."""
+    engine, pipeline = ready_engine
+
+    def full(*_: Any) -> Job:
+        raise MemoryError("none left")
+
+    held = asyncio.create_task(engine.generate(request_of("hold")))
+    await until(lambda: engine.active)
+    waiting = asyncio.create_task(engine.generate(request_of("a")))
+    monkeypatch.setattr(pipeline, "begin", full)
+    pipeline.go.set()
+    assert (await held).ply == b"ply\nhold 1"
+    with pytest.raises(Unavailable, match="MemoryError: none left"):
+        await asyncio.wait_for(waiting, PATIENCE_S)
+    assert (engine.status, engine.reason) == ("failed", "the engine broke: MemoryError: none left")
+    with pytest.raises(Unavailable, match="the engine broke"):
+        await engine.generate(request_of("b"))
+
+
 async def test_progress_is_told_and_health_says_what_runs(ready_engine: tuple[Engine, StandInPipeline]) -> None:
     engine, pipeline = ready_engine
     told: list[tuple[str, float]] = []

@@ -165,7 +165,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     alone = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     guidance = MVDream.load(mini_models.parent / "mvdream", "cpu", torch.float32)
     read: list[int] = []
-    guidance._texts.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
+    guidance._words.encoder.register_forward_hook(lambda model, args, out: read.append(len(args[0])))
     prompts = ["a red cube", "a blue ball", "a red cube"]
     guidance.encode([*prompts, "ugly"])
     for prompt in prompts:
@@ -174,7 +174,7 @@ def test_texts_are_read_once_and_together(mini_models, monkeypatch) -> None:
     assert read == [3]
     monkeypatch.setattr(text_cache, "KEPT", 2)
     guidance.prepare("a green cone", "ugly")
-    assert list(guidance._texts._known) == ["ugly", "a green cone"]
+    assert list(guidance._words._known) == ["ugly", "a green cone"]
 
 
 def test_guidance_samples_the_same_views_for_the_same_seed(guidance: MVDream) -> None:

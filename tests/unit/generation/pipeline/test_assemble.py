@@ -25,7 +25,7 @@ def test_load_announces_and_names_every_model(mini_models, no_network, monkeypat
     def load(options, parts):
         guidance = parts.load("mvdream", lambda checkpoint: checkpoint)
         assert (guidance.folder / "unet" / "config.json").is_file()
-        assert (guidance.device, guidance.dtype, guidance.entry.use) == ("cpu", torch.float32, None)
+        assert (guidance.device, guidance.dtype, guidance.entry.front_azimuth) == ("cpu", torch.float32, 0.0)
         assert parts.remove_background(torch.rand(4, 3, 32, 32)).shape == (4, 1, 32, 32)
         made.append(options)
         return sculptor

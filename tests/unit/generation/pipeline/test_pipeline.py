@@ -125,6 +125,11 @@ class TestRejections:
         assert report.rejected == "score 0.41 (alignment 0.42) is under the threshold 0.60"
         assert report.score == report.parts["alignment"] == 0.419
 
+    def test_an_alignment_that_makes_the_score_0(self, pipeline, monkeypatch):
+        align(pipeline, monkeypatch, 0.299)
+        report = self.reject(pipeline, "red")
+        assert report.rejected == "score 0.00 (alignment 0.30): an alignment under 0.30 makes it 0"
+
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
         align(pipeline, monkeypatch, 0.6)
         (asset,) = pipeline.generate([ask("red")])
@@ -132,19 +137,25 @@ class TestRejections:
         assert asset.report.rejected is None
 
 
+def finish(pipeline, *jobs):
+    """The jobs' outcomes."""
+    while unfinished := [job for job in jobs if job.outcome is None]:
+        pipeline.tick(unfinished)
+    return [job.outcome for job in jobs]
+
+
 class TestStopping:
     def test_cancelled_between_ticks(self, pipeline, sculptor):
-        cancelled = lambda index: index == 1 and len(sculptor.batches) >= 2  # noqa: E731
-        kept, dropped = pipeline.generate([ask("red"), ask("blue")], cancelled=cancelled)
+        stopped = pipeline.begin(ask("blue"), cancelled=lambda: len(sculptor.batches) >= 2)
+        kept, dropped = finish(pipeline, pipeline.begin(ask("red")), stopped)
         assert isinstance(dropped, Cancelled)
         assert kept.ply
         assert sculptor.batches == [2, 2, 1, 1, 1]
 
     def test_cancelled_between_stages(self, pipeline, sculptor):
         seen = []
-        (outcome,) = pipeline.generate(
-            [ask("red")], lambda index, stage, fraction: seen.append(stage), lambda index: "background" in seen
-        )
+        job = pipeline.begin(ask("red"), lambda stage, fraction: seen.append(stage), lambda: "background" in seen)
+        (outcome,) = finish(pipeline, job)
         assert isinstance(outcome, Cancelled)
         assert sculptor.batches == []
 
@@ -156,9 +167,9 @@ class TestStopping:
 
 def test_progress(pipeline):
     seen = []
-    pipeline.generate([ask("red")], lambda *event: seen.append(event))
-    assert [stage for _, stage, _ in seen if stage != "clay"] == ["text_to_image", "background", "self_check"]
-    fractions = [fraction for _, stage, fraction in seen if stage == "clay"]
+    finish(pipeline, pipeline.begin(ask("red"), lambda *event: seen.append(event)))
+    assert [stage for stage, _ in seen if stage != "clay"] == ["text_to_image", "background", "self_check"]
+    fractions = [fraction for stage, fraction in seen if stage == "clay"]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
 

@@ -14,6 +14,7 @@ from generation.pipeline import assemble
 from generation.pipeline import pipeline as pipeline_module
 from generation.pipeline.pipeline import Pipeline
 from generation.pipeline.warm_up import warm_up
+from generation.schema.results import Asset, Report
 from generation.settings import CONFIGS
 from tests.support.standins import Painter, WhiteIsBackground, colour_check
 
@@ -61,7 +62,7 @@ def made(text: Narrow, image: Narrow, monkeypatch: pytest.MonkeyPatch, turns: bo
     check.warm_up = check.encode = lambda counted: None
     pipeline = Pipeline(painter, matting, text_generator, image_generator, check, "cpu", [], most, turns)
     pipeline.device = "cuda"
-    monkeypatch.setattr(pipeline, "generate", lambda requests: ["an asset"])
+    monkeypatch.setattr(pipeline, "generate", lambda requests: [Asset(b"", Report(0, rejected="finite: no"))])
     monkeypatch.setattr(pipeline_module, "release_cache", lambda: None)
     return pipeline
 
@@ -85,6 +86,7 @@ def test_it_starts_for_as_many_at_once_as_there_is_memory_for(monkeypatch, caplo
     # What the failed one held is free by then, and graphs are, which know where weights are.
     assert released == [(None, False, False)] * 2
     assert "Out of GPU memory while starting for 4 at once, now for 2: CUDA out of memory. Tried" in caplog.text
+    assert caplog.text.count("The first splat was rejected, as those of requests may be: finite: no") == 2
 
 
 def test_generators_that_take_turns_still_do(monkeypatch):

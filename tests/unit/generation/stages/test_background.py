@@ -130,6 +130,12 @@ def test_an_empty_mask_is_named(level):
         recentre(torch.rand(3, 32, 32), torch.full((1, 32, 32), level), 64)
 
 
+@pytest.mark.parametrize(("level", "mask", "name"), [(float("nan"), 0.0, "picture"), (0.5, float("nan"), "mask")])
+def test_a_broken_model_is_not_taken_for_an_empty_picture(level, mask, name):
+    with pytest.raises(ValueError, match=f"the {name} is not finite"):
+        recentre(torch.full((3, 32, 32), level), torch.full((1, 32, 32), mask), 64)
+
+
 def test_a_speck_is_nothing():
     alpha = torch.zeros(1, 100, 100)
     alpha[:, 50, 50:55] = 1

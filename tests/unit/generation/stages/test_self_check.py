@@ -7,10 +7,12 @@ import torch
 from PIL import Image
 
 from generation.schema.options import Models
+from generation.settings import CONFIGS
 from generation.splats import cameras
 from generation.splats.gaussians import Gaussians
 from generation.splats.rasterize import rasterize
 from generation.stages.self_check import (
+    SelfCheck,
     TextClip,
     check,
     drop_outliers,
@@ -22,7 +24,6 @@ from generation.stages.self_check import (
 )
 from generation.stages.self_check.outliers import geometric_mean
 from generation.weights import WeightsError, local_folder, lookup
-from generation.weights.registry import ClipUse
 from tests.support.standins import ball, colour_check
 
 
@@ -247,7 +248,7 @@ class TestLoading:
     def test_open_clip_folder_without_network(self, mini_models, no_network):
         choice = Models.load(mini_models).clip
         entry = lookup(choice)
-        clip = TextClip.load(local_folder(entry), choice, entry.used_as(ClipUse), "cpu")
+        clip = TextClip.load(local_folder(entry), choice, entry.clip, "cpu")
         with torch.no_grad():
             views, (text,) = clip.embed(torch.rand(4, 3, 224, 224)), clip.encode(["a red cube"])
         assert views.norm(dim=1).tolist() == pytest.approx([1.0] * 4, abs=1e-4)
@@ -258,10 +259,22 @@ class TestLoading:
         with pytest.raises(WeightsError, match="cosine_scale"):
             TextClip.load(local_folder(lookup(choice)), choice, None, "cpu")
 
+    def test_the_model_that_is_broken_is_the_one_that_is_named(self, mini_models, tmp_path):
+        """Not the first one of the stage, whose files are whole."""
+        clip = Models.load(mini_models).clip
+        models = Models.load(CONFIGS / "models_tiny.yaml").model_copy(update={"clip": clip})
+        assert models.quality is not None
+        entries = {"clip": lookup(clip), "quality": lookup(models.quality)}
+        folders = {"clip": local_folder(entries["clip"]), "quality": tmp_path}
+        with pytest.raises(WeightsError, match=r"^tiny-quality can not be loaded"):
+            SelfCheck.load(folders, entries, models, "cpu")
+        with pytest.raises(WeightsError, match=r"^mini-clip can not be loaded"):
+            SelfCheck.load({**folders, "clip": tmp_path}, entries, models, "cpu")
+
     def test_a_folder_without_weights_is_refused(self, mini_models, tmp_path):
         choice = Models.load(mini_models).clip
         entry = lookup(choice)
         config = json.loads((local_folder(entry) / "open_clip_config.json").read_text())
         (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="not a usable open_clip model"):
-            TextClip.load(tmp_path, choice, entry.used_as(ClipUse), "cpu")
+            TextClip.load(tmp_path, choice, entry.clip, "cpu")

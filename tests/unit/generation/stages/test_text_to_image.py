@@ -16,7 +16,6 @@ from generation.settings import PROFILES
 from generation.stages.self_check import SelfCheck, TextClip
 from generation.stages.text_to_image import TextToImage
 from generation.weights import local_folder, lookup
-from generation.weights.registry import ClipUse
 
 
 def load(mini_models, device="cpu", **changes) -> TextToImage:
@@ -82,7 +81,7 @@ def test_a_text_that_is_cut_is_told_by_each_model(model, mini_models):
     """The mini tokenizers have a token for each letter and read 16, with their marks; T5 has one for a word's start."""
     models: Any = Models.load(mini_models)
     entry = lookup(models.clip)
-    check = SelfCheck(TextClip.load(local_folder(entry), models.clip, entry.used_as(ClipUse), "cpu"))
+    check = SelfCheck(TextClip.load(local_folder(entry), models.clip, entry.clip, "cpu"))
     mvdream = MVDream.load(local_folder(lookup(models.mvdream)), "cpu", torch.float32)
     assert (model.truncation("a" * 14), check.truncation("a" * 14), mvdream.truncation("a" * 14)) == ({}, {}, None)
     assert model.truncation("a" * 15) == {"text_to_image CLIP": (16, 17), "text_to_image T5": (16, 17)}

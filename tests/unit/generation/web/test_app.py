@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import html
 import io
 import itertools
 import json
 import logging
 import re
+import socket
 import struct
+import tempfile
 import threading
 import time
+import urllib.error
+import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +32,8 @@ from common import spz
 from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
 from generation.web import intake, pictures
-from tests.support.service_harness import Service, serving, wait_until
+from generation.web.errors import ApiError
+from tests.support.service_harness import PATIENCE_S, Service, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +287,15 @@ def test_a_jpeg_that_paints_its_pixels_very_often_is_refused(service: Service) -
     assert refused["limit"] == pictures.MAX_JPEG_SCANS
 
 
+@pytest.mark.parametrize("end", [b"", b"\0", b"\xd0"])
+def test_a_jpeg_of_fill_bytes_takes_no_time(end: bytes) -> None:
+    """Its markers were looked for anew from each of them: with 10 MB, for days, and no other thread ran meanwhile."""
+    began = time.thread_time()
+    with pytest.raises(ApiError, match="not a readable image"):
+        pictures.decode_image(b"\xff\xd8" + b"\xff" * 60_000 + end, "prompt_image_file")
+    assert time.thread_time() - began < 3
+
+
 def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
     assert upload(service, png(4096, 4096), seed="1").content == b"ply\nRGB (2048, 2048) 1"
 
@@ -288,6 +303,11 @@ def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
 def test_an_image_over_10_mb_is_refused(service: Service) -> None:
     refused = error(upload(service, bytes(pictures.MAX_IMAGE_BYTES + 1)), 413, "prompt_image_file")
     assert refused["limit"] == pictures.MAX_IMAGE_BYTES
+
+
+def test_a_picture_needs_no_room_on_the_disk(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    error(upload(service, bytes(pictures.MAX_IMAGE_BYTES)), 422, "prompt_image_file")
 
 
 def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
@@ -303,9 +323,47 @@ def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
     assert service.generate().status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)]
+)
+def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str, headers: Any, status: int) -> None:
+    """Also where it closes the connection: urllib asks for that, and so do HTTP/1.0 proxies."""
+    asked = urllib.request.Request(service.url + path, bytes(9_000_000), headers, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=PATIENCE_S)
+    assert refused.value.code == status
+
+
+def test_who_expects_to_be_asked_for_the_body_is_answered_at_once(service: Service) -> None:
+    head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += "Expect: 100-continue\r\nContent-Length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("path", ["/generate/", "/validate_txt_to_3d_ply/"])
+def test_a_compressed_body_is_refused_as_such(service: Service, path: str) -> None:
+    kind = "application/json" if "validate" in path else "application/x-www-form-urlencoded"
+    headers = {"content-type": kind, "content-encoding": "gzip"}
+    error(service.client.post(path, content=gzip.compress(b"prompt=a"), headers=headers), 415, "content-encoding")
+    assert service.client.post(
+        "/generate/", data={"prompt": "a cube"}, headers={"content-encoding": "identity"}
+    ).is_success
+
+
 def test_prompt_and_image_together_are_ambiguous(service: Service) -> None:
     error(upload(service, png(), prompt="a cube"), 422, "prompt")
     assert upload(service, png(), prompt="", seed="3").status_code == 200  # what an HTML form sends
+
+
+def test_a_picture_without_a_file_name_is_one(service: Service) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="prompt_image_file"; filename=""\r\n\r\n%b\r\n'
+    text = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na cube\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    asked = service.client.post("/generate/", content=part % png() + b"--b--\r\n", headers=headers)
+    assert asked.content.startswith(b"ply\nRGB (8, 6)")
+    error(service.client.post("/generate/", content=part % png() + text + b"--b--\r\n", headers=headers), 422, "prompt")
 
 
 def test_unknown_paths_and_methods_are_json_too(service: Service) -> None:

@@ -41,6 +41,7 @@ class Follower:
         with httpx.stream("GET", self._url, timeout=PATIENCE_S) as response:
             assert response.status_code == 200
             assert response.headers["content-type"].startswith("text/event-stream")
+            assert response.headers["x-accel-buffering"] == "no"  # nginx: ngx_http_proxy_module, proxy_buffering
             for line in response.iter_lines():
                 self.text += line + "\n"
                 if line.startswith("event: "):

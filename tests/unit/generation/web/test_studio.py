@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -68,6 +71,23 @@ class TestGallery:
             gallery.add(result(1), {})
         assert ids(gallery) == []
 
+    def test_a_full_disk_while_a_turntable_is_kept_costs_no_result(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gallery = Gallery(tmp_path)
+        gallery.add(result(1), {SPLAT: b"x"})
+
+        def half(path: Path, text: str) -> None:
+            path.write_bytes(text[:10].encode())
+            raise OSError(errno.ENOSPC, "no space left on device")
+
+        with monkeypatch.context() as full:
+            full.setattr(Path, "write_text", half)
+            with pytest.raises(OSError, match="no space"):
+                gallery.add_film("r1", b"mp4")
+        assert gallery.path("r1", FILM) is None
+        assert ids(Gallery(tmp_path)) == ["r1"]
+
     @pytest.mark.parametrize("name", ["about.json", "../r1/splat.ply", "turntable.mp4"])
     def test_only_its_own_files_are_named(self, tmp_path: Path, name: str) -> None:
         gallery = Gallery(tmp_path)
@@ -93,6 +113,27 @@ class TestRoutes:
         assert service.client.get(f"/studio/requests/{request_id}/splat.ply").content == b"ply\na red cube 5"
         assert service.client.delete(f"/studio/requests/{request_id}").status_code == 204
         assert service.client.delete(f"/studio/requests/{request_id}").status_code == 404
+
+    def test_a_file_that_was_deleted_is_404(self, service: Service, tmp_path: Path) -> None:
+        request_id = service.client.post("/studio/requests", data={"prompt": "a red cube"}).json()["id"]
+        wait_until(lambda: service.client.get("/studio/requests").json()["results"])
+        (tmp_path / "g" / request_id / SPLAT).unlink()
+        for name in ("splat.ply", "splat.spz", "turntable.mp4"):
+            assert service.client.get(f"/studio/requests/{request_id}/{name}").status_code == 404, name
+
+    def test_listeners_are_told_of_a_cancellation_after_the_splat_was_made(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def hang(*_: Any) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(service.engine, "call", hang)  # of its picture for the gallery
+        request_id = service.client.post("/studio/requests", data={"prompt": "a red cube"}).json()["id"]
+        with service.client.stream("GET", f"/events/{request_id}") as events:
+            lines = itertools.takewhile(lambda line: line != ": keep-alive", events.iter_lines())
+            wait_until(lambda: service.engine.totals["delivered"])
+            assert service.client.delete(f"/studio/requests/{request_id}").status_code == 204
+            assert any('"outcome": "cancelled"' in line for line in lines)
 
     def test_what_the_form_may_not_hold_is_refused_as_by_generate(self, service: Service) -> None:
         for fields in ({"prompt": ""}, {"prompt": "x" * 2000}, {"prompt": "a", "seed": "-1"}, {"seed": "1"}):

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from generation.schema.options import ModelChoice
 from generation.weights import WeightsError, local_folder, lookup
 from generation.weights.loading import download_command
-from generation.weights.registry import REGISTRY, ClipUse, wanted
+from generation.weights.registry import REGISTRY, wanted
 
 WEIGHTS = save({"w": np.zeros(3, dtype="float32")})
 
@@ -46,7 +46,7 @@ def test_every_entry_is_complete():
         for file, digest in entry.sha256:
             assert wanted([file], entry.files) == [file]
             assert re.fullmatch(r"[0-9a-f]{64}", digest)
-    use = REGISTRY["clip-convnext-large-d"].used_as(ClipUse)
+    use = REGISTRY["clip-convnext-large-d"].clip
     assert use is not None
     assert use.cosine_scale == 0.35
 
@@ -175,7 +175,7 @@ class TestCard:
         def use(**more: float):
             card = {"name": "mine", "licence": "MIT", "cosine_scale": 0.5, **more}
             (tmp_path / "card.json").write_text(json.dumps(card))
-            return lookup(ModelChoice(model=str(tmp_path))).used_as(ClipUse)
+            return lookup(ModelChoice(model=str(tmp_path))).clip
 
         assert (use().min_alignment, use().min_image_alignment) == (0.3, 0.3)
         assert use(min_alignment=0.6, min_image_alignment=0.0).min_alignment == 0.6
@@ -188,20 +188,20 @@ class TestCard:
 
     def test_is_read(self, tmp_path):
         entry = lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT", "cosine_scale": 0.7, "seed": 1}))
-        use = entry.used_as(ClipUse)
+        use = entry.clip
         assert use is not None
         assert (entry.name, entry.licence, use.cosine_scale) == ("small", "MIT", 0.7)
         assert local_folder(entry) == tmp_path
         assert not entry.pinned
 
     def test_without_cosine_scale_is_no_clip(self, tmp_path):
-        assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).use is None
+        assert lookup(self.choice(tmp_path, {"name": "small", "licence": "MIT"})).clip is None
 
     def test_can_stand_for_a_registry_entry(self, tmp_path):
         """A copy of the published files, on a disk of one's own: licence and use are the registry's."""
         choice = self.choice(tmp_path, {"of": "clip-convnext-large-d"})
         entry = lookup(choice)
-        assert entry.use == REGISTRY["clip-convnext-large-d"].use
+        assert entry.clip == REGISTRY["clip-convnext-large-d"].clip
         assert entry.licence == "MIT"
         with pytest.raises(WeightsError, match=r"lacks open_clip_config\.json.*copy its folder again"):
             local_folder(entry)
