@@ -45,7 +45,7 @@ def main() -> None:
     config = models.open_clip_config(len(tokenizer))
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).to(args.device)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=args.tune).to(args.device)
     pool = render_pool(args.objects or 4_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
     n, views = pool.rgba.shape[:2]
     ids = tokens(tokenizer, pool.captions(CAPTIONS), args.device)
@@ -83,7 +83,7 @@ def main() -> None:
             + (miss * weight).sum(1).mean()
         )
 
-    best, run = fit("clip", model, loss, args, lr=1e-3, weight_decay=0.05)
+    best, run = fit("clip", model, loss, args, lr=3e-4 if args.tune else 1e-3, weight_decay=0.05)
     quality = measure(best, tokenizer, args)
     save_file({k: v.half().contiguous() for k, v in best.state_dict().items()}, folder / "open_clip_model.safetensors")
     more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": 1.0}

@@ -357,7 +357,7 @@ def main() -> None:
         with autocast(args):
             return objective(fused, x, worth)
 
-    lr, decay = (2e-4, 0.99) if args.tune else (1.5e-3, 0.998)
+    lr, decay = (5e-4, 0.998) if args.tune else (1.5e-3, 0.998)
     best, run = fit("quality", net, loss, args, lr=lr, weight_decay=0.05, decay=decay)
     calibration = logits(best, torch.stack([r["views"] for r in others]))
     renders = logits(best, exact_renders(CALIBRATION, each, device))
