@@ -180,7 +180,7 @@ class TestResolve:
 
     @pytest.mark.parametrize(
         ("profile", "words"),
-        [("full", "'1tb': must be one of 80gb, 48gb, 24gb, 16gb"), ("tiny", "'1tb': there are none")],
+        [("full", "'1tb': must be one of 80gb, 48gb, 24gb, 16gb"), ("tiny", "'1tb': the file has no memory classes")],
     )
     def test_an_unknown_class_is_refused(self, machine, profile, words):
         machine(True, [])
