@@ -62,7 +62,7 @@ TARGETS, TARGET_SIZE = 8, 128  # views of an object that it is held against, in 
 SHOWN = 4  # of them in one step
 # Validators look at 518 pixels, where the rasteriser's blur of 0.3 pixels^2 hides no gaps that it hides at 128.
 BLUR = 0.3 * (TARGET_SIZE / 518) ** 2
-FINE = 4  # what is measured is drawn so many times larger, renders and exact targets alike
+FINE = 4  # exact targets of the test have so many samples along a pixel's side, and on a GPU renders have, too
 STEPS, GUIDANCE = 12, 3.0  # of the multi-view diffusion, as in the profile
 # How the views of a drawn object come about: of those with the proportions that their captions mean, and of the others,
 # which only a picture can show.
@@ -494,6 +494,7 @@ def main() -> None:
         fresh.save(args.work / f"pool_lgm_{len(earlier)}.pt")
         pools.append(fresh)
     pool = Pool.joined(pools)
+    args.objects = len(pool)  # for the card: those of the runs before, too
     trainer = Trainer(model, pool, args, args.shares)
     until = began + args.pause if args.pause else None
     if args.finish and until:
@@ -510,7 +511,10 @@ def main() -> None:
     names = ("exact", "jittered", "drawn")
     quality: dict[str, object] = {f"from_{name}_views": measure(best, test, name, args.device) for name in names}
     quality["unseen_prompts"], rows = unseen_prompts(best, chain, args.device, args.prompts, 0)
-    write_card(folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality, background=BACKDROP)
+    write_card(
+        folder, "tiny-lgm", "scripts/tiny_pack/train_lgm.py", args, run, quality,
+        lr=lr, shares=args.shares, background=BACKDROP,
+    )  # fmt: skip
     if args.sheet:
         save_image(make_grid(rows, nrow=2 * len(VIEWS), pad_value=1.0), args.sheet)
     print(f"lgm: {run} {json.dumps(quality)}", flush=True)
