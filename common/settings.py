@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
 import sys
@@ -246,7 +247,11 @@ class CommandLine:
         `cwd`: where relative paths of flags and variables begin; None: the process's working directory.
         """
         prog = self.parser.prog
-        args = self.parser.parse_args(argv)
+        args, unknown = self.parser.parse_known_args(argv)
+        if unknown:
+            flags = [flag for each in self._settings for flag in each.flags]
+            meant = _nearest(unknown[0].partition("=")[0], flags)
+            self.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         try:
             named = None if args.config_file is None else _join(cwd, Path(args.config_file).expanduser())
         except RuntimeError as error:  # a ~ of nobody
@@ -261,7 +266,8 @@ class CommandLine:
             except OSError as error:
                 _refuse(prog, [f"--config-file {file}: {error.strerror}"])
             except (ValueError, RecursionError) as error:
-                _refuse(prog, [f"--config-file {file}: {error}"])
+                hint = ": text and paths belong in quotes" if str(error).startswith("Invalid value") else ""
+                _refuse(prog, [f"--config-file {file}: {error}{hint}"])
         problems: list[str] = []
         values: dict[Source, dict[Setting, Any]] = {
             "flag": dict(self._from_flags(args, cwd, problems)),
@@ -289,7 +295,7 @@ class CommandLine:
                 continue
             each = known.get(variable)
             if each is None:
-                problems.append(f"{escape(variable)[:MAX_SHOWN_CHARACTERS]}: no such setting")
+                problems.append(f"{_key(variable)}: no such setting{_nearest(variable, known)}")
             else:
                 yield from self._checked(each, each.check.from_text, text, "variable", cwd, None, problems)
 
@@ -298,7 +304,7 @@ class CommandLine:
     ) -> Iterator[tuple[Setting, Any]]:
         for table, content in document.items():
             if table not in TABLES:
-                problems.append(f"{file}: {_key(table)}: no such table: there are {', '.join(TABLES)}")
+                problems.append(f"{file}: {_key(table)}: {self._why_no_table(table, content)}")
             elif not isinstance(content, dict):
                 problems.append(f"{file}: {table}: must be a table, [{table}]")
             elif table in self._tables:
@@ -306,10 +312,19 @@ class CommandLine:
                 for key, value in content.items():
                     each = known.get(key)
                     if each is None:  # its value may be anything, a mnemonic too
-                        problems.append(f"{file}: [{table}] {_key(key)}: no such setting: there are {', '.join(known)}")
+                        problems.append(
+                            f"{file}: [{table}] {_key(key)}: no such setting{_nearest(key, known)}: "
+                            f"there are {', '.join(known)}"
+                        )
                     else:
                         folder = None if file is None else file.absolute().parent
                         yield from self._checked(each, each.check.from_toml, value, "file", folder, file, problems)
+
+    def _why_no_table(self, name: str, content: Any) -> str:
+        tables = [each.table for each in self._settings if each.key == name]
+        if tables and not isinstance(content, dict):
+            return f"a setting belongs under the line of its table, [{'] or ['.join(tables)}]"
+        return f"no such table{_nearest(name, TABLES)}: there are {', '.join(TABLES)}"
 
     def _checked(
         self,
@@ -392,6 +407,12 @@ def _shown(value: Any, source: Source) -> str:
 
 def _key(key: str) -> str:
     return escape(key)[:MAX_SHOWN_CHARACTERS]
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """`` (meant: ...?)`` for a name that is mistyped."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f" (meant: {found[0]}?)" if found else ""
 
 
 def _as_toml(value: Any) -> Any:

@@ -6,6 +6,7 @@ in the background, and waits until they are healthy. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -73,7 +74,8 @@ class Deployment:
             given.refuse("network", "name", f"{shown_network(self.network)} needs --wallet.name")
         # What the tiny models make earns nothing there but penalties: only who asks for them gets them.
         self.profile: str = service.profile if self.rehearsed or service.profile != "auto" else "full"
-        self._hotkey = Path(os.path.expanduser(wallet.path)) / wallet.name / "hotkeys" / wallet.hotkey
+        self._wallet = wallet
+        self.metrics_port: int = miner.metrics_port
         self.host, self.port = service.host, service.port
         self.url = f"http://{_reach(service.host)}:{service.port}"
         self.workers: int | None = miner.workers if given.has("miner", "workers") else None
@@ -129,10 +131,18 @@ class Deployment:
         """Before a service loads for minutes in vain: the miner needs the hotkey's file. Raises Refused."""
         if self.rehearsed or "miner" not in self.names:
             return
+        folder = Path(os.path.expanduser(self._wallet.path))
+        hotkey = folder / self._wallet.name / "hotkeys" / self._wallet.hotkey
         try:
-            self._hotkey.open("rb").close()
+            hotkey.open("rb").close()
         except OSError as error:
-            raise Refused(f"the hotkey's file {self._hotkey} can not be read: {error.strerror}") from None
+            there = sorted(f"{path.parent.parent.name}/{path.name}" for path in folder.glob("*/hotkeys/*"))
+            known = ", ".join(path for path in there if not path.endswith("pub.txt")) or "none"
+            raise Refused(
+                f"the hotkey's file {hotkey} can not be read: {error.strerror}. Wallets and hotkeys in {folder}: {known}. "
+                "Copy it there (docs/DEPLOYMENT_GUIDE.md, step 4), or name another: --wallet.name, --wallet.hotkey, "
+                "--wallet.path"
+            ) from None
 
     def places(self) -> int:
         """The miner's workers: one for each request that the services work on at once. A cluster may grow."""
@@ -232,6 +242,8 @@ def deploy(given: Given, caller: Path) -> None:
         problem = None
         if "generation_service" in deployment.names:
             problem = probe.check_port(deployment.host, deployment.port)
+            if problem:
+                problem += ". Another port: --port"
         if deployment.cluster is not None:
             problem = problem or cluster.check_ports(deployment.cluster.place, deployment.cluster.is_head)
         if problem:
@@ -240,7 +252,9 @@ def deploy(given: Given, caller: Path) -> None:
         _prepare(given, deployment, caller)
         try:
             _start(deployment)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                _say_to_who_ended_it("\nStopping what was started ...")
             processes.stop_all()
             raise
         _summarise(deployment)
@@ -360,6 +374,8 @@ def _start(deployment: Deployment) -> None:
         network.unlink(missing_ok=True)
         _started(deployment, "rehearsal", lambda pid: probe.wait_for_file(network, pid, START_S, status=False))
     print("Starting the miner ...", flush=True)
+    if deployment.metrics_port and (problem := probe.check_port("127.0.0.1", deployment.metrics_port)):
+        print(f"  it goes without metrics, and Studio shows nothing of it: {problem}. Another port: --metrics-port")
     status = RUN / "miner.status"
     status.unlink(missing_ok=True)
     deployment.workers = deployment.workers or deployment.places()
@@ -436,7 +452,12 @@ def _short(path: Path) -> Path:
 
 
 def _end(*_: object) -> NoReturn:
-    raise SystemExit(ENDED)
+    raise KeyboardInterrupt
+
+
+def _say_to_who_ended_it(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        print(text, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str], caller: Path) -> int:
@@ -450,6 +471,9 @@ def main(arguments: Sequence[str], caller: Path) -> int:
     except (Refused, environment.InstallError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        _say_to_who_ended_it(f"\n{PROGRAM}: ended before it was done; nothing of it runs. Again, it goes on from here")
+        return ENDED
     return 0
 
 

@@ -99,7 +99,7 @@ def _installed(extra: str) -> str:
 def _make() -> None:
     free = shutil.disk_usage(ROOT).free / 1024**3
     if free < INSTALL_GB:
-        raise InstallError(f"too little disk: {free:.0f} GB free in {ROOT}, the install needs {INSTALL_GB} GB")
+        raise InstallError(f"too little disk: {free:.1f} GB free in {ROOT}, the install needs {INSTALL_GB} GB")
     _say(f"Making the environment in .venv with Python {'.'.join(map(str, sys.version_info[:3]))} ...")
     if subprocess.run([sys.executable, "-m", "venv", "--clear", ROOT / ".venv"]).returncode != 0:
         raise InstallError(f"could not make the environment in {ROOT}/.venv")
@@ -131,7 +131,8 @@ def _install(extras: Sequence[str], hashes: bool) -> None:
         _refuse_what_pip_can_not_mend()
         print("\n".join(LOG.read_text(errors="replace").splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise InstallError(
-            "pip could not install the packages: its reason is above. Running this again goes on from here."
+            "pip could not install the packages: its reason is above (is there a connection to the internet, and to the "
+            "index that pip config list names?). Running this again goes on from here."
         )
 
 

@@ -150,7 +150,8 @@ def test_an_endpoint_that_is_nowhere_does_not_end_the_deployment(clone: Clone) -
 
 @pytest.mark.slow
 def test_a_wallet_means_finney(clone: Clone) -> None:
-    refused(clone.deploy("--wallet.name", "cold", HOME=str(clone.path)), "cold/hotkeys/default", "No such file")
+    missing = clone.deploy("--wallet.name", "cold", HOME=str(clone.path))
+    refused(missing, "cold/hotkeys/default", "No such file", ": none. Copy it there", "step 4", "--wallet.name")
     assert not (clone.path / "service-arguments").exists()
     result = clone.deploy("--wallet.name", "cold", HOME=with_key(clone))
     assert result.returncode == 0
@@ -202,8 +203,22 @@ def test_help_names_every_flag(clone: Clone) -> None:
 
 def test_a_busy_port_is_named_with_its_holder(clone: Clone) -> None:
     with socket.create_server(("127.0.0.1", clone.port)):
-        refused(clone.deploy(), f"port {clone.port}", f"PID {os.getpid()}")
+        refused(clone.deploy(), f"port {clone.port}", f"PID {os.getpid()}", "--port")
     assert not list((clone.path / "run").glob("*.pid"))
+
+
+def test_a_hotkey_that_is_elsewhere_is_named(clone: Clone) -> None:
+    home = with_key(clone, "hot")
+    refused(clone.deploy("--wallet.name", "cold", HOME=home), "cold/hotkeys/default", ": cold/hot. Copy it there")
+
+
+def test_a_metrics_port_that_is_taken_is_told(clone: Clone) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = clone.deploy("--metrics-port", str(port))
+    assert result.returncode == 0
+    assert "goes without metrics, and Studio" in result.stdout
+    assert f"port {port}: Address already in use, held by PID {os.getpid()}" in result.stdout
 
 
 @pytest.mark.slow
@@ -245,6 +260,8 @@ def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: 
     deploy = subprocess.Popen(
         [clone.path / "deploy_competitive.sh", "--port", str(clone.port)],
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(how, signal.SIG_DFL),  # whatever the tests themselves were started with
     )
@@ -253,7 +270,9 @@ def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: 
     service = psutil.Process(clone.pid("generation_service"))
     refused(clone.stop(), "a deploy or stop is at work")
     os.killpg(deploy.pid, how)
-    assert deploy.wait(60) == 130
+    _, said = deploy.communicate(timeout=60)
+    assert deploy.returncode == 130
+    assert "nothing of it runs. Again, it goes on from here" in said
     assert not alive(service.pid)
     assert not list((clone.path / "run").glob("*.pid"))
     assert "nothing was running" in clone.stop().stdout

@@ -112,9 +112,12 @@ def test_flags_give_a_value_that_looks_like_one(file: Path) -> None:
         ("[service]\nconfig = 3", "[service] config = 3: must be a path, in quotes"),
         ('[service]\nuids = "1"', '[service] uids = "1": must be a list of UIDs'),
         ("[service]\nurls = []", "[service] urls: must be at least 1 of addresses"),
-        ("[service]\nprot = 1", "[service] prot: no such setting: there are profile, port, "),
-        ("[servce]\nport = 1", "servce: no such table: there are network, wallet, score, service, miner"),
-        ("port = 1", "port: no such table"),
+        ("[service]\nprot = 1", "[service] prot: no such setting (meant: port?): there are profile, port, "),
+        ("[service]\nzzz = 1", "[service] zzz: no such setting: there are profile, port, "),
+        ("[servce]\nport = 1", "servce: no such table (meant: service?): there are network, wallet, score, service, m"),
+        ("port = 1", "port: a setting belongs under the line of its table, [service]"),
+        ("zzz = 1", "zzz: no such table: there are network, wallet"),
+        ("[service]\nprofile = full", "Invalid value (at line 2, column 11): text and paths belong in quotes"),
         ("service = 1", "service: must be a table, [service]"),
         ("[[service]]\nport = 1", "service: must be a table, [service]"),
         ("[service]\nport = ", "Invalid value (at end of document)"),
@@ -143,7 +146,7 @@ def test_everything_wrong_is_said_at_once(
     assert refused(capsys, "--config-file", file, "--port", "-1", "--validation-threshold", "x\ny").splitlines() == [
         "serve: --port -1: must be a whole number in 1..65535",
         "serve: --validation-threshold x\\ny: must be a number in 0..1",
-        "serve: COMPETITIVE_SERVCE_PORT: no such setting",
+        "serve: COMPETITIVE_SERVCE_PORT: no such setting (meant: COMPETITIVE_SERVICE_PORT?)",
         "serve: COMPETITIVE_SERVICE_PORT=many: must be a whole number in 1..65535",
         f"serve: {file}: [service] port = 0: must be a whole number in 1..65535",
         f'serve: {file}: [service] profile = "\\u001b[2J": must be auto, full or tiny (--help shows all flags)',
@@ -155,6 +158,11 @@ def test_misuse_is_one_line(capsys: pytest.CaptureFixture[str], argv: list[str])
     (line,) = refused(capsys, *argv).splitlines()
     assert line.startswith("serve: ")
     assert argv[0] in line
+
+
+def test_a_mistyped_flag_gets_the_one_that_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, "--prot=1", "--profile", "tiny")
+    assert error == "serve: unrecognized arguments: --prot=1 (meant: --port?) (--help shows all flags)\n"
 
 
 def test_what_may_be_secret_is_not_repeated(

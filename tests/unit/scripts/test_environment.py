@@ -76,7 +76,7 @@ def test_too_little_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 3 * 1024**3))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))  # not that of .venv
-    with pytest.raises(environment.InstallError, match=r"too little disk: 3 GB free in .*, the install needs 10 GB"):
+    with pytest.raises(environment.InstallError, match=r"too little disk: 3\.0 GB free in .*, the install needs 10 GB"):
         environment.ensure()
 
 
