@@ -294,6 +294,6 @@ def _choose_gpus(asked: str) -> tuple[int, ...]:
     if len(set(numbers)) < len(numbers):
         raise SettingsError(f"gpus: {asked!r}: names a GPU twice")
     if max(numbers) >= count:
-        there = f"{count}, numbered from 0" if count else "none that CUDA can use"
-        raise SettingsError(f"gpus: {asked!r}: the GPUs on this machine are {there}")
+        there = f"CUDA finds {count}, numbered from 0" if count else "CUDA finds no GPU on this machine (nvidia-smi?)"
+        raise SettingsError(f"gpus: {asked!r}: {there}")
     return numbers

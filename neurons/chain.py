@@ -21,6 +21,7 @@ from common.log_lines import shown_network, without_keys
 FETCH_TIMEOUT_S = 60.0
 # Seconds on top of it: the chain's client may ignore the cancellation at its time-out, and then its thread never ends.
 GIVE_UP_S = 30.0
+NO_ANSWER = "Is there a connection to the internet? --network wss://... asks another node"
 MAX_NETWORK_FILE_BYTES = 1 << 20
 
 
@@ -30,7 +31,9 @@ class MetagraphUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Neuron:
-    """A registered neuron. `stake` is in the subnet's own unit; `serving` says that it announces an axon."""
+    """A registered neuron. `stake` is in the subnet's own unit; `serving` says that it announces an axon.
+    `incentive` is its share of what the subnet's miners earn, in 0..1 (None where no chain tells it).
+    """
 
     uid: int
     hotkey: str
@@ -38,6 +41,7 @@ class Neuron:
     port: int
     stake: float
     serving: bool
+    incentive: float | None = None
 
     def axon_info(self) -> bt.AxonInfo:
         """As bittensor describes an axon. Raises ValueError where `ip` is no address."""
@@ -90,7 +94,7 @@ async def fetch(network: str, netuid: int) -> Metagraph:
         async with asyncio.timeout(limit):
             return await fetched
     except TimeoutError as error:
-        said = f"{shown_network(network)}: reading subnet {netuid} has not ended in {limit:.0f} s"
+        said = f"{shown_network(network)}: reading subnet {netuid} has not ended in {limit:.0f} s. {NO_ANSWER}"
         raise MetagraphUnavailable(said) from error
 
 
@@ -99,7 +103,7 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
         async with asyncio.timeout(FETCH_TIMEOUT_S), bt.AsyncSubtensor(network=network) as subtensor:
             return from_chain(await subtensor.metagraph(netuid, lite=True))
     except TimeoutError as error:
-        said = f"{shown_network(network)}: no metagraph of subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s"
+        said = f"{shown_network(network)}: no answer about subnet {netuid} in {FETCH_TIMEOUT_S:.0f} s. {NO_ANSWER}"
         raise MetagraphUnavailable(said) from error
     except Exception as error:
         # The substrate client lets whatever its websocket and decoder raise through.
@@ -109,7 +113,7 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
 
 def from_chain(metagraph: Any) -> Metagraph:
     """Plain values of a bittensor metagraph."""
-    neurons = zip(metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, strict=True)
+    neurons = zip(metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, metagraph.I, strict=True)
     return Metagraph(
         netuid=int(metagraph.netuid),
         neurons=tuple(
@@ -120,8 +124,9 @@ def from_chain(metagraph: Any) -> Metagraph:
                 port=int(axon.port),
                 stake=float(stake),
                 serving=bool(axon.is_serving),
+                incentive=float(incentive),
             )
-            for uid, hotkey, axon, stake in neurons
+            for uid, hotkey, axon, stake, incentive in neurons
         ),
     )
 

@@ -351,6 +351,8 @@ def _is_refused(error: Exception) -> bool:
 def _remedy(error: Exception) -> str:
     if _is_local(error):
         return "mend that, or set HF_HOME to a folder that can be written (for the service too)"
+    if not isinstance(error, HfHubHTTPError):  # nobody answered
+        return "is there a connection to the internet? Then run this again"
     return "run this again"
 
 

@@ -139,9 +139,9 @@ class Deployment:
             there = sorted(f"{path.parent.parent.name}/{path.name}" for path in folder.glob("*/hotkeys/*"))
             known = ", ".join(path for path in there if not path.endswith("pub.txt")) or "none"
             raise Refused(
-                f"the hotkey's file {hotkey} can not be read: {error.strerror}. Wallets and hotkeys in {folder}: {known}. "
-                "Copy it there (docs/DEPLOYMENT_GUIDE.md, step 4), or name another: --wallet.name, --wallet.hotkey, "
-                "--wallet.path"
+                f"the hotkey's file {hotkey} can not be read: {error.strerror}. Wallets and hotkeys in {folder}: "
+                f"{known}. Copy it there (docs/DEPLOYMENT_GUIDE.md, step 4), or name another: --wallet.name, "
+                "--wallet.hotkey, --wallet.path"
             ) from None
 
     def places(self) -> int:
@@ -430,6 +430,8 @@ def _summarise(deployment: Deployment) -> None:
         print("*** REHEARSAL: nothing is submitted to the Bittensor network. To mine for real: --wallet.name NAME ***")
     elif deployment.profile == "tiny":
         print(f"*** PROFILE tiny ON {network}: its models earn nothing. To mine for real: --profile full ***")
+    if (status := probe.read_status(RUN / "miner.status")) not in ("", "ready"):
+        print(f"*** The miner has no work yet: {status} ***")
     print("Next:")
     if joined is not None:
         print(_how_to_join(joined))

@@ -131,8 +131,8 @@ def _install(extras: Sequence[str], hashes: bool) -> None:
         _refuse_what_pip_can_not_mend()
         print("\n".join(LOG.read_text(errors="replace").splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise InstallError(
-            "pip could not install the packages: its reason is above (is there a connection to the internet, and to the "
-            "index that pip config list names?). Running this again goes on from here."
+            "pip could not install the packages: its reason is above (is there a connection to the internet, and to "
+            "what pip config list names?). Running this again goes on from here."
         )
 
 

@@ -65,6 +65,7 @@ from neurons.miner.records.standings import Standing, connect, standings
 from neurons.miner.records.verdicts import TASK_COOLDOWN_S, WINDOW_S
 
 BIN_S = 600.0
+SHORTEST_PLOT_S = 6 * BIN_S  # of a ledger that has just begun
 # More validators than this can not be told apart by colour: the smaller ones are drawn as one.
 COLOURED_VALIDATORS = 12
 OTHERS = -1
@@ -187,7 +188,7 @@ def table(report: Report) -> Table:
         caption = "Nothing in the ledger yet"
     elif report.begins > report.since:
         ago = report.until - report.begins
-        caption += f".\nThe ledger begins {f'{ago / 60:.0f} minutes' if ago < 3600 else f'{ago / 3600:.1f} h'} ago"
+        caption += f".\nThe ledger begins {f'{ago / 60:.0f} min' if ago < 3600 else f'{ago / 3600:.1f} h'} ago"
     result = _table(_COLUMNS, _total(report.standings, report.ceiling), f"Last {hours:g} hours", caption)
     for each in report.standings:
         # A hotkey may look like markup.
@@ -318,7 +319,8 @@ def plot(report: Report, path: Path) -> None:
         colours = _colours(report)
         _draw_accepted(bars, report, colours)
         _draw_scores(dots, report, colours)
-        dots.set_xlim(_date(report.since), _date(report.until))
+        begins = report.since if report.begins is None else min(report.begins, report.until - SHORTEST_PLOT_S)
+        dots.set_xlim(_date(max(report.since, begins)), _date(report.until))
         locator = mdates.AutoDateLocator()
         dots.xaxis.set_major_locator(locator)
         dots.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
@@ -366,12 +368,12 @@ def _draw_accepted(axes: Axes, report: Report, colours: Mapping[int, str]) -> No
         axes.axhline(ceiling, color=INK, linewidth=1, linestyle=(0, (6, 4)))
         note = f"ceiling of {len(report.standings)} validators"
         axes.annotate(
-            *(note, (1, ceiling)),
+            *(note, (0, ceiling)),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
+            xytext=(2, 3),
             textcoords="offset points",
-            ha="right",
             fontsize=9,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
         axes.set_ylim(0, 1.12 * max(ceiling, base.max()))
     if total:

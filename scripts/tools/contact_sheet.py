@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("splats", type=Path, nargs="+")
     args = parser.parse_args()
-    rows = []
+    rows, made = [], []
     for path in args.splats:
         try:
             data = path.read_bytes()
             if data:
                 rows.append(all_round(ply.read(data)))
+                made.append(path.name)
             else:
                 said = "empty, left out: the service held the result back (the answer's X-Rejected header says why)"
                 print(f"{path}: {said}", file=sys.stderr)
@@ -52,6 +53,7 @@ def main() -> None:
         parser.error("no splat among these files")
     sheet = torch.cat([torch.cat([*row.permute(0, 2, 3, 1)], dim=1) for row in rows])
     Image.fromarray(np.asarray((sheet * 255).round().to(torch.uint8))).save(args.out)
+    print(f"{args.out}: {', '.join(made)}, a row each, from eight sides")
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ def test_no_hub_and_offline(hub, cache):
     gone = run(Hub({}, "http://127.0.0.1:9"), cache, "--only", "birefnet")
     assert gone.returncode == 1
     assert "can not be asked" in gone.stderr
+    assert "is there a connection to the internet? Then run this again" in gone.stderr
     offline = run(hub, cache, "--only", "birefnet", HF_HUB_OFFLINE="1")
     assert offline.returncode == 1
     assert "HF_HUB_OFFLINE is set" in offline.stderr

@@ -279,6 +279,25 @@ def test_what_stands_in_the_way_is_said(
     virtual_time.run(main())
 
 
+def test_what_the_chain_has_of_the_miner_is_told_when_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    asked = iter([None, 0.0, 0.0, 0.0125])
+
+    async def fetch() -> Metagraph:
+        return Metagraph(17, (VALIDATOR, replace(MINER, uid=42, incentive=next(asked))))
+
+    async def main() -> None:
+        following, _, _ = synchroniser(fetch)
+        await stopped_after(1000, following.follow_chain())
+
+    caplog.set_level("INFO")
+    virtual_time.run(main())
+    assert [line for line in caplog.messages if line.startswith("Registered")] == [
+        "Registered on subnet 17 as UID 42",
+        "Registered on subnet 17 as UID 42, incentive 0.00000 (its share of what all miners earn)",
+        "Registered on subnet 17 as UID 42, incentive 0.01250 (its share of what all miners earn)",
+    ]
+
+
 def test_a_change_of_the_blacklist_s_file_is_applied(tmp_path: Path) -> None:
     async def fetch() -> Metagraph:
         return Metagraph(17, (VALIDATOR, MINER))

@@ -70,7 +70,7 @@ class Spool:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         # Answered entries, even if their files could not be deleted.
         self._removed: set[Path] = set()
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class Spool:
 
         Entries that are too old, unreadable or over the limits are dropped, with a log line.
         """
-        for leftover in self._folder.glob("*.tmp"):
+        for leftover in self.folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         self._make_room(0, 0)
         entries = []
@@ -160,7 +160,7 @@ class Spool:
         """(age in seconds, path, bytes) of all entries, oldest first."""
         files = []
         now = time.time()
-        for path in self._folder.glob("*.result"):
+        for path in self.folder.glob("*.result"):
             try:
                 status = path.stat()
             except FileNotFoundError:  # it has just been answered
@@ -170,7 +170,7 @@ class Spool:
 
     def _sync_folder(self) -> None:
         """Makes renames and removals outlast a power cut too."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
+        descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -178,7 +178,7 @@ class Spool:
 
     def _path(self, validator_hotkey: str, task_id: str) -> Path:
         name = hashlib.sha256(f"{validator_hotkey}\0{task_id}".encode(errors="surrogatepass")).hexdigest()
-        return self._folder / f"{name}.result"
+        return self.folder / f"{name}.result"
 
     @staticmethod
     def _read(path: Path) -> SpooledResult | None:

@@ -194,7 +194,12 @@ class Submitter:
             kept.in_memory = None
         except OSError as error:
             kept.in_memory = entry
-            log.error("Spool: %s; the result for validator [%d] is in memory alone", error, assignment.validator.uid)
+            log.error(
+                "Spool %s: %s; the result for validator [%d] is in memory alone",
+                self._spool.folder,
+                error.strerror or error,
+                assignment.validator.uid,
+            )
 
     def _forget(self, hotkey: str, task_id: str) -> None:
         self._spool.remove(hotkey, task_id)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, wait_exponential
 
-from neurons.chain import Metagraph, MetagraphUnavailable
+from neurons.chain import Metagraph, MetagraphUnavailable, Neuron
 from neurons.miner.validators.blacklist import Blacklist
 from neurons.miner.validators.directory import ValidatorDirectory
 
@@ -47,6 +47,7 @@ class Synchroniser:
         self._blacklist = blacklist
         self._interval = interval
         self.problem = f"reading the metagraph of {network}"
+        self._registered: Neuron | None = None  # as last told in the log
 
     async def follow_chain(self) -> None:
         """Reads the metagraph every `interval` seconds; sooner, with growing pauses, while that fails."""
@@ -82,11 +83,23 @@ class Synchroniser:
         except MetagraphUnavailable as error:
             return f"No metagraph: {error}"
         problem = ""
-        if metagraph.find(self._hotkey) is None:
+        own = metagraph.find(self._hotkey)
+        if own is not None:
+            self._tell_registered(own, metagraph.netuid)
+        else:
             problem = f"Not registered: hotkey {self._hotkey} is not on subnet {metagraph.netuid} of {self._network}"
             metagraph = Metagraph(metagraph.netuid, ())
+        self._registered = own
         self._directory.update(metagraph)
         self._manager.sync()
         if not problem and not self._directory.eligible:
             problem = "No available validators: none of the subnet's neurons is eligible"
         return problem
+
+    def _tell_registered(self, own: Neuron, netuid: int) -> None:
+        """Says in the log what the chain has of this miner, when that changed."""
+        before = self._registered
+        if before is not None and (before.uid, before.incentive) == (own.uid, own.incentive):
+            return
+        share = "" if own.incentive is None else f", incentive {own.incentive:.5f} (its share of what all miners earn)"
+        log.info("Registered on subnet %d as UID %d%s", netuid, own.uid, share)

@@ -36,8 +36,8 @@ def test_cards_behind_a_driver_that_is_too_old_are_none(monkeypatch):
 @pytest.mark.parametrize(
     ("asked", "count", "words"),
     [
-        ("2", 2, "'2'.* are 2, numbered from 0"),
-        ("0", 0, "'0'.* are none that CUDA can use"),
+        ("2", 2, "'2': CUDA finds 2, numbered from 0"),
+        ("0", 0, "'0': CUDA finds no GPU on this machine"),
         ("0,0", 2, "'0,0': names a GPU twice"),
         ("0,", 2, "gpus: '0,'"),
         ("-1", 2, "gpus: '-1'"),

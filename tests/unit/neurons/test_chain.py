@@ -56,13 +56,14 @@ def test_plain_values_of_the_chain_s_metagraph() -> None:
             hotkeys=["5A", "5B"],
             axons=[axon("203.0.113.9"), axon("0.0.0.0")],
             S=[12_000.5, 0.0],
+            I=[0.0, 0.125],
             # Which say nothing of who hands out tasks.
             validator_permit=[False, True],
         )
     )
     assert metagraph.neurons == (
-        Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True),
-        Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False),
+        Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True, incentive=0.0),
+        Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False, incentive=0.125),
     )
     json.dumps([vars(neuron) for neuron in metagraph.neurons])  # plain, all of it
 

@@ -35,7 +35,9 @@ def test_an_empty_file_among_others_is_left_out_and_named(
     names = [str(tmp_path / name) for name in ("sheet.png", "held_back.ply", "ball.ply")]
     monkeypatch.setattr("sys.argv", ["contact_sheet", *names])
     contact_sheet.main()
-    assert "held_back.ply: empty, left out" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "held_back.ply: empty, left out" in said.err
+    assert said.out == f"{tmp_path}/sheet.png: ball.ply, a row each, from eight sides\n"
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height < 1.2 * contact_sheet.SIZE  # one row
 
