@@ -26,7 +26,7 @@ from generation.fleet.worker import LogForwarder, _lost_device
 from generation.schema.results import Request
 from generation.settings import Settings
 from generation.splats import ply
-from generation.web import app
+from generation.web import film, scoring
 from scripts.bench import virtual_time
 from tests.support.fleet_harness import PATIENCE_S, ask, children, fleet_of, pid_of, running, starting, states
 from tests.support.service_harness import serving_engine, wait_until
@@ -229,10 +229,10 @@ async def test_two_real_engines_of_the_tiny_profile_make_the_same_splat(tmp_path
             assert {first.report.device, second.report.device} == {"cpu a", "cpu b"}
             assert len(ply.read(first.ply)) == first.report.num_gaussians >= 7000
             assert first.ply == second.ply
-            scores = await fleet.call(partial(app._validate, data=first.ply, compression=0, prompt="a red cube"))
+            scores = await fleet.call(partial(scoring.validate, data=first.ply, compression=0, prompt="a red cube"))
             assert scores.gates
             assert all(gate.passed for gate in scores.gates.values())
-            frames = await fleet.call(partial(app._film, data=first.ply, device="cpu"))
+            frames = await fleet.call(partial(film.frames, data=first.ply, device="cpu"))
             assert frames[0].shape == (512, 512, 3)
             told: list[str] = []
             again = asyncio.create_task(fleet.generate(request, lambda stage, fraction: told.append(stage)))
