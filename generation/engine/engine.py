@@ -52,14 +52,14 @@ class DeadlineExceeded(Exception):
 
 
 @dataclass(eq=False, kw_only=True)
-class _Job:
+class _Entry:
     """Waits in a queue, then runs on the engine thread. Cancelling its future frees its place."""
 
     future: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
-class _Generation(_Job):
+class _Generation(_Entry):
     request: Request
     on_progress: OnProgress | None
     stage: str = "queued"
@@ -76,7 +76,7 @@ class _Generation(_Job):
 
 
 @dataclass(eq=False)
-class _Call(_Job):
+class _Call(_Entry):
     """A short call, such as scoring. It runs before waiting generations."""
 
     function: Callable[[Pipeline], Any]
@@ -84,7 +84,7 @@ class _Call(_Job):
 
 
 class _Waiting:
-    """Two queues of jobs of one kind: interactive ones go before those in the background."""
+    """Two queues of entries of one kind: interactive ones go before those in the background."""
 
     def __init__(self) -> None:
         self.interactive: deque[Any] = deque()
@@ -152,10 +152,10 @@ class Engine:
         with self._changed:
             self._stopping = True
             self.status, self.reason = "failed", reason
-            jobs: list[_Generation | _Call] = [*self._calls, *self._generations, *self._active]
+            entries: list[_Generation | _Call] = [*self._calls, *self._generations, *self._active]
             self._changed.notify_all()
-        for job in jobs:
-            _settle(job, self._can_not_work())
+        for entry in entries:
+            _settle(entry, self._can_not_work())
 
     @property
     def queue_depth(self) -> int:
@@ -167,12 +167,12 @@ class Engine:
         """The running requests: seed, priority, stage (or "paused") and the progress of the stage, 0..1."""
         return [
             {
-                "seed": job.request.seed,
-                "priority": priority(job.request.background),
-                "stage": job.stage,
-                "fraction": round(job.fraction, 3),
+                "seed": entry.request.seed,
+                "priority": priority(entry.request.background),
+                "stage": entry.stage,
+                "fraction": round(entry.fraction, 3),
             }
-            for job in self._active
+            for entry in self._active
         ]
 
     def health(self) -> list[dict[str, Any]]:
@@ -235,16 +235,16 @@ class Engine:
         and StageFailed.
         """
         request = replace(request, deadline=None if request.background else time.monotonic() + TIMEOUT_S)
-        job = _Generation(request, on_progress)
+        entry = _Generation(request, on_progress)
         queue = self._generations.of(request.background)
         self._check_room(queue)
         self.totals["requests"] += 1
         started = time.monotonic()
         try:
-            asset: Asset = await self._outcome(job, queue)
+            asset: Asset = await self._outcome(entry, queue)
         except asyncio.CancelledError:
             self.totals["cancelled"] += 1
-            log.info("Generation cancelled: seed %d, in stage %s", request.seed, job.stage)
+            log.info("Generation cancelled: seed %d, in stage %s", request.seed, entry.stage)
             raise
         except Exception as error:
             self.totals["failed"] += 1
@@ -277,23 +277,23 @@ class Engine:
         deadline = None if background else time.monotonic() + TIMEOUT_S
         return await self._outcome(_Call(function, deadline), queue)
 
-    async def _outcome(self, job: Any, queue: deque[Any]) -> Any:
-        # A future keeps its callbacks, so this one must not know the job: result and job would be in a reference cycle,
-        # and the garbage collector comes late. A result is tens of megabytes here, and as many on the GPU.
+    async def _outcome(self, entry: Any, queue: deque[Any]) -> Any:
+        # A future keeps its callbacks, so this one must not know the entry: it would be in a reference cycle with its
+        # result, and the garbage collector comes late. A result is tens of megabytes here, and as many on the GPU.
         def forget(future: Future[Any]) -> None:
             with self._changed:
                 for waiting in [each for each in queue if each.future is future]:
                     queue.remove(waiting)
 
-        job.future.add_done_callback(forget)
+        entry.future.add_done_callback(forget)
         with self._changed:
             if self._stopping:
                 raise self._can_not_work()
-            queue.append(job)
+            queue.append(entry)
             self._changed.notify_all()
-        answer: Awaitable[Any] = asyncio.wrap_future(job.future)
+        answer: Awaitable[Any] = asyncio.wrap_future(entry.future)
         try:
-            async with asyncio.timeout(None if job.deadline is None else job.deadline - time.monotonic()):
+            async with asyncio.timeout(None if entry.deadline is None else entry.deadline - time.monotonic()):
                 return await answer
         except TimeoutError as error:
             raise DeadlineExceeded(LATE) from error
@@ -366,12 +366,12 @@ class Engine:
     def _is_paused(self, generation: _Generation) -> bool:
         return generation.request.background and (bool(self._calls.interactive) or self._has_interactive_work())
 
-    def _run_call(self, pipeline: Any, job: _Call) -> None:
+    def _run_call(self, pipeline: Any, entry: _Call) -> None:
         try:
-            outcome = job.function(pipeline)
+            outcome = entry.function(pipeline)
         except BaseException as error:  # including SystemExit, as above
             outcome = error
-        _settle(job, outcome)
+        _settle(entry, outcome)
 
     def _begin(self, pipeline: Any, generation: _Generation) -> Any:
         paused = partial(self._is_paused, generation)
@@ -414,22 +414,22 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _settle(job: _Generation | _Call, outcome: Any) -> None:
-    """Resolve the job's future with the outcome, unless it was cancelled."""
-    if isinstance(outcome, BaseException) and not job.future.done():
-        own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(job, _Call))
+def _settle(entry: _Generation | _Call, outcome: Any) -> None:
+    """Resolve the entry's future with the outcome, unless it was cancelled."""
+    if isinstance(outcome, BaseException) and not entry.future.done():
+        own_verdict = isinstance(outcome, Unavailable) or (isinstance(outcome, ValueError) and isinstance(entry, _Call))
         if not own_verdict:
             log.error("A request failed", exc_info=outcome)
-            late = job.deadline is not None and time.monotonic() >= job.deadline
+            late = entry.deadline is not None and time.monotonic() >= entry.deadline
             failure = DeadlineExceeded(LATE) if late else StageFailed(describe(outcome))
             failure.__cause__ = outcome
             outcome = failure
     _drop_frames(outcome)
     with contextlib.suppress(InvalidStateError):  # cancelled at this moment
         if isinstance(outcome, BaseException):
-            job.future.set_exception(outcome)
+            entry.future.set_exception(outcome)
         else:
-            job.future.set_result(outcome)
+            entry.future.set_result(outcome)
 
 
 def _drop_frames(outcome: Any) -> None:

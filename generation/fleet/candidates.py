@@ -20,7 +20,7 @@ STAGE = "candidates"
 _SEED_STEP = 0x9E3779B1  # odd, so that all seeds of a request differ
 
 
-class Makes(Protocol):
+class Maker(Protocol):
     """What is needed of an ``Engine`` or a ``Fleet``."""
 
     def spare(self, background: bool) -> int:
@@ -48,13 +48,13 @@ class _Group:
     scores: dict[int, float | None] = field(default_factory=dict)
     best: Asset | None = None
     failures: list[Exception] = field(default_factory=list)
-    shortest: float = 0.0  # seconds that a candidate took
+    shortest_s: float = 0.0  # seconds that a candidate took
     is_closed: bool = False  # no more are begun
 
-    def is_hungry(self, now: float) -> bool:
+    def wants_more(self, now: float) -> bool:
         """Whether another candidate would be worth it."""
         wanted = self.begun < self.request.candidates and len(self.failures) < MOST_FAILURES
-        return wanted and not self.is_closed and now + self.shortest < self.until
+        return wanted and not self.is_closed and now + self.shortest_s < self.until
 
     def take(self, number: int, asset: Asset) -> None:
         """Only the best splat is kept: each takes some 100 MB."""
@@ -83,7 +83,7 @@ class Candidates:
     none waits, and one place is left for the next that comes; requests share what there is.
     """
 
-    def __init__(self, engine: Makes) -> None:
+    def __init__(self, engine: Maker) -> None:
         self._engine = engine
         self._groups: list[_Group] = []
         self._entering: set[asyncio.Task[None]] = set()  # begun, but not known to the engine yet
@@ -102,14 +102,15 @@ class Candidates:
         self._groups.append(group)
         try:
             self._begin(group)
-            while (hungry := group.is_hungry(now())) or group.running:
+            while (more := group.wants_more(now())) or group.running:
                 left = group.until - now()
                 if group.best is not None and left <= 0:
                     break
                 self._hand_out()
                 group.changed.clear()
+                patience = None if group.best is None else left
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(min(LOOK_S, left) if hungry else left if group.best else None):
+                    async with asyncio.timeout(min(LOOK_S, left) if more else patience):
                         await group.changed.wait()
         finally:
             group.is_closed = True
@@ -128,8 +129,8 @@ class Candidates:
     def _hand_out(self) -> None:
         """Begin what there is room for: of persons first, then of whoever has the fewest running."""
         now = asyncio.get_running_loop().time()
-        while hungry := [group for group in self._groups if group.is_hungry(now)]:
-            group = min(hungry, key=lambda each: (each.request.background, len(each.running)))
+        while wanting := [group for group in self._groups if group.wants_more(now)]:
+            group = min(wanting, key=lambda each: (each.request.background, len(each.running)))
             if self._engine.spare(group.request.background) <= len(self._entering):
                 return
             self._begin(group)
@@ -155,7 +156,7 @@ class Candidates:
                 group.is_closed |= isinstance(error, Unavailable)
             else:
                 took = now() - began
-                group.shortest = min(group.shortest or took, took)
+                group.shortest_s = min(group.shortest_s or took, took)
                 group.take(number, asset)
             finally:
                 group.running.discard(task)

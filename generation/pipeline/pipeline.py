@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,13 +18,12 @@ from torch.profiler import record_function
 from generation.generators.base import Generator, NoSplat, Subject, Visible, Work
 from generation.pipeline import preview
 from generation.pipeline.batch_limit import BatchLimit, in_batches, is_out_of_memory, release_cache
+from generation.pipeline.delivery import deliver
 from generation.pipeline.job import Job, Progress
 from generation.schema.results import Asset, Cancelled, GateResult, Report, Request, Scores
-from generation.schema.score import in_words
 from generation.splats import ply
-from generation.splats.gaussians import Gaussians
 from generation.stages.background import BackgroundRemover, NothingInImage, recentre
-from generation.stages.self_check import Check, SelfCheck, fit_to_frame, grid_preview, to_tensor
+from generation.stages.self_check import Check, SelfCheck, grid_preview, to_tensor
 from generation.stages.self_check import preview as single_preview
 from generation.stages.text_to_image import TextToImage
 
@@ -353,7 +351,7 @@ class Pipeline:
         finished = [job for job in running if job.gaussians is not None]
         for job, check in self._run("self_check", finished, self._judge):
             try:
-                self._deliver(job, check)
+                deliver(job, check)
             except Exception as error:
                 job.outcome = error
 
@@ -367,25 +365,6 @@ class Pipeline:
             assert prompt is not None
             splats.append((job.gaussians, prompt))
         return self.self_check.check_all(splats, fit=True)
-
-    def _deliver(self, job: Job, check: Check) -> None:
-        request, report, gaussians = job.request, job.report, job.gaussians
-        assert gaussians is not None
-        report.num_gaussians = len(gaussians)
-        report.gates = check.gates
-        if check.score is None:
-            _reject(job, check.failed_gate or "not scored")
-            return
-        report.score, report.parts = min(1.0, check.score), check.parts  # capped as in a validator's feedback
-        job.gaussians = fit_to_frame(gaussians)
-        if report.score < request.threshold:
-            shown = math.floor(report.score * 100) / 100  # rounded down: it must not look like the threshold
-            why = f" is under the threshold {request.threshold:.2f}"
-            if check.is_misaligned:  # the parts alone would not explain a score of 0
-                why = f": an alignment under {check.least_alignment:.2f} makes it 0"
-            _reject(job, f"score {in_words(shown, check.parts)}{why}")
-            return
-        job.outcome = Asset(ply.write(job.gaussians), report, job.gaussians)
 
     def _run(self, stage: str, jobs: list[Job], work: Callable[[list[Job]], Sequence[T]]) -> list[tuple[Job, T]]:
         """Run a stage, in batches that fit into memory. Returns the jobs that succeeded, with their results.
@@ -442,18 +421,6 @@ class Pipeline:
         for job in running:
             for stage in job.report.seconds if isinstance(job.outcome, Asset) else ():
                 self.stage_limits.get(stage, self.limit).succeeded()
-
-
-def _reject(job: Job, reason: str) -> None:
-    """Reject a job. A watched one gets its PLY all the same, if its values are finite."""
-    job.reject(reason)
-    gaussians = job.gaussians
-    if job.request.watched and gaussians is not None and len(gaussians) and _is_finite(gaussians):
-        job.outcome = Asset(ply.write(gaussians), job.report, gaussians)
-
-
-def _is_finite(gaussians: Gaussians) -> bool:
-    return all(bool(torch.isfinite(values).all()) for values in vars(gaussians).values())
 
 
 def _mask(image: Image.Image | None) -> Tensor | None:
