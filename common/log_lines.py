@@ -6,8 +6,11 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Mapping
 
 MAX_QUOTED_CHARACTERS = 120
+#: the parts of a score, as the API names them -> as people read them
+SCORE_PARTS = {"iqa": "quality", "alignment": "alignment", "ssim": "SSIM", "lpips": "LPIPS"}
 
 _NODE = re.compile(r"wss?://\S+")
 # C0 and C1 controls, delete, Unicode's own line ends and the marks that reorder text: whatever could end a line,
@@ -26,6 +29,11 @@ def quoted(text: object) -> str:
     # Cut first: escaping a prompt of megabytes is work.
     cut = repr(text[:MAX_QUOTED_CHARACTERS])[1:-1][:MAX_QUOTED_CHARACTERS]
     return f"'{cut}'" if len(text) <= MAX_QUOTED_CHARACTERS else f"'{cut}...' ({len(text)} characters)"
+
+
+def score_in_words(score: float, parts: Mapping[str, float]) -> str:
+    """A score with its parts: ``0.71 (quality 0.66, alignment 0.76, SSIM 0.93, LPIPS 0.81)``."""
+    return f"{score:.2f} ({', '.join(f'{SCORE_PARTS[part]} {value:.2f}' for part, value in parts.items())})"
 
 
 class SingleLineFormatter(logging.Formatter):

@@ -14,7 +14,7 @@ from typing import Any
 
 from generation.fleet import remote
 from generation.fleet.actor import software
-from generation.fleet.cluster import Cluster, Machine, in_words
+from generation.fleet.cluster import Cluster, Machine, error_in_words
 from generation.fleet.fleet import LOADER, Fleet
 from generation.fleet.messages import Broken, Resolve, Resolved
 from generation.fleet.ray_environment import ENGINE
@@ -56,7 +56,7 @@ class ActorLink:
             if not task.cancelled() and (error := task.exception()) is not None:
                 while isinstance(error, BaseExceptionGroup):
                     error = error.exceptions[0]
-                self.cause = in_words(error)
+                self.cause = error_in_words(error)
             on_end()
 
         self._work = asyncio.get_running_loop().create_task(work())
@@ -110,7 +110,7 @@ class ActorEngine(RemoteEngine):
         try:
             self._actor = self._cluster.begin(self._machine)
         except Exception as error:
-            raise NotStarted(in_words(error)) from error
+            raise NotStarted(error_in_words(error)) from error
         if self._ours is not None and self._ours.process is not None:
             self._first = replace(self._first, after=self._ours.process)
         self._ours = ActorLink(self._actor, self._first)
@@ -199,7 +199,7 @@ class ClusterFleet(Fleet):
         try:
             return await asked
         except Exception as error:
-            log.error("The cluster's head does not say which machines there are: %s", in_words(error))
+            log.error("The cluster's head does not say which machines there are: %s", error_in_words(error))
             return self._machines
 
     def _join(self, machine: Machine) -> None:

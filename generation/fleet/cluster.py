@@ -111,7 +111,7 @@ def _refusal(error: BaseException, token_file: Path) -> str:
         return f"its token is not the one in {token_file}"
     if "No node info found" in text:
         return "Ray does not run on this machine, which must be one of the cluster's"
-    return in_words(error.__cause__ or error)
+    return error_in_words(error.__cause__ or error)
 
 
 def _wait_for(address: str) -> None:
@@ -127,7 +127,7 @@ def _wait_for(address: str) -> None:
         time.sleep(0.5)
 
 
-def in_words(error: BaseException) -> str:
+def error_in_words(error: BaseException) -> str:
     """An error in one short line: Ray's own messages are pages long."""
     kind, text = type(error).__name__, str(error)
     if kind == "ActorUnschedulableError":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
+from common.log_lines import SCORE_PARTS, score_in_words
+
 #: the parts by name, with their share of the final score
 SHARES = {"iqa": 0.75, "alignment": 0.2, "ssim": 0.025, "lpips": 0.025}
 #: an alignment below this makes the final score 0
@@ -12,8 +14,6 @@ MIN_ALIGNMENT = 0.3
 # SSIM and LPIPS count as sigmoid(slope * (value - middle)), LPIPS times itself.
 _SSIM_SLOPE, _SSIM_MIDDLE = 35.0, 0.83
 _LPIPS_SLOPE, _LPIPS_MIDDLE = 30.0, 0.7
-
-_NAMES = {"iqa": "quality", "alignment": "alignment", "ssim": "SSIM", "lpips": "LPIPS"}
 
 
 def shares(available: Collection[str]) -> dict[str, float]:
@@ -51,13 +51,13 @@ def formula(available: Collection[str]) -> str:
     counted = shares(available)
     if len(counted) == 1:
         return "alignment alone"
-    return " + ".join(f"{round(share, 4):g} {_NAMES[part]}" for part, share in counted.items())
+    return " + ".join(f"{round(share, 4):g} {SCORE_PARTS[part]}" for part, share in counted.items())
 
 
 def in_words(score: float, parts: Mapping[str, float | None]) -> str:
-    """A score with its parts: ``0.71 (quality 0.66, alignment 0.76, SSIM 0.93, LPIPS 0.81)``."""
-    counted = shares([part for part, value in parts.items() if value is not None])
-    return f"{score:.2f} ({', '.join(f'{_NAMES[part]} {parts[part]:.2f}' for part in counted)})"
+    """A score with the parts that count in it."""
+    known = {part: value for part, value in parts.items() if value is not None}
+    return score_in_words(score, {part: known[part] for part in shares(known)})
 
 
 def _sigmoid(x: float) -> float:

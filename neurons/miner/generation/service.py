@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
-from common.log_lines import quoted
+from common.log_lines import SCORE_PARTS, quoted
 from neurons.miner.assignment import USEFUL_AGE_S
 from neurons.protocol import ImageTask, Task
 
@@ -33,8 +33,6 @@ HEALTH_CONNECT_TIMEOUT_S = 3.0
 KEEP_ALIVE_S = 4.0
 MAX_RETRY_AFTER_S = 60.0
 DEFAULT_RETRY_AFTER_S = 5.0
-# Of a score, and what the log calls them, as the service's does.
-PARTS = {"iqa": "quality", "alignment": "alignment", "ssim": "SSIM", "lpips": "LPIPS"}
 # Statuses that depend on the task, so another attempt would get the same. Others below 500 come from a proxy.
 OF_THE_TASK = (400, 413, 415, 422)
 BUSY = (429, 503)
@@ -234,7 +232,7 @@ def _parts(header: str | None) -> dict[str, float]:
     """The measured parts of the score; values that are not numbers are left out."""
     try:
         values = json.loads(header or "{}")
-        return {part: number for part in PARTS if (number := _score(str(values.get(part)))) is not None}
+        return {part: number for part in SCORE_PARTS if (number := _score(str(values.get(part)))) is not None}
     except (ValueError, AttributeError, RecursionError):
         return {}
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Protocol
 
 from common import spz
-from common.log_lines import quoted
+from common.log_lines import quoted, score_in_words
 from neurons.chain import Neuron
 from neurons.miner.assignment import USEFUL_AGE_S, Assignment
 from neurons.miner.generation.pool import ServiceUnavailable
-from neurons.miner.generation.service import PARTS, AttemptFailed, Generated, GenerationFailed
+from neurons.miner.generation.service import AttemptFailed, Generated, GenerationFailed
 from neurons.miner.records.events import Generation, Recorder
 from neurons.miner.submission.submitter import Submitter
 from neurons.miner.tasks.admission import PLANNED_AGE_S
@@ -212,8 +212,7 @@ def _log_score(validator: Neuron, generated: Generated) -> None:
     alignment = generated.parts.get("alignment", generated.score)
     log.info("CLIP Score: %.2f (validator [%d], seed %s)", alignment, validator.uid, quoted(generated.seed))
     if generated.parts:
-        parts = ", ".join(f"{PARTS[part]} {value:.2f}" for part, value in generated.parts.items())
-        log.info("Score: %.2f (%s)", generated.score, parts)
+        log.info("Score: %s", score_in_words(generated.score, generated.parts))
 
 
 def _rejection(generated: Generated, threshold: float) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from generation.fleet import cluster
-from generation.fleet.cluster import Cluster, ClusterError, Machine, connect, in_words
+from generation.fleet.cluster import Cluster, ClusterError, Machine, connect, error_in_words
 
 ROOT = Path(__file__).resolve().parents[4]
 WORKER = (
@@ -84,11 +84,11 @@ def test_a_machine_has_an_engine_for_each_gpu_or_as_many_as_it_declares() -> Non
     ],
 )  # fmt: skip
 def test_errors_are_one_short_line(error: Callable[[], Exception], words: str) -> None:
-    assert in_words(error()) == words
+    assert error_in_words(error()) == words
 
 
 def test_a_long_error_is_cut() -> None:
-    assert len(in_words(RuntimeError("word " * 1000))) < 310
+    assert len(error_in_words(RuntimeError("word " * 1000))) < 310
 
 
 def test_no_token_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
