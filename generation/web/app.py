@@ -23,7 +23,7 @@ from generation.web.intake import BodyLimit
 from generation.web.metrics import Metrics
 from generation.web.studio import routes as studio
 from generation.web.studio.gallery import Gallery
-from generation.web.studio.makers import Makers
+from generation.web.studio.requests import StudioRequests
 
 ENGINE_STOP_S = 5.0
 
@@ -44,13 +44,13 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def film_kept(ply_data: bytes) -> bytes:
         return await film(engine, ply_data, device())
 
-    makers = Makers(engine, candidates, Gallery(settings.gallery), events, device, metrics.record)
+    studio_requests = StudioRequests(engine, candidates, Gallery(settings.gallery), events, device, metrics.record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        await makers.stop()
+        await studio_requests.stop()
         await asyncio.to_thread(engine.stop, ENGINE_STOP_S)
 
     app = FastAPI(
@@ -68,7 +68,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     threshold = settings.validation_threshold
     app.include_router(making.router(engine, candidates, events, metrics, threshold, device))
     app.include_router(scoring.router(engine))
-    app.include_router(studio.router(makers, threshold, film_kept, settings.miner_url))
+    app.include_router(studio.router(studio_requests, threshold, film_kept, settings.miner_url))
     app.include_router(status.router(engine, events, metrics, settings, resolved))
 
     @app.get("/docs", include_in_schema=False)

@@ -20,6 +20,7 @@ from generation.web.errors import ApiError
 from generation.web.events import Events, Following
 from generation.web.film import film
 from generation.web.metrics import Metrics
+from generation.web.time_left import kind_of
 from generation.web.waiting import while_connected
 
 
@@ -83,9 +84,7 @@ def router(
         started = time.monotonic()
         engine.check_admission(following.background)
         asked = await intake.read_form(request, threshold, following.background)
-        kind = "text" if asked.image is None else "image"
-        several = "" if asked.candidates == 1 else ", best of several"
-        following.queued(f"{request.url.path.strip('/')} {kind}{several}")
+        following.queued(kind_of(request.url.path.strip("/"), asked))
         asset = await while_connected(request, candidates.generate(asked, following.progress))
         following.report = asset.report
         metrics.record(asset.report, time.monotonic() - started)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from generation.schema.results import Request
+
 _MILESTONES = 10  # in each stage
 _WEIGHT = 0.25  # of the latest request in the moving average
 
 Milestone = tuple[str, str, int]  # kind of request, stage, tenth of the stage
+
+
+def kind_of(route: str, asked: Request) -> str:
+    """The kind of a request: those of one kind take about the same time."""
+    several = "" if asked.candidates == 1 else ", best of several"
+    return f"{route} {'text' if asked.image is None else 'image'}{several}"
 
 
 class TimeLeft:

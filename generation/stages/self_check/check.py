@@ -141,8 +141,8 @@ class SelfCheck:
         if self._quality is not None:
             qualities = self._quality.score(torch.cat(views)).split(VIEWS)
         checks: list[Check] = []
-        for each, quality, alignment in zip(views, qualities, self._align(views, prompts), strict=True):
-            prompt = prompts[len(checks)]
+        alignments = self._align(views, prompts)
+        for each, prompt, quality, alignment in zip(views, prompts, qualities, alignments, strict=True):
             parts = {
                 "alignment": alignment,
                 "iqa": None if quality is None else float(quality.mean()),

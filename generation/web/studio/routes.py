@@ -14,7 +14,7 @@ from generation.web import intake
 from generation.web.errors import ApiError
 from generation.web.studio import miner
 from generation.web.studio.gallery import FILM, PICTURE, SPLAT, THUMBNAIL, as_json
-from generation.web.studio.makers import Makers
+from generation.web.studio.requests import StudioRequests
 
 STATIC = Path(__file__).resolve().parent / "static"
 TYPES = {
@@ -41,7 +41,7 @@ KEPT = {
 Film = Callable[[bytes], Awaitable[bytes]]
 
 
-def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIRouter:
+def router(studio: StudioRequests, threshold: float, film: Film, miner_url: str) -> APIRouter:
     """The routes under /studio."""
     routes = APIRouter(prefix="/studio", include_in_schema=False)
     pages = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
@@ -68,17 +68,17 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
     async def requests() -> dict[str, Any]:
         """Requests in progress, and results in the gallery."""
         return {
-            "in_progress": [{"id": each.id, "prompt": each.prompt, "seed": each.seed} for each in makers.in_progress],
-            "results": [as_json(each) for each in makers.gallery.results()],
+            "in_progress": [{"id": each.id, "prompt": each.prompt, "seed": each.seed} for each in studio.in_progress],
+            "results": [as_json(each) for each in studio.gallery.results()],
         }
 
     @routes.post("/requests", status_code=202)
     async def make(request: Request) -> dict[str, Any]:
         """Start a request, with a form as for /generate/. It continues when the page is closed."""
-        makers.check_room()
+        studio.check_room()
         asked = await intake.read_form(request, threshold, False)
-        makers.check_room()
-        return {"id": makers.start(asked), "seed": asked.seed}
+        studio.check_room()
+        return {"id": studio.start(asked), "seed": asked.seed}
 
     @routes.get("/miner")
     async def mining() -> dict[str, Any]:
@@ -90,7 +90,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
     @routes.delete("/requests/{request_id}", status_code=204)
     async def give_up(request_id: str) -> None:
         """Cancel a request, or remove its result from the gallery."""
-        if not makers.cancel(request_id) and not makers.gallery.remove(request_id):
+        if not studio.cancel(request_id) and not studio.gallery.remove(request_id):
             raise ApiError(404, "request_id", "no such request")
 
     @routes.get("/requests/{request_id}/splat.spz")
@@ -105,11 +105,11 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
     async def turntable(request_id: str) -> Response:
         """The result's turntable, made at the first call and kept."""
         async with filming:
-            if makers.gallery.path(request_id, FILM) is None:
+            if studio.gallery.path(request_id, FILM) is None:
                 data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
                 content = await film(data)
                 try:
-                    makers.gallery.add_film(request_id, content)
+                    studio.gallery.add_film(request_id, content)
                 except (OSError, KeyError):  # it is returned all the same
                     return Response(content, media_type="video/mp4")
         return FileResponse(kept(request_id, FILM), media_type="video/mp4")
@@ -117,7 +117,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
     @routes.get("/requests/{request_id}/preview.webp")
     async def preview(request_id: str) -> Response:
         """The latest preview of a request in progress."""
-        if not (content := makers.preview(request_id)):
+        if not (content := studio.preview(request_id)):
             raise ApiError(404, "request_id", "there is no preview of this request")
         return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})
 
@@ -130,7 +130,7 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
         return FileResponse(kept(request_id, stored), media_type=media_type, headers=headers)
 
     def kept(request_id: str, name: str) -> Path:
-        if (path := makers.gallery.path(request_id, name)) is None:
+        if (path := studio.gallery.path(request_id, name)) is None:
             raise ApiError(404, "request_id", "nothing of this request is kept under this name")
         return path
 

@@ -16,7 +16,7 @@ import pytest
 
 from generation.web.studio import miner
 from generation.web.studio.gallery import ABOUT, FILM, SPLAT, Gallery, Result
-from generation.web.studio.makers import MOST_IN_PROGRESS
+from generation.web.studio.requests import MOST_IN_PROGRESS
 from tests.support.service_harness import Service, serving, settings, wait_until
 
 

@@ -23,6 +23,7 @@ from generation.schema.results import Request
 from generation.web.errors import ApiError
 from generation.web.events import Events
 from generation.web.studio.gallery import PICTURE, SPLAT, THUMBNAIL, Gallery, Result
+from generation.web.time_left import kind_of
 
 MOST_IN_PROGRESS = 16
 PICTURE_SIDE = 256  # pixels, of a prompt picture as it is kept
@@ -33,7 +34,7 @@ log = logging.getLogger("generation.web.studio")
 
 
 @dataclass
-class Making:
+class InProgress:
     """A request in progress."""
 
     id: str
@@ -43,7 +44,7 @@ class Making:
     preview: bytes = b""  # the latest preview, a WEBP
 
 
-class Makers:
+class StudioRequests:
     """Runs requests on the engine, and keeps their results in the gallery. For the asyncio thread."""
 
     def __init__(
@@ -58,10 +59,10 @@ class Makers:
         self.gallery = gallery
         self._engine, self._candidates, self._events, self._device = engine, candidates, events, device
         self._record = record
-        self._in_progress: dict[str, Making] = {}
+        self._in_progress: dict[str, InProgress] = {}
 
     @property
-    def in_progress(self) -> list[Making]:
+    def in_progress(self) -> list[InProgress]:
         """The requests in progress, newest first."""
         return list(reversed(self._in_progress.values()))
 
@@ -74,47 +75,46 @@ class Makers:
     def start(self, asked: Request) -> str:
         """Start a request. Returns its id, for /events/{request_id}."""
         request_id = f"studio-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
-        making = Making(request_id, asked.prompt, asked.seed)
-        work = self._make(making, replace(asked, watched=True))
-        self._in_progress[request_id] = making
-        making.task = asyncio.get_running_loop().create_task(work)
-        making.task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
+        current = InProgress(request_id, asked.prompt, asked.seed)
+        work = self._make(current, replace(asked, watched=True))
+        self._in_progress[request_id] = current
+        current.task = asyncio.get_running_loop().create_task(work)
+        current.task.add_done_callback(lambda _: self._in_progress.pop(request_id, None))
         return request_id
 
     def preview(self, request_id: str) -> bytes:
         """The latest preview of a request, a WEBP; b"" if there is none."""
-        making = self._in_progress.get(request_id)
-        return making.preview if making else b""
+        current = self._in_progress.get(request_id)
+        return current.preview if current else b""
 
     def cancel(self, request_id: str) -> bool:
         """Cancel a request. Returns whether it was in progress."""
-        making = self._in_progress.get(request_id)
-        return making is not None and making.task is not None and making.task.cancel()
+        current = self._in_progress.get(request_id)
+        return current is not None and current.task is not None and current.task.cancel()
 
     async def stop(self) -> None:
         """Cancel all requests in progress."""
-        tasks = [making.task for making in self._in_progress.values() if making.task is not None]
+        tasks = [current.task for current in self._in_progress.values() if current.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _make(self, making: Making, asked: Request) -> None:
-        request_id = making.id
+    async def _make(self, current: InProgress, asked: Request) -> None:
+        request_id = current.id
         began = time.monotonic()
-        kind = "text" if asked.image is None else "image"
         about: dict[str, Any] = {"id": request_id, "made_at": time.time(), "prompt": asked.prompt, "seed": asked.seed}
         files: dict[str, bytes] = {}
         with self._events.request(request_id) as following:
 
             def progress(stage: str, fraction: float, preview: bytes = b"") -> None:
                 if preview:
-                    making.preview = preview
+                    current.preview = preview
                 following.progress(stage, fraction)
 
             try:
                 if asked.image is not None:
                     files[PICTURE] = await asyncio.to_thread(_small, asked.image)
-                following.queued(f"generate {kind}{'' if asked.candidates == 1 else ', best of several'}")
+                following.queued(kind_of("generate", asked))
                 asset = await self._candidates.generate(asked, progress)
                 self._record(asset.report, time.monotonic() - began)
                 if asset.ply:
