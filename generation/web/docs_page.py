@@ -21,14 +21,16 @@ summary { cursor: pointer } summary b { display: inline-block; min-width: 3.2rem
 code { font: 13px ui-monospace, monospace } summary code { font-size: 15px; margin-right: .6rem }
 table { border-collapse: collapse; width: 100%; margin: .3rem 0 } h2 { font-size: 1rem; margin: .8rem 0 .2rem }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid #e8ecf1 }
-td:first-child { white-space: nowrap } form { margin: .6rem 0 }
-label { display: inline-block; margin: .2rem 1rem .2rem 0; max-width: 100% }
-input, button { font: inherit; padding: .2rem .5rem; max-width: 100%; box-sizing: border-box }
+td:first-child { white-space: nowrap }
+form { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: .6rem 1rem; margin: .6rem 0;
+  align-items: end } label { font-size: .85rem; min-width: 0 }
+input, button { font: inherit; font-size: 15px; padding: .35rem .6rem; border: 1px solid #b9c2cd; border-radius: 6px }
+input { display: block; width: 100%; box-sizing: border-box }
+button { justify-self: start; padding: .35rem 1.4rem; background: #0b62a4; border-color: #0b62a4; color: #fff }
 @media (max-width: 32rem) { td { display: block } td + td { border: 0; padding-top: 0 } }
 @media (prefers-color-scheme: dark) { body { color: #dfe5ec; background: #14181d } summary b, a { color: #6cb6ef }
-  details, td, th { border-color: #333b45 } }
+  details, td, th { border-color: #333b45 } input { border-color: #4a545f; background: #1d232b; color: inherit } }
 """
-_LIMITS = ("enum", "format", "minimum", "maximum", "minLength", "maxLength", "default")
 
 
 def render(openapi: dict[str, Any]) -> str:
@@ -44,7 +46,8 @@ def render(openapi: dict[str, Any]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}</style>"
         f"<main><h1>{title}</h1><p>{escape(openapi['info'].get('description', ''))}</p>"
-        f'<p>Also as <a href="openapi.json">OpenAPI</a>, for programs.</p>{operations}</main></html>'
+        '<p>For people there is <a href="studio/">Studio</a>; for programs <a href="openapi.json">OpenAPI</a>.</p>'
+        f"{operations}</main></html>"
     )
 
 
@@ -78,9 +81,24 @@ def _answer(status: str, answer: dict[str, Any]) -> list[str]:
 def _about(field: dict[str, Any]) -> str:
     schema = field.get("schema", field)
     kinds = [each.get("type", "") for each in schema.get("anyOf", [schema])]
-    limits = (f"{name} {json.dumps(schema[name])}" for name in _LIMITS if name in schema)
     about = field.get("description") or schema.get("description")
-    return "; ".join(filter(None, [" or ".join(filter(None, kinds)), *limits, about]))
+    return "; ".join(filter(None, [" or ".join(filter(None, kinds)), *_limits(schema), about]))
+
+
+def _limits(schema: dict[str, Any]) -> Iterator[str]:
+    """What a JSON schema allows, in words."""
+    if "enum" in schema:
+        yield f"one of {', '.join(map(str, schema['enum']))}"
+    if schema.get("format") == "binary":
+        yield "a file"
+    for least, most, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters")):
+        low, high = (None if schema.get(key) is None else f"{schema[key]}".removesuffix(".0") for key in (least, most))
+        if low is not None and high is not None:
+            yield f"{low} to {high}{unit}"
+        elif low is not None or high is not None:
+            yield f"at least {low}{unit}" if high is None else f"at most {high}{unit}"
+    if "default" in schema:
+        yield f"default {json.dumps(schema['default'])}"
 
 
 def _table(head: str, rows: Iterator[list[str]]) -> str:

@@ -158,7 +158,8 @@ class CompetitiveMiner:
                 totals=dict(books.totals),
             )
             idle_log.update(manager, len(eligible))
-            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog, status)
+            registered = miner.synchroniser.registered
+            moment = snapshot(miner.directory, manager, pool, miner.clocks, books.backlog, status, registered)
             clock_log.update(moment.clock_behind)
             books.show(moment)
             await asyncio.sleep(STATUS_INTERVAL_S)

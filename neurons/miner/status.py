@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from neurons.chain import Neuron
 from neurons.miner.generation.pool import GeneratorPool
 from neurons.miner.records.metrics import Snapshot
 from neurons.miner.tasks.task_manager import AsyncTaskManager
@@ -31,8 +32,9 @@ def snapshot(
     clocks: ValidatorClocks,
     ledger_backlog: int,
     status: str,
+    registered: Neuron | None,
 ) -> Snapshot:
-    """The miner at this moment, for the metrics."""
+    """The miner at this moment, for the metrics. `registered`: what the chain has of it."""
     now = clocks.now()
     eligible = directory.eligible
     return Snapshot(
@@ -44,6 +46,8 @@ def snapshot(
         clock_behind=clocks.machine_is_behind(),
         status=status,
         held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
+        uid=registered and registered.uid,
+        incentive=registered and registered.incentive,
     )
 
 

@@ -337,7 +337,9 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
     write(ledger, events + one_task(2, NOW - 200, score=0.83, reward=20))
     metrics = Metrics()
     moment = Snapshot(queued=1, ages=[12.0], cooldowns={1: 250.0}, endpoints={"http://127.0.0.1:10006": False})
-    metrics.show(replace(moment, clock_behind=-9.0, status="ready", held=[(2, "image", 12.0)]))
+    metrics.show(
+        replace(moment, clock_behind=-9.0, status="ready", held=[(2, "image", 12.0)], uid=42, incentive=0.0125)
+    )
     port = metrics.serve(0, Activity(Identity("5Hot", "finney", 17), ledger, lambda: NOW).as_json)
     engine = Engine(lambda progress: Painter(), 16, 8)
     miner_url = f"http://127.0.0.1:{port}"
@@ -348,11 +350,14 @@ def test_the_miners_page_shows_what_its_ledger_says(browser: Any, tmp_path: Path
         until(lambda: page.locator(".tile").count() == 6, "the miner's figures")
         tiles = page.locator(".tile b").all_inner_texts()
         assert tiles == ["2", "30", "0.870", "1", "1", "0"]
-        assert "5Hot on finney, subnet 17" in page.inner_text("#miner")
+        assert "5Hot on finney, subnet 17, UID 42, incentive 0.01250 (its share" in page.inner_text("#miner")
         assert "clock is 9 s ahead of the validators" in page.inner_text("#miner")
         assert "No generation service can take a task" in page.inner_text("#miner")
         validators = page.locator("table").first.locator("tbody tr").all_inner_texts()
-        assert [row.split("\t")[6:8] for row in validators] == [["1.0", "–"]] * 2
+        assert [row.split("\t")[4:5] + row.split("\t")[8:] for row in validators] == [
+            ["1", "1.0", "–"],
+            ["0", "1.0", "–"],
+        ]
         rows = page.locator("#outcomes tbody tr").all_inner_texts()
         assert sorted(row.split("\t")[1:4] for row in rows) == [
             ["UID 1", "accepted", "0.910"], ["UID 1", "declined", "–"], ["UID 2", "accepted", "0.830"],

@@ -78,6 +78,8 @@ class Activity:
             "hotkey": self._identity.hotkey,
             "network": self._identity.network,
             "netuid": self._identity.netuid,
+            "uid": moment.uid,
+            "incentive": moment.incentive,
             "window_seconds": WINDOW_S,
             "accepted": sum(each["accepted"] for each in validators),
             "declined": sum(each["declined"] for each in validators),

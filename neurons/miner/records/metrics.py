@@ -46,6 +46,8 @@ class Snapshot:
     clock_behind: float | None = None
     status: str = ""  # what the miner is doing, in words
     held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
+    uid: int | None = None  # this miner's, while it is registered
+    incentive: float | None = None  # its share of what all miners earn, 0..1
 
 
 class _Moment(Collector):
@@ -68,6 +70,8 @@ class _Moment(Collector):
                 "By how much this machine's clock is behind the validators' (their median)",
                 now.clock_behind,
             )
+        if now.incentive is not None:
+            yield GaugeMetricFamily("miner_incentive", "This miner's share of what all miners earn", now.incentive)
         cooldowns = GaugeMetricFamily(
             "miner_cooldown_seconds", "Seconds until the validator may be asked again", labels=["uid"]
         )

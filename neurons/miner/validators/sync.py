@@ -27,7 +27,9 @@ class Follower(Protocol):
 
 
 class Synchroniser:
-    """Reads the chain and the blacklist's file regularly. `problem`: why the miner cannot mine now, or ""."""
+    """Reads the chain and the blacklist's file regularly. `problem`: why the miner cannot mine now, or "".
+    `registered`: the miner as the chain has it; None while it is not there.
+    """
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Synchroniser:
         self._blacklist = blacklist
         self._interval = interval
         self.problem = f"reading the metagraph of {network}"
-        self._registered: Neuron | None = None  # as last told in the log
+        self.registered: Neuron | None = None
 
     async def follow_chain(self) -> None:
         """Reads the metagraph every `interval` seconds; sooner, with growing pauses, while that fails."""
@@ -89,7 +91,7 @@ class Synchroniser:
         else:
             problem = f"Not registered: hotkey {self._hotkey} is not on subnet {metagraph.netuid} of {self._network}"
             metagraph = Metagraph(metagraph.netuid, ())
-        self._registered = own
+        self.registered = own
         self._directory.update(metagraph)
         self._manager.sync()
         if not problem and not self._directory.eligible:
@@ -98,7 +100,7 @@ class Synchroniser:
 
     def _tell_registered(self, own: Neuron, netuid: int) -> None:
         """Says in the log what the chain has of this miner, when that changed."""
-        before = self._registered
+        before = self.registered
         if before is not None and (before.uid, before.incentive) == (own.uid, own.incentive):
             return
         share = "" if own.incentive is None else f", incentive {own.incentive:.5f} (its share of what all miners earn)"

@@ -42,9 +42,9 @@ function draw(page, state, problem) {
   const width = Math.min(560, page.clientWidth - 60); // its text keeps its size on a phone
   change(page, warnings(state), tiles(state),
     element("div", { className: "two" }, card("Results, each 10 minutes: accepted (green), not accepted (red)", bars(state, width)), card("Scores of accepted results", dots(state, width))),
-    card("Validators", validators(state), { tabIndex: 0 }), // wider than a phone: keys scroll it, too
+    card("Validators", validators(state), { className: "card wide", tabIndex: 0 }), // wider than a phone: keys scroll it, too
     element("div", { className: "two" }, card("In hand", held(state)), card("Generation services", services(state))),
-    card("GPUs of this service", engines(state)),
+    card("Engines of this service", engines(state)),
     card("Results as they come", outcomes(state)));
 }
 
@@ -85,12 +85,14 @@ function tiles(state) {
     [number(state.accepted), `accepted in ${number(hours)} h, ${share === null ? "–" : number(share)} % of the ceiling`],
     [number(state.reward), "reward, by the validators' own count"],
     [number(state.mean_score, 3), "mean score of accepted results"],
-    [number(state.declined), "declined"],
+    [number(state.declined), "declined, each costs 10 minutes"],
     [number(state.held.length), `tasks in hand, ${number(state.queued)} waiting`],
     [number(state.unsettled), "results of unknown outcome"],
   ];
   const box = element("div", { className: "tiles" }, ...each.map(([value, what]) => element("div", { className: "tile" }, element("b", {}, value), element("span", {}, what))));
-  const about = element("p", { className: "small" }, `${state.hotkey} on ${state.network}, subnet ${state.netuid}`);
+  const uid = state.uid == null ? "" : `, UID ${state.uid}`;
+  const incentive = state.incentive == null ? "" : `, incentive ${number(state.incentive, 5)} (its share of what all miners earn)`;
+  const about = element("p", { className: "small" }, `${state.hotkey} on ${state.network}, subnet ${state.netuid}${uid}${incentive}`);
   return element("div", {}, box, about);
 }
 
@@ -106,9 +108,9 @@ function validators(state) {
     const bar = element("div", { className: "bar" }, element("i", {}));
     bar.firstChild.style.width = `${Math.min(100, ((each.cooldown ?? 0) / 300) * 100)}%`;
     const left = element("div", { className: "row" }, bar, each.cooldown ? duration(each.cooldown) : "free");
-    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.mean_score, 3), number(each.reward), number(each.candidates, 1), number(each.gain, 3), number(each.declined), number(each.early)];
+    return [String(each.uid), left, number(each.accepted), number(each.submitted), number(each.declined), number(each.mean_score, 3), number(each.reward), number(each.early), number(each.candidates, 1), number(each.gain, 3)];
   });
-  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["mean score", "n"], ["reward", "n"], ["candidates", "n"], ["gain", "n"], ["declined", "n"], ["asked too early", "n"]], rows, "No validator has answered yet.");
+  return table([["UID"], ["cooldown"], ["accepted", "n"], ["results", "n"], ["declined", "n"], ["mean score", "n"], ["reward", "n"], ["asked too early", "n"], ["candidates", "n"], ["gain", "n"]], rows, "No validator has answered yet.");
 }
 
 function held(state) {

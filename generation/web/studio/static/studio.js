@@ -8,7 +8,7 @@ const EXAMPLES = ["a red cube", "a blue chair", "a green mug", "a yellow house",
 // Any other stage is a generator's, which has its name.
 const STAGES = { receiving: "received", queued: "waiting", paused: "paused", text_to_image: "drawing the picture",
   background: "cutting it out", self_check: "scoring it", candidates: "making the others" };
-const PART_NAMES = { alignment: "alignment", iqa: "quality", ssim: "SSIM", lpips: "LPIPS" };
+const PART_NAMES = { iqa: "quality", alignment: "alignment", ssim: "SSIM", lpips: "LPIPS" };
 
 const byId = (id) => document.getElementById(id);
 /** An element with properties and children; text is text. */
@@ -76,7 +76,7 @@ async function health() {
     const state = await (await ask("../health")).json();
     const waiting = state.queue_depth ? `, ${state.queue_depth} waiting` : "";
     line.textContent = state.status === "ready"
-      ? `${state.profile} models on ${state.device}, ${state.active.length} running${waiting}`
+      ? `${state.profile} models on ${state.device === "cpu" ? "the CPU" : state.device}, ${state.active.length} running${waiting}`
       : `${state.status}: ${state.reason}`;
   } catch (error) {
     line.textContent = error.message;
@@ -145,8 +145,8 @@ function progressRow(each) {
 
 function facts(result) {
   const seconds = Object.values(result.seconds).reduce((sum, each) => sum + each, 0);
-  const parts = Object.entries(result.parts).filter(([, value]) => value !== null)
-    .map(([name, value]) => `${PART_NAMES[name] ?? name} ${value.toFixed(2)}`).join(", ");
+  const parts = Object.entries(PART_NAMES).filter(([part]) => result.parts[part] != null)
+    .map(([part, name]) => `${name} ${result.parts[part].toFixed(2)}`).join(", ");
   return [
     ["Score", result.score === null ? null : result.score.toFixed(3)],
     ["Parts", parts || null],

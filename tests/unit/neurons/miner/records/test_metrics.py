@@ -47,6 +47,8 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
             endpoints={"http://127.0.0.1:10006": True, "http://127.0.0.1:10008": False},
             ledger_backlog=5,
             clock_behind=37.5,
+            uid=42,
+            incentive=0.0125,
         )
     )
     port = metrics.serve(0)
@@ -75,9 +77,10 @@ def test_events_and_snapshot_are_served(metrics: Metrics) -> None:
     assert value("miner_endpoint_up", endpoint="http://127.0.0.1:10008") == 0
     assert value("miner_ledger_backlog_rows") == 5
     assert value("miner_clock_behind_seconds") == 37.5
+    assert value("miner_incentive") == 0.0125
 
     metrics.show(Snapshot())
-    gone = {"miner_cooldown_seconds", "miner_clock_behind_seconds"}
+    gone = {"miner_cooldown_seconds", "miner_clock_behind_seconds", "miner_incentive"}
     assert not any(name in gone for name, _ in scrape(port))
 
 
