@@ -80,7 +80,9 @@ def _answer(status: str, answer: dict[str, Any]) -> list[str]:
 
 def _about(field: dict[str, Any]) -> str:
     schema = field.get("schema", field)
-    kinds = [each.get("type", "") for each in schema.get("anyOf", [schema])]
+    kinds = [
+        "file" if each.get("format") == "binary" else each.get("type", "") for each in schema.get("anyOf", [schema])
+    ]
     about = field.get("description") or schema.get("description")
     return "; ".join(filter(None, [" or ".join(filter(None, kinds)), *_limits(schema), about]))
 
@@ -89,8 +91,6 @@ def _limits(schema: dict[str, Any]) -> Iterator[str]:
     """What a JSON schema allows, in words."""
     if "enum" in schema:
         yield f"one of {', '.join(map(str, schema['enum']))}"
-    if schema.get("format") == "binary":
-        yield "a file"
     for least, most, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters")):
         low, high = (None if schema.get(key) is None else f"{schema[key]}".removesuffix(".0") for key in (least, most))
         if low is not None and high is not None:
