@@ -272,7 +272,7 @@ def test_a_deploy_that_is_ended_leaves_nothing_and_no_stop_comes_between(clone: 
     os.killpg(deploy.pid, how)
     _, said = deploy.communicate(timeout=60)
     assert deploy.returncode == 130
-    assert "nothing of it runs. Again, it goes on from here" in said
+    assert "nothing of it runs. Run it again to go on from here" in said
     assert not alive(service.pid)
     assert not list((clone.path / "run").glob("*.pid"))
     assert "nothing was running" in clone.stop().stdout
