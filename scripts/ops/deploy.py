@@ -474,7 +474,7 @@ def main(arguments: Sequence[str], caller: Path) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        _say_to_who_ended_it(f"\n{PROGRAM}: ended before it was done; nothing of it runs. Run it again to go on from here")
+        _say_to_who_ended_it(f"\n{PROGRAM}: ended; nothing of it runs. Run it again to go on from here")
         return ENDED
     return 0
 
