@@ -54,7 +54,7 @@ def render(openapi: dict[str, Any]) -> str:
 def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     parts = [f"<p>{escape(operation.get('description', ''))}</p>"]
     if parameters := operation.get("parameters"):
-        rows = ([each["name"], f"in the {each['in']}; {_about(each)}"] for each in parameters)
+        rows = ([each["name"], f"in the {each['in']}; {about(each)}"] for each in parameters)
         parts.append(_table("Parameters", rows))
     for kind, content in operation.get("requestBody", {}).get("content", {}).items():
         schema = content["schema"]
@@ -69,7 +69,7 @@ def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
 
 def _fields(form: dict[str, Any]) -> Iterator[list[str]]:
     for name, field in form["properties"].items():
-        yield [name, ("required; " if name in form.get("required", ()) else "") + _about(field)]
+        yield [name, ("required; " if name in form.get("required", ()) else "") + about(field)]
 
 
 def _answer(status: str, answer: dict[str, Any]) -> list[str]:
@@ -78,19 +78,22 @@ def _answer(status: str, answer: dict[str, Any]) -> list[str]:
     return [status, *filter(None, about)]
 
 
-def _about(field: dict[str, Any]) -> str:
+def about(field: dict[str, Any]) -> str:
+    """What a field or parameter may be, and its description, in words."""
     schema = field.get("schema", field)
     kinds = [
         "file" if each.get("format") == "binary" else each.get("type", "") for each in schema.get("anyOf", [schema])
     ]
-    about = field.get("description") or schema.get("description")
-    return "; ".join(filter(None, [" or ".join(filter(None, kinds)), *_limits(schema), about]))
+    told = field.get("description") or schema.get("description")
+    return "; ".join(filter(None, [" or ".join(filter(None, kinds)), *_limits(schema), told]))
 
 
 def _limits(schema: dict[str, Any]) -> Iterator[str]:
     """What a JSON schema allows, in words."""
     if "enum" in schema:
         yield f"one of {', '.join(map(str, schema['enum']))}"
+    if (kind := schema.get("format", "binary")) != "binary":
+        yield f"format {kind}"
     for least, most, unit in (("minimum", "maximum", ""), ("minLength", "maxLength", " characters")):
         low, high = (None if schema.get(key) is None else f"{schema[key]}".removesuffix(".0") for key in (least, most))
         if low is not None and high is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from generation.serve_competitive import make_engine
 from generation.settings import Settings
 from generation.web.app import create_app
+from generation.web.docs_page import about
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs/API.md"
 HEAD = """# The generation service's HTTP API
@@ -31,7 +32,6 @@ Splats are binary little endian PLY files with the fields of 3D Gaussian Splatti
 means that the splat was made but failed the self-check: the header `X-Rejected` says why. The last command scores a
 splat: `cube.json` is `{"prompt": "a red cube", "data": "..."}`, where `data` is what `base64 -w0 cube.ply` prints.
 """
-_LIMITS = ("enum", "format", "minimum", "maximum", "minLength", "maxLength", "default")
 _REPORT = "X-Seed"  # a header of answers that carry a report
 
 
@@ -60,7 +60,7 @@ def render(openapi: dict[str, Any]) -> str:
 
 def _operation(operation: dict[str, Any], errors: dict[str, str]) -> Iterator[str]:
     if parameters := operation.get("parameters"):
-        yield _table(("parameter", "in", "meaning"), ((f"`{p['name']}`", p["in"], _about(p)) for p in parameters))
+        yield _table(("parameter", "in", "meaning"), ((f"`{p['name']}`", p["in"], about(p)) for p in parameters))
     if content := operation.get("requestBody", {}).get("content"):
         yield _table((f"field of {' or '.join(f'`{kind}`' for kind in content)}", "meaning"), _fields(content))
     answers = {status: _answer(each) for status, each in operation["responses"].items()}
@@ -79,22 +79,14 @@ def _fields(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys(name for _, fields in forms for name in fields):
         having = [(kind, fields[name]) for kind, fields in forms if name in fields]
         schema = dict(having[0][1])
-        for key in set(_LIMITS) & schema.keys():
-            values = list(dict.fromkeys(str(field[key]) for _, field in having))
-            bound = {"minimum": min, "maximum": max}.get(key)
-            schema[key] = bound(field[key] for _, field in having) if bound else "` or `".join(values)
+        for key, widest in (("minimum", min), ("minLength", min), ("maximum", max), ("maxLength", max)):
+            if key in schema:
+                schema[key] = widest(field[key] for _, field in having)
+        if "format" in schema:
+            schema["format"] = " or ".join(dict.fromkeys(field["format"] for _, field in having))
         kinds = {kind for kind, _ in having}
         alone = "" if len(kinds) == len(content) else f"; in {', '.join(f'`{kind}`' for kind in kinds)} alone"
-        yield f"`{name}`", _about({"schema": schema}) + alone
-
-
-def _about(parameter: dict[str, Any]) -> str:
-    schema = parameter.get("schema", {})
-    limits = [f"{key} `{schema[key]}`" for key in _LIMITS if key in schema]
-    kind = schema.get("type", "")
-    told = parameter.get("description") or schema.get("description", "")
-    kind = " or ".join(kind) if isinstance(kind, list) else kind
-    return "; ".join(part for part in (kind, told, *limits) if part)
+        yield f"`{name}`", about(schema) + alone
 
 
 def _answer(response: dict[str, Any]) -> str:
