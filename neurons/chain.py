@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import math
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +114,9 @@ async def _fetch(network: str, netuid: int) -> Metagraph:
 
 def from_chain(metagraph: Any) -> Metagraph:
     """Plain values of a bittensor metagraph."""
-    neurons = zip(metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, metagraph.I, strict=True)
+    neurons = zip(metagraph.uids, metagraph.hotkeys, metagraph.axons, metagraph.S, strict=True)
+    # Only shown: whatever is there of it, mining goes on.
+    incentives = dict(zip(map(int, metagraph.uids), map(float, metagraph.I), strict=False))
     return Metagraph(
         netuid=int(metagraph.netuid),
         neurons=tuple(
@@ -124,9 +127,9 @@ def from_chain(metagraph: Any) -> Metagraph:
                 port=int(axon.port),
                 stake=float(stake),
                 serving=bool(axon.is_serving),
-                incentive=float(incentive),
+                incentive=incentive if math.isfinite(incentive := incentives.get(int(uid), math.nan)) else None,
             )
-            for uid, hotkey, axon, stake, incentive in neurons
+            for uid, hotkey, axon, stake in neurons
         ),
     )
 

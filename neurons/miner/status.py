@@ -46,8 +46,8 @@ def snapshot(
         clock_behind=clocks.machine_is_behind(),
         status=status,
         held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
-        uid=registered and registered.uid,
-        incentive=registered and registered.incentive,
+        uid=None if registered is None else registered.uid,
+        incentive=None if registered is None else registered.incentive,
     )
 
 

@@ -52,11 +52,11 @@ def test_plain_values_of_the_chain_s_metagraph() -> None:
     metagraph = chain.from_chain(
         SimpleNamespace(
             netuid=17,
-            uids=[0, 1],
-            hotkeys=["5A", "5B"],
-            axons=[axon("203.0.113.9"), axon("0.0.0.0")],
-            S=[12_000.5, 0.0],
-            I=[0.0, 0.125],
+            uids=[0, 1, 2, 3],
+            hotkeys=["5A", "5B", "5C", "5D"],
+            axons=[axon("203.0.113.9"), axon("0.0.0.0"), axon("0.0.0.0"), axon("0.0.0.0")],
+            S=[12_000.5, 0.0, 0.0, 0.0],
+            I=[0.0, 0.125, float("nan")],
             # Which say nothing of who hands out tasks.
             validator_permit=[False, True],
         )
@@ -64,6 +64,8 @@ def test_plain_values_of_the_chain_s_metagraph() -> None:
     assert metagraph.neurons == (
         Neuron(0, "5A", "203.0.113.9", 8091, 12_000.5, serving=True, incentive=0.0),
         Neuron(1, "5B", "0.0.0.0", 8091, 0.0, serving=False, incentive=0.125),
+        Neuron(2, "5C", "0.0.0.0", 8091, 0.0, serving=False, incentive=None),
+        Neuron(3, "5D", "0.0.0.0", 8091, 0.0, serving=False, incentive=None),
     )
     json.dumps([vars(neuron) for neuron in metagraph.neurons])  # plain, all of it
 
