@@ -169,6 +169,23 @@ def caption(spec: ObjectSpec, rng: random.Random, plain: bool = False) -> str:
     return text if plain else rng.choices((text, text.capitalize(), text.title(), f"{text}."), (8, 1, 1, 1))[0]
 
 
+def caption_of_shape(spec: ObjectSpec, rng: random.Random) -> str:
+    """One way of asking for `spec` without its colours."""
+    shape = rng.choice((spec.shape, *SYNONYMS.get(spec.shape, ())))
+    if spec.base:
+        base = rng.choice((spec.base, *SYNONYMS.get(spec.base, ())))
+        return f"{_article(shape)} {rng.choice(('on', 'on top of', 'standing on', 'over'))} {_article(base)}"
+    size = rng.choice(SIZE_WORDS[spec.size]) if spec.size else rng.choice(NEUTRAL)
+    words = " ".join(w for w in (size, rng.choice(MATERIAL_WORDS[spec.material]), shape) if w)
+    return rng.choice((_article(words), _article(words), words, f"one {words}", f"a 3d model of {_article(words)}"))
+
+
+def caption_of_colour(spec: ObjectSpec, rng: random.Random) -> str:
+    """One way of asking for anything of its colour."""
+    colour = rng.choice(COLOUR_WORDS.get(spec.colour, (spec.colour,)))
+    return rng.choice((f"something {colour}", _article(f"{colour} object"), _article(f"{colour} thing"), colour))
+
+
 def evaluation_specs(count: int = 48, seed: int = 17) -> list[ObjectSpec]:
     """The judge's prompts: pairs that training never saw, every shape at least once."""
     rng = random.Random(seed)

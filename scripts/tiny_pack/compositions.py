@@ -125,9 +125,68 @@ def motley(rng: random.Random, shapes: Sequence[str]) -> list[Primitive]:
     return [replace(p, colour=rng.choice(colours)) for p in SHAPES[rng.choice(shapes)]()]
 
 
+def varied(rng: random.Random, shapes: Sequence[str]) -> list[Primitive]:
+    """A named shape in other proportions, the whole and each part; now and then a part is missing or foreign."""
+    parts = SHAPES[rng.choice(shapes)]()
+    tint, plain = _colour(rng), rng.random() < 0.5
+    stretch = [math.exp(rng.gauss(0, 0.25)) for _ in range(3)]
+    out: list[Primitive] = []
+    for part in parts:
+        own = math.exp(rng.gauss(0, 0.2))
+        size = [length * own * math.exp(rng.gauss(0, 0.15)) for length in part.size]
+        if part.kind == PRISM:
+            size[3] = part.size[3]
+        elif part.kind == ELLIPSOID and len(set(part.size[:3])) == 1 and rng.random() < 0.7:
+            size[:3] = [size[0]] * 3
+        x, y, z = (c * k for c, k in zip(part.centre, stretch, strict=True))
+        colour = part.colour if plain and part.colour is not None else _colour(rng) if rng.random() < 0.15 else tint
+        out.append(replace(part, size=(size[0], size[1], size[2], size[3]), centre=(x, y, z), colour=colour))
+    if len(out) > 2 and rng.random() < 0.3:
+        out.pop(rng.randrange(1, len(out)))
+    if len(out) < MAX_PRIMITIVES and rng.random() < 0.3:
+        kind, on = rng.choice(_KINDS), rng.choice(out)
+        x, y, z = (c + rng.uniform(-1, 1) * _reach(on, axis) for axis, c in enumerate(on.centre))
+        out.append(Primitive(kind, _size(kind, rng, rng.uniform(0.3, 0.7)), (x, y, z), _colour(rng)))
+    return out
+
+
+def turned(rng: random.Random) -> list[Primitive]:
+    """Round or many-sided solids on one upright axis, as from a lathe; some meet in the same radius."""
+    sides = float(rng.choice((3, 4, 5, 6, 8))) if rng.random() < 0.25 else 0.0
+    colours = [_colour(rng) for _ in range(rng.choice((1, 2, 2, 3)))]
+    radius, y = rng.uniform(0.15, 0.7), 0.0
+    parts: list[Primitive] = []
+    for _ in range(rng.choice((1, 2, 3, 3, 4, 5))):
+        kind, colour = rng.random(), rng.choice(colours)
+        height = math.exp(rng.uniform(math.log(0.08), math.log(1.2)))
+        top = rng.choice((radius, 0.02, radius * rng.uniform(0.4, 1.7)))
+        centre = (0.0, y + height / 2, 0.0)
+        if kind < 0.6:
+            parts.append(Primitive(PRISM if sides else FRUSTUM, (radius, height / 2, top, sides), centre, colour))
+        elif kind < 0.75:
+            parts.append(Primitive(ELLIPSOID, (radius, height / 2, radius, 0), centre, colour))
+        elif kind < 0.85:
+            tube = min(height / 2, radius * 0.45)
+            parts.append(Primitive(TORUS, (radius, tube, 0, 0), (0.0, y + tube, 0.0), colour))
+            height = 2 * tube
+        else:
+            parts.append(Primitive(DOME, (radius, height, radius, 0), (0.0, y, 0.0), colour))
+            top = radius * rng.uniform(0.1, 0.6)
+        y += height * rng.uniform(0.85, 1.0)
+        radius = max(0.06, min(0.9, top if rng.random() < 0.6 else radius * math.exp(rng.gauss(0, 0.6))))
+    tilt = 0.0 if rng.random() < 0.7 else 90.0
+    if tilt:
+        return [replace(p, centre=(0.0, p.centre[2], p.centre[1]), tilt=tilt) for p in parts]
+    return parts
+
+
 def composition(rng: random.Random, shapes: Sequence[str]) -> list[Primitive]:
     """One of the above; of the named shapes only `shapes` are used."""
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.35:
         return grown(rng)
-    return mixed(rng, shapes) if kind < 0.8 else motley(rng, shapes)
+    if kind < 0.5:
+        return turned(rng)
+    if kind < 0.75:
+        return varied(rng, shapes)
+    return mixed(rng, shapes) if kind < 0.88 else motley(rng, shapes)

@@ -102,7 +102,7 @@ def training_spec(rng: random.Random) -> ObjectSpec:
 
 
 def training_object(rng: random.Random) -> Wanted:
-    return training_spec(rng) if rng.random() < 0.4 else composition(rng, SEEN)
+    return training_spec(rng) if rng.random() < 0.25 else composition(rng, SEEN)
 
 
 def specs_of(shapes: tuple[str, ...], each: int) -> list[ObjectSpec]:
@@ -135,10 +135,13 @@ def random_passes(rng: random.Random, edited: bool) -> dict[str, Pass]:
     """Two or three of LGM's for training."""
     steps, guidance = rng.choice((2, 3, 4, 5, 6, 8)), rng.uniform(1.0, 4.0)
     if edited:
-        return {
+        passes = {
             "edited": Pass("picture", rng.choice((8, 12)), 1.0, rng.uniform(0.3, 0.98)),
-            "bent": Pass(noise=0.0),
+            "anew": Pass("picture", steps, guidance, 0.999),  # from the exact picture alone
         }
+        if rng.random() < 0.6:
+            passes["bent"] = Pass(noise=0.0)
+        return passes
     passes = {"lgm": Pass(steps=rng.choice((8, 12))), "lgm in few steps": Pass(steps=steps, guidance=guidance)}
     if rng.random() < 0.5:
         some = rng.choice(("words", "picture"))
@@ -468,7 +471,7 @@ def training_batch(number: int, size: int, seed: int) -> dict[str, Any]:
     """By its number, from 0."""
     rng = random.Random(f"training {seed} {number}")
     common = {"split": "train", "first": 0, "seed": 1_000_000 * (1 + seed) + number}
-    kind = ("words", "edited", "words", "exact", "words")[number % 5]
+    kind = ("edited", "words", "edited", "exact", "edited", "words", "edited")[number % 7]
     if kind == "exact":
         return {**common, "ways": None, "wanted": [training_object(rng) for _ in range(size)]}
     edited = kind == "edited"

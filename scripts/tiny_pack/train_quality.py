@@ -16,6 +16,7 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -260,10 +261,11 @@ def chosen_logits(records: Sequence[Record], of_views: Tensor, which: Any) -> Te
 
 
 def load_results(folder: Path, split: str) -> list[Record]:
-    records = []
-    for path in sorted(folder.glob(f"{split}_*.pt")):
-        records += torch.load(path, weights_only=False)
-    return records
+    paths = sorted(folder.glob(f"{split}_*.pt"))
+    with ThreadPoolExecutor(8) as pool:
+        return [
+            record for part in pool.map(lambda path: torch.load(path, weights_only=False), paths) for record in part
+        ]
 
 
 def save(net: Any, folder: Path) -> None:
