@@ -130,11 +130,7 @@ def plan(entry: Entry) -> Plan:
     if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
         raise WeightsError(f"{entry.name}: {page} names no commit")
     assert info.sha is not None
-    there = {}
-    for sibling in info.siblings or ():
-        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        if _is_sane(sibling.rfilename, sibling.size, digest):
-            there[sibling.rfilename] = _File(sibling.rfilename, sibling.size, digest, sibling.lfs is not None)
+    there = {file.name: file for sibling in info.siblings or () if (file := _listed(sibling)) is not None}
     names = wanted(list(there), entry.files)
     absent = [pattern for pattern in entry.files if not fnmatch.filter(names, pattern)]
     if absent:
@@ -248,17 +244,15 @@ def _record(entry: Entry, old: Lock | None, new: Lock) -> str:
         return f"that could not be recorded, so the next run checks them again ({error})"
 
 
-def _is_sane(name: Any, size: Any, digest: Any) -> bool:
-    """Whether what the hub lists of a file is of the right kind, and its name and digest can be used in paths."""
-    return (
-        isinstance(name, str)
-        and name.isprintable()
-        and ".." not in name.split("/")
-        and not name.startswith("/")
-        and isinstance(size, int)
-        and size >= 0
-        and re.fullmatch(r"[0-9a-f]{40,64}", str(digest)) is not None
-    )
+def _listed(sibling: Any) -> _File | None:
+    """A file as the hub lists it; None unless all is of the right kind, and name and digest can be used in paths."""
+    name, size = sibling.rfilename, sibling.size
+    digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    is_name = isinstance(name, str) and name.isprintable() and ".." not in name.split("/") and not name.startswith("/")
+    is_size = isinstance(size, int) and size >= 0
+    if not is_name or not is_size or re.fullmatch(r"[0-9a-f]{40,64}", str(digest)) is None:
+        return None
+    return _File(name, size, digest, sibling.lfs is not None)
 
 
 def _name(plan: Plan, file: _File) -> None:
