@@ -43,6 +43,7 @@ def snapshot(
         ledger_backlog=ledger_backlog,
         clock_behind=clocks.machine_is_behind(),
         status=status,
+        hotkeys={neuron.uid: hotkey for hotkey, neuron in eligible.items()},
         held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
     )
 

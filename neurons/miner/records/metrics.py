@@ -46,6 +46,7 @@ class Snapshot:
     clock_behind: float | None = None
     status: str = ""  # what the miner is doing, in words
     held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
+    hotkeys: Mapping[int, str] = field(default_factory=dict)  # of the eligible validators, which can change
 
 
 class _Moment(Collector):
