@@ -116,9 +116,9 @@ def router(makers: Makers, threshold: float, film: Film, miner_url: str) -> APIR
 
     @routes.get("/requests/{request_id}/preview.webp")
     async def preview(request_id: str) -> Response:
-        """The latest preview of a request in progress."""
+        """The latest preview of a request in progress; no content while, or once, there is none."""
         if not (content := makers.preview(request_id)):
-            raise ApiError(404, "request_id", "there is no preview of this request")
+            return Response(status_code=204)  # browsers log a 404 as an error of the page
         return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})
 
     @routes.get("/requests/{request_id}/{name}")

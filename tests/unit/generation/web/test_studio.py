@@ -157,10 +157,14 @@ class TestRoutes:
 
     @pytest.mark.parametrize(
         "path", ["static/none.js", "static/..%2froutes.py", "requests/x/splat.ply", "requests/x/about.json",
-                 "requests/..%2f..%2fx/splat.ply", "requests/x/turntable.mp4", "requests/x/preview.webp"]
+                 "requests/..%2f..%2fx/splat.ply", "requests/x/turntable.mp4"]
     )  # fmt: skip
     def test_what_is_not_there_is_404(self, service: Service, path: str) -> None:
         assert service.client.get(f"/studio/{path}").status_code == 404
+
+    def test_a_preview_that_is_not_there_is_no_error(self, service: Service) -> None:
+        answer = service.client.get("/studio/requests/x/preview.webp")
+        assert (answer.status_code, answer.content) == (204, b"")
 
     def test_the_page_and_its_files(self, service: Service) -> None:
         assert service.client.get("/", follow_redirects=True).text.startswith("<!doctype html>")
