@@ -547,7 +547,7 @@ def test_a_rejected_video_is_empty(service: Service) -> None:
     assert response.headers["X-Rejected"]
 
 
-def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
+def test_turntable_is_an_mp4_that_shows_the_object_turning(monkeypatch: pytest.MonkeyPatch) -> None:
     import imageio.v3 as iio
     import torch
 
@@ -563,7 +563,9 @@ def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
     quats = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
     gaussians = Gaussians(means, quats, torch.full((n, 3), -2.8), torch.full((n,), 4.0), sh)
     frames = turntable.render(gaussians, size=64, count=8)
-    mp4 = turntable.encode(frames, fps=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")  # it needs no room on the disk
+        mp4 = turntable.encode(frames, fps=8)
     assert mp4[4:8] == b"ftyp"
     decoded = iio.imread(mp4, extension=".mp4")
     assert decoded.shape == (8, 64, 64, 3)
@@ -571,3 +573,6 @@ def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
     assert red[0] > blue[0] + 10
     assert blue[4] > red[4] + 10
     assert np.median(decoded[:, :4, :4]) > 240  # white around it
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "false")
+    with pytest.raises(OSError, match="ffmpeg failed with status 1"):
+        turntable.encode(frames * 100, fps=8)
