@@ -79,8 +79,8 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     app.add_middleware(SameSite, allowed=settings.allowed_hosts)  # the outermost
     _add_error_handlers(app)
     app.state.events = events  # closed before the server waits for open responses
-    # Bodies are read before admission, so the number of large ones is bounded. Background requests wait for others.
-    scoring_bodies = {background: asyncio.Semaphore(2) for background in (False, True)}
+    # Splats are decoded before admission, so their number is bounded. Background requests wait for others.
+    scoring = {background: asyncio.Semaphore(2) for background in (False, True)}
 
     @app.post("/generate", include_in_schema=False)
     @app.post(
@@ -144,16 +144,16 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
-        async with scoring_bodies[background]:
-            body = await intake.read_score_request(request)
+        body = await intake.read_score_request(request)
+        async with scoring[background]:
             return await _score(request, body, intake.check_prompt(body.prompt or ""), background)
 
     @app.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.SCORES)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
-        async with scoring_bodies[background]:
-            body = await intake.read_score_request(request)
+        body = await intake.read_score_request(request)
+        async with scoring[background]:
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
             picture = await asyncio.to_thread(decode_image, data, "prompt_image")
             return await _score(request, body, picture.target, background)
