@@ -548,6 +548,14 @@ def test_a_wrong_scoring_field_is_named(service: Service, fields: dict[str, Any]
     error(service.client.post("/validate_txt_to_3d_ply/", content=content, headers=headers), 422, field)
 
 
+@pytest.mark.parametrize("values", [b'{"x": [%s0]}' % (b"[]," * 10_001), b'{%s"x": 0}' % (b'"x":0,' * 10_001)])
+def test_scoring_bodies_of_many_values_are_not_parsed(service: Service, values: bytes) -> None:
+    """Values that nobody asked for cost fifty times their size in memory, and hold up all threads."""
+    headers = {"content-type": "application/json"}
+    refused = service.client.post("/validate_txt_to_3d_ply/", content=values, headers=headers)
+    assert error(refused, 422, "body")["limit"] == intake.MAX_JSON_COMMAS
+
+
 def test_scoring_bodies_that_are_no_json_objects(service: Service) -> None:
     headers = {"content-type": "application/json"}
     for content in (b"", b"{", b"\xff\xfe", b"[" * 200_000, b'{"data": "\xff"}', rb'{"data": "\ud800"}'):
