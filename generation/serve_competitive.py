@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from generation.arguments import COMMAND_LINE, ROOT, TABLES, Arguments
 from generation.engine.engine import Engine
@@ -23,12 +24,15 @@ from generation.schema.options import SettingsError
 from generation.schema.score import formula
 from generation.settings import Settings, resolve_elsewhere
 from generation.web.app import create_app
+from generation.web.connections import Connection
 
 if TYPE_CHECKING:
     from generation.pipeline.pipeline import Pipeline
 
 #: Seconds that requests in flight have after SIGTERM.
 GRACE_S = 20
+#: Seconds after which the kernel closes a connection whose client takes none of what is sent to it.
+STALL_S = 60
 
 log = logging.getLogger("generation.serve")
 
@@ -42,6 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_S * 1000)  # connections inherit it
         listener.bind(address)
         listener.listen(128)
     except OSError:
@@ -74,6 +79,12 @@ def make_cluster_fleet(arguments: Arguments, values: Mapping[str, Any]) -> Fleet
 
 class Server(uvicorn.Server):
     """At its end closes the event streams, which never finish, before it waits for open responses."""
+
+    def __init__(self, app: FastAPI, grace_s: int = GRACE_S) -> None:
+        config = uvicorn.Config(
+            app, http=Connection, log_config=None, access_log=False, timeout_graceful_shutdown=grace_s
+        )
+        super().__init__(config)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.config.app.state.events.close()  # type: ignore[union-attr]
@@ -118,11 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("The score goes without %s: %s", stage, reason)
     log.info("Listening on %s port %d", settings.host, settings.port)
     app = create_app(engine, settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     # uvicorn raises the signal again after its shutdown; by then there is nothing left to end.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: None)
-    Server(config).run(sockets=[listener])
+    Server(app).run(sockets=[listener])
     log.info("Stopped")
     return 0
 

@@ -33,7 +33,10 @@ class ProcessEngine(RemoteEngine):
         self._process: subprocess.Popen[bytes]
 
     def _launch(self) -> Channel:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:  # no descriptor is left
+            raise NotStarted(error) from error
         with theirs:
             number = theirs.fileno()
             command = [sys.executable, "-m", "generation.fleet.worker", str(number), str(os.getpid())]

@@ -34,7 +34,11 @@ MAX_DATA_CHARACTERS = 64 * 1024 * 1024  # a splat in base64
 MAX_TEXT_BYTES = 32 * 1024  # of a form's text field as it is sent; the longest prompt takes 12 kB
 MAX_FORM_BYTES = MAX_IMAGE_BYTES + 1024 * 1024
 MAX_JSON_BYTES = MAX_DATA_CHARACTERS + MAX_IMAGE_BYTES * 4 // 3 + 1024 * 1024
+# A scoring request has some ten values. Its 79 MB of empty lists took 48 s, in which nothing else runs, and 4 GB.
+MAX_JSON_COMMAS = 10_000
 MAX_READ_S = 60.0  # to receive a whole body
+MAX_HELD_BYTES = 512 * 1024 * 1024  # of all bodies together that are being received or checked
+HELD_RETRY_S = 5
 # Bytes beyond a limit that are still read before an answer closes the connection.
 DRAIN_BYTES = 256 * 1024 * 1024
 FORM_FIELDS = ("prompt", "prompt_image_file", "seed", "candidates", "budget_seconds")
@@ -47,12 +51,16 @@ UNKNOWN_TYPES = ("application/octet-stream", "binary/octet-stream")  # what clie
 class BodyLimit:
     """ASGI middleware: a body beyond its path's limit is read no further and answered with 413.
 
+    So is, with 503, one that brings all that are held beyond MAX_HELD_BYTES. A body is held until its request ends, or
+    ``read_form`` has made a picture of it.
+
     Where the answer closes the connection it waits until the body has come, or MAX_READ_S are over: a client that is
     still sending, as Python's urllib is, would see a reset and not the answer.
     """
 
     def __init__(self, app: ASGIApp, limits: dict[str, int], default: int) -> None:
         self.app, self.limits, self.default = app, limits, default
+        self._held = 0  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,6 +72,7 @@ class BodyLimit:
         # A client that expects 100 Continue sends nothing before it is asked to.
         goes_on = "expect" not in headers and ("content-length" in headers or "transfer-encoding" in headers)
         size, until = 0, asyncio.get_running_loop().time() + MAX_READ_S
+        held = 0
 
         async def counted() -> Message:
             nonlocal size, goes_on
@@ -73,10 +82,20 @@ class BodyLimit:
             return message
 
         async def bounded() -> Message:
+            nonlocal held
             message = await counted()
             if size > limit:
                 raise ApiError(413, "body", f"the request's body is over {limit} bytes", limit)
+            came = len(message.get("body", b""))
+            self._held, held = self._held + came, held + came
+            if self._held > MAX_HELD_BYTES:
+                reason = f"over {MAX_HELD_BYTES} bytes of several requests are being received"
+                raise ApiError(503, "body", reason, MAX_HELD_BYTES, HELD_RETRY_S)
             return message
+
+        def let_go() -> None:
+            nonlocal held
+            self._held, held = self._held - held, 0
 
         async def answer(message: Message) -> None:
             if closes and message["type"] == "http.response.start":
@@ -86,7 +105,11 @@ class BodyLimit:
                             await counted()
             await send(message)
 
-        await self.app(scope, bounded, answer)
+        scope["let_body_go"] = let_go
+        try:
+            await self.app(scope, bounded, answer)
+        finally:
+            let_go()
 
 
 async def read_form(request: Request, threshold: float, background: bool) -> results.Request:
@@ -110,6 +133,7 @@ async def read_form(request: Request, threshold: float, background: bool) -> res
         budget = check_budget(_text(form, "budget_seconds"))
     finally:
         await form.close()
+        request.scope["let_body_go"]()
     return results.Request(
         prompt=prompt,
         image=picture and picture.image,
@@ -306,6 +330,8 @@ async def read_score_request(request: Request) -> ScoreRequest:
             body = await request.body()
     except TimeoutError:
         raise ApiError(408, "body", f"the request's body took longer than {MAX_READ_S:.0f} s", MAX_READ_S) from None
+    if body.count(b",") > MAX_JSON_COMMAS:
+        raise ApiError(422, "body", "far more values than a scoring request has", MAX_JSON_COMMAS)
     try:
         return await asyncio.to_thread(ScoreRequest.model_validate_json, body)
     except ValidationError as error:

@@ -25,23 +25,23 @@ BODY_LIMITS = {path: intake.MAX_JSON_BYTES for path in ("/validate_txt_to_3d_ply
 def router(engine: Engine | Fleet) -> APIRouter:
     """The routes /validate_txt_to_3d_ply/ and /validate_img_to_3d_ply/."""
     routes = APIRouter()
-    # Bodies are read before admission, so the number of large ones is bounded. Background requests wait for others.
-    scoring_bodies = {background: asyncio.Semaphore(2) for background in (False, True)}
+    # Splats are decoded before admission, so their number is bounded. Background requests wait for others.
+    decoding = {background: asyncio.Semaphore(2) for background in (False, True)}
 
     @routes.post("/validate_txt_to_3d_ply/", openapi_extra=openapi.score("prompt"), responses=openapi.SCORES)
     async def validate_text(request: Request) -> dict[str, Any]:
         """Score a splat against a text prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
-        async with scoring_bodies[background]:
-            body = await intake.read_score_request(request)
+        body = await intake.read_score_request(request)
+        async with decoding[background]:
             return await score(request, body, intake.check_prompt(body.prompt or ""), background)
 
     @routes.post("/validate_img_to_3d_ply/", openapi_extra=openapi.score("prompt_image"), responses=openapi.SCORES)
     async def validate_image(request: Request) -> dict[str, Any]:
         """Score a splat against an image prompt, as the validators' scoring service does."""
         background = intake.check_priority(request.headers.get("X-Priority"))
-        async with scoring_bodies[background]:
-            body = await intake.read_score_request(request)
+        body = await intake.read_score_request(request)
+        async with decoding[background]:
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
             picture = await asyncio.to_thread(decode_image, data, "prompt_image")
             return await score(request, body, picture.target, background)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
+import subprocess
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
 import imageio_ffmpeg
 import numpy as np
@@ -18,6 +19,7 @@ from generation.splats.rasterize import rasterize
 SIZE = 512  # pixels
 FRAMES = 96
 FPS = 24
+QUALITY = 25  # of x264: a lower one is better
 ELEVATION = 15.0  # degrees
 FOVY = 49.1  # degrees
 DISTANCE = 2.5 / 1.5  # camera distance, in longest sides of the bounding box, as the validators have it
@@ -42,16 +44,21 @@ def render(gaussians: Gaussians, size: int = SIZE, count: int = FRAMES) -> list[
 
 
 def encode(frames: Sequence[NDArray[np.uint8]], fps: int = FPS) -> bytes:
-    """H.264 in mp4, playable in browsers. Raises OSError when ffmpeg fails."""
+    """H.264 in mp4, playable in browsers. Raises OSError when ffmpeg fails.
+
+    The file is in memory, so that it needs no room on a disk; ffmpeg seeks in it, which it can not do in a pipe.
+    """
     height, width, _ = frames[0].shape
-    with tempfile.TemporaryDirectory(prefix="turntable-") as folder:
-        path = Path(folder) / "turntable.mp4"
-        writer = imageio_ffmpeg.write_frames(
-            str(path), (width, height), fps=fps, codec="libx264", pix_fmt_out="yuv420p", macro_block_size=2,
-            output_params=["-movflags", "+faststart"],
-        )  # fmt: skip
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame))
-        writer.close()
-        return path.read_bytes()
+    with os.fdopen(os.memfd_create("turntable"), "rb") as file:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "warning"]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+        command += ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(QUALITY), "-movflags", "+faststart"]
+        command += ["-f", "mp4", f"/proc/self/fd/{file.fileno()}"]
+        ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(file.fileno(),))
+        with suppress(BrokenPipeError), ffmpeg:  # its exit status tells
+            assert ffmpeg.stdin is not None
+            for frame in frames:
+                ffmpeg.stdin.write(np.ascontiguousarray(frame).data)
+        if ffmpeg.returncode != 0:
+            raise OSError(f"ffmpeg failed with status {ffmpeg.returncode}")
+        return file.read()

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import fnmatch
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -33,7 +34,7 @@ from huggingface_hub.utils import build_hf_headers, tqdm
 
 from generation.weights.loading import only_file
 from generation.weights.lock import Lock, LockedFile, cache_folder, lock_path, read_lock, write_lock
-from generation.weights.registry import Entry, WeightsError, wanted
+from generation.weights.registry import REGISTRY, Entry, WeightsError, wanted
 
 #: bytes that must stay free on the disk after a download
 RESERVE = 10**9
@@ -72,6 +73,12 @@ class Plan:
     entry: Entry
     commit: str
     files: tuple[_File, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where its files have their names."""
+        folder = cache_folder(self.entry)
+        return folder if self.entry.url is not None else folder / "snapshots" / self.commit
 
     @property
     def blobs(self) -> Path:
@@ -120,12 +127,10 @@ def plan(entry: Entry) -> Plan:
         raise WeightsError(
             f"{entry.name}: {page} can not be asked: {error}; mend that, or unset or change https_proxy and its like"
         ) from error
+    if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
+        raise WeightsError(f"{entry.name}: {page} names no commit")
     assert info.sha is not None
-    there = {}
-    for sibling in info.siblings or ():
-        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        if sibling.size is not None and digest is not None and _is_sane(sibling.rfilename, digest):
-            there[sibling.rfilename] = _File(sibling.rfilename, sibling.size, digest, sibling.lfs is not None)
+    there = {file.name: file for sibling in info.siblings or () if (file := _listed(sibling)) is not None}
     names = wanted(list(there), entry.files)
     absent = [pattern for pattern in entry.files if not fnmatch.filter(names, pattern)]
     if absent:
@@ -133,7 +138,19 @@ def plan(entry: Entry) -> Plan:
     for name, digest in entry.sha256:
         if name in there and there[name].digest != digest:
             raise WeightsError(f"{entry.name}: {page} has a {name} that is not the published one (SHA-256)")
+    listed, most = sum(there[name].size for name in names), _most_bytes(entry)
+    if listed > most:
+        raise WeightsError(
+            f"{entry.name}: {page} lists {listed / 1e6:,.1f} MB for it; at most {most / 1e6:,.1f} MB are fetched"
+        )
     return Plan(entry, info.sha, tuple(there[name] for name in names))
+
+
+def _most_bytes(entry: Entry) -> float:
+    """The most that is fetched for an entry, whatever the hub lists: twice the size that is known of it."""
+    known = entry.size_gb if entry.revision == REGISTRY[entry.name].revision else None
+    most = constants.MAX_HTTP_DOWNLOAD_SIZE
+    return most if known is None else min(most, known * 2e9)
 
 
 def check_disk(plans: list[Plan]) -> None:
@@ -156,7 +173,7 @@ def check_disk(plans: list[Plan]) -> None:
 def fetch(plan: Plan, say: Say) -> None:
     """Bring all of a plan's files into the cache, check them and write the lock. Raises WeightsError.
 
-    Files in the lock of an earlier download are not hashed again; all others are.
+    Large files in the lock of an earlier download are not hashed again; all others are.
     """
     with _writing(plan.entry.name):
         plan.blobs.mkdir(parents=True, exist_ok=True)
@@ -202,15 +219,10 @@ def _fetch(plan: Plan, say: Say) -> None:
     for number, file in enumerate(plan.files, 1):
         say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
         try:
-            if file.large:
-                _fetch_large(plan, file, known.get(file.name) == LockedFile(file.size, file.digest), say)
-            _name(plan, file, say)
+            _fetch_content(plan, file, file.large and known.get(file.name) == LockedFile(file.size, file.digest), say)
+            _name(plan, file)
         except (HTTPError, EntryNotFoundError, OSError, ImportError) as error:
             raise WeightsError(f"{entry.name}: {file.name} did not arrive: {error}; {_remedy(error)}") from error
-        path = plan.blobs / file.digest
-        if not file.large and (not path.exists() or _git_hash(path) != file.digest):
-            path.unlink(missing_ok=True)
-            raise WeightsError(f"{entry.name}: {file.name} is not what the hub lists; run this again")
     if entry.url is not None:
         say(f"{entry.name}: {plan.files[0].name} has the SHA-256 that it should have; {cache_folder(entry)}")
         return
@@ -232,48 +244,40 @@ def _record(entry: Entry, old: Lock | None, new: Lock) -> str:
         return f"that could not be recorded, so the next run checks them again ({error})"
 
 
-def _is_sane(name: str, digest: str) -> bool:
-    """Whether a name and a digest, which come from the network, can be used in paths."""
-    return (
-        ".." not in name.split("/")
-        and not name.startswith("/")
-        and re.fullmatch(r"[0-9a-f]{40,64}", digest) is not None
-    )
+def _listed(sibling: Any) -> _File | None:
+    """A file as the hub lists it; None unless all is of the right kind, and name and digest can be used in paths."""
+    name, size = sibling.rfilename, sibling.size
+    digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+    is_name = isinstance(name, str) and name.isprintable() and ".." not in name.split("/") and not name.startswith("/")
+    is_size = isinstance(size, int) and size >= 0
+    if not is_name or not is_size or re.fullmatch(r"[0-9a-f]{40,64}", str(digest)) is None:
+        return None
+    return _File(name, size, digest, sibling.lfs is not None)
 
 
-def _name(plan: Plan, file: _File, say: Say) -> None:
-    """Name the content in the commit's folder; a small file is fetched by it, a large one is there already."""
-    if plan.entry.url is not None:
-        name, content = cache_folder(plan.entry) / file.name, Path(plan.blobs.name) / file.digest
-        if not (name.is_symlink() and name.readlink() == content):
-            name.unlink(missing_ok=True)
-            name.symlink_to(content)
-        return
-    assert plan.entry.repo is not None
-    for attempt in range(1, PATIENCE + 1):
-        try:
-            hf_hub_download(plan.entry.repo, file.name, revision=plan.commit)
-            return
-        except (HTTPError, OSError) as error:
-            if attempt == PATIENCE or _is_local(error) or _is_refused(error):
-                raise
-            say(f"  it did not arrive ({_line(error)}); again in {PAUSE} s")
-            time.sleep(PAUSE)
+def _name(plan: Plan, file: _File) -> None:
+    """Give the content its name, by a link such as the hub's own download makes."""
+    name, content = plan.folder / file.name, plan.blobs / file.digest
+    if not (name.exists() and name.samefile(content)):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.unlink(missing_ok=True)
+        name.symlink_to(os.path.relpath(content, name.parent))
 
 
-def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
-    """Fetch the content of a large file, by its digest. A partial file is kept and continued."""
+def _fetch_content(plan: Plan, file: _File, known: bool, say: Say) -> None:
+    """Fetch the content of a file, by its digest. A partial file is kept and continued."""
     entry, blob, partial = plan.entry, plan.blobs / file.digest, plan.partial(file)
     if blob.exists():
         if blob.stat().st_size == file.size:
             # Hashed in place: the snapshot's link points here, and would dangle if this process was killed meanwhile.
             if not known:
-                _check_large(plan, file, blob)
+                _check(plan, file, blob)
             return
         os.replace(blob, partial)
-    have = partial.stat().st_size if partial.exists() else 0
+    partial.touch()
+    have = partial.stat().st_size
     if have > file.size:
-        partial.unlink()
+        os.truncate(partial, 0)
         have = 0
     if 0 < have < file.size:
         say(f"  {have / 1e6:,.1f} MB of it are here already")
@@ -284,7 +288,7 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
         except (HTTPError, OSError) as error:
             if _is_local(error):
                 raise
-            have = partial.stat().st_size if partial.exists() else 0
+            have = partial.stat().st_size
             most, standing = (have, 0) if have > most else (most, standing + 1)
             if standing == PATIENCE:
                 raise WeightsError(
@@ -295,15 +299,32 @@ def _fetch_large(plan: Plan, file: _File, known: bool, say: Say) -> None:
             time.sleep(PAUSE)
         else:
             break
-    _check_large(plan, file, partial)
+    _check(plan, file, partial)
     os.replace(partial, blob)
+
+
+class _TooLong(Exception):
+    """More came than a file has."""
+
+
+class _Bounded(io.BufferedWriter):
+    """A file to append to, of at most ``most`` bytes. Raises _TooLong before it writes more."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._most = most
+
+    def write(self, content: Any) -> int:
+        if self.tell() + len(content) > self._most:
+            raise _TooLong
+        return super().write(content)
 
 
 def _append(plan: Plan, file: _File, have: int) -> None:
     """Fetch the rest of a partial file. Raises WeightsError when the server refuses, which a retry would not change."""
     try:
         location, token = (plan.entry.url, False) if plan.entry.url is not None else _address(plan, file)
-        with plan.partial(file).open("ab") as target:
+        with _Bounded(plan.partial(file), file.size) as target:
             http_get(
                 location,
                 target,
@@ -315,6 +336,13 @@ def _append(plan: Plan, file: _File, have: int) -> None:
             )
     except OfflineModeIsEnabled as error:
         raise WeightsError(f"{plan.entry.name}: HF_HUB_OFFLINE is set, so nothing can be fetched; unset it") from error
+    except _TooLong as error:
+        plan.partial(file).unlink()
+        source = urlsplit(location).hostname
+        raise WeightsError(
+            f"{plan.entry.name}: {source} sends more than the {file.size} bytes of {file.name}; it was deleted: "
+            f"run this again"
+        ) from error
     except HfHubHTTPError as error:
         if plan.entry.url is None or not _is_refused(error):
             raise
@@ -363,13 +391,14 @@ def _line(error: Exception) -> str:
     return (str(error) or repr(error)).splitlines()[0]
 
 
-def _check_large(plan: Plan, file: _File, path: Path) -> None:
+def _check(plan: Plan, file: _File, path: Path) -> None:
     """Check the hash of a complete file. If it is wrong, deletes the file and raises WeightsError."""
-    if _sha256(path) != file.digest:
+    if (_sha256(path) if file.large else _git_hash(path)) != file.digest:
         path.unlink()
         source = "the registry" if plan.entry.url is not None else "the hub"
+        kind = " (SHA-256)" if file.large else ""
         raise WeightsError(
-            f"{plan.entry.name}: {file.name} is not what {source} lists (SHA-256); it was deleted: run this again"
+            f"{plan.entry.name}: {file.name} is not what {source} lists{kind}; it was deleted: run this again"
         )
 
 

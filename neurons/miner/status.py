@@ -32,7 +32,7 @@ def snapshot(
     clocks: ValidatorClocks,
     ledger_backlog: int,
     status: str,
-    registered: Neuron | None,
+    registered: Neuron | None = None,
 ) -> Snapshot:
     """The miner at this moment, for the metrics. `registered`: what the chain has of it."""
     now = clocks.now()
@@ -45,6 +45,7 @@ def snapshot(
         ledger_backlog=ledger_backlog,
         clock_behind=clocks.machine_is_behind(),
         status=status,
+        hotkeys={neuron.uid: hotkey for hotkey, neuron in eligible.items()},
         held=[(each.validator.uid, each.task.type, now - each.pulled_at) for each in manager.held],
         uid=None if registered is None else registered.uid,
         incentive=None if registered is None else registered.incentive,

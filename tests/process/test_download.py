@@ -19,7 +19,7 @@ from generation.schema.options import ModelChoice
 from generation.weights import MissingWeights, WeightsError, download, loading
 from generation.weights.registry import REGISTRY, Entry, lookup
 from tests.support.downloads import BIREFNET, CHUNK, MVDREAM, OTHER, RMBG, WEIGHTS, birefnet, blob, run, start
-from tests.support.fake_hub import Hub, digest
+from tests.support.fake_hub import ENDLESS, Hub, digest
 
 
 def test_fetches_what_is_used_and_shows_progress(hub, cache):
@@ -64,7 +64,7 @@ def test_a_small_file_is_asked_for_again(hub, cache):
     hub.repositories[BIREFNET.repo].reset_after["config.json"] = [1] * (download.PATIENCE - 1)
     done = run(hub, cache, "--only", "birefnet")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("again in 0 s") == download.PATIENCE - 1
+    assert done.stdout.count("going on in 0 s") == download.PATIENCE - 1
     assert blob(cache, BIREFNET, "config.json").read_bytes() == b"{}"
 
 
@@ -109,7 +109,6 @@ class TestPatience:
             download.fetch(download.Plan(BIREFNET, "a" * 40, (file,)), lambda text: None)
 
         monkeypatch.setattr(download, "PAUSE", 0)
-        monkeypatch.setattr(download, "hf_hub_download", lambda *arguments, **options: None)
         monkeypatch.setattr(download, "get_hf_file_metadata", lambda url: SimpleNamespace(location=url))
         return fetch
 
@@ -213,6 +212,48 @@ def test_a_file_that_is_not_what_the_hub_lists(hub, cache, sent):
     hub.repositories[BIREFNET.repo].forged.clear()
     assert run(hub, cache, "--only", "birefnet").returncode == 0
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_does_not_end_is_left_at_its_size(hub, cache, name):
+    repository = hub.repositories[BIREFNET.repo]
+    repository.endless.add(name)
+    done = run(hub, cache, "--only", "birefnet")
+    assert done.returncode == 1
+    size = len(repository.files[name])
+    assert f"127.0.0.1 sends more than the {size} bytes of {name}" in done.stderr
+    assert hub.sent < ENDLESS / 2
+    assert not list((cache / "hub").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_the_hubs_headers_bring_no_other_file(hub, cache, name):
+    repository = hub.repositories[BIREFNET.repo]
+    repository.relabelled.add(name)
+    assert run(hub, cache, "--only", "birefnet").returncode == 0
+    assert blob(cache, BIREFNET, name).name == digest(repository.files[name])
+
+
+def test_a_list_of_far_more_than_is_known_is_refused(hub, cache, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+    with pytest.raises(WeightsError, match=r"birefnet: .* lists 0\.2 MB for it; at most 0\.1 MB are fetched"):
+        download.plan(replace(BIREFNET, size_gb=0.00005))
+    download.plan(replace(BIREFNET, size_gb=0.00015))
+    assert all(entry.size_gb is None or entry.size_gb < 50 for entry in REGISTRY.values())  # more is never fetched
+
+
+@pytest.mark.parametrize("size", ["200072", -1, 1.5, None])
+def test_a_listed_size_that_is_none(size, monkeypatch):
+    names = ["config.json", "BiRefNet_config.py", "birefnet.py", "model.safetensors"]
+    files = [SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="a" * 40) for name in names]
+    files[3].size = size
+    repository = SimpleNamespace(sha=BIREFNET.revision, gated=False, siblings=files)
+    monkeypatch.setattr(download.HfApi, "model_info", lambda *arguments, **options: repository)
+    with pytest.raises(WeightsError, match=r"has no file model\.safetensors"):
+        download.plan(BIREFNET)
+    repository.sha = "../../elsewhere"
+    with pytest.raises(WeightsError, match="names no commit"):
+        download.plan(BIREFNET)
 
 
 def test_a_missing_file_is_named(hub, cache):

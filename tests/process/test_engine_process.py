@@ -7,6 +7,7 @@ import base64
 import itertools
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -73,6 +74,19 @@ async def test_a_loader_that_exits_is_a_failed_start(tmp_path: Path) -> None:
     async with starting(tmp_path, ("only",)) as fleet:
         await until(lambda: "loading failed: SystemExit: 3" in fleet.reason)
         broken.unlink()
+        await until(lambda: states(fleet) == ["ready"])
+
+
+async def test_an_engine_that_finds_no_descriptor_is_started_once_there_is_one(tmp_path: Path) -> None:
+    async with running(tmp_path, ("only",)) as fleet:
+        (engine,) = children()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            os.kill(engine.pid, signal.SIGKILL)
+            await until(lambda: "its process can not be started: [Errno 24] Too many open files" in fleet.reason, 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         await until(lambda: states(fleet) == ["ready"])
 
 

@@ -117,8 +117,8 @@ class Studio:
         self.open()
 
     def _said(self, message: Any) -> None:
-        if message.type == "error" and "Content Security Policy" in message.text:
-            self.problems.append(message.text)
+        if message.type == "error" and ("Content Security Policy" in message.text or "404" in message.text):
+            self.problems.append(f"{message.text} {message.location['url']}")
 
     def open(self) -> None:
         self.page.goto(f"{self.url}/studio/")

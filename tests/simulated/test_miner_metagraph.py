@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neurons.chain import Metagraph
-from neurons.miner.status import IdleLog
+from neurons.miner.status import IdleLog, snapshot
 from neurons.protocol import PULL_TIMEOUT_S
 from scripts.bench.simulated_subnet import (
     MINER,
@@ -142,6 +142,22 @@ def test_a_validator_that_leaves_and_returns_at_once_keeps_its_poller(tmp_path: 
             await asyncio.sleep(HOUR)
             assert validator.accepted - before >= 11
         assert violations(network) == 0
+
+    in_virtual_time(test)
+
+
+def test_a_validator_with_a_new_hotkey_is_shown_under_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        network = Network([Behaviour()], limits())
+        async with mining(network, tmp_path) as miner:
+            await asyncio.sleep(100)
+            before = network.validators[0].neuron
+            for hotkey in (before.hotkey, "another"):
+                miner.directory.update(Metagraph(17, (replace(before, hotkey=hotkey),)))
+                miner.manager.sync()
+                shown = snapshot(miner.directory, miner.manager, miner.pool, miner.clocks, 0, "ready")
+                assert shown.hotkeys == {before.uid: hotkey}
+                assert bool(shown.cooldowns) == (hotkey == before.hotkey)
 
     in_virtual_time(test)
 

@@ -11,12 +11,13 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 LARGE = 1000  # bytes from which on a file is kept outside of git
+ENDLESS = 300_000_000
 
 
 @dataclass
@@ -29,12 +30,15 @@ class Repository:
     reset_after: dict[str, list[int]] = field(default_factory=dict)  # the same, by a reset
     signed: bool = False  # large files are at addresses that are good for one answer each
     stall_after: dict[str, int] = field(default_factory=dict)  # bytes after which answers wait for `Hub.go_on`
+    endless: set[str] = field(default_factory=set)  # sent without a length, until nobody takes it or ENDLESS bytes
+    relabelled: set[str] = field(default_factory=set)  # have another hash in their headers than in the list
 
 
 @dataclass
 class Hub:
     repositories: dict[str, Repository]
     url: str = ""
+    sent: int = 0  # bytes of endless answers
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # method, path, Range
     go_on: threading.Event = field(default_factory=threading.Event)
 
@@ -95,6 +99,10 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
             listed = repository.files[name]
             content = repository.forged.get(name, listed)
             headers = {"X-Repo-Commit": repository.commit, "ETag": f'"{digest(listed)}"', "Accept-Ranges": "bytes"}
+            if name in repository.relabelled:
+                headers["ETag"] = '"' + "e" * 64 + '"'
+            if name in repository.endless:
+                return self.send_endless(headers, body)
             wanted = re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))
             assert wanted is not None
             start = int(wanted[1])
@@ -121,6 +129,15 @@ def serve(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 self.wfile.flush()
             if cut is not None:
                 self.close_connection = True
+
+        def send_endless(self, headers: dict, body: bool) -> None:
+            self.send_response(200)
+            for key, value in {**headers, "Connection": "close"}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            with suppress(ConnectionError):
+                while body and hub.sent < ENDLESS:
+                    hub.sent += self.wfile.write(bytes(1 << 20))
 
         def reset(self) -> None:
             """Close with RST. By the descriptor: the server's own way of closing would send FIN before it."""

@@ -80,7 +80,7 @@ class Miner:
 
     async def start(self) -> None:
         parts = await simulated_miner(self._options, self.network, self._services, self.books, self.blacklist)
-        self.directory, self.pool, self.manager = parts.directory, parts.pool, parts.manager
+        self.directory, self.pool, self.manager, self.clocks = parts.directory, parts.pool, parts.manager, parts.clocks
         running = [self.pool.watch, *(worker.run for worker in parts.workers)]
         self.tasks = [asyncio.create_task(keep_running("A part", part)) for part in running]
 

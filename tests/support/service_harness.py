@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import uvicorn
 from generation.engine.engine import Engine
 from generation.fleet.fleet import Fleet
 from generation.pipeline.pipeline import Asset, Cancelled, GateResult, Job, Report, Request, Scores
-from generation.serve_competitive import Server
+from generation.serve_competitive import Server, listen
 from generation.web.app import create_app
 
 PATIENCE_S = 120.0  # how long a test waits for what must happen; only a failing test waits that long
@@ -146,8 +145,8 @@ def serving_engine(
 ) -> Iterator[tuple[str, uvicorn.Server]]:
     """The URL of a service around ``engine``, and its server."""
     app = create_app(engine, its_settings or settings(max_queue=max_queue))
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    listener = listen("127.0.0.1", 0)
+    server = Server(app, grace_s=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

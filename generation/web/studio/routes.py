@@ -45,7 +45,7 @@ def router(studio: StudioRequests, threshold: float, film: Film, miner_url: str)
     """The routes under /studio."""
     routes = APIRouter(prefix="/studio", include_in_schema=False)
     pages = {path.name: path for path in STATIC.iterdir() if path.suffix in TYPES}
-    filming = asyncio.Lock()
+    filming, compressing = asyncio.Lock(), asyncio.Lock()  # each takes 200 MB and more
 
     def page(name: str) -> Response:
         if (path := pages.get(name)) is None:
@@ -98,8 +98,10 @@ def router(studio: StudioRequests, threshold: float, film: Film, miner_url: str)
         """The result as `.spz`, as validators get it."""
         from common.spz import compress
 
-        data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
-        return Response(await asyncio.to_thread(compress, data), media_type="application/octet-stream")
+        async with compressing:
+            data = await asyncio.to_thread(kept(request_id, SPLAT).read_bytes)
+            content = await asyncio.to_thread(compress, data)
+        return Response(content, media_type="application/octet-stream")
 
     @routes.get("/requests/{request_id}/turntable.mp4")
     async def turntable(request_id: str) -> Response:
@@ -116,9 +118,9 @@ def router(studio: StudioRequests, threshold: float, film: Film, miner_url: str)
 
     @routes.get("/requests/{request_id}/preview.webp")
     async def preview(request_id: str) -> Response:
-        """The latest preview of a request in progress."""
+        """The latest preview of a request in progress; no content while, or once, there is none."""
         if not (content := studio.preview(request_id)):
-            raise ApiError(404, "request_id", "there is no preview of this request")
+            return Response(status_code=204)  # browsers log a 404 as an error of the page
         return Response(content, media_type="image/webp", headers={"Cache-Control": "no-store"})
 
     @routes.get("/requests/{request_id}/{name}")

@@ -7,9 +7,9 @@ import math
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,17 @@ class Activity:
 
     def _read(self, moment: Snapshot) -> dict[str, Any]:
         now = self._now()
-        by_uid: dict[int, Standing] = {}
+        found: dict[str, Standing] = {}
         outcomes: list[dict[str, Any]] = []
         first = now
         with suppress(sqlite3.Error), closing(standings.connect(self._ledger)) as ledger:  # none is there yet
-            by_uid = {each.uid: each for each in standings.standings(ledger, now, WINDOW_S).values()}
+            found = standings.standings(ledger, now, WINDOW_S)
             query = "SELECT at, uid, outcome, score, seconds FROM submissions WHERE at > ? AND at <= ? ORDER BY at DESC"
             outcomes = [dict(row) for row in ledger.execute(query, (now - WINDOW_S, now))]
             first = ledger.execute("SELECT min(at) FROM pulls").fetchone()[0] or now
-        for uid in moment.cooldowns:
-            by_uid.setdefault(uid, Standing(uid, hotkey=""))
         validators = [
-            {key: getattr(each, key) for key in SHOWN} | {"cooldown": max(0.0, moment.cooldowns.get(uid, 0.0))}
-            for uid, each in sorted(by_uid.items())
+            {key: getattr(each, key) for key in SHOWN} | {"cooldown": max(0.0, moment.cooldowns.get(each.uid, 0.0))}
+            for each in _current(found, moment)
         ]
         scores = [each["score"] for each in outcomes if each["outcome"] == "accepted" and each["score"] is not None]
         covered = max(min(WINDOW_S, now - first) / TASK_COOLDOWN_S, 1.0)
@@ -81,9 +79,9 @@ class Activity:
             "uid": moment.uid,
             "incentive": moment.incentive,
             "window_seconds": WINDOW_S,
-            "accepted": sum(each["accepted"] for each in validators),
-            "declined": sum(each["declined"] for each in validators),
-            "unsettled": sum(each["unknown"] for each in validators),
+            "accepted": sum(each.accepted for each in found.values()),
+            "declined": sum(each.declined for each in found.values()),
+            "unsettled": sum(each.unknown for each in found.values()),
             "ceiling": covered * len(validators),
             "reward": sum(each["reward"] or 0.0 for each in validators),
             "mean_score": sum(scores) / len(scores) if scores else None,
@@ -95,6 +93,17 @@ class Activity:
             "outcomes": outcomes[:MOST_OUTCOMES],
             "bins": _bins(outcomes, now),
         }
+
+
+def _current(found: Mapping[str, Standing], moment: Snapshot) -> list[Standing]:
+    """One standing for each UID: that of its present hotkey, as another may have had the UID earlier in the window."""
+    eligible = set(moment.hotkeys.values())
+    past = (each for each in found.values() if each.hotkey not in eligible)
+    by_uid = {each.uid: each for each in sorted(past, key=lambda each: each.last_task_at or 0.0)}
+    for uid, hotkey in moment.hotkeys.items():
+        if hotkey in found or uid in by_uid or uid in moment.cooldowns:
+            by_uid[uid] = replace(found.get(hotkey, Standing(uid, hotkey)), uid=uid)
+    return [by_uid[uid] for uid in sorted(by_uid)]
 
 
 def _bins(outcomes: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:

@@ -48,6 +48,7 @@ class Snapshot:
     held: Sequence[tuple[int, str, float]] = ()  # UID, kind of prompt, age of each task in hand
     uid: int | None = None  # this miner's, while it is registered
     incentive: float | None = None  # its share of what all miners earn, 0..1
+    hotkeys: Mapping[int, str] = field(default_factory=dict)  # of the eligible validators, which can change
 
 
 class _Moment(Collector):

@@ -123,7 +123,7 @@ function drawProgress() {
 /** The picture of what it looks like so far: asked for when a tenth more is done, shown where there is one. */
 function showPreview(row, each) {
   const at = `${each.stage} ${Math.floor((each.fraction ?? 0) * 10)}`, image = row.querySelector("img");
-  if (image.dataset.at === at || ["queued", "receiving", "paused"].includes(each.stage)) return;
+  if (image.dataset.at === at || [undefined, "queued", "receiving", "paused"].includes(each.stage)) return;
   image.dataset.at = at;
   const next = new Image();
   next.onload = () => { image.src = next.src; image.hidden = false; };

@@ -33,7 +33,7 @@ from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
 from generation.web import intake, pictures
 from generation.web.errors import ApiError
-from tests.support.service_harness import PATIENCE_S, Service, serving, wait_until
+from tests.support.service_harness import PATIENCE_S, Service, hold, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -323,6 +323,45 @@ def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
     assert service.generate().status_code == 200
 
 
+def connect(service: Service) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S)
+
+
+def test_bodies_of_all_requests_together_are_bounded(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "MAX_HELD_BYTES", 2000)
+    head = b"POST /generate/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/x-www-form-urlencoded\r\n"
+    prompt = "a red cube " * 80
+    with connect(service) as slow:
+        slow.sendall(head + b"Content-Length: 1501\r\n\r\n" + b"a" * 1500)
+        wait_until(lambda: service.generate(prompt).status_code == 503)
+        refused = service.generate(prompt)
+        assert error(refused, 503, "body")["limit"] == 2000
+        assert refused.headers["Retry-After"] == str(intake.HELD_RETRY_S)
+        assert service.generate().status_code == 200
+    wait_until(lambda: service.generate(prompt).status_code == 200)
+
+
+def test_a_body_that_was_read_is_not_held_while_its_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "MAX_HELD_BYTES", 20)
+    with serving(max_batch=2) as service:
+        thread, held = hold(service)  # 11 bytes
+        assert service.generate("another").status_code == 200
+        service.pipeline.go.set()
+        thread.join()
+        assert held[0].status_code == 200
+
+
+def test_who_sends_slowly_keeps_nobody_from_scoring(service: Service) -> None:
+    head = b"POST /validate_txt_to_3d_ply/ HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with connect(service) as one, connect(service) as two, connect(service) as three:
+        for slow in (one, two, three):
+            slow.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+        began = time.monotonic()
+        body = {"prompt": "a red cube", "data": base64.b64encode(b"ply").decode()}
+        assert service.client.post("/validate_txt_to_3d_ply/", json=body).status_code == 200
+        assert time.monotonic() - began < intake.MAX_READ_S / 2
+
+
 @pytest.mark.parametrize(
     ("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)]
 )
@@ -337,7 +376,7 @@ def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str,
 def test_who_expects_to_be_asked_for_the_body_is_answered_at_once(service: Service) -> None:
     head = "POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += "Expect: 100-continue\r\nContent-Length: 9000000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S) as connection:
+    with connect(service) as connection:
         connection.sendall(head.encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
 
@@ -512,6 +551,14 @@ def test_a_wrong_scoring_field_is_named(service: Service, fields: dict[str, Any]
     error(service.client.post("/validate_txt_to_3d_ply/", content=content, headers=headers), 422, field)
 
 
+@pytest.mark.parametrize("values", [b'{"x": [%s0]}' % (b"[]," * 10_001), b'{%s"x": 0}' % (b'"x":0,' * 10_001)])
+def test_scoring_bodies_of_many_values_are_not_parsed(service: Service, values: bytes) -> None:
+    """Values that nobody asked for cost fifty times their size in memory, and hold up all threads."""
+    headers = {"content-type": "application/json"}
+    refused = service.client.post("/validate_txt_to_3d_ply/", content=values, headers=headers)
+    assert error(refused, 422, "body")["limit"] == intake.MAX_JSON_COMMAS
+
+
 def test_scoring_bodies_that_are_no_json_objects(service: Service) -> None:
     headers = {"content-type": "application/json"}
     for content in (b"", b"{", b"\xff\xfe", b"[" * 200_000, b'{"data": "\xff"}', rb'{"data": "\ud800"}'):
@@ -550,7 +597,7 @@ def test_a_rejected_video_is_empty(service: Service) -> None:
     assert response.headers["X-Rejected"]
 
 
-def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
+def test_turntable_is_an_mp4_that_shows_the_object_turning(monkeypatch: pytest.MonkeyPatch) -> None:
     import imageio.v3 as iio
     import torch
 
@@ -566,7 +613,9 @@ def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
     quats = torch.tensor([1.0, 0, 0, 0]).repeat(n, 1)
     gaussians = Gaussians(means, quats, torch.full((n, 3), -2.8), torch.full((n,), 4.0), sh)
     frames = turntable.render(gaussians, size=64, count=8)
-    mp4 = turntable.encode(frames, fps=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nowhere")  # it needs no room on the disk
+        mp4 = turntable.encode(frames, fps=8)
     assert mp4[4:8] == b"ftyp"
     decoded = iio.imread(mp4, extension=".mp4")
     assert decoded.shape == (8, 64, 64, 3)
@@ -574,3 +623,6 @@ def test_turntable_is_an_mp4_that_shows_the_object_turning() -> None:
     assert red[0] > blue[0] + 10
     assert blue[4] > red[4] + 10
     assert np.median(decoded[:, :4, :4]) > 240  # white around it
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: "false")
+    with pytest.raises(OSError, match="ffmpeg failed with status 1"):
+        turntable.encode(frames * 100, fps=8)

@@ -7,17 +7,19 @@ import errno
 import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from generation.web.studio import miner
 from generation.web.studio.gallery import ABOUT, FILM, SPLAT, Gallery, Result
 from generation.web.studio.requests import MOST_IN_PROGRESS
-from tests.support.service_harness import Service, serving, settings, wait_until
+from tests.support.service_harness import PATIENCE_S, Service, in_thread, serving, settings, wait_until
 
 
 def result(number: int, **more: Any) -> Result:
@@ -121,6 +123,25 @@ class TestRoutes:
         for name in ("splat.ply", "splat.spz", "turntable.mp4"):
             assert service.client.get(f"/studio/requests/{request_id}/{name}").status_code == 404, name
 
+    def test_splats_are_compressed_one_at_a_time(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        at_once, most = threading.Semaphore(1), []
+
+        def compress(data: bytes) -> bytes:
+            most.append(at_once.acquire(blocking=False))
+            time.sleep(0.05)
+            at_once.release()
+            return data
+
+        monkeypatch.setattr("common.spz.compress", compress)
+        request_id = service.client.post("/studio/requests", data={"prompt": "a red cube"}).json()["id"]
+        wait_until(lambda: service.client.get("/studio/requests").json()["results"])
+        path = f"{service.url}/studio/requests/{request_id}/splat.spz"
+        calls = [in_thread(lambda: httpx.get(path, timeout=PATIENCE_S)) for _ in range(4)]
+        for thread, answers in calls:
+            thread.join()
+            assert answers[0].status_code == 200
+        assert most == [True] * 4
+
     def test_listeners_are_told_of_a_cancellation_after_the_splat_was_made(
         self, service: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -157,10 +178,14 @@ class TestRoutes:
 
     @pytest.mark.parametrize(
         "path", ["static/none.js", "static/..%2froutes.py", "requests/x/splat.ply", "requests/x/about.json",
-                 "requests/..%2f..%2fx/splat.ply", "requests/x/turntable.mp4", "requests/x/preview.webp"]
+                 "requests/..%2f..%2fx/splat.ply", "requests/x/turntable.mp4"]
     )  # fmt: skip
     def test_what_is_not_there_is_404(self, service: Service, path: str) -> None:
         assert service.client.get(f"/studio/{path}").status_code == 404
+
+    def test_a_preview_that_is_not_there_is_no_error(self, service: Service) -> None:
+        answer = service.client.get("/studio/requests/x/preview.webp")
+        assert (answer.status_code, answer.content) == (204, b"")
 
     def test_the_page_and_its_files(self, service: Service) -> None:
         assert service.client.get("/", follow_redirects=True).text.startswith("<!doctype html>")
