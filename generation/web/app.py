@@ -32,7 +32,7 @@ from generation.web.events import Events, EventStream, Following
 from generation.web.hosts import SameSite
 from generation.web.intake import BodyLimit
 from generation.web.metrics import Metrics
-from generation.web.pictures import decode_image
+from generation.web.pictures import decode
 from generation.web.studio import routes as studio
 from generation.web.studio.gallery import Gallery
 from generation.web.studio.makers import Makers
@@ -155,7 +155,7 @@ def create_app(engine: Engine | Fleet, settings: Settings) -> FastAPI:
         body = await intake.read_score_request(request)
         async with scoring[background]:
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
-            picture = await asyncio.to_thread(decode_image, data, "prompt_image")
+            picture = await decode(data, "prompt_image")
             return await _score(request, body, picture.target, background)
 
     async def _score(request: Request, body: intake.ScoreRequest, prompt: Any, background: bool) -> dict[str, Any]:
