@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from common.log_lines import escape
 from generation.schema import results
 from generation.web.errors import ApiError
-from generation.web.pictures import IMAGE_FORMATS, MAX_IMAGE_BYTES, Picture, decode_image
+from generation.web.pictures import IMAGE_FORMATS, MAX_IMAGE_BYTES, Picture, decode
 
 MAX_PROMPT_CHARACTERS = 1024
 MAX_SEED = 2**32 - 1
@@ -237,7 +237,7 @@ async def _check_form(form: FormData) -> tuple[str | None, Picture | None, int |
         if not declared.startswith("image/") and declared not in ("", *UNKNOWN_TYPES):
             raise ApiError(415, "prompt_image_file", f"content type {escape(declared[:64])}", [*IMAGE_FORMATS.values()])
         data = await upload.read(MAX_IMAGE_BYTES + 1)
-        return None, await asyncio.to_thread(decode_image, data, "prompt_image_file"), seed
+        return None, await decode(data, "prompt_image_file"), seed
     if isinstance(upload, str) and upload:
         raise ApiError(422, "prompt_image_file", "must be an uploaded file", list(IMAGE_FORMATS))
     text = _text(form, "prompt")

@@ -52,7 +52,7 @@ _READING: dict[int | str, dict[str, Any]] = {
     415: _error("Wrong content type, an encoded body, or a part of a form with an encoding that is not read", _ID),
     422: _error("A field is invalid: which one, and its limit", _ID),
     499: {"description": "The client closed the connection"},
-    503: _error("Loading, queue full, or no engine works", {**_ID, **_RETRY}),
+    503: _error("Loading, queue full, too many uploads at once, or no engine works", {**_ID, **_RETRY}),
     504: _error("The request took too long", _ID),
 }
 ERRORS: dict[int | str, dict[str, Any]] = {**COMMON, **_READING}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
-import threading
 import traceback
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ MAX_JPEG_SCANS = 500
 # Larger than any stage needs: what waits in the queue takes less memory. The score's target keeps its own size.
 KEPT_IMAGE_SIDE = 2048
 LEAST_VISIBLE = 13  # of 255: a picture without a pixel of this alpha shows nothing
-_decoders = threading.Semaphore(2)  # an image at full size takes 64 MB
+# An image at full size takes 64 MB. The threads are their own, so that nothing else waits for a queue of pictures.
+_decoders = ThreadPoolExecutor(2, "decoder")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # no stuffed byte, no restart; fill bytes may precede it
@@ -47,15 +49,15 @@ class Picture(NamedTuple):
     target: Image.Image  # to be compared with, RGB: what a validator makes of the same file, at its own size
 
 
+async def decode(data: bytes, field: str) -> Picture:
+    """As ``decode_image``, beside the event loop and at most two at a time."""
+    return await asyncio.get_running_loop().run_in_executor(_decoders, decode_image, data, field)
+
+
 def decode_image(data: bytes, field: str) -> Picture:
     """An uploaded picture. Its size is checked before a pixel is decoded. Raises ApiError."""
     if len(data) > MAX_IMAGE_BYTES:
         raise ApiError(413, field, f"over {MAX_IMAGE_BYTES} bytes", MAX_IMAGE_BYTES)
-    with _decoders:
-        return _decode_image(data, field)
-
-
-def _decode_image(data: bytes, field: str) -> Picture:
     if data.startswith(_JPEG) and (scans := _jpeg_scans(data)) > MAX_JPEG_SCANS:
         raise ApiError(422, field, f"a JPEG of {scans} scans", MAX_JPEG_SCANS)
     try:

@@ -15,7 +15,7 @@ from generation.fleet.fleet import Fleet
 from generation.web import intake, openapi
 from generation.web.answers import jsonable
 from generation.web.errors import ApiError
-from generation.web.pictures import decode_image
+from generation.web.pictures import decode
 from generation.web.waiting import while_connected
 
 #: path -> most bytes of a body
@@ -43,7 +43,7 @@ def router(engine: Engine | Fleet) -> APIRouter:
         body = await intake.read_score_request(request)
         async with decoding[background]:
             data = intake.decode_base64(body.prompt_image or "", "prompt_image")
-            picture = await asyncio.to_thread(decode_image, data, "prompt_image")
+            picture = await decode(data, "prompt_image")
             return await score(request, body, picture.target, background)
 
     async def score(request: Request, body: intake.ScoreRequest, prompt: Any, background: bool) -> dict[str, Any]:

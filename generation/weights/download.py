@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,9 @@ def _fetch(plan: Plan, say: Say) -> None:
     entry = plan.entry
     lock = read_lock(entry) if entry.repo is not None else None
     known = lock.files if lock and lock.commit == plan.commit else {}
+    for left in set(plan.blobs.glob("*.partial")) - {plan.partial(file) for file in plan.files}:
+        with suppress(OSError):
+            left.unlink()  # of a file that the repository has replaced since
     for number, file in enumerate(plan.files, 1):
         say(f"{entry.name} [{number}/{len(plan.files)}] {file.name}, {file.size / 1e6:,.1f} MB")
         try:

@@ -49,6 +49,15 @@ def test_a_file_of_another_download_that_was_cut_short_is_continued(hub, cache, 
     assert blob(cache, BIREFNET, "model.safetensors").read_bytes() == large
 
 
+def test_what_was_begun_of_a_replaced_file_is_removed(whole):
+    gone, begun = whole.blobs / f"{'a' * 64}.partial", whole.partial(whole.files[0])
+    gone.write_bytes(b"half of it")
+    begun.write_bytes(b"")
+    download.fetch(whole, print)
+    assert not gone.exists()
+    assert begun.exists()
+
+
 def test_too_little_disk_is_said_before_anything_is_fetched(hub, cache, monkeypatch):
     Usage = namedtuple("Usage", "free")
     plan = download.Plan(BIREFNET, "a" * 40, (download._File("model.safetensors", 3 * 10**9, "d" * 64, True),))

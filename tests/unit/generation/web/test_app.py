@@ -33,7 +33,7 @@ from generation.engine.engine import TIMEOUT_S
 from generation.schema.results import Request
 from generation.web import intake, pictures
 from generation.web.errors import ApiError
-from tests.support.service_harness import PATIENCE_S, Service, hold, serving, wait_until
+from tests.support.service_harness import PATIENCE_S, Service, hold, in_thread, serving, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +294,28 @@ def test_a_jpeg_of_fill_bytes_takes_no_time(end: bytes) -> None:
     with pytest.raises(ApiError, match="not a readable image"):
         pictures.decode_image(b"\xff\xd8" + b"\xff" * 60_000 + end, "prompt_image_file")
     assert time.thread_time() - began < 3
+
+
+def test_pictures_that_wait_for_their_decoder_hold_up_nothing_else(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, waiting, decode = threading.Event(), [], pictures.decode_image
+
+    def slow(data: bytes, field: str) -> pictures.Picture:
+        waiting.append(data)
+        assert go.wait(PATIENCE_S)
+        return decode(data, field)
+
+    monkeypatch.setattr(pictures, "decode_image", slow)
+    uploads = [in_thread(lambda: upload(service, png())) for _ in range(40)]
+    wait_until(lambda: len(service.server.server_state.tasks) == 40 and len(waiting) == 2)
+    body = {"prompt": "a red cube", "data": base64.b64encode(b"ply").decode()}
+    assert service.client.post("/validate_txt_to_3d_ply/", json=body, timeout=20).status_code == 200
+    assert len(waiting) == 2
+    go.set()
+    for thread, answers in uploads:
+        thread.join()
+        assert answers[0].status_code in (200, 503)  # the queue is short
 
 
 def test_largest_image_passes_and_is_kept_smaller(service: Service) -> None:
