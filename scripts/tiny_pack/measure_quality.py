@@ -97,17 +97,20 @@ def measure(
 ) -> tuple[dict[str, Any], list[tuple[str, int, int, float, float]]]:
     """The card's figures on records of unseen shapes, and the test pairs (kind, better, worse, scores) they are from.
 
+    Half of the pairs are results of one prompt, which is what duels and the best of several compare; half have planted
+    flaws. Results of different prompts are counted apart: their distances rank shapes more than results, for the best
+    robot is farther from its exact render than the worst sphere.
     `of_views`: the records' logits (N, V); `renders`: those of exact renders.
     """
     got = scores(of_views).tolist()
     rng = random.Random(seed)
-    planted_pairs = flaw_pairs(records)
+    planted_pairs, same = flaw_pairs(records), real_pairs(records, margin)
     rng.shuffle(planted_pairs)
-    same = real_pairs(records, margin)
     rng.shuffle(same)
-    same = same[: len(planted_pairs) // 2]
-    others = any_pairs(records, margin, len(planted_pairs) - len(same), rng)
-    pairs = [("results of one prompt", a, b) for a, b in same] + [("results", a, b) for a, b in others]
+    count = min(len(planted_pairs), len(same))
+    planted_pairs, same = planted_pairs[:count], same[:count]
+    others = any_pairs(records, margin, count, rng)
+    pairs = [("results of one prompt", a, b) for a, b in same]
     pairs += [(records[b]["flaw"]["kind"], a, b) for a, b in planted_pairs]
 
     def share(chosen: list[bool]) -> float:
@@ -116,10 +119,9 @@ def measure(
     quality: dict[str, Any] = {
         "pairs": len(pairs),
         "pairs_right": share([got[a] > got[b] for _, a, b in pairs]),
-        "pairs_of_results": len(same) + len(others),
-        "results_right": share([got[a] > got[b] for k, a, b in pairs if k.startswith("results")]),
         "pairs_of_results_of_one_prompt": len(same),
         "results_of_one_prompt_right": share([got[a] > got[b] for a, b in same]),
+        "results_of_different_prompts_right": share([got[a] > got[b] for a, b in others]),
     }
     for kind in flaws.KINDS:
         quality[f"{kind}_right"] = share([got[a] > got[b] for k, a, b in pairs if k == kind])
@@ -141,7 +143,8 @@ def measure(
         "gross_flaws_median": round(float(torch.tensor(worst or [0.0]).median()), 4),
         "gross_flaws_at_most_0.4": share([s <= 0.4 for s in worst]),
     }
-    return quality, [(kind, a, b, got[a], got[b]) for kind, a, b in pairs]
+    shown = pairs + [("results of different prompts", a, b) for a, b in others]
+    return quality, [(kind, a, b, got[a], got[b]) for kind, a, b in shown]
 
 
 def by_generator(records: Sequence[Record], of_views: Tensor, margin: float, seed: int) -> dict[str, dict[str, float]]:
@@ -164,7 +167,7 @@ def by_generator(records: Sequence[Record], of_views: Tensor, margin: float, see
 def contact_sheet(records: Sequence[Record], pairs: list, path: Path, rng: random.Random, each: int = 8) -> None:
     """Rows of views: the better beside the worse, of some pairs of each kind; wrong ones first."""
     rows = []
-    for kind in ("results", "results of one prompt", *flaws.KINDS):
+    for kind in ("results of one prompt", "results of different prompts", *flaws.KINDS):
         own = [p for p in pairs if p[0] == kind]
         rng.shuffle(own)
         own.sort(key=lambda p: p[3] > p[4])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, T5TokenizerFast
 
 from . import models
 from .data import front_cameras, render_pool
@@ -70,9 +71,14 @@ def unseen(
 def main() -> None:
     args = arguments(__doc__, minutes=12, more={"--lr": {"type": float, "help": "the highest learning rate"}})
     folder = args.pack / "flux"
-    clip_tok, t5_tok = clip_tokenizer_of(args.pack / "clip"), t5_tokenizer()
+    # With --tune FLUX keeps the tower that it was trained with: the CLIP of the pack may be a newer one.
+    clip_tok = clip_tokenizer_of(folder / "tokenizer" if args.tune else args.pack / "clip")
+    t5_tok = T5TokenizerFast.from_pretrained(folder / "tokenizer_2") if args.tune else t5_tokenizer()
     vae = AutoencoderKL.from_pretrained(folder / "vae").to(args.device).float().requires_grad_(False)
-    clip = models.clip_text_of(load_file(args.pack / "clip" / "open_clip_model.safetensors"), clip_tok)
+    if args.tune:
+        clip = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
+    else:
+        clip = models.clip_text_of(load_file(args.pack / "clip" / "open_clip_model.safetensors"), clip_tok)
     clip.to(args.device).requires_grad_(False)
     count, cache = args.objects or 12_000, args.work / "pool_flux.pt"
     pool = render_pool(count, front_cameras, models.FLUX_SIZE, args.device, args.seed + 1, cache=cache)
