@@ -32,6 +32,7 @@ def test_a_restart_asks_first_and_hands_in_what_is_asked_for(tmp_path: Path) -> 
     miner = mine(tmp_path, ["task"], [ACCEPTED], 100)
     assert miner.validator.pulled_at[0] < miner.validator.submissions[0][0]
     assert miner.submissions == [("task", "accepted")]
+    assert [event.size for event in miner.events if isinstance(event, Submission)] == [len(b"result")]
     assert miner.service.generated == 0
 
 

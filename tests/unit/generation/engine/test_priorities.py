@@ -47,20 +47,22 @@ def test_what_a_person_asks_for_pauses_the_background() -> None:
         assert all("paused" not in json.loads(answers[0].headers["X-Seconds"]) for _, answers in (paused, first))
 
 
-def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None:
+@pytest.mark.parametrize("order", [("background", "interactive"), ("interactive", "background")])
+def test_what_a_person_asks_for_is_begun_first_and_each_has_room_of_its_own(order: tuple[str, str]) -> None:
     with serving(max_queue=1) as service:
-        held = [hold(service), ask(service, "b", "background")]
-        wait_until(lambda: service.engine.queue_depth == 1)
-        refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
-        assert refused.status_code == 503
-        assert "queue full" in refused.text
-        held.append(ask(service, "c", "interactive"))
-        wait_until(lambda: service.engine.queue_depth == 2)
+        held = [hold(service)]
+        for number, priority in enumerate(order, start=1):
+            held.append(ask(service, priority, priority))
+            wait_until(lambda: service.engine.queue_depth == number or held[-1][1])
+            refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": priority})
+            assert refused.status_code == 503
+            assert "queue full" in refused.text
+        assert service.engine.queue_depth == 2
         service.pipeline.go.set()
         for thread, answers in held:
             thread.join(PATIENCE_S)
             assert answers[0].status_code == 200
-        assert [request.prompt for request in service.pipeline.started] == ["hold", "c", "b"]
+        assert [request.prompt for request in service.pipeline.started] == ["hold", "interactive", "background"]
 
 
 async def test_calls_in_the_background_wait_for_generations_of_persons(

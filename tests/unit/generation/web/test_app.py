@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import html
+import http.client
 import io
 import itertools
 import json
@@ -15,8 +17,6 @@ import struct
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -323,15 +323,27 @@ def test_bodies_are_bounded_while_they_stream(service: Service) -> None:
     assert service.generate().status_code == 200
 
 
+@pytest.mark.parametrize("version", [10, 11])
 @pytest.mark.parametrize(
     ("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)]
 )
-def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str, headers: Any, status: int) -> None:
-    """Also where it closes the connection: urllib asks for that, and so do HTTP/1.0 proxies."""
-    asked = urllib.request.Request(service.url + path, bytes(9_000_000), headers, method="POST")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(asked, timeout=PATIENCE_S)
-    assert refused.value.code == status
+def test_an_answer_before_the_body_was_read_arrives(
+    service: Service, path: str, headers: Any, status: int, version: int
+) -> None:
+    """Also where it closes the connection: urllib asks for that, and HTTP/1.0 proxies need not."""
+    connection = http.client.HTTPConnection(service.url.partition("//")[2], timeout=PATIENCE_S)
+    connection._http_vsn, connection._http_vsn_str = version, f"HTTP/1.{version - 10}"  # type: ignore[attr-defined]
+    closing = {"Connection": "close"} if version == 11 else {"Host": "localhost"}
+    with contextlib.closing(connection):
+        connection.request("POST", path, bytes(9_000_000), headers | closing)
+        assert connection.getresponse().status == status
+
+
+def test_a_client_that_hangs_up_before_it_was_read_to_its_end_takes_nobody_with_it(service: Service) -> None:
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S) as connection:
+        connection.sendall(head + bytes(1000))
+    assert httpx.get(service.url + "/health", timeout=20).is_success
 
 
 def test_who_expects_to_be_asked_for_the_body_is_answered_at_once(service: Service) -> None:
@@ -462,6 +474,13 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
         ply, prompt = service.pipeline.validated[-1]
         assert prompt == "a red cube"
         assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 2\n" if compression == 2 else raw)
+
+
+@pytest.mark.parametrize(("kind", "prompt"), [("txt", {"prompt": "a red cube"}), ("img", {"prompt_image": "A"})])
+def test_a_splat_may_be_larger_than_any_form(service: Service, kind: str, prompt: dict[str, str]) -> None:
+    """500,000 points take 9 MB and more, and 4/3 of that in base64."""
+    answer = score(service, kind, **prompt, data="A" * (intake.MAX_FORM_BYTES + 1000), compression=2)
+    error(answer, 422, "data" if kind == "txt" else "prompt_image")
 
 
 def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Service) -> None:
