@@ -152,7 +152,7 @@ def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.Mo
         ("CUDA driver error: unspecified launch failure", True),
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
         ("CUDA driver error: out of memory", False),
-        ("CUBLAS_STATUS_ALLOC_FAILED when calling", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
         ("shapes do not match", False),
     ],
 )

@@ -185,7 +185,8 @@ def test_errors_say_the_limit(service: Service) -> None:
     assert "prompt_image_file" in error(service.generate("a", steps="5"), 422, "steps")["message"]
 
 
-def test_the_longest_prompt_and_seed_pass(service: Service) -> None:
+def test_the_longest_prompt_and_both_ends_of_the_seeds_pass(service: Service) -> None:
+    assert service.generate(seed=0).content == b"ply\na red cube 0"
     longest = "\U0001f680" * 1024
     assert service.generate(longest, seed=2**32 - 1).content == f"ply\n{longest} 4294967295".encode()
 
@@ -494,6 +495,15 @@ def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Servic
     ):
         body = score(service, **fields, **more).json()
         assert (body["preview"], body["grid_preview"]) == shown
+
+
+def test_a_splat_is_scored_by_the_picture_that_a_validator_sees(service: Service) -> None:
+    """One with four bands is put on white."""
+    half = png(9, 7, "RGBA")  # red 128, of alpha 128
+    assert score(service, "img", prompt_image=b64(half), data=b64(packed()), compression=2).status_code == 200
+    prompt = service.pipeline.validated[-1][1]
+    assert (prompt.mode, prompt.size) == ("RGB", (9, 7))
+    assert prompt.getpixel((4, 3)) == pytest.approx((191, 127, 127), abs=1)
 
 
 def test_the_other_prompt_may_be_null(service: Service) -> None:
