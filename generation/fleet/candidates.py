@@ -113,7 +113,6 @@ class Candidates:
             group.is_closed = True
             self._groups.remove(group)
             running = list(group.running)
-            self._entering -= group.running
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
