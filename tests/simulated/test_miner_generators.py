@@ -291,6 +291,20 @@ def test_an_endpoint_that_fails_at_everything_is_left_out() -> None:
     with_pool(test)
 
 
+def test_failures_between_which_it_works_leave_no_endpoint_out() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = "loading"
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        for _ in range(5):
+            first.outcomes.append(AttemptFailed("500"))
+            with pytest.raises(AttemptFailed):
+                await pool.generate(TASK, 1)
+            assert pool.usable["http://first"]
+            await pool.generate(TASK, 1)
+
+    with_pool(test)
+
+
 def test_an_attempt_is_over_when_one_endpoint_failed_and_the_other_went() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         first.outcomes.append(AttemptFailed("500"))

@@ -126,6 +126,15 @@ async def test_a_clock_that_is_set_changes_nothing(
     assert len({pull.dendrite.uuid for pull in validator.asked}) == 1  # type: ignore[union-attr]
 
 
+async def test_a_clock_that_stands_still_is_no_reason_for_a_refusal(
+    validator: Validator, miner: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = time.time_ns()
+    monkeypatch.setattr(dendrite_module, "steady_time_ns", lambda: stopped)
+    assert await miner.pull(validator) == await miner.pull(validator) == 200
+    assert miner.requests == 2
+
+
 async def test_a_process_that_starts_after_the_clock_was_set_back(
     validator: Validator, miner: Miner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
