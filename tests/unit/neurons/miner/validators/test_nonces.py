@@ -135,6 +135,12 @@ async def test_a_clock_that_stands_still_is_no_reason_for_a_refusal(
     assert miner.requests == 2
 
 
+async def test_an_idle_connection_is_given_up_before_the_axon_closes_it(validator: Validator, miner: Miner) -> None:
+    """A call on one that is just being closed would be lost."""
+    connector = (await miner.dendrite.session).connector
+    assert connector._keepalive_timeout < validator.axon.fast_server.config.timeout_keep_alive  # type: ignore[union-attr]
+
+
 async def test_a_process_that_starts_after_the_clock_was_set_back(
     validator: Validator, miner: Miner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
