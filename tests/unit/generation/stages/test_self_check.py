@@ -139,6 +139,13 @@ class TestFrame:
         covered = (views[0].amin(0) < 0.5).any(0).float().mean()
         assert abs(float(covered) - expected) < 0.05
 
+    def test_pixels_are_cut_down_and_not_rounded(self, monkeypatch):
+        def grey(gaussians, orbit, width, height, background):
+            return (background - 0.5).expand(15, height, width, 3), None, None
+
+        monkeypatch.setattr(views, "rasterize", grey)
+        assert (render_views(ball()) == 127 / 255).all()
+
     def test_azimuth_and_elevation(self):
         """A ball that is red in front, green on top: seen from the front and from 15 degrees above."""
         gaussians = ball("blue")
