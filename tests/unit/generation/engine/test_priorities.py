@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from generation.engine import engine as engine_module
-from generation.engine.engine import Engine
+from generation.engine.engine import Engine, StageFailed
 from tests.support.service_harness import (
     PATIENCE_S,
     StandInPipeline,
@@ -79,8 +79,21 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
     assert order == ["interactive", "background"]
 
 
-async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+async def test_what_breaks_a_person_s_tick_leaves_what_is_paused_alone(
     ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    miners = asyncio.create_task(engine.generate(request_of("hold", background=True)))
+    await until(lambda: engine.active)
+    with pytest.raises(StageFailed):
+        await engine.generate(request_of("exit"))
+    pipeline.go.set()
+    assert (await miners).ply
+
+
+@pytest.mark.parametrize("comes", ["generation", "call"])
+async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+    ready_engine: tuple[Engine, StandInPipeline], comes: str
 ) -> None:
     engine, pipeline = ready_engine
     tick, under_way, paused = pipeline.tick, threading.Event(), []
@@ -96,10 +109,13 @@ async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
     pipeline.tick = first  # type: ignore[method-assign]
     background = asyncio.create_task(engine.generate(request_of("a", background=True)))
     await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate(request_of("b"))).ply
+    if comes == "call":
+        assert await engine.call(lambda _: len(pipeline.ticks)) == 1  # the one that did nothing any more
+    else:
+        assert (await engine.generate(request_of("b"))).ply
     assert (await background).ply
     assert paused == [False, True]
-    assert [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+    assert [tick for tick in pipeline.ticks if tick] == ([["a"]] if comes == "call" else [["b"], ["a"]])
 
 
 async def test_the_background_has_no_deadline(

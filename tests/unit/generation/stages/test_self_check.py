@@ -139,12 +139,18 @@ class TestFrame:
         covered = (views[0].amin(0) < 0.5).any(0).float().mean()
         assert abs(float(covered) - expected) < 0.05
 
-    def test_pixels_are_cut_down_and_not_rounded(self, monkeypatch):
+    def test_sixteen_azimuths_of_a_round_and_pixels_that_are_cut_down(self, monkeypatch):
+        asked, orbit = [], cameras.orbit
+
         def grey(gaussians, orbit, width, height, background):
             return (background - 0.5).expand(15, height, width, 3), None, None
 
+        monkeypatch.setattr(cameras, "orbit", lambda *how: asked.append(how) or orbit(*how))
         monkeypatch.setattr(views, "rasterize", grey)
-        assert (render_views(ball()) == 127 / 255).all()
+        assert (render_views(ball()) == 127 / 255).all()  # 127.5, not rounded
+        ((elevation, azimuths, *others),) = asked
+        assert (elevation, others) == (15.0, [2.5, 49.1, 518, 518])
+        assert [*azimuths.tolist(), 360.0] == pytest.approx(torch.linspace(0, 360, 16).tolist())
 
     def test_azimuth_and_elevation(self):
         """A ball that is red in front, green on top: seen from the front and from 15 degrees above."""

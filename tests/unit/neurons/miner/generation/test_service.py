@@ -218,13 +218,14 @@ async def test_base64_in_lines_is_a_picture() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_busy_service_says_for_how_long(status: int) -> None:
+@pytest.mark.parametrize(("says", "seconds"), [("7", 7), ("86400", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 5)])
+async def test_a_busy_service_says_for_how_long(status: int, says: str, seconds: float) -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=status, headers={"Retry-After": "7"})
+        return web.Response(status=status, headers={"Retry-After": says})
 
     with pytest.raises(EndpointUnavailable) as busy:
         await ask_service(handler, TextTask(id="1", prompt="p"))
-    assert busy.value.seconds == 7
+    assert busy.value.seconds == seconds
 
 
 async def test_a_service_that_is_gone() -> None:
