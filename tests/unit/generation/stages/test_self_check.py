@@ -46,6 +46,12 @@ class TestGates:
         gaussians.logit_opacities[:hidden] = -9.2
         assert run_gates(gaussians)["opacity"].passed is passed
 
+    @pytest.mark.parametrize(("opacity", "passed"), [(0.0011, True), (0.0009, False)])
+    def test_what_counts_as_invisible(self, opacity, passed):
+        gaussians = ball(count=10_000)
+        gaussians.logit_opacities[:] = torch.tensor(opacity).logit()
+        assert run_gates(gaussians)["opacity"].passed is passed
+
     def test_rotations_all_identity(self):
         gaussians = ball()
         gaussians.quats[:] = torch.tensor([1.0, 0, 0, 0])
@@ -95,6 +101,17 @@ class TestFrame:
         moved.means += 5.0
         close = (render_views(fit_to_frame(ball())) - render_views(fit_to_frame(moved))).abs()
         assert close.mean() < 1e-3
+
+    @pytest.mark.parametrize("fit", [True, False])
+    def test_what_is_delivered_in_the_frame_is_checked_in_it(self, monkeypatch, fit):
+        """A validator's one mean over all coordinates moves what is not centred."""
+        seen = []
+        monkeypatch.setattr(check, "render_views", lambda framed: seen.append(framed) or torch.rand(16, 3, 32, 32))
+        moved = ball(radius=3.0)
+        moved.means += torch.tensor([10.0, -4.0, 2.0])
+        colour_check().check_all([(moved, "a red ball")], fit=fit)
+        off_centre = float(seen[0].means.mean(0).abs().max())
+        assert off_centre < 1e-3 if fit else off_centre > 0.5
 
     def test_a_splat_in_the_frame_stays_as_it_is(self):
         fitted = fit_to_frame(ball(radius=3.0))
