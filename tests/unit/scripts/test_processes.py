@@ -52,7 +52,9 @@ def test_ours_is_ours(running: int) -> None:
     assert processes.state("rehearsal") == "absent"
 
 
-def test_another_clones_miner_that_has_the_number_now_is_not_ours(running: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_clones_miner_that_has_the_number_now_is_not_ours(
+    running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(processes, "ROOT", Path("/another/clone"))
     assert processes.state("miner") == "dead"
 
