@@ -106,7 +106,12 @@ class TestFrame:
     def test_what_is_delivered_in_the_frame_is_checked_in_it(self, monkeypatch, fit):
         """A validator's one mean over all coordinates moves what is not centred."""
         seen = []
-        monkeypatch.setattr(check, "render_views", lambda framed: seen.append(framed) or torch.rand(16, 3, 32, 32))
+
+        def render(framed):
+            seen.append(framed)
+            return torch.rand(16, 3, 32, 32)
+
+        monkeypatch.setattr(check, "render_views", render)
         moved = ball(radius=3.0)
         moved.means += torch.tensor([10.0, -4.0, 2.0])
         colour_check().check_all([(moved, "a red ball")], fit=fit)
@@ -162,7 +167,11 @@ class TestFrame:
         def grey(gaussians, orbit, width, height, background):
             return (background - 0.5).expand(15, height, width, 3), None, None
 
-        monkeypatch.setattr(cameras, "orbit", lambda *how: asked.append(how) or orbit(*how))
+        def noted(*how):
+            asked.append(how)
+            return orbit(*how)
+
+        monkeypatch.setattr(cameras, "orbit", noted)
         monkeypatch.setattr(views, "rasterize", grey)
         assert (render_views(ball()) == 127 / 255).all()  # 127.5, not rounded
         ((elevation, azimuths, *others),) = asked

@@ -293,7 +293,8 @@ def test_an_impossible_folder_is_a_log_line(tmp_path: Path, caplog: pytest.LogCa
 
 @pytest.mark.parametrize("outcome", ["accepted", "broken", "unknown"])
 def test_a_settlement_changes_the_one_unknown_row(path: Path, started: Ledger, outcome: SubmissionOutcome) -> None:
-    known: list[tuple[str, SubmissionOutcome]] = [("a", "unknown")] * 2 + [("b", "unknown"), ("c", "declined")]
+    twice: tuple[str, SubmissionOutcome] = ("a", "unknown")
+    known: list[tuple[str, SubmissionOutcome]] = [twice, twice, ("b", "unknown"), ("c", "declined")]
     for task_id, first in known:
         started.record(Submission(validator(1), task_id, first, 2.0, 1000))
     started.record(Submission(validator(2), "a", "unknown", 2.0, 1000))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bittensor as bt
 import pytest
@@ -137,8 +138,8 @@ async def test_a_clock_that_stands_still_is_no_reason_for_a_refusal(
 
 async def test_an_idle_connection_is_given_up_before_the_axon_closes_it(validator: Validator, miner: Miner) -> None:
     """A call on one that is just being closed would be lost."""
-    connector = (await miner.dendrite.session).connector
-    assert connector._keepalive_timeout < validator.axon.fast_server.config.timeout_keep_alive  # type: ignore[union-attr]
+    connector: Any = (await miner.dendrite.session).connector
+    assert connector._keepalive_timeout < validator.axon.fast_server.config.timeout_keep_alive
 
 
 async def test_a_process_that_starts_after_the_clock_was_set_back(
