@@ -216,6 +216,14 @@ class TestScore:
         # Not limited to 1, as with the validators.
         assert align(colour_check(cosine_scale=0.35), images, "red") == pytest.approx(2.0203, abs=2e-3)
 
+    def test_texts_and_pictures_have_floors_of_their_own(self):
+        scored = colour_check()
+        use = scored._text.use
+        scored._text.use = type(use)(**{**vars(use), "min_alignment": 0.2, "min_image_alignment": 0.4})
+        seen = [torch.rand(16, 3, 32, 32)] * 2
+        checks = scored._measure(seen, ["red", Image.new("RGB", (8, 8), "red")])
+        assert [each.least_alignment for each in checks] == [0.2, 0.4]
+
     def test_no_likeness_is_zero_not_an_error(self):
         images = torch.zeros(16, 3, 64, 64)
         images[:, 2] = 1.0
