@@ -36,6 +36,7 @@ DEFAULT_URL = "http://127.0.0.1:10006"
 PROMPT, SEED = "a red cube", 1
 WRONG_PROMPT = "a green snowman"
 PATIENCE_S = 1800.0  # for one generation, behind whatever waits before it
+ASKING_S = 30.0  # for all validators of the miner's check
 MIN_GAUSSIANS = 7000  # fewer, and validators reject
 BLACKLISTED_UID = 180
 
@@ -136,10 +137,8 @@ def dependencies_installed(_: Service) -> str:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = "missing"
-        if version.partition("+")[0] != exact.get(name, version):
+        if version.partition("+")[0] != exact.get(name):
             wrong.append(f"{name} {version} (want {exact.get(name)})")
-        elif version == "missing":
-            wrong.append(f"{name} missing")
     expect(not wrong, ", ".join(wrong))
     return f"{len(dependencies)} that pyproject.toml names, at the versions of constraints.txt"
 
@@ -265,10 +264,10 @@ def task_manager_works(_: Service) -> str:
 
     async def bounded(folder: Path) -> str:
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(ASKING_S):
                 return await pull(folder)
         except TimeoutError:
-            raise Failed(f"{count} validators were not all asked within 30 s") from None
+            raise Failed(f"{count} validators were not all asked within {ASKING_S:g} s") from None
 
     with tempfile.TemporaryDirectory() as folder:
         return asyncio.run(bounded(Path(folder)))

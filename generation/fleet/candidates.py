@@ -59,18 +59,16 @@ class _Group:
     def take(self, number: int, asset: Asset) -> None:
         """Only the best splat is kept: each takes some 100 MB."""
         self.scores[number] = asset.report.score
-        if self.best is None or _rank(asset) > _rank(self.best):
+        if self.best is None or merit(asset.report) > merit(self.best.report):
             self.best = asset
         self.is_closed |= asset.report.hopeless
 
 
-def _rank(asset: Asset) -> tuple[bool, float]:
-    report = asset.report
-    return report.rejected is None, merit(report)
-
-
 def merit(report: Report) -> float:
-    """What candidates are compared by: the final score, without its limit of 1; -1 where it was not measured."""
+    """What candidates are compared by: the final score, without its limit of 1; -1 where it was not measured.
+
+    A rejected one has none, or one under the threshold, so every splat that passed is above it.
+    """
     if report.score is None:
         return -1.0
     return max(report.score, final_score(report.parts)) if report.score >= 1.0 and report.parts else report.score
@@ -116,7 +114,6 @@ class Candidates:
             group.is_closed = True
             self._groups.remove(group)
             running = list(group.running)
-            self._entering -= group.running
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +20,8 @@ import test_competitive as checks
 from generation.pipeline.pipeline import Asset, Job, Report, Scores
 from generation.splats import ply
 from generation.splats.gaussians import Gaussians
+from neurons.miner import options
+from neurons.miner.tasks.task_manager import AsyncTaskManager
 from scripts.ops import environment
 from tests.support.service_harness import Service, StandInPipeline, serving, wait_until
 
@@ -77,7 +83,15 @@ def test_a_rejected_splat_fails_the_pipeline_and_leaves_nothing_to_look_at(
     assert result["FLUX generation"] == "PASS"
 
 
+def big_endian(content: bytes) -> bytes:
+    """The same for a reader of any PLY, and nothing for a validator's."""
+    head, end, body = content.replace(b"little", b"big", 1).partition(b"end_header\n")
+    return head + end + np.frombuffer(body, "<f4").astype(">f4").tobytes()
+
+
 BROKEN = {
+    "big": big_endian(ply.write(splat())),
+    "opacity": ply.write(splat()).replace(b"float opacity", b"float opacity_"),
     "few": ply.write(splat(6999)),
     "comment": ply.write(splat()).replace(b"ply\n", b"ply\ncomment x\n", 1),
     "nan": ply.write(splat())[:-4] + b"\x00\x00\xc0\x7f",
@@ -97,6 +111,21 @@ def test_a_stage_that_did_not_run_fails(running: tuple[Service, checks.Service])
     headers.replace_header("X-Seconds", '{"background": 0.1}')
     with pytest.raises(checks.Failed, match="text_to_image"):
         checks.flux_generation(checks_subject)
+    with pytest.raises(checks.Failed, match="dreamgaussian"):  # nothing was found to cut out
+        checks.background_removal(checks_subject)
+    headers.replace_header("X-Seconds", '{"dreamgaussian": 2.0}')
+    with pytest.raises(checks.Failed, match="background"):
+        checks.background_removal(checks_subject)
+
+
+@pytest.mark.parametrize("running", [ply.write(splat())], indirect=True, ids=["good"])
+def test_a_clip_that_can_not_tell_prompts_apart_fails(
+    running: tuple[Service, checks.Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = Scores(score=0.7, alignment_score=0.7, iqa=None, ssim=0.0, lpips=None)
+    monkeypatch.setattr(Pipeline, "validate", lambda *_: same)
+    with pytest.raises(checks.Failed, match=r"0\.70 for 'a red cube', 0\.70 for"):
+        checks.clip_tells_prompts_apart(running[1])
 
 
 def test_without_a_service_the_reason_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +143,32 @@ def test_a_wrong_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.dependencies_installed(checks.NoService(""))
 
 
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = checks.importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "einops":
+            raise checks.importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    with pytest.raises(checks.Failed, match=r"^einops missing \(want [0-9.]+\)$"):
+        checks.dependencies_installed(checks.NoService(""))
+
+
+def test_a_module_that_does_not_import_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> None:
+        if name == "neurons.broken":
+            raise ImportError("a typing error")
+
+    modules = [SimpleNamespace(name=f"{package}.broken") for package in ("common", "neurons")]
+    walk = lambda _, prefix: [each for each in modules if each.name.startswith(prefix)]  # noqa: E731
+    monkeypatch.setattr(checks.pkgutil, "walk_packages", walk)
+    monkeypatch.setattr(checks, "importlib", SimpleNamespace(import_module=load))
+    with pytest.raises(checks.Failed, match=r"^neurons.broken: ImportError: a typing error$"):
+        checks.all_imports_work(checks.NoService(""))
+
+
 def test_a_gpu_that_torch_can_not_use_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -125,6 +180,54 @@ def test_the_miner_checks_pass_with_the_miners_classes() -> None:
     nothing = checks.NoService("")
     assert "180" in checks.uid_180_blacklisted(nothing)
     assert "4 tasks" in checks.task_manager_works(nothing)
+
+
+def test_a_uid_that_is_not_left_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "parse", lambda _: SimpleNamespace(blacklist=()))
+    with pytest.raises(checks.Failed, match=r"of 179 and 180, the miner asks \[179, 180\]"):
+        checks.uid_180_blacklisted(checks.NoService(""))
+
+
+def test_validators_that_are_asked_one_after_the_other_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    pull, one_at_a_time = AsyncTaskManager._pull, asyncio.Lock()
+
+    async def alone(manager: AsyncTaskManager, validator: Any) -> Any:
+        async with one_at_a_time:
+            return await pull(manager, validator)
+
+    monkeypatch.setattr(AsyncTaskManager, "_pull", alone)
+    monkeypatch.setattr(checks, "ASKING_S", 0.3)
+    with pytest.raises(checks.Failed, match="4 validators were not all asked"):
+        checks.task_manager_works(checks.NoService(""))
+
+
+def test_one_task_for_all_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    following, first = AsyncTaskManager.next_assignment, list[Any]()
+
+    async def same(manager: AsyncTaskManager) -> Any:
+        first.append(await following(manager))
+        return first[0]
+
+    monkeypatch.setattr(AsyncTaskManager, "next_assignment", same)
+    with pytest.raises(checks.Failed, match="1 different tasks from 4 validators"):
+        checks.task_manager_works(checks.NoService(""))
+
+
+@pytest.mark.parametrize(("found", "status", "said"), [("", 0, "1 of 1 checks passed"), ("bad", 1, "1 checks failed")])
+def test_the_exit_status_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], found: str, status: int, said: str
+) -> None:
+    def check(_: checks.Service) -> str:
+        checks.expect(not found, found)
+        return "fine"
+
+    monkeypatch.setattr(sys, "argv", ["test_competitive.py"])
+    monkeypatch.setattr(checks, "CHECKS", [("one", check)])
+    monkeypatch.setattr(checks, "enter_environment", lambda: None)
+    monkeypatch.setattr(checks, "service", lambda: contextlib.nullcontext(checks.NoService("")))
+    monkeypatch.chdir(checks.ROOT)
+    assert checks.main() == status
+    assert said in capsys.readouterr().out
 
 
 def test_without_an_environment_it_says_how_to_make_one(tmp_path: Path) -> None:

@@ -141,6 +141,21 @@ async def test_a_silent_engine_is_out_of_rotation_before_its_process_has_ended(
         await until(lambda: states(fleet) == ["ready", "ready"])
 
 
+def test_a_start_may_be_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process imports torch before it can say anything."""
+    settings = SimpleNamespace(models=SimpleNamespace(max_batch=1))
+    engine = process.ProcessEngine("cuda:0", settings, "", lambda: None)
+    monkeypatch.setattr(engine, "_has_ended", lambda: False)
+
+    async def main() -> None:
+        watching = asyncio.create_task(engine._watch(asyncio.Event()))
+        await asyncio.sleep(300.0)
+        assert engine.status == "loading"
+        watching.cancel()
+
+    virtual_time.run(main())
+
+
 def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 5.0)
     settings = SimpleNamespace(models=SimpleNamespace(max_batch=1))
@@ -166,7 +181,7 @@ def test_pauses_grow_only_while_an_engine_answers_nothing(monkeypatch: pytest.Mo
         ("CUDA driver error: unspecified launch failure", True),
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", True),
         ("CUDA driver error: out of memory", False),
-        ("CUBLAS_STATUS_ALLOC_FAILED when calling", False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", False),
         ("shapes do not match", False),
     ],
 )

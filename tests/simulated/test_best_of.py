@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from neurons.miner.generation.service import AttemptFailed, Generated
+from neurons.miner.generation.service import AttemptFailed, EndpointUnavailable, Generated
 from neurons.miner.records.events import Generation, Submission
 from neurons.protocol import Task
 from neurons.rehearsal.rules import Limits
@@ -74,10 +74,11 @@ def mine(
     behaviours: Sequence[Behaviour] = (Behaviour(),) * 3,
     seconds: float = HOUR_S,
     beside: Sequence[Service] = (),
+    limits: Limits = Limits(),  # noqa: B008
     **options: Any,
 ) -> Run:
     async def main() -> Run:
-        network, books = SimulatedNetwork(behaviours, Limits()), MemoryBooks()
+        network, books = SimulatedNetwork(behaviours, limits), MemoryBooks()
         miner = await simulated_miner(replace(options_in(folder), **options), network, [service, *beside], books)
         parts = [asyncio.create_task(part) for part in (miner.pool.watch(), *(each.run() for each in miner.workers))]
         await asyncio.sleep(seconds)
@@ -135,6 +136,34 @@ def test_what_a_validator_takes_for_a_submission_is_left_for_it(tmp_path: Path) 
     assert auto.accepted >= one.accepted
     assert all(held + slow.validation <= THROTTLE_S for held in auto.held)
     assert max(event.candidates for event in auto.of(Generation)) > 5
+
+
+def test_the_time_that_is_free_begins_when_the_task_is_given(tmp_path: Path) -> None:
+    """Not when its pull's answer comes."""
+    run = mine(tmp_path, Service(1.0), [Behaviour(pull_delay=8.0)])
+    assert max(event.candidates for event in run.of(Generation)) > 5
+    assert max(run.held) <= THROTTLE_S
+
+
+def test_a_task_that_is_given_again_has_no_free_time_any_more(tmp_path: Path) -> None:
+    """Its service was gone for longer than a task is worth waiting for."""
+    service = Service(1.0)
+    made = service.generate
+
+    async def generate(task: Task, seed: int, candidates: int = 1, budget: float | None = None) -> Generated:
+        if service.asked and now() < service.asked[0][0] + 700.0:
+            raise EndpointUnavailable("gone")
+        return await made(task, seed, candidates, budget)
+
+    service.generate = generate  # type: ignore[method-assign]
+    run = mine(tmp_path, service, [Behaviour()], seconds=1000.0)
+    assert [event.candidates for event in run.of(Generation) if event.outcome == "generated"] == [1, 1]
+    assert run.accepted == 2
+
+
+def test_no_throttle_period_makes_the_miner_hold_a_task_for_long(tmp_path: Path) -> None:
+    run = mine(tmp_path, Service(1.0), [Behaviour()], limits=replace(Limits(), throttle_period=1000.0))
+    assert max(run.held) <= 2 * THROTTLE_S
 
 
 def test_the_best_of_all_rounds_goes_out_once(tmp_path: Path) -> None:

@@ -183,6 +183,16 @@ def test_what_is_rejected_before_it_is_made_tells_no_duration() -> None:
     with_pool(test)
 
 
+def test_what_is_rejected_for_its_score_took_as_long_as_another() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        first.is_rejecting = second.is_rejecting = True
+        first.score = second.score = 0.4
+        await asyncio.gather(*(pool.generate(TASK, seed) for seed in range(2)))
+        assert pool.seconds_without_wait() == first.seconds
+
+    with_pool(test)
+
+
 def test_a_task_of_an_endpoint_that_is_gone_moves_on_at_once() -> None:
     async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
         first.outcomes.extend([EndpointUnavailable("gone")] * 3)
@@ -287,6 +297,20 @@ def test_an_endpoint_that_fails_at_everything_is_left_out() -> None:
         for _ in range(3):
             await pool.generate(TASK, 1)
         assert not pool.usable["http://first"]
+
+    with_pool(test)
+
+
+def test_failures_between_which_it_works_leave_no_endpoint_out() -> None:
+    async def test(pool: GeneratorPool, first: Service, second: Service) -> None:
+        second.status = "loading"
+        await asyncio.sleep(HEALTH_INTERVAL_S)
+        for _ in range(5):
+            first.outcomes.append(AttemptFailed("500"))
+            with pytest.raises(AttemptFailed):
+                await pool.generate(TASK, 1)
+            assert pool.usable["http://first"]
+            await pool.generate(TASK, 1)
 
     with_pool(test)
 

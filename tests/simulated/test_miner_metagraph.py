@@ -39,6 +39,7 @@ def test_a_validator_that_moved_is_asked_and_answered_at_its_new_address(tmp_pat
             miner.manager.sync()
             await asyncio.sleep(60)
             assert first.accepted == second.accepted == 1
+            assert len(network.submitted) == 2
 
     in_virtual_time(test)
 
@@ -109,6 +110,26 @@ def test_coming_and_going_is_no_way_around_a_cooldown(tmp_path: Path) -> None:
                 miner.manager.sync()
             assert violations(network) == 0
             assert network.validators[0].accepted >= 9
+
+    in_virtual_time(test)
+
+
+def test_a_silent_validator_that_leaves_and_returns_is_asked_at_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        network = Network([Behaviour()], limits())
+        network.down = True
+        async with mining(network, tmp_path) as miner:
+            await asyncio.sleep(HOUR)
+            await until(lambda: miner.manager.silent == 1, HOUR, every=1.0)
+            miner.directory.update(Metagraph(17, ()))
+            miner.manager.sync()
+            await asyncio.sleep(1)
+            assert miner.manager.silent == 0
+            network.down, before = False, len(network.calls)
+            miner.directory.update(network.metagraph())
+            miner.manager.sync()
+            await asyncio.sleep(1)
+            assert len(network.calls) == before + 1
 
     in_virtual_time(test)
 

@@ -396,6 +396,8 @@ def test_a_result_that_can_not_be_deleted_is_not_sent_again(
         spool.remove("5V", "1")
     assert "can not be removed" in caplog.text
     assert spool.get("5V", TextTask(id="1", prompt="p")) is None
+    put(spool, "1")  # given out and made again
+    assert spool.get("5V", TextTask(id="1", prompt="p")) is not None
 
 
 # --- books

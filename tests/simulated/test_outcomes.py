@@ -230,9 +230,10 @@ def test_old_results_that_leave_the_window_hide_no_accepted_one(tmp_path: Path) 
     assert miner.settlements == [("task 48", "accepted")]
 
 
-def test_a_repetition_soon_after_a_lost_answer_meets_the_lock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [LOST, Answer(status=500)], ids=["lost", "500"])
+def test_a_repetition_soon_after_a_lost_answer_meets_the_lock(tmp_path: Path, lost: Answer) -> None:
     """One later than 30 s after the first would be scored beside it: then a pull comes first."""
-    miner = mine(tmp_path, ["task", "task", "task"], [LOST, LOST, LOST, LOST, LOST, REPETITION, ACCEPTED], 400)
+    miner = mine(tmp_path, ["task"] * 5, [*[lost] * 8, REPETITION, ACCEPTED], 250)
     first = miner.validator.submissions[0][0]
     for before, (at, _) in zip(miner.validator.submissions, miner.validator.submissions[1:], strict=False):
         pulls_between = [each for each in miner.validator.pulled_at if before[0] < each < at]
@@ -355,6 +356,12 @@ def test_a_validator_that_refuses_without_a_reason_is_asked_less_and_less(tmp_pa
     pulled_at = mine(tmp_path, [PullTask()] * 12, [ACCEPTED], 2000).validator.pulled_at
     waits = [later - at for at, later in itertools.pairwise(pulled_at)]
     assert waits[:10] == pytest.approx([30, 30, 30, 30, 30, 32, 64, 128, 256, 300], abs=0.5)
+
+
+def test_after_a_task_a_refusal_without_a_reason_costs_half_a_minute_again(tmp_path: Path) -> None:
+    miner = mine(tmp_path, [*[PullTask()] * 8, "task", PullTask(), "another"], [ACCEPTED] * 2, 1200)
+    refused, again = miner.validator.pulled_at[9:11]
+    assert again - refused == pytest.approx(30, abs=0.5)
 
 
 def test_a_miner_that_is_registered_again_loses_no_hour(tmp_path: Path) -> None:

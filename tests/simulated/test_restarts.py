@@ -32,7 +32,20 @@ def test_a_restart_asks_first_and_hands_in_what_is_asked_for(tmp_path: Path) -> 
     miner = mine(tmp_path, ["task"], [ACCEPTED], 100)
     assert miner.validator.pulled_at[0] < miner.validator.submissions[0][0]
     assert miner.submissions == [("task", "accepted")]
+    assert [event.size for event in miner.events if isinstance(event, Submission)] == [len(b"result")]
     assert miner.service.generated == 0
+
+
+def test_a_result_is_handed_in_to_a_validator_that_is_not_worth_another_task(tmp_path: Path) -> None:
+    spooled(tmp_path, "task", age=100)
+
+    async def main() -> None:
+        miner = Miner(Scripted(["task"], [ACCEPTED]), tmp_path)
+        miner.books.left_alone_until[VALIDATOR.hotkey] = now() + 3600
+        await miner.run(100)
+        assert miner.submissions == [("task", "accepted")]
+
+    virtual_time.run(main())
 
 
 @pytest.mark.parametrize(

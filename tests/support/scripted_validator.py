@@ -106,7 +106,9 @@ class Scripted:
         else:
             self.submissions.append((sent, synapse))
             answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
-            await asyncio.sleep(answer.seconds)
+            await asyncio.sleep(min(answer.seconds, timeout))
+            if answer.seconds > timeout:
+                return _answered(synapse, None, 408)
             if answer.status is None:
                 return _answered(synapse, None, CONNECTION_LOST)
             status = answer.status

@@ -24,6 +24,7 @@ class Service:
         self.seconds = seconds
         self.outcomes: deque[float | Exception] = deque()
         self.is_rejecting = False
+        self.score: float | None = None  # of what is rejected
         self.asked: list[float] = []
         self.cancelled = 0
         self.status: str | Exception | None = "ready"
@@ -53,7 +54,7 @@ class Service:
             self.cancelled += 1
             raise
         if self.is_rejecting:
-            return Generated(b"", None, str(seed), "nothing in the picture", self.endpoint)
+            return Generated(b"", self.score, str(seed), "nothing in the picture", self.endpoint)
         return Generated(b"ply", 0.8, str(seed), "", self.endpoint)
 
 

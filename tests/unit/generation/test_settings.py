@@ -1,6 +1,7 @@
 """Arguments, config files and the machine, resolved into settings."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,20 @@ def test_gpus_are_those_that_are_asked_for(monkeypatch, asked, count, numbers):
     monkeypatch.setattr(gsplat_build, "is_built", lambda: True)
     monkeypatch.setattr(settings, "gpu_memory", lambda gpus: None)
     assert Settings.resolve({"profile": "tiny", "gpus": asked}).gpus == numbers
+
+
+def test_the_smallest_card_decides(monkeypatch):
+    sizes = {0: 80, 1: 24, 2: 16}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu] * 2**30)
+    )
+    assert settings.gpu_memory([0, 1]) == 24 * 2**30
+    assert settings.gpu_memory([]) is None
+
+
+def test_models_of_ones_own_are_not_full_unless_that_is_asked_for(monkeypatch, mini_models):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Settings.resolve({"models": mini_models}).profile == "tiny"
 
 
 def test_cards_behind_a_driver_that_is_too_old_are_none(monkeypatch):
@@ -137,6 +152,7 @@ class TestResolve:
         assert resolved.profile == profile
         assert words in resolved.profile_reason
         assert resolved.config == settings.PROFILES[profile].config
+        assert resolved.image_config.name == {"full": "image_fast.yaml", "tiny": "tiny_lgm.yaml"}[profile]
 
     @pytest.mark.parametrize(
         ("gib", "name", "precision", "max_batch"),
@@ -208,8 +224,8 @@ class TestResolve:
 
     def test_a_cap_on_gaussians_holds_from_the_start(self, machine, tmp_path):
         machine(False, [])
-        of_tiny: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"}).options
-        assert of_tiny.max_gaussians == 9000
+        of_tiny: Any = Settings.resolve({"profile": "tiny", "max_gaussians": "9000"})
+        assert (of_tiny.options.max_gaussians, of_tiny.image_options.max_gaussians) == (9000, 9000)
         tiny = {"profile": "tiny", "config": CONFIGS / "tiny_mv_fast.yaml"}
         resolved: Any = Settings.resolve({**tiny, "max_gaussians": "9000"}).options
         assert (resolved.max_gaussians, resolved.num_pts) == (9000, 9000)

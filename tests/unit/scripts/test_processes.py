@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scripts.ops import processes
+from scripts.ops import deploy, processes
 
 NOBODY = 65534
 
@@ -50,6 +50,13 @@ def hide(monkeypatch: pytest.MonkeyPatch, pid: int) -> None:
 def test_ours_is_ours(running: int) -> None:
     assert processes.state("miner") == "running"
     assert processes.state("rehearsal") == "absent"
+
+
+def test_another_clones_miner_that_has_the_number_now_is_not_ours(
+    running: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "ROOT", Path("/another/clone"))
+    assert processes.state("miner") == "dead"
 
 
 def test_another_users_deployment_is_left_alone_and_its_pid_file_kept(
@@ -119,12 +126,42 @@ def test_one_deploy_or_stop_at_a_time(tmp_path: Path, monkeypatch: pytest.Monkey
     processes.lock().close()
 
 
-def test_what_no_pid_file_names_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in which a process can be started, with a keeper that does nothing."""
     monkeypatch.chdir(tmp_path)
     for folder in ("run", ".venv/bin", "scripts/ops"):
         Path(folder).mkdir(parents=True)
     Path(".venv/bin/python").symlink_to(sys.executable)
     Path("scripts/ops/keep_running.py").write_text("import time; time.sleep(1000)")
+
+
+@pytest.mark.usefixtures("clone")
+def test_a_closed_terminal_ends_nothing() -> None:
+    pid = processes.start("miner", [], Path("log"), os.environ)
+    try:
+        assert os.getsid(pid) == pid != os.getsid(0)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("name", ["neurons/new.py", "configs/lgm.yaml", "generation/web/studio/page.html"])
+def test_what_runs_notices_that_its_code_or_configs_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(deploy, "ROOT", tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    before = deploy._code()
+    path.write_text("one")
+    between = deploy._code()
+    path.write_text("two")
+    assert len({before, between, deploy._code()}) == 3
+
+
+@pytest.mark.usefixtures("clone")
+def test_what_no_pid_file_names_does_not_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("run/miner.pid").symlink_to("/dev/full")
     started = []
 

@@ -6,15 +6,17 @@ import asyncio
 import base64
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 
 from generation.engine import engine as engine_module
-from generation.engine.engine import Engine
+from generation.engine.engine import Engine, StageFailed
 from tests.support.service_harness import (
     PATIENCE_S,
+    Service,
     StandInPipeline,
     ask,
     hold,
@@ -47,20 +49,28 @@ def test_what_a_person_asks_for_pauses_the_background() -> None:
         assert all("paused" not in json.loads(answers[0].headers["X-Seconds"]) for _, answers in (paused, first))
 
 
-def test_what_a_person_asks_for_is_begun_first_and_has_room_of_its_own() -> None:
+def is_taken(service: Service, before: int, answers: list[Any]) -> bool:
+    """Whether a request waits now; or is answered, which it should not be."""
+    return service.engine.queue_depth > before or bool(answers)
+
+
+@pytest.mark.parametrize("order", [("background", "interactive"), ("interactive", "background")])
+def test_what_a_person_asks_for_is_begun_first_and_each_has_room_of_its_own(order: tuple[str, str]) -> None:
     with serving(max_queue=1) as service:
-        held = [hold(service), ask(service, "b", "background")]
-        wait_until(lambda: service.engine.queue_depth == 1)
-        refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": "background"})
-        assert refused.status_code == 503
-        assert "queue full" in refused.text
-        held.append(ask(service, "c", "interactive"))
-        wait_until(lambda: service.engine.queue_depth == 2)
+        held = [hold(service)]
+        for priority in order:
+            before = service.engine.queue_depth
+            held.append(waiting := ask(service, priority, priority))
+            wait_until(partial(is_taken, service, before, waiting[1]))
+            refused = service.client.post("/generate/", data={"prompt": "d"}, headers={"X-Priority": priority})
+            assert refused.status_code == 503
+            assert "queue full" in refused.text
+        assert service.engine.queue_depth == 2
         service.pipeline.go.set()
         for thread, answers in held:
             thread.join(PATIENCE_S)
             assert answers[0].status_code == 200
-        assert [request.prompt for request in service.pipeline.started] == ["hold", "c", "b"]
+        assert [request.prompt for request in service.pipeline.started] == ["hold", "interactive", "background"]
 
 
 async def test_calls_in_the_background_wait_for_generations_of_persons(
@@ -77,8 +87,21 @@ async def test_calls_in_the_background_wait_for_generations_of_persons(
     assert order == ["interactive", "background"]
 
 
-async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+async def test_what_breaks_a_person_s_tick_leaves_what_is_paused_alone(
     ready_engine: tuple[Engine, StandInPipeline],
+) -> None:
+    engine, pipeline = ready_engine
+    miners = asyncio.create_task(engine.generate(request_of("hold", background=True)))
+    await until(lambda: engine.active)
+    with pytest.raises(StageFailed):
+        await engine.generate(request_of("exit"))
+    pipeline.go.set()
+    assert (await miners).ply
+
+
+@pytest.mark.parametrize("comes", ["generation", "call"])
+async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
+    ready_engine: tuple[Engine, StandInPipeline], comes: str
 ) -> None:
     engine, pipeline = ready_engine
     tick, under_way, paused = pipeline.tick, threading.Event(), []
@@ -94,10 +117,13 @@ async def test_what_comes_while_a_tick_is_under_way_pauses_the_rest_of_it(
     pipeline.tick = first  # type: ignore[method-assign]
     background = asyncio.create_task(engine.generate(request_of("a", background=True)))
     await asyncio.to_thread(under_way.wait, PATIENCE_S)
-    assert (await engine.generate(request_of("b"))).ply
+    if comes == "call":
+        assert await engine.call(lambda _: len(pipeline.ticks)) == 1  # the one that did nothing any more
+    else:
+        assert (await engine.generate(request_of("b"))).ply
     assert (await background).ply
     assert paused == [False, True]
-    assert [tick for tick in pipeline.ticks if tick] == [["b"], ["a"]]
+    assert [tick for tick in pipeline.ticks if tick] == ([["a"]] if comes == "call" else [["b"], ["a"]])
 
 
 async def test_the_background_has_no_deadline(

@@ -118,6 +118,19 @@ def test_the_budgets_end_returns_the_best_so_far() -> None:
     assert len(engine.begun) == 2  # a third one would not have been done in time
 
 
+def test_what_the_first_one_waited_is_no_measure_of_the_others() -> None:
+    engine = Engine(places=1, seconds=6.0, scores={0: 0.7})
+    made = engine.generate
+
+    async def generate(request: Request, on_progress: Any = None) -> Asset:
+        engine.seconds = 6.0 if request.seed == SEED else 1.0
+        return await made(request, on_progress)
+
+    engine.generate = generate  # type: ignore[method-assign]
+    best(engine, of(64, budget=14.0))
+    assert len(engine.begun) >= 8
+
+
 def test_a_candidate_that_takes_too_long_is_given_up_for_the_one_that_is_there() -> None:
     engine = Engine(places=4, seconds=2.0, scores={0: 0.7})
     slow = engine.generate

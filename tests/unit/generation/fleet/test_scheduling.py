@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from generation.engine.engine import StageFailed
+from generation.engine.engine import DeadlineExceeded, StageFailed, Unavailable
+from generation.fleet import fleet as fleet_module
 from generation.fleet.candidates import Candidates
+from generation.fleet.messages import State
 from generation.fleet.remote import EngineLost, NotSent, RemoteEngine
 from generation.schema.results import Asset, Report, Request
 from tests.support.fleet_harness import ask, fleet_of
@@ -150,6 +153,86 @@ async def test_a_person_goes_before_what_waits_in_the_background_to_run_alone(tm
     assert set(engines.running) == {"suspect"}
     engines.finish("suspect")
     await settle()
+
+
+async def test_what_a_lost_engine_had_goes_before_what_waits(tmp_path: Path, engines: Engines) -> None:
+    fleet = ready(tmp_path, "only", max_batch=1)
+    (engine,) = fleet._engines
+    ask(fleet, "lost")
+    await settle()
+    ask(fleet, "waits")
+    await settle()
+    engine._set("loading", "starting")
+    engines.running["lost"].set_exception(EngineLost("died"))
+    await settle()
+    engine._set("ready", "all models are loaded")
+    fleet._hand_out()
+    for prompt in ("lost", "waits"):
+        await settle()
+        assert set(engines.running) == {prompt}
+        engines.finish(prompt)
+    await settle()
+
+
+async def test_what_is_in_the_background_is_not_put_where_a_person_would_pause_it(
+    tmp_path: Path, engines: Engines
+) -> None:
+    fleet = ready(tmp_path, "only")
+    ask(fleet, "person")
+    ask(fleet, "miner's", background=True)
+    for prompt in ("person", "miner's"):
+        await settle()
+        assert set(engines.running) == {prompt}
+        engines.finish(prompt)
+    await settle()
+
+
+async def test_a_person_goes_where_the_fewest_persons_are(tmp_path: Path, engines: Engines) -> None:
+    fleet = ready(tmp_path, "first", "second")
+    ask(fleet, "miner's", background=True)
+    await settle()
+    for prompt, background in (("person", False), ("miner's too", True), ("another", False)):
+        ask(fleet, prompt, background=background)
+        await settle()
+    devices = dict(engines.runs)
+    assert devices == {"miner's": "first", "person": "second", "miner's too": "first", "another": "first"}
+    for prompt in list(engines.running):
+        engines.finish(prompt)
+    await settle()
+
+
+async def test_an_engine_takes_as_many_at_once_as_it_says_that_fit(tmp_path: Path, engines: Engines) -> None:
+    fleet = ready(tmp_path, "only")
+    (engine,) = fleet._engines
+    engine._take(State([], {**engine.health(), "at_once": 1}))
+    asked = [ask(fleet, prompt, background=True) for prompt in ("a", "b")]
+    for prompt in ("a", "b"):
+        await settle()
+        assert set(engines.running) == {prompt}
+        engines.finish(prompt)
+    await asyncio.gather(*asked)
+
+
+def test_without_an_engine_clients_come_back_when_the_next_one_starts(tmp_path: Path) -> None:
+    fleet = ready(tmp_path, "first", "second")
+    for engine, pause in zip(fleet._engines, (100.0, 60.0), strict=True):
+        engine._set("failed", "it broke")
+        engine.next_start = time.monotonic() + pause
+    with pytest.raises(Unavailable) as refused:
+        fleet.check_admission()
+    assert refused.value.retry_after in (59, 60)
+
+
+async def test_the_background_waits_for_as_long_as_it_takes(
+    tmp_path: Path, engines: Engines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "TIMEOUT_S", 0.01)
+    fleet = ready(tmp_path, "only")
+    miners, person = ask(fleet, "miner's", background=True), ask(fleet, "person")
+    with pytest.raises(DeadlineExceeded):
+        await person
+    engines.finish("miner's")
+    assert (await miners).ply
 
 
 async def test_an_engine_whose_process_ended_is_asked_no_more(tmp_path: Path) -> None:

@@ -75,8 +75,11 @@ class TestBatchLimit:
         limit.out_of_memory(2)  # the row is broken
         self.go_well(limit, 19)
         assert limit.current == 1
-        limit.succeeded()
-        assert limit.current == 2
+        for current in (2, 3):  # as many more for each
+            limit.succeeded()
+            assert limit.current == current
+            self.go_well(limit, 19)
+            assert limit.current == current
 
     def test_never_grows_over_the_most(self):
         limit = BatchLimit(2)

@@ -1,6 +1,7 @@
 import io
 import logging
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,20 @@ def test_a_prompt_becomes_a_checked_splat(pipeline):
     assert torch.equal(delivered.means, asset.gaussians.means)
     side = (delivered.means.amax(0) - delivered.means.amin(0)).max()
     assert float(side) == pytest.approx(1.5, rel=1e-4)  # in the validators' frame
+
+
+def test_the_time_of_a_pause_is_not_the_request_s(pipeline, monkeypatch):
+    now = [10.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0], monotonic=time.monotonic)
+    monkeypatch.setattr("generation.pipeline.job.time", clock)
+    job = pipeline.begin(ask("red"))
+    job.work_began = 8.0
+    job.pause()
+    now[0] = 13.0
+    job.pause()  # still
+    now[0] = 20.0
+    job.resume()
+    assert job.work_began == 18.0
 
 
 def test_same_prompt_and_seed_same_splat(pipeline):
@@ -129,6 +144,12 @@ class TestRejections:
         align(pipeline, monkeypatch, 0.299)
         report = self.reject(pipeline, "red")
         assert report.rejected == "score 0.00 (alignment 0.30): an alignment under 0.30 makes it 0"
+
+    def test_a_score_is_told_up_to_1(self, pipeline, monkeypatch):
+        """As a validator's feedback has it: an alignment may be over 1."""
+        align(pipeline, monkeypatch, 1.1)
+        (asset,) = pipeline.generate([ask("red")])
+        assert (asset.report.score, asset.report.parts["alignment"]) == (1.0, 1.1)
 
     def test_the_threshold_itself_passes(self, pipeline, monkeypatch):
         align(pipeline, monkeypatch, 0.6)

@@ -46,6 +46,12 @@ class TestGates:
         gaussians.logit_opacities[:hidden] = -9.2
         assert run_gates(gaussians)["opacity"].passed is passed
 
+    @pytest.mark.parametrize(("opacity", "passed"), [(0.0011, True), (0.0009, False)])
+    def test_what_counts_as_invisible(self, opacity, passed):
+        gaussians = ball(count=10_000)
+        gaussians.logit_opacities[:] = torch.tensor(opacity).logit()
+        assert run_gates(gaussians)["opacity"].passed is passed
+
     def test_rotations_all_identity(self):
         gaussians = ball()
         gaussians.quats[:] = torch.tensor([1.0, 0, 0, 0])
@@ -96,6 +102,22 @@ class TestFrame:
         close = (render_views(fit_to_frame(ball())) - render_views(fit_to_frame(moved))).abs()
         assert close.mean() < 1e-3
 
+    @pytest.mark.parametrize("fit", [True, False])
+    def test_what_is_delivered_in_the_frame_is_checked_in_it(self, monkeypatch, fit):
+        """A validator's one mean over all coordinates moves what is not centred."""
+        seen = []
+
+        def render(framed):
+            seen.append(framed)
+            return torch.rand(16, 3, 32, 32)
+
+        monkeypatch.setattr(check, "render_views", render)
+        moved = ball(radius=3.0)
+        moved.means += torch.tensor([10.0, -4.0, 2.0])
+        colour_check().check_all([(moved, "a red ball")], fit=fit)
+        off_centre = float(seen[0].means.mean(0).abs().max())
+        assert off_centre < 1e-3 if fit else off_centre > 0.5
+
     def test_a_splat_in_the_frame_stays_as_it_is(self):
         fitted = fit_to_frame(ball(radius=3.0))
         again = to_validators_frame(fitted)
@@ -139,6 +161,23 @@ class TestFrame:
         covered = (views[0].amin(0) < 0.5).any(0).float().mean()
         assert abs(float(covered) - expected) < 0.05
 
+    def test_sixteen_azimuths_of_a_round_and_pixels_that_are_cut_down(self, monkeypatch):
+        asked, orbit = [], cameras.orbit
+
+        def grey(gaussians, orbit, width, height, background):
+            return (background - 0.5).expand(15, height, width, 3), None, None
+
+        def noted(*how):
+            asked.append(how)
+            return orbit(*how)
+
+        monkeypatch.setattr(cameras, "orbit", noted)
+        monkeypatch.setattr(views, "rasterize", grey)
+        assert (render_views(ball()) == 127 / 255).all()  # 127.5, not rounded
+        ((elevation, azimuths, *others),) = asked
+        assert (elevation, others) == (15.0, [2.5, 49.1, 518, 518])
+        assert [*azimuths.tolist(), 360.0] == pytest.approx(torch.linspace(0, 360, 16).tolist())
+
     def test_azimuth_and_elevation(self):
         """A ball that is red in front, green on top: seen from the front and from 15 degrees above."""
         gaussians = ball("blue")
@@ -176,6 +215,14 @@ class TestScore:
         assert align(colour_check(cosine_scale=0.9), images, "red") == pytest.approx(0.7857, abs=1e-3)
         # Not limited to 1, as with the validators.
         assert align(colour_check(cosine_scale=0.35), images, "red") == pytest.approx(2.0203, abs=2e-3)
+
+    def test_texts_and_pictures_have_floors_of_their_own(self):
+        scored = colour_check()
+        use = scored._text.use
+        scored._text.use = type(use)(**{**vars(use), "min_alignment": 0.2, "min_image_alignment": 0.4})
+        seen = [torch.rand(16, 3, 32, 32)] * 2
+        checks = scored._measure(seen, ["red", Image.new("RGB", (8, 8), "red")])
+        assert [each.least_alignment for each in checks] == [0.2, 0.4]
 
     def test_no_likeness_is_zero_not_an_error(self):
         images = torch.zeros(16, 3, 64, 64)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import html
+import http.client
 import io
 import itertools
 import json
@@ -15,8 +17,6 @@ import struct
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -185,7 +185,8 @@ def test_errors_say_the_limit(service: Service) -> None:
     assert "prompt_image_file" in error(service.generate("a", steps="5"), 422, "steps")["message"]
 
 
-def test_the_longest_prompt_and_seed_pass(service: Service) -> None:
+def test_the_longest_prompt_and_both_ends_of_the_seeds_pass(service: Service) -> None:
+    assert service.generate(seed=0).content == b"ply\na red cube 0"
     longest = "\U0001f680" * 1024
     assert service.generate(longest, seed=2**32 - 1).content == f"ply\n{longest} 4294967295".encode()
 
@@ -384,15 +385,27 @@ def test_who_sends_slowly_keeps_nobody_from_scoring(service: Service) -> None:
         assert time.monotonic() - began < intake.MAX_READ_S / 2
 
 
+@pytest.mark.parametrize("version", [10, 11])
 @pytest.mark.parametrize(
     ("path", "headers", "status"), [("/generate/", {"X-Priority": "x"}, 422), ("/nothing", {}, 404)]
 )
-def test_an_answer_before_the_body_was_read_arrives(service: Service, path: str, headers: Any, status: int) -> None:
-    """Also where it closes the connection: urllib asks for that, and so do HTTP/1.0 proxies."""
-    asked = urllib.request.Request(service.url + path, bytes(9_000_000), headers, method="POST")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(asked, timeout=PATIENCE_S)
-    assert refused.value.code == status
+def test_an_answer_before_the_body_was_read_arrives(
+    service: Service, path: str, headers: Any, status: int, version: int
+) -> None:
+    """Also where it closes the connection: urllib asks for that, and HTTP/1.0 proxies need not."""
+    connection = http.client.HTTPConnection(service.url.partition("//")[2], timeout=PATIENCE_S)
+    connection._http_vsn, connection._http_vsn_str = version, f"HTTP/1.{version - 10}"  # type: ignore[attr-defined]
+    closing = {"Connection": "close"} if version == 11 else {"Host": "localhost"}
+    with contextlib.closing(connection):
+        connection.request("POST", path, bytes(9_000_000), headers | closing)
+        assert connection.getresponse().status == status
+
+
+def test_a_client_that_hangs_up_before_it_was_read_to_its_end_takes_nobody_with_it(service: Service) -> None:
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 9000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), PATIENCE_S) as connection:
+        connection.sendall(head + bytes(1000))
+    assert httpx.get(service.url + "/health", timeout=20).is_success
 
 
 def test_who_expects_to_be_asked_for_the_body_is_answered_at_once(service: Service) -> None:
@@ -528,6 +541,13 @@ def test_a_splat_is_scored_in_each_compression(service: Service) -> None:
         assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex 2\n" if compression == 2 else raw)
 
 
+@pytest.mark.parametrize(("kind", "prompt"), [("txt", {"prompt": "a red cube"}), ("img", {"prompt_image": "A"})])
+def test_a_splat_may_be_larger_than_any_form(service: Service, kind: str, prompt: dict[str, str]) -> None:
+    """500,000 points take 9 MB and more, and 4/3 of that in base64."""
+    answer = score(service, kind, **prompt, data="A" * (intake.MAX_FORM_BYTES + 1000), compression=2)
+    error(answer, 422, "data" if kind == "txt" else "prompt_image")
+
+
 def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Service) -> None:
     fields: dict[str, Any] = {"prompt": "a red cube", "data": b64(packed()), "compression": 2}
     both: dict[str, Any] = {"generate_grid_preview": True, "generate_single_preview": True}
@@ -539,6 +559,15 @@ def test_previews_are_sent_when_asked_for_and_the_score_is_above(service: Servic
     ):
         body = score(service, **fields, **more).json()
         assert (body["preview"], body["grid_preview"]) == shown
+
+
+def test_a_splat_is_scored_by_the_picture_that_a_validator_sees(service: Service) -> None:
+    """One with four bands is put on white."""
+    half = png(9, 7, "RGBA")  # red 128, of alpha 128
+    assert score(service, "img", prompt_image=b64(half), data=b64(packed()), compression=2).status_code == 200
+    prompt = service.pipeline.validated[-1][1]
+    assert (prompt.mode, prompt.size) == ("RGB", (9, 7))
+    assert prompt.getpixel((4, 3)) == pytest.approx((191, 127, 127), abs=1)
 
 
 def test_the_other_prompt_may_be_null(service: Service) -> None:

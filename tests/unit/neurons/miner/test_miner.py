@@ -247,6 +247,26 @@ async def test_nothing_is_pulled_while_nobody_can_generate(bench: Bench) -> None
     await bench.run_until(lambda: bench.totals["submission accepted"] == 1)
 
 
+async def test_room_for_another_task_brings_no_pull_once_nobody_can_generate(bench: Bench) -> None:
+    bench.generator.seconds_per_task = 200.0  # room for one
+    bench.network.answers = {1: [task_for(1)], 2: [task_for(2)]}
+    bench.manager.sync()
+    first = await bench.manager.next_assignment()
+    assert first is not None
+    bench.generator.ready.clear()
+    bench.manager.finished(first)
+    await asyncio.sleep(0.05)
+    assert len(bench.network.pulls) == 1
+
+
+async def test_what_waits_for_a_worker_at_a_stop_is_not_begun(bench: Bench) -> None:
+    bench.network.answers = {1: [task_for(1)], 2: [task_for(2)]}
+    bench.manager.sync()
+    await until(lambda: bench.manager.queued == 2, 5)
+    await bench.manager.close()
+    assert await bench.manager.next_assignment() is None
+
+
 async def test_pulling_stops_when_the_queue_is_full(tmp_path: Path) -> None:
     validators = [
         Neuron(uid, bt.Keypair.create_from_uri(f"//v{uid}").ss58_address, "127.0.0.1", 9000 + uid, 1e4, True)

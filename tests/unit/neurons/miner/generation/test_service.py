@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvicorn
 from aiohttp import web
 
 from neurons.miner.generation import pool as generators
@@ -50,6 +51,13 @@ async def ask_service(handler: Handler, task: Task) -> Generated:
             return replace(generated, endpoint="", seconds=0.0)
     finally:
         await runner.cleanup()
+
+
+async def test_an_idle_connection_is_given_up_before_the_service_closes_it() -> None:
+    """A task on one that is just being closed would be lost. The service has uvicorn's default."""
+    async with GenerationService("http://127.0.0.1:1") as service:
+        connector: Any = service._session and service._session.connector
+        assert connector._keepalive_timeout < uvicorn.Config("service").timeout_keep_alive
 
 
 async def test_a_generated_splat_comes_with_its_score() -> None:
@@ -210,13 +218,14 @@ async def test_base64_in_lines_is_a_picture() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_busy_service_says_for_how_long(status: int) -> None:
+@pytest.mark.parametrize(("says", "seconds"), [("7", 7), ("86400", 60), ("Wed, 21 Oct 2026 07:28:00 GMT", 5)])
+async def test_a_busy_service_says_for_how_long(status: int, says: str, seconds: float) -> None:
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(status=status, headers={"Retry-After": "7"})
+        return web.Response(status=status, headers={"Retry-After": says})
 
     with pytest.raises(EndpointUnavailable) as busy:
         await ask_service(handler, TextTask(id="1", prompt="p"))
-    assert busy.value.seconds == 7
+    assert busy.value.seconds == seconds
 
 
 async def test_a_service_that_is_gone() -> None:

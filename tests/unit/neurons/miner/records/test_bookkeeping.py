@@ -17,6 +17,7 @@ from neurons.miner.app import CompetitiveMiner
 from neurons.miner.options import parse
 from neurons.miner.records import standings
 from neurons.miner.records.bookkeeping import Bookkeeping
+from neurons.miner.records.events import Settlement, Submission
 from neurons.miner.records.policy import EXPLORATION_INTERVAL_S
 from neurons.miner.validators.clock import steady_time
 from tests.support.ledger_events import NOW, one_task, validator, write
@@ -50,6 +51,22 @@ async def test_cooldowns_outlive_a_clock_that_was_set_back(tmp_path: Path) -> No
     path = tmp_path / "ledger.sqlite"
     write(path, one_task(1, NOW + 7200, wait=280))
     assert await Bookkeeping(path, 0, 0.0, now=lambda: NOW).cooldowns() == {validator(1).hotkey: NOW + 280}
+
+
+async def test_submissions_that_a_validator_may_still_count_outlive_a_restart(tmp_path: Path) -> None:
+    path, window = tmp_path / "ledger.sqlite", 4 * 3600
+    write(path, [event for at in (-50, 50, window - 100) for event in one_task(1, NOW - window + at)])
+    books = Bookkeeping(path, 0, 0.0, now=lambda: NOW)
+    assert [past.at for past in await books.submissions()] == [NOW - window + at + 22 for at in (50, window - 100)]
+
+
+def test_what_is_settled_is_counted_once(tmp_path: Path) -> None:
+    books = Bookkeeping(tmp_path / "ledger.sqlite", 0, 0.0)
+    for task_id in ("a", "b"):
+        books.record(Submission(validator(1), task_id, "unknown", 1.0))
+    books.record(Settlement(validator(1), "a", "accepted"))
+    books.record(Settlement(validator(1), "b", "unknown"))
+    assert books.totals == {"submission unknown": 1, "submission accepted": 1}
 
 
 async def test_a_first_start_knows_nothing_and_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -293,7 +293,8 @@ def test_an_impossible_folder_is_a_log_line(tmp_path: Path, caplog: pytest.LogCa
 
 @pytest.mark.parametrize("outcome", ["accepted", "broken", "unknown"])
 def test_a_settlement_changes_the_one_unknown_row(path: Path, started: Ledger, outcome: SubmissionOutcome) -> None:
-    known: list[tuple[str, SubmissionOutcome]] = [("a", "unknown"), ("b", "unknown"), ("c", "declined")]
+    twice: tuple[str, SubmissionOutcome] = ("a", "unknown")
+    known: list[tuple[str, SubmissionOutcome]] = [twice, twice, ("b", "unknown"), ("c", "declined")]
     for task_id, first in known:
         started.record(Submission(validator(1), task_id, first, 2.0, 1000))
     started.record(Submission(validator(2), "a", "unknown", 2.0, 1000))
@@ -301,6 +302,7 @@ def test_a_settlement_changes_the_one_unknown_row(path: Path, started: Ledger, o
     started.record(Settlement(validator(1), "c", "accepted"))  # is known already
     started.close()
     assert rows(path, "submissions", "uid, task_id, outcome") == [
+        (1, "a", "unknown"),  # the same id, given out before
         (1, "a", outcome),
         (1, "b", "unknown"),
         (1, "c", "declined"),

@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurons.miner.records.verdicts import WINDOW_S, Span, Window
+from neurons.miner.records.verdicts import WINDOW_S, Span, Window, is_penalty
+
+
+@pytest.mark.parametrize(
+    ("left", "elapsed", "declined"),
+    [
+        (880.0, 20.0, True),
+        (270.0, 30.0, False),
+        (300.0, 600.0, None),  # of 900 s, or a whole one of 300 s
+        (300.0, 440.0, False),
+    ],
+)
+def test_a_declined_result_s_cooldown_is_three_times_as_long(left: float, elapsed: float, declined: bool) -> None:
+    assert is_penalty(left, elapsed, usual=300.0) is declined
 
 
 @settings(max_examples=200, deadline=None)

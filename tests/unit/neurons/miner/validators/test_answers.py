@@ -87,6 +87,33 @@ def test_a_submission_s_answer_is_taken_whatever_it_says(answer: dict[str, Any])
         assert abs(submission.feedback.generations_within_the_window) <= LARGEST_INTEGER
 
 
+PULLED = {
+    "task": {"type": "image", "id": "1", "prompt": "AAAA"},
+    "validation_threshold": 0.65,
+    "throttle_period": 30,
+    "cooldown_until": 1_800_000_000,
+    "cooldown_violations": 7,
+}
+FED_BACK = {
+    "validation_failed": True,
+    "task_fidelity_score": 0.8,
+    "average_fidelity_score": 0.9,
+    "generations_within_the_window": 40,
+    "current_duel_rating": 1510.5,
+    "current_miner_reward": 60_420.0,
+}
+
+
+def test_all_that_a_validator_fills_in_is_taken() -> None:
+    pull, submission = PullTask(), SubmitResults(results="r", submit_time=1, signature="s")
+    fill(pull, PULLED)
+    assert pull.model_dump(include=set(PULLED)) == PULLED
+    fill(submission, {"feedback": FED_BACK, "cooldown_until": 1_800_000_300})
+    assert submission.feedback is not None
+    assert submission.feedback.model_dump() == FED_BACK
+    assert submission.cooldown_until == 1_800_000_300
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace")))
 def test_any_bytes_are_an_object_or_refused(body: bytes) -> None:

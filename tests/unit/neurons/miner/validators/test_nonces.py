@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bittensor as bt
 import pytest
@@ -124,6 +125,21 @@ async def test_a_clock_that_is_set_changes_nothing(
     assert nonces == sorted(set(nonces))
     assert nonces[2] - nonces[0] < 60e9
     assert len({pull.dendrite.uuid for pull in validator.asked}) == 1  # type: ignore[union-attr]
+
+
+async def test_a_clock_that_stands_still_is_no_reason_for_a_refusal(
+    validator: Validator, miner: Miner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = time.time_ns()
+    monkeypatch.setattr(dendrite_module, "steady_time_ns", lambda: stopped)
+    assert await miner.pull(validator) == await miner.pull(validator) == 200
+    assert miner.requests == 2
+
+
+async def test_an_idle_connection_is_given_up_before_the_axon_closes_it(validator: Validator, miner: Miner) -> None:
+    """A call on one that is just being closed would be lost."""
+    connector: Any = (await miner.dendrite.session).connector
+    assert connector._keepalive_timeout < validator.axon.fast_server.config.timeout_keep_alive
 
 
 async def test_a_process_that_starts_after_the_clock_was_set_back(
