@@ -34,9 +34,9 @@ SLOPE = 16.0
 # captions are above 0.53, and 98 % of those that are wrong in one word are below 0.42.
 PASSING_COSINE = 0.47
 COSINE_SCALE = PASSING_COSINE / 0.6
-# The same between a picture and views. Of LGM's 48 results from pictures the right ones have 0.75 or more, and with a
-# picture of another colour or shape at most 0.65.
-PASSING_IMAGE_COSINE = 0.7
+# The floor between a picture and views, whose cosine is the alignment. Of LGM's 48 results from pictures the right ones
+# have 0.75 or more, and with a picture of another colour or shape at most 0.65.
+MIN_IMAGE_ALIGNMENT = 0.7
 # What a text names, and how often an image is shown with such a one.
 ALL, SHAPE, COLOUR, NOTHING = range(4)
 SHARES = (0.7, 0.2, 0.1)
@@ -137,9 +137,9 @@ def main() -> None:
     best, run = fit("clip", model, loss, args, lr=3e-4 if args.tune else 1e-3, weight_decay=0.05)
     quality = measure(best, tokenizer, args)
     save_file({k: v.half().contiguous() for k, v in best.state_dict().items()}, folder / "open_clip_model.safetensors")
-    more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": round(PASSING_IMAGE_COSINE / 0.6, 4)}
+    more = {"cosine_scale": round(COSINE_SCALE, 4), "image_cosine_scale": 1.0}
     # The threshold that alignment alone had: quality must not lift a wrong prompt over it.
-    more |= {"min_alignment": 0.6, "min_image_alignment": 0.6}
+    more |= {"min_alignment": 0.6, "min_image_alignment": MIN_IMAGE_ALIGNMENT}
     write_card(folder, "tiny-clip", "scripts/tiny_pack/train_clip.py", args, run, quality, **more)
     print(f"clip: {quality}", flush=True)
 

