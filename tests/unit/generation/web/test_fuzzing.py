@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from generation.web import app, events
+from generation.web import events, making
 from tests.support.service_harness import serving
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -17,15 +17,14 @@ LIMIT_S = 120
 SEED = 17
 
 
-def film(pipeline: Any, data: bytes, device: str) -> list[bytes]:
-    return [data]
+async def film(engine: Any, data: bytes, device: str, background: bool = False) -> bytes:
+    return data
 
 
 @pytest.mark.slow
 def test_the_service_is_as_it_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """Around a stand-in pipeline, whose splats are none that could be filmed."""
-    monkeypatch.setattr(app, "_film", film)
-    monkeypatch.setattr(app, "_encode", b"".join)
+    monkeypatch.setattr(making, "film", film)
     monkeypatch.setattr(events, "MAX_WAIT_S", 0.1)
     with serving(max_queue=64, max_batch=4) as service:
         command = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
