@@ -102,6 +102,7 @@ def training_spec(rng: random.Random) -> ObjectSpec:
 
 
 def training_object(rng: random.Random) -> Wanted:
+    """An object that a prompt of training can name, or more often one that none names."""
     return training_spec(rng) if rng.random() < 0.25 else composition(rng, SEEN)
 
 

@@ -35,7 +35,7 @@ SLOPE = 16.0
 PASSING_COSINE = 0.47
 COSINE_SCALE = PASSING_COSINE / 0.6
 # The floor between a picture and views, whose cosine is the alignment. Of LGM's 48 results from pictures the right ones
-# have 0.75 or more, and with a picture of another colour or shape at most 0.65.
+# had 0.75 or more, and with a picture of another colour or shape at most 0.65.
 MIN_IMAGE_ALIGNMENT = 0.7
 # What a text names, and how often an image is shown with such a one.
 ALL, SHAPE, COLOUR, NOTHING = range(4)
@@ -71,9 +71,8 @@ def matches(
     shape, colour = same[..., :2].all(-1), same[..., 2:].all(-1)
     fits = torch.where(named == SHAPE, shape, torch.where(named == COLOUR, colour, shape & colour)) & (named != NOTHING)
     nameless = exchanged[:, None] & ((named == COLOUR) | ((named == ALL) & shape))
-    stacked = (images[:, 1] > 0)[:, None]
-    partly = stacked & ((named == COLOUR) | ((named == SHAPE) & (texts[:, 1] == 0)))
-    unknown = nameless | (partly & ~(fits & (named == SHAPE)))
+    is_stack, one_thing = images[:, 1] > 0, texts[:, 1] == 0
+    unknown = nameless | (is_stack[:, None] & ((named == COLOUR) | ((named == SHAPE) & one_thing)))
     return fits & ~unknown, unknown
 
 
@@ -86,7 +85,7 @@ def main() -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=args.tune).to(args.device)
-    pool = render_pool(args.objects or 4_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
+    pool = render_pool(args.objects or 10_000, validator_cameras, models.CLIP_SIZE, args.device, args.seed + 4)
     n, views = pool.rgba.shape[:2]
     ids = texts_of(pool.specs, tokenizer, args.device)
     rng = random.Random(args.seed)
@@ -95,7 +94,6 @@ def main() -> None:
     batch = args.batch or 768
     others = batch // 3
     shares = torch.tensor(SHARES, device=args.device)
-    nothing = torch.full((others,), NOTHING, device=args.device)
 
     def embed(images: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         seen = model.encode_image(images * 2 - 1, normalize=True)
@@ -119,10 +117,10 @@ def main() -> None:
         words = torch.cat([words, strange[torch.randint(len(strange), (others,), device=args.device)]])
         with autocast(args):
             cosine = fused(images, words).float()
-        fits, unknown = matches(
-            about[i], exchanged, torch.cat([about[i], about[i[:1]].expand(others, 4)]), torch.cat([named, nothing])
-        )
-        whole, wrong = fits & (torch.cat([named, nothing]) == ALL), (~fits & ~unknown).float()
+        texts = torch.cat([about[i], about.new_zeros(others, 4)])
+        named = torch.cat([named, named.new_full((others,), NOTHING)])
+        fits, unknown = matches(about[i], exchanged, texts, named)
+        whole, wrong = fits & (named == ALL), (~fits & ~unknown).float()
         logits = SLOPE * (cosine - PIVOT)
         hit, miss = -logsigmoid(logits), -logsigmoid(-logits)
         # the hardest wrong texts of each image count most: one word apart from the right one

@@ -381,7 +381,7 @@ def main() -> None:
     print(f"quality on the shapes for calibration: {on_calibration}", flush=True)
     write_card(
         folder, "tiny-quality", "scripts/tiny_pack/train_quality.py", args, run, quality,
-        unseen_shapes=list(UNSEEN), calibration_shapes=list(CALIBRATION),
+        lr=lr, unseen_shapes=list(UNSEEN), calibration_shapes=list(CALIBRATION),
         tie={"share": TIE, "margin": round(margin, 4)}, distances=scale, records=sampler.views.shape[0],
         exact_objects=len(exact[0]), calibration={"times": round(times, 3), "plus": round(plus, 3)},
         quality_on_calibration_shapes=on_calibration,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from scripts.tiny_pack import train_background, train_flux, train_mvdream, training
+from scripts.tiny_pack import train_background, train_clip, train_flux, train_mvdream, training
 from scripts.tiny_pack.captions import ObjectSpec
 from scripts.tiny_pack.data import Pool
 
@@ -187,3 +187,28 @@ def test_each_model_of_the_pack_is_trained_after_those_that_it_needs(tmp_path: P
     }
     for name, before in needs.items():
         assert all(lines.index(f"end {each}") < lines.index(f"begin {name}") for each in before), name
+
+
+def test_clip_learns_what_fits_and_not_what_nobody_can_say() -> None:
+    red_cube, green_cube, red_car = ObjectSpec("cube", "red"), ObjectSpec("cube", "green"), ObjectSpec("car", "red")
+    stack = ObjectSpec("cube", "red", base="cylinder", base_colour="green")
+    images = [red_cube, green_cube, red_car, stack, red_cube]  # the last one has its colours exchanged
+    texts = [
+        (red_cube, train_clip.ALL, "yes no no no ?"),
+        (green_cube, train_clip.ALL, "no yes no no ?"),
+        (red_car, train_clip.ALL, "no no yes no no"),
+        (stack, train_clip.ALL, "no no no yes no"),
+        (red_cube, train_clip.SHAPE, "yes yes no ? yes"),
+        (stack, train_clip.SHAPE, "no no no yes no"),
+        (red_cube, train_clip.COLOUR, "yes no yes ? ?"),
+        (red_cube, train_clip.NOTHING, "no no no no no"),
+    ]
+    about = train_clip.attributes([*images, *(spec for spec, _, _ in texts)])
+    exchanged = torch.tensor([False] * 4 + [True])
+    named = torch.tensor([each for _, each, _ in texts])
+    fits, unknown = train_clip.matches(about[:5], exchanged, about[5:], named)
+    words = [
+        ["?" if u else "yes" if f else "no" for f, u in zip(*row, strict=True)]
+        for row in zip(fits.T, unknown.T, strict=True)
+    ]
+    assert words == [said.split() for _, _, said in texts]
